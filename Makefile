@@ -1,0 +1,51 @@
+# The README's commands. Everything happens in .venv; nothing is done twice.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(shell find csrc -type f)
+
+.PHONY: sample test bench lint format doctor venv clean
+
+sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
+	$(RUN) -m fastdiff sample --out samples.png --compare
+
+test: venv  ## the whole test suite
+	$(RUN) -m pytest
+
+bench: venv  ## the benchmarks, peers side by side
+	$(RUN) -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/.lint  ## ruff, mypy and clang-format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+
+format: $(VENV)/.lint  ## rewrite the sources in the project's format
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+
+doctor: venv  ## what runs here, and whether it is right
+	$(RUN) -m fastdiff doctor
+
+venv: $(VENV)/.built  ## set up .venv and build the C++ extension
+
+clean:  ## remove what the commands above made
+	rm -rf $(VENV) build fastdiff/_C.* fastdiff.egg-info samples.png
+
+$(VENV)/.torch: constraints.txt
+	@echo "setting up $(VENV)" >&2
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools ninja pybind11
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	@echo "building the C++ extension" >&2
+	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable '.[lint]'
+	touch $@

@@ -1,0 +1,38 @@
+// Which instruction set's kernels run. Each file in csrc/cpu/kernels is compiled once for each, in
+// the namespace fastdiff::CPU_CAPABILITY, and FASTDIFF_KERNEL picks one when it is called.
+#pragma once
+
+namespace fastdiff {
+
+enum class Isa { Default, Avx2, Avx512, Avx512Bf16 };
+
+// What the processor has, as PyTorch sees it (so ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers
+// it), and beyond that AVX512_BF16, whose conversion to bfloat16 is one instruction for about ten.
+Isa isa();
+
+}  // namespace fastdiff
+
+// Declares one kernel in every instruction set's namespace.
+#define FASTDIFF_DECLARE(name, ...) \
+  namespace DEFAULT {               \
+  void name(__VA_ARGS__);           \
+  }                                 \
+  namespace AVX2 {                  \
+  void name(__VA_ARGS__);           \
+  }                                 \
+  namespace AVX512 {                \
+  void name(__VA_ARGS__);           \
+  }                                 \
+  namespace AVX512_BF16 {           \
+  void name(__VA_ARGS__);           \
+  }
+
+#ifdef FASTDIFF_HAVE_AVX2
+#define FASTDIFF_KERNEL(name)                                           \
+  (::fastdiff::isa() == ::fastdiff::Isa::Avx512Bf16 ? AVX512_BF16::name \
+   : ::fastdiff::isa() == ::fastdiff::Isa::Avx512   ? AVX512::name      \
+   : ::fastdiff::isa() == ::fastdiff::Isa::Avx2     ? AVX2::name        \
+                                                    : DEFAULT::name)
+#else
+#define FASTDIFF_KERNEL(name) DEFAULT::name
+#endif

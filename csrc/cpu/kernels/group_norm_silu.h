@@ -1,0 +1,48 @@
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace fastdiff {
+
+// Pointers to dense tensors of one layout. A unit of work is `slice` neighbouring groups of one
+// image. "Wide" is float, or double for double activations; statistics are double throughout, since
+// a mean rounded to float costs accuracy where it is large beside the deviation.
+struct GroupNormSilu {
+  c10::ScalarType dtype;
+  bool channels_last, silu;
+  int64_t channels, pixels, groups, slice;
+  double eps;
+  const void* x;         // [N, C, P], or [N, P, C] channels-last
+  const void* weight;    // [C] or null
+  const void* bias;      // [C] or null
+  const void* add;       // [N, C] or null
+  const void* scale;     // [N, C] or null
+  const void* shift;     // [N, C] or null
+  const void* residual;  // like x, or null
+  void* out;             // like x
+  double* mean;          // [N, groups]
+  double* rstd;          // [N, groups], 1 / sqrt(variance + eps)
+};
+
+struct GroupNormSiluBackward {
+  GroupNormSilu forward;  // its residual and out are not used; mean and rstd are read
+  const void* grad;       // like x
+  void* dx;               // like x
+  void* sum_du;           // [N, C], wide: gradient of the value before SiLU, summed over the pixels
+  void* sum_du_h;         // [N, C], wide: the same times the normalised value
+  void* sum_dx;           // [N, C], wide: dx summed over the pixels
+};
+
+// Bytes of scratch that one thread needs for `width` channels in a unit: nine arrays.
+inline int64_t group_norm_silu_scratch(int64_t width) { return 9 * 8 * ((width + 63) / 64 * 64); }
+
+// Units begin..end-1 of N * ceil(groups / slice).
+FASTDIFF_DECLARE(group_norm_silu, const GroupNormSilu&, int64_t begin, int64_t end, void* scratch)
+FASTDIFF_DECLARE(group_norm_silu_backward, const GroupNormSiluBackward&, int64_t begin, int64_t end,
+                 void* scratch)
+
+}  // namespace fastdiff

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace fastdiff {
+
+// Pointers to dense tensors of one layout; coefficients in float, or double for double images.
+struct QSampleArgs {
+  c10::ScalarType dtype;
+  int64_t image;  // elements in an image
+  const void* x0;
+  const void* noise;
+  void* out;
+  const int64_t* t;  // [N], checked to lie in the tables
+  const void* signal;
+  const void* sigma;
+};
+
+// Elements begin..end-1 of the batch.
+FASTDIFF_DECLARE(q_sample, const QSampleArgs&, int64_t begin, int64_t end)
+
+}  // namespace fastdiff

@@ -1,0 +1,40 @@
+// Checks and layout helpers that the CPU operations share.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+namespace fastdiff {
+
+// Elements below which a thread is not worth waking.
+constexpr int64_t kGrain = 16384;
+
+inline void check_floating(const at::Tensor& x, const char* name) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
+      " must be float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " must be on the CPU, got ", x.device());
+}
+
+inline void check_like(const at::Tensor& value, const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(value.sizes() == x.sizes(), name, " must have shape ", x.sizes(), ", got ",
+                    value.sizes());
+  TORCH_CHECK_TYPE(value.scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(),
+                   ", got ", value.scalar_type());
+  TORCH_CHECK_VALUE(value.device() == x.device(), name, " must be on ", x.device(), ", got ",
+                    value.device());
+}
+
+// The type that statistics and coefficients of `type` tensors are kept in.
+inline at::ScalarType wide_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Channels-last is kept for tensors that have it and only it; everything else is channels-first.
+inline at::MemoryFormat layout_of(const at::Tensor& x) { return x.suggest_memory_format(); }
+
+}  // namespace fastdiff

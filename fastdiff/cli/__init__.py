@@ -1,0 +1,65 @@
+"""The command line: ``fastdiff train | sample | eval | export | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastdiff.cli import doctor, evaluate, export, sample, train
+from fastdiff.cli.common import Formatter, Parser
+from fastdiff.errors import InputError
+
+__all__ = ["main", "parser"]
+
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "eval": evaluate,
+    "export": export,
+    "doctor": doctor,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; each sub-command's module adds its own options."""
+    import fastdiff
+
+    top = Parser(prog="fastdiff", description="Train, sample and measure diffusion models.")
+    top.add_argument("--version", action="version", version=f"fastdiff {fastdiff.__version__}")
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+    for name, module in COMMANDS.items():
+        text = (module.__doc__ or "").split("\n\n", 1)
+        module.add_arguments(
+            commands.add_parser(
+                name,
+                help=text[0].rstrip("."),
+                description="\n\n".join(text),
+                formatter_class=Formatter,
+            )
+        )
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after the program's name; None takes those of this process.
+
+    Returns:
+        The exit code: 0 done, 1 a self-check failed, 2 the input or the machine is at fault (one
+        line on standard error says how), 128 + n after signal n. Bugs keep their traceback.
+    """
+    try:
+        args = parser().parse_args(argv)
+        return COMMANDS[args.command].run(args, argv)
+    except InputError as error:
+        reason = str(error)
+    except OSError as error:  # the machine's own: a full disk, a missing permission
+        reason = str(error)
+    except KeyboardInterrupt:
+        print("fastdiff: interrupted", file=sys.stderr)
+        return 130
+    print(f"fastdiff: error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2

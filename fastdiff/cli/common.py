@@ -1,0 +1,175 @@
+"""What the sub-commands share: parsing, the machine, a sampler, JSON on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fastdiff import samplers
+from fastdiff.backend import NAMES, backend, describe
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"fastdiff: error: {message} (see {self.prog} --help)\n")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, except those that say nothing, and keeps the description's lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        if action.default is True:  # a switch that is on: its --no- form turns it off
+            return f"{action.help} (default: on)"
+        return super()._get_help_string(action)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Integers such as 48,96,128 for argparse; ``none`` is none of them."""
+    return () if text == "none" else tuple(int(part) for part in text.split(","))
+
+
+def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:
+    """--checkpoint."""
+    command.add_argument(
+        "--checkpoint",
+        default="digits",
+        metavar="PATH",
+        help="a checkpoint folder, the folder of a training run (its newest checkpoint), or the "
+        "name of a model shipped with fastdiff",
+    )
+
+
+def add_sampler_arguments(command: argparse.ArgumentParser) -> None:
+    """--sampler, --steps, --eta, --spacing."""
+    command.add_argument("--sampler", choices=samplers.names(), default="ddim", help="the sampler")
+    command.add_argument("--steps", type=int, default=50, help="sampling steps")
+    command.add_argument("--eta", type=float, help="DDIM's share of noise, 0 to 1; 0 if not given")
+    command.add_argument(
+        "--spacing",
+        choices=samplers.SPACINGS,
+        default="leading",
+        help="which timesteps are visited",
+    )
+
+
+def add_seed_argument(command: argparse.ArgumentParser) -> None:
+    """--seed."""
+    command.add_argument("--seed", type=int, default=0, help="of all noise")
+
+
+def add_json_argument(command: argparse.ArgumentParser) -> None:
+    """--json."""
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+
+
+def add_machine_arguments(command: argparse.ArgumentParser) -> None:
+    """--backend, --threads, --device."""
+    command.add_argument(
+        "--backend", choices=NAMES, default="auto", help="of fastdiff's operations"
+    )
+    command.add_argument("--threads", type=positive, help="CPU threads (default: as torch chooses)")
+    command.add_argument("--device", default="cpu", help="where the model runs: cpu or cuda")
+
+
+@contextmanager
+def machine(args: argparse.Namespace) -> Iterator[torch.device]:
+    """Apply --backend and --threads for a block, and give it the device of --device.
+
+    Raises:
+        InputError: a backend or device that this machine cannot use.
+    """
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).split("\n")[0]
+        raise InputError(f"--device {args.device} cannot be used: {text}") from None
+    try:
+        chosen = backend(args.backend)
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
+    threads = torch.get_num_threads()
+    try:
+        with chosen:
+            torch.set_num_threads(args.threads or threads)
+            yield device
+    finally:
+        torch.set_num_threads(threads)
+
+
+def what_runs(device: torch.device) -> dict[str, Any]:
+    """Backend, instruction set and threads of fastdiff's operations on ``device``."""
+    if device.type == "cpu":
+        return describe()
+    return {"backend": "reference", "isa": device.type, "threads": torch.get_num_threads()}
+
+
+def process_seconds() -> float:
+    """Seconds since this process began; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): starttime
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, AttributeError):  # not Linux
+        return 0.0
+
+
+def check_seed(seed: int) -> None:
+    """InputError unless torch takes the seed."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must lie in 0..2**63 - 1, got {seed}")
+
+
+def make_sampler(
+    args: argparse.Namespace, found: Checkpoint, steps: int | None = None
+) -> samplers.Sampler:
+    """The sampler that the arguments describe, for a checkpoint.
+
+    Raises:
+        InputError: steps, eta or spacing that do not fit.
+    """
+    options: dict[str, Any] = {"prediction": found.prediction, "spacing": args.spacing}
+    if args.eta is not None:
+        if args.sampler != "ddim":
+            raise InputError(f"--eta belongs to ddim, not to {args.sampler}")
+        options["eta"] = args.eta
+    try:
+        return samplers.make(args.sampler, found.schedule, steps or args.steps, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def note(text: str) -> None:
+    """A line for the person watching, on standard error."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """The one JSON object on standard output."""
+    print(json.dumps(value, indent=2, allow_nan=False))

@@ -1,0 +1,79 @@
+"""Say what fastdiff runs on here, and check every operation against float64.
+
+The exit code is 1 if an operation fails its check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy
+import torch
+
+import fastdiff
+from fastdiff import checkpoint, selfcheck
+from fastdiff.backend import cpu_missing, describe, extension
+from fastdiff.cli.common import add_json_argument, print_json
+
+NOT_YET = "not part of this version"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of ``fastdiff doctor``."""
+    add_json_argument(command)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Print the facts and the checks, and return the exit code."""
+    facts, records = _facts(), selfcheck.run()
+    passed = all(record.ok for record in records)
+    if args.json:
+        print_json({**facts, "ok": passed, "self_check": [asdict(record) for record in records]})
+    else:
+        _print(facts, records)
+    return 0 if passed else 1
+
+
+def _facts() -> dict[str, Any]:
+    return {
+        "fastdiff": fastdiff.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_compiled_against": None if extension is None else extension.torch_version,
+        "numpy": numpy.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "backends": {  # each with the reason why it cannot run, or None
+            "reference": None,
+            "cpu": cpu_missing,
+            "triton": NOT_YET,
+            "cuda": NOT_YET,
+        },
+        **describe(),
+        "models": list(checkpoint.shipped()),
+    }
+
+
+def _print(facts: dict[str, Any], records: Sequence[selfcheck.Record]) -> None:
+    against = facts["torch_compiled_against"]
+    built = "" if against is None else f" (the extension was compiled against {against})"
+    print("fastdiff {fastdiff}, Python {python}, numpy {numpy}, {platform}".format(**facts))
+    print(f"torch {facts['torch']}{built}")
+    for name, reason in facts["backends"].items():
+        print(f"backend {name:<10} {'runs' if reason is None else f'missing: {reason}'}")
+    print("runs by default    {backend}, {isa}, {threads} threads".format(**facts))
+    print(f"shipped models     {', '.join(facts['models']) or 'none'}")
+    print("self-check against float64:")
+    print(f"  {'operation':<24} {'':<13} {'error':>8} {'allowed':>8} {'time':>9}")
+    for record in records:
+        kind = f"{record.layout} {record.dtype}"
+        error = "-" if record.max_error is None else f"{record.max_error:.1e}"
+        spent = "-" if record.microseconds is None else f"{record.microseconds:.0f} us"
+        verdict = "ok" if record.ok else f"FAILED {record.reason}".rstrip()
+        print(
+            f"  {record.operation:<24} {kind:<13} {error:>8} {record.tolerance:>8.1e} {spent:>9}"
+            f"  {verdict}"
+        )

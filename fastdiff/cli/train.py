@@ -1,0 +1,215 @@
+"""Train a model on images.
+
+The defaults are the recipe of the digits model that comes with fastdiff. Ctrl-C finishes the
+running step and writes a checkpoint; --resume then continues as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff import checkpoint, data, process, schedules
+from fastdiff.cli.common import add_machine_arguments, integers, machine, note, positive
+from fastdiff.errors import CheckpointError, InputError
+from fastdiff.images import check_writable
+from fastdiff.training import LR_SCHEDULES, Trainer, TrainingOptions, make_unet, recorded_options
+
+# What a resumed run may change; everything else is that of its checkpoint.
+CHANGEABLE = frozenset(
+    {
+        "steps", "save_every", "sample_every", "keep", "out", "resume",
+        "backend", "threads", "device",
+    }
+)  # fmt: skip
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of ``fastdiff train``."""
+    defaults = TrainingOptions()
+    switch = argparse.BooleanOptionalAction
+    where = command.add_argument_group("what and where")
+    where.add_argument(
+        "--data", help="digits (scikit-learn's), or a folder of images, one sub-folder a class"
+    )
+    where.add_argument("--out", type=Path, required=True, help="folder of the run")
+    where.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out from its newest checkpoint, with its options",
+    )
+    where.add_argument("--image-size", type=positive, default=16, help="height and width")
+    where.add_argument("--grayscale", action="store_true", help="read a folder's images as grey")
+    where.add_argument("--flip", action="store_true", help="mirror half of a folder's images")
+    where.add_argument("--unconditional", action="store_true", help="do not learn the classes")
+
+    model = command.add_argument_group("model")
+    model.add_argument(
+        "--channels", type=integers, default="64,96,128", help="feature channels of each level"
+    )
+    model.add_argument("--layers-per-block", type=positive, default=2, help="blocks a level")
+    model.add_argument(
+        "--attention", type=integers, default="1,2", help="levels with self-attention, or none"
+    )
+    model.add_argument("--dropout", type=float, default=0.0, help="dropout in every block")
+
+    forward = command.add_argument_group("diffusion")
+    forward.add_argument(
+        "--schedule", choices=tuple(schedules.NAMES), default="cosine", help="noise schedule"
+    )
+    forward.add_argument("--timesteps", type=positive, default=1000, help="T of the schedule")
+    forward.add_argument(
+        "--prediction", choices=process.KINDS, default="v", help="what the model predicts"
+    )
+
+    how = command.add_argument_group("training")
+    how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
+    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images a step")
+    how.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
+    how.add_argument(
+        "--lr-schedule", choices=LR_SCHEDULES, default=defaults.lr_schedule, help="after warm-up"
+    )
+    how.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of warm-up")
+    how.add_argument("--ema", type=float, default=defaults.ema, help="decay of the average")
+    how.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW")
+    how.add_argument(
+        "--grad-clip", type=float, default=defaults.grad_clip, help="gradient norm; 0 for no limit"
+    )
+    how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
+    how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    how.add_argument(
+        "--channels-last", action=switch, default=True, help="channels_last memory format"
+    )
+    how.add_argument(
+        "--save-every", type=int, default=defaults.save_every, help="steps between checkpoints"
+    )
+    how.add_argument(
+        "--sample-every",
+        type=int,
+        default=defaults.sample_every,
+        help="steps between sample grids; 0 for none",
+    )
+    how.add_argument("--keep", type=int, default=defaults.keep, help="newest checkpoints to keep")
+    add_machine_arguments(command)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Train, and return the exit code."""
+    if args.resume:
+        args = _with_recorded(args, argv)
+    elif checkpoint.newest(args.out) is not None:
+        raise InputError(
+            f"{args.out} holds checkpoints of an earlier run; "
+            "continue it with --resume, or choose another --out"
+        )
+    if args.data is None:
+        raise InputError("say what to train on: --data digits or --data FOLDER")
+    options = TrainingOptions(
+        **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
+    )
+    check_writable(args.out / "losses.jsonl")
+    with machine(args) as device:
+        return _train(_trainer(args, options, _images(args), device))
+
+
+def _trainer(
+    args: argparse.Namespace, options: TrainingOptions, images: data.ImageSet, device: torch.device
+) -> Trainer:
+    """A new trainer, or with --resume the one that the newest checkpoint describes."""
+    record = {"arguments": {k: _plain(v) for k, v in vars(args).items() if k != "resume"}}
+    if args.resume:
+        return Trainer.resume(args.out, images, options, device=device, record=record)
+    torch.manual_seed(options.seed)
+    model = make_unet(
+        images.size,
+        images.channels,
+        len(images.classes),
+        widths=args.channels,
+        layers_per_block=args.layers_per_block,
+        attention=args.attention,
+        dropout=args.dropout,
+    )
+    return Trainer(
+        model.to(device),
+        schedules.make(args.schedule, args.timesteps),
+        images,
+        options,
+        prediction=args.prediction,
+        out=args.out,
+        record=record,
+    )
+
+
+def _train(trainer: Trainer) -> int:
+    """Run it with notes for the person watching, and return the exit code."""
+    images, steps = trainer.data, trainer.options.steps
+    count = sum(p.numel() for p in trainer.parameters)
+    classes = f"{len(images.classes)} classes" if images.classes else "unconditional"
+    note(
+        f"{len(images)} images of {images.channels}x{images.size}x{images.size}, {classes}; "
+        f"{count / 1e6:.2f} M parameters; steps {trainer.finished_steps}..{steps}"
+    )
+    ended_by = trainer.run()
+    assert trainer.out is not None
+    folder = checkpoint.step_folder(trainer.out, trainer.finished_steps)
+    if ended_by is None:
+        note(f"done: {folder}")
+        return 0
+    note(f"{ended_by.name}: stopped after step {trainer.finished_steps}; checkpoint {folder}")
+    note(f"continue with: fastdiff train --resume --out {trainer.out}")
+    return 128 + ended_by
+
+
+def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of the run to resume, with those given now on top.
+
+    Raises:
+        InputError: nothing to resume, or an argument given now that a run cannot change.
+    """
+    folder = checkpoint.newest(args.out)
+    if folder is None:
+        raise CheckpointError(f"no checkpoint to resume in {args.out}")
+    facts = checkpoint.read_facts(folder)
+    recorded_options(facts, folder)
+    arguments = facts.get("record", {}).get("arguments")
+    if not isinstance(arguments, dict) or not set(arguments) <= set(vars(args)):
+        raise CheckpointError(f"{folder} was not written by fastdiff train; resume it in Python")
+    recorded = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    given = _given(args, argv)
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != recorded.get(name):
+            raise InputError(
+                f"a resumed run cannot change --{name.replace('_', '-')}: "
+                f"it has {recorded.get(name)}, got {value}"
+            )
+    return argparse.Namespace(**{**vars(args), **recorded, **given})
+
+
+def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The arguments that the command line spells out, without those left at their defaults."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    command = argparse.ArgumentParser()
+    add_arguments(command)
+    unset = object()
+    command.set_defaults(**dict.fromkeys(vars(args), unset))
+    given = vars(command.parse_args(words[1:]))  # without the sub-command's name
+    return {name: value for name, value in given.items() if value is not unset}
+
+
+def _images(args: argparse.Namespace) -> data.ImageSet:
+    if args.data == "digits":
+        if args.flip:
+            raise InputError("--flip does not suit digits: a mirrored digit is none")
+        images = data.digits("train", args.image_size)
+    else:
+        images = data.folder(args.data, args.image_size, grayscale=args.grayscale, flip=args.flip)
+    return images.without_labels() if args.unconditional else images
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,198 @@
+"""How good are generated digits? Class accuracy, Frechet distance, and distance to training data.
+
+Each figure is computed for generated digits and, beside them, for real digits that the model never
+saw, which is what a perfect model would score.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.data import ImageSet, digits
+from fastdiff.errors import InputError, require
+from fastdiff.samplers import Sampler
+
+COMPONENTS = 32  # of the feature space
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures for generated digits; those ending in ``_real`` are for held-out real ones.
+
+    Attributes:
+        accuracy: share that an independent classifier takes for the class asked for.
+        frechet: Frechet distance to the training digits, see :class:`Features`.
+        nearest_train_median: median over images of the Euclidean distance, in pixels of
+            [-1, 1], to the nearest training digit. Copies of training digits would bring it to 0.
+        nearest_train_min: the smallest, over as many generated as held-out digits.
+        samples: generated digits.
+        seconds: time it took to generate them.
+    """
+
+    accuracy: float
+    accuracy_real: float
+    frechet: float
+    frechet_real: float
+    nearest_train_median: float
+    nearest_train_median_real: float
+    nearest_train_min: float
+    nearest_train_min_real: float
+    samples: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures by name."""
+        return asdict(self)
+
+
+class Features:
+    """A fixed linear feature space: whitened principal components of the real training digits.
+
+    Each of the first 32 components (about 97% of the variance) is scaled to variance 1, so that
+    faint strokes and noise count as much as the shape of the figure. There is nothing random in it
+    and the Frechet distance is invariant to the components' signs.
+
+    Args:
+        images: real images, [N, C, S, S], N at least 33.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        flat = _flat(images)
+        if len(flat) <= COMPONENTS:
+            raise ValueError(f"wanted more than {COMPONENTS} images, got {len(flat)}")
+        self.mean = flat.mean(0)
+        values, vectors = np.linalg.eigh(np.cov(flat, rowvar=False))
+        top = slice(-1, -COMPONENTS - 1, -1)
+        self.projection = vectors[:, top] / np.sqrt(values[top])
+        self.explained = float(values[top].sum() / values.sum())
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        """Features float64 [N, 32] of images [N, C, S, S]."""
+        return (_flat(images) - self.mean) @ self.projection
+
+
+def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Squared Frechet distance of the Gaussians fitted to two sets of features.
+
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, eq. 6).
+    The estimate is biased upwards by about 1 / the size of the smaller set, so compare figures
+    only of sets of the same size.
+
+    Args:
+        x: features [N, D], N at least 2.
+        y: features [M, D], M at least 2.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"features must be [N, D] and [M, D], got {x.shape} and {y.shape}")
+    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    cov_x, cov_y = np.atleast_2d(cov_x), np.atleast_2d(cov_y)
+    values, vectors = np.linalg.eigh(cov_x)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    # (C_x C_y)^(1/2) has the eigenvalues of (C_x^(1/2) C_y C_x^(1/2))^(1/2), which is symmetric.
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_y @ root).clip(min=0)).sum()
+    mean_gap = x.mean(0) - y.mean(0)
+    return float(mean_gap @ mean_gap + np.trace(cov_x) + np.trace(cov_y) - 2 * cross)
+
+
+def nearest_distances(images: Tensor, others: Tensor) -> np.ndarray:
+    """Euclidean distance of each image [N, C, S, S] to the nearest of ``others`` [M, C, S, S]."""
+    distances = torch.cdist(
+        torch.from_numpy(_flat(images)),
+        torch.from_numpy(_flat(others)),
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )
+    return distances.amin(1).numpy()
+
+
+def classifier(train: ImageSet) -> Any:
+    """A support vector machine with RBF kernel, fitted on real images; nothing random in it."""
+    assert train.labels is not None
+    machine = require("sklearn.svm").SVC(C=10.0)
+    return machine.fit(_flat(train.images), train.labels.numpy())
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    sampler: Sampler,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Generate digits, as many of each class, and measure them beside the held-out real ones.
+
+    The Frechet distance is the mean over disjoint sets of generated digits, each as large as the
+    held-out set, so that its bias is the same for both; with fewer samples than held-out digits
+    both are cut to the number of samples.
+
+    Args:
+        checkpoint: a class-conditional model of the digits.
+        sampler: steps to take.
+        samples: digits to generate, at least 100.
+        seed: of the noise.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        InputError: another kind of model, too few samples, or scikit-learn is not installed.
+    """
+    if samples < 100:
+        raise InputError(f"samples must be at least 100, got {samples}")
+    if checkpoint.dataset != "digits" or len(checkpoint.classes) != 10:
+        raise InputError(
+            "evaluation knows the digits only: it wants a class-conditional model of them, got one "
+            f"of {checkpoint.dataset or 'unknown data'!r} with {len(checkpoint.classes)} classes"
+        )
+    if checkpoint.image_size < 8:
+        raise InputError(
+            f"evaluation needs digits of 8x8 pixels or more, got {checkpoint.image_size}"
+        )
+    train = digits("train", checkpoint.image_size)
+    test = digits("test", checkpoint.image_size)
+    assert train.labels is not None
+    assert test.labels is not None
+    labels = [i % 10 for i in range(samples)]  # so that any stretch has as many of each class
+    begin = time.perf_counter()
+    drawn = checkpoint.sample(
+        sampler,
+        labels=labels,
+        generator=torch.Generator().manual_seed(seed),
+        progress="generating digits" if progress else False,
+    )
+    seconds = time.perf_counter() - begin
+    if not bool(torch.isfinite(drawn).all()):
+        raise InputError("the model generates images that are not finite")
+    machine, features = classifier(train), Features(train.images)
+    of_train, of_test, of_drawn = (features(x) for x in (train.images, test.images, drawn))
+    size = min(len(test), samples)
+    sets = [of_drawn[i * size : (i + 1) * size] for i in range(samples // size)]
+    near = nearest_distances(drawn, train.images)
+    near_real = nearest_distances(test.images, train.images)
+    return Evaluation(
+        accuracy=float((machine.predict(_flat(drawn)) == np.array(labels)).mean()),
+        accuracy_real=float((machine.predict(_flat(test.images)) == test.labels.numpy()).mean()),
+        frechet=float(np.mean([frechet_distance(part, of_train) for part in sets])),
+        frechet_real=frechet_distance(_spread(of_test, size), of_train),
+        nearest_train_median=float(np.median(near)),
+        nearest_train_median_real=float(np.median(near_real)),
+        nearest_train_min=float(near[:size].min()),
+        nearest_train_min_real=float(_spread(near_real, size).min()),
+        samples=samples,
+        seconds=seconds,
+    )
+
+
+def _flat(images: Tensor) -> np.ndarray:
+    """Images [N, ...] as float64 [N, D]."""
+    return images.detach().cpu().flatten(1).double().numpy()
+
+
+def _spread(values: np.ndarray, size: int) -> np.ndarray:
+    """``size`` of the values, evenly spaced."""
+    return values[np.linspace(0, len(values) - 1, size).round().astype(int)]

@@ -1,0 +1,110 @@
+"""The levels of the U-Net: residual blocks, attention after each where wanted, resampling.
+
+One class a direction covers diffusers' block types, which differ only in their parts. Parts are
+made by the callables ``resnet(in_channels, out_channels)`` and ``attention(channels)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Make = Callable[..., nn.Module]
+
+
+class DownBlock2D(nn.Module):
+    """A level on the way down.
+
+    Args:
+        in_channels: channels that come in.
+        out_channels: channels of the level.
+        layers: residual blocks.
+        resnet: makes a residual block.
+        attention: makes an attention module, or nn.Identity.
+        downsampler: what halves the resolution; None on the last level.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        layers: int,
+        resnet: Make,
+        attention: Make,
+        downsampler: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[out_channels] * (layers - 1)]
+        self.resnets = nn.ModuleList(resnet(width, out_channels) for width in widths)
+        self.attentions = nn.ModuleList(attention(out_channels) for _ in widths)
+        self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
+
+    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The level's output, and everything the way up will want: see ``UpBlock2D``."""
+        skips = []
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x, temb))
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x, temb)
+            skips.append(x)
+        return x, skips
+
+
+class UNetMidBlock2D(nn.Module):
+    """The middle: a residual block, attention, and another residual block."""
+
+    def __init__(self, channels: int, *, resnet: Make, attention: Make) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([attention(channels)])
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]."""
+        x = self.attentions[0](self.resnets[0](x, temb))
+        return self.resnets[1](x, temb)
+
+
+class UpBlock2D(nn.Module):
+    """A level on the way up; each of its residual blocks also reads a tensor kept on the way down.
+
+    Args:
+        in_channels: channels that come in.
+        out_channels: channels of the level.
+        skip_channels: channels of the tensor for each residual block.
+        resnet: makes a residual block.
+        attention: makes an attention module, or nn.Identity.
+        upsampler: what doubles the resolution; None on the last level.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        skip_channels: Sequence[int],
+        *,
+        resnet: Make,
+        attention: Make,
+        upsampler: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[out_channels] * (len(skip_channels) - 1)]
+        self.resnets = nn.ModuleList(
+            resnet(width + skip, out_channels)
+            for width, skip in zip(widths, skip_channels, strict=True)
+        )
+        self.attentions = nn.ModuleList(attention(out_channels) for _ in widths)
+        self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor], temb: Tensor) -> Tensor:
+        """The level's output; ``skips`` in the order they were made, the last is read first."""
+        for resnet, attention, skip in zip(
+            self.resnets, self.attentions, reversed(skips), strict=True
+        ):
+            x = attention(resnet(torch.cat([x, skip], dim=1), temb))
+        for upsampler in self.upsamplers:
+            x = upsampler(x, temb)
+        return x

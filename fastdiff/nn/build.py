@@ -1,0 +1,133 @@
+"""The parts of a U-Net, made from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from torch import nn
+
+from fastdiff.nn.attention import Attention
+from fastdiff.nn.blocks import DownBlock2D, Make, UNetMidBlock2D, UpBlock2D
+from fastdiff.nn.config import UNet2DConfig, block_kind
+from fastdiff.nn.embeddings import FourierProjection, SinusoidalProjection, TimestepEmbedding
+from fastdiff.nn.resample import Downsample2D, Upsample2D
+from fastdiff.nn.resnet import ResnetBlock2D
+
+
+def time_projection(config: UNet2DConfig) -> nn.Module:
+    """Timesteps [N] -> features [N, C], see ``_projected_channels``."""
+    width = config.block_out_channels[0]
+    if config.time_embedding_type == "fourier":
+        return FourierProjection(width)
+    if config.time_embedding_type == "learned":
+        assert config.num_train_timesteps is not None  # UNet2DConfig has checked
+        return nn.Embedding(config.num_train_timesteps, width)
+    return SinusoidalProjection(
+        width, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+    )
+
+
+def time_embedding(config: UNet2DConfig) -> nn.Module:
+    """Features of the timesteps -> embedding [N, D]."""
+    return TimestepEmbedding(_projected_channels(config), config.embedding_channels)
+
+
+def class_embedding(config: UNet2DConfig) -> nn.Module | None:
+    """Class labels, or features of them -> embedding [N, D]; None for an unconditional model."""
+    if config.class_embed_type == "timestep":
+        return TimestepEmbedding(_projected_channels(config), config.embedding_channels)
+    if config.class_embed_type == "identity":
+        return nn.Identity()
+    if config.num_class_embeds is None:
+        return None
+    return nn.Embedding(config.num_class_embeds, config.embedding_channels)
+
+
+def down_blocks(config: UNet2DConfig) -> Iterator[DownBlock2D]:
+    """The levels on the way down, from full resolution on."""
+    resnet, widths = _resnet(config), config.block_out_channels
+    for level, kind in enumerate(map(block_kind, config.down_block_types)):
+        width = widths[level]
+        downsampler: nn.Module | None = None
+        if level + 1 < len(widths):
+            if _resamples_by_resnet(kind, config.downsample_type):
+                downsampler = resnet(width, width, down=True)
+            else:
+                downsampler = Downsample2D(width, config.downsample_padding)
+        yield DownBlock2D(
+            widths[max(level - 1, 0)],
+            width,
+            layers=config.layers_per_block,
+            resnet=resnet,
+            attention=_attention(config) if "Attn" in kind else nn.Identity,
+            downsampler=downsampler,
+        )
+
+
+def mid_block(config: UNet2DConfig) -> UNetMidBlock2D | None:
+    """The middle block, or None for a model without."""
+    if config.mid_block_type is None:
+        return None
+    groups = config.attn_norm_num_groups
+    if groups is None and config.resnet_time_scale_shift == "default":
+        groups = config.norm_num_groups
+    scale = config.mid_block_scale_factor
+    attention = partial(_attention(config), groups=groups, output_scale_factor=scale)
+    return UNetMidBlock2D(
+        config.block_out_channels[-1],
+        resnet=partial(_resnet(config), output_scale_factor=scale),
+        attention=attention if config.add_attention else nn.Identity,
+    )
+
+
+def up_blocks(config: UNet2DConfig) -> Iterator[UpBlock2D]:
+    """The levels on the way up, from the coarsest on."""
+    resnet, widths = _resnet(config), config.block_out_channels[::-1]
+    for level, kind in enumerate(map(block_kind, config.up_block_types)):
+        width, last = widths[level], level + 1 == len(widths)
+        finer = width if last else widths[level + 1]
+        upsampler: nn.Module | None = None
+        if not last:
+            if _resamples_by_resnet(kind, config.upsample_type):
+                upsampler = resnet(width, width, up=True)
+            else:
+                upsampler = Upsample2D(width)
+        yield UpBlock2D(
+            widths[max(level - 1, 0)],
+            width,
+            # On the way down a level kept its blocks' outputs, after what the finer one passed on.
+            [width] * config.layers_per_block + [finer],
+            resnet=resnet,
+            attention=_attention(config) if "Attn" in kind else nn.Identity,
+            upsampler=upsampler,
+        )
+
+
+def _projected_channels(config: UNet2DConfig) -> int:
+    return config.block_out_channels[0] * (2 if config.time_embedding_type == "fourier" else 1)
+
+
+def _resnet(config: UNet2DConfig) -> Make:
+    return partial(
+        ResnetBlock2D,
+        temb_channels=config.embedding_channels,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        dropout=config.dropout,
+        scale_shift=config.resnet_time_scale_shift == "scale_shift",
+    )
+
+
+def _attention(config: UNet2DConfig) -> Make:
+    return partial(
+        Attention,
+        head_dim=config.attention_head_dim,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+    )
+
+
+def _resamples_by_resnet(kind: str, option: str) -> bool:
+    """Whether a level resamples in a residual block: the option is heeded with attention only."""
+    return kind.startswith("Resnet") or ("Attn" in kind and option == "resnet")

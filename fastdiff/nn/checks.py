@@ -1,0 +1,108 @@
+"""Argument checks of the U-Net. Each raises with the value seen and the one wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.nn.config import UNet2DConfig
+
+
+def check_sample(sample: Tensor, config: UNet2DConfig) -> None:
+    """ValueError unless ``sample`` is [N, in_channels, H, W] and H and W can be halved enough."""
+    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
+        raise ValueError(
+            f"sample must be [N, {config.in_channels}, H, W], got {tuple(sample.shape)}"
+        )
+    divisor = 2 ** (len(config.block_out_channels) - 1)
+    height, width = sample.shape[2:]
+    if height < 1 or width < 1 or height % divisor or width % divisor:
+        raise ValueError(
+            f"{len(config.block_out_channels)} levels need height and width divisible by "
+            f"{divisor}, got {height} x {width}"
+        )
+
+
+def as_timesteps(timestep: Tensor | float, device: torch.device, rows: int | None) -> Tensor:
+    """A timestep as a tensor [S] on ``device``.
+
+    Args:
+        timestep: a number, or a tensor of no or one dimension.
+        device: where it is needed.
+        rows: length of a learned embedding, or None.
+
+    Raises:
+        ValueError: more dimensions, or fractions for a learned embedding.
+        IndexError: outside a learned embedding (CPU tensors).
+    """
+    if isinstance(timestep, Tensor):
+        if timestep.ndim > 1:
+            raise ValueError(f"timestep must have shape [] or [N], got {tuple(timestep.shape)}")
+        t = timestep.reshape(-1).to(device)
+    else:
+        dtype = torch.float32 if isinstance(timestep, float) else torch.int64
+        t = torch.full((1,), timestep, dtype=dtype, device=device)
+    if rows is not None:
+        check_indices(t, rows, "timestep")
+    return t
+
+
+def check_conditioning(
+    batch: int,
+    timestep: Tensor | float | None,
+    class_labels: Tensor | None,
+    emb: Tensor | None,
+    config: UNet2DConfig,
+) -> None:
+    """ValueError unless there is a timestep or an embedding, fit for a batch of this size."""
+    if isinstance(timestep, Tensor) and timestep.numel() not in (1, batch):
+        raise ValueError(
+            f"timestep must have 1 element or {batch}, one an image, got {tuple(timestep.shape)}"
+        )
+    if emb is None:
+        if timestep is None:
+            raise ValueError("timestep must be given, or emb in its place, got None")
+        return
+    channels = config.embedding_channels
+    if emb.ndim != 2 or emb.shape[0] not in (1, batch) or emb.shape[1] != channels:
+        raise ValueError(
+            f"emb must have shape ({batch}, {channels}) or (1, {channels}), got {tuple(emb.shape)}"
+        )
+    if class_labels is not None:
+        raise ValueError("class_labels must be None beside emb, which has them in it already")
+    if timestep is None and config.time_embedding_type == "fourier":
+        raise ValueError("a fourier model divides its output by timestep: give it beside emb")
+
+
+def check_class_labels(labels: Tensor | None, batch: int, config: UNet2DConfig) -> None:
+    """ValueError or IndexError unless the labels are what the model wants."""
+    kind, count = config.class_embed_type, config.num_class_embeds
+    if kind is None and count is None:
+        if labels is not None:
+            raise ValueError(
+                f"the model is unconditional: class_labels must be None, "
+                f"got shape {tuple(labels.shape)}"
+            )
+        return
+    if labels is None:
+        raise ValueError("the model is class-conditional: it needs class_labels, got None")
+    shape = (batch, config.embedding_channels) if kind == "identity" else (batch,)
+    if labels.shape != shape:
+        raise ValueError(f"class_labels must have shape {shape}, got {tuple(labels.shape)}")
+    if kind == "identity" and not labels.dtype.is_floating_point:
+        raise ValueError(f"class_labels must be embeddings, floating point, got {labels.dtype}")
+    if kind is None and count is not None:
+        check_indices(labels, count, "class_labels")
+
+
+def check_indices(value: Tensor, count: int, name: str) -> None:
+    """ValueError or IndexError unless ``value`` is int64 or int32 in 0..count-1.
+
+    Values are checked for CPU tensors only: looking at a GPU's would wait for it.
+    """
+    if value.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must be int64, got {value.dtype}")
+    if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
+        low, high = (int(edge) for edge in value.aminmax())
+        if low < 0 or high >= count:
+            raise IndexError(f"{name} must lie in 0..{count - 1}, got values from {low} to {high}")

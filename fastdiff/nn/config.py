@@ -1,0 +1,227 @@
+"""The U-Net's configuration: diffusers' names and defaults, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+DIFFUSERS_VERSION = "0.42.0"  # whose format is read and written
+CLASS_NAME = "UNet2DModel"
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "time_embedding_type": ("positional", "fourier", "learned"),
+    "mid_block_type": ("UNetMidBlock2D", None),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": (None, "timestep", "identity"),
+}
+_POSITIVE = (
+    "sample_size", "in_channels", "out_channels", "time_embedding_dim", "block_out_channels",
+    "layers_per_block", "mid_block_scale_factor", "attention_head_dim", "norm_num_groups",
+    "attn_norm_num_groups", "norm_eps", "num_class_embeds", "num_train_timesteps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UNet2DConfig:
+    """What a :class:`~fastdiff.nn.UNet2DModel` is built from; names as in diffusers 0.42.
+
+    Attributes:
+        sample_size: height and width of the images; for information, any fitting size runs.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        center_input_sample: map the input from [0, 1] to [-1, 1] first.
+        time_embedding_type: positional (sinusoidal), fourier (random features of log t; the output
+            is then divided by t) or learned (a table of num_train_timesteps rows).
+        time_embedding_dim: length D of the embedding; None is 4 * block_out_channels[0].
+        freq_shift: of the sinusoidal embedding.
+        flip_sin_to_cos: of the sinusoidal embedding.
+        down_block_types: kind of each level on the way down, from full resolution on.
+        mid_block_type: UNetMidBlock2D, or None to go without.
+        up_block_types: kind of each level on the way up, from the coarsest on.
+        block_out_channels: channels of each level.
+        layers_per_block: residual blocks a level on the way down; there is one more on the way up.
+        mid_block_scale_factor: what the middle block's residual sums are divided by.
+        downsample_padding: 1, or 0 to pad the right and bottom only.
+        downsample_type: conv or resnet, for AttnDownBlock2D.
+        upsample_type: conv or resnet, for AttnUpBlock2D.
+        dropout: probability in every residual block.
+        act_fn: silu, also called swish.
+        attention_head_dim: channels of a head; None makes one head of all.
+        norm_num_groups: groups of every GroupNorm.
+        attn_norm_num_groups: groups of the norm before the middle block's attention; None is
+            norm_num_groups, or no such norm with scale_shift.
+        norm_eps: of every GroupNorm.
+        resnet_time_scale_shift: default adds the time embedding, scale_shift modulates with it.
+        add_attention: whether the middle block has attention.
+        class_embed_type: None (a table of num_class_embeds rows, if set), timestep (labels are
+            embedded as timesteps are) or identity (labels are embeddings already).
+        num_class_embeds: number of classes; None for an unconditional model.
+        num_train_timesteps: rows of a learned time embedding.
+
+    Raises:
+        ValueError: a value of another type, out of range or not supported, or values that do not
+            fit together.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: float = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = (*["AttnUpBlock2D"] * 3, "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            value = getattr(self, name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            if not _fits(value, hint):
+                wanted = hint.__name__ if isinstance(hint, type) else hint
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and not 0 < number < math.inf:
+                    raise ValueError(f"{name} must be positive, got {value!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        self._check_levels()
+        self._check_embedding()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNet2DConfig:
+        """From the contents of a config.json; keys that begin with _ are not the model's.
+
+        Raises:
+            ValueError: unknown keys, or see the class.
+        """
+        options = {key: value for key, value in values.items() if not key.startswith("_")}
+        unknown = sorted(set(options) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"{CLASS_NAME} has no option {', '.join(unknown)}")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a config.json that diffusers reads as well."""
+        return {
+            "_class_name": CLASS_NAME,
+            "_diffusers_version": DIFFUSERS_VERSION,
+            **asdict(self),
+        }
+
+    @property
+    def embedding_channels(self) -> int:
+        """Length D of the time embedding."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    def _check_levels(self) -> None:
+        levels = len(self.block_out_channels)
+        for name, kinds in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            value = getattr(self, name)
+            if len(value) != levels or not levels:
+                raise ValueError(
+                    f"{name} must name one block for each of the {levels} block_out_channels, "
+                    f"got {len(value)}"
+                )
+            for kind in value:
+                _check_choice(name, block_kind(kind), kinds)
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups must divide every one of block_out_channels, "
+                    f"got {self.norm_num_groups} groups for {width} channels"
+                )
+        if self.block_out_channels[-1] % (self.attn_norm_num_groups or 1):
+            raise ValueError(
+                f"attn_norm_num_groups must divide the last of block_out_channels, "
+                f"got {self.attn_norm_num_groups} groups for {self.block_out_channels[-1]} channels"
+            )
+        narrowest = min(self._attention_widths(), default=math.inf)
+        if (self.attention_head_dim or 1) > narrowest:
+            raise ValueError(
+                f"attention_head_dim must not exceed the channels of a level with attention, "
+                f"got {self.attention_head_dim} for {narrowest} channels"
+            )
+
+    def _attention_widths(self) -> list[int]:
+        widths = self.block_out_channels
+        kinds = (*self.down_block_types, *self.up_block_types)
+        pairs = zip(kinds, (*widths, *widths[::-1]), strict=True)
+        middle = [widths[-1]] if self.mid_block_type and self.add_attention else []
+        return [width for kind, width in pairs if "Attn" in kind] + middle
+
+    def _check_embedding(self) -> None:
+        width = self.block_out_channels[0]
+        if self.time_embedding_type == "positional" and width // 2 <= self.freq_shift:
+            raise ValueError(
+                f"freq_shift must be below half of block_out_channels[0], {width // 2}, "
+                f"got {self.freq_shift}"
+            )
+        if self.time_embedding_type == "learned" and self.num_train_timesteps is None:
+            raise ValueError("time_embedding_type 'learned' needs num_train_timesteps, got None")
+
+
+def block_kind(name: str) -> str:
+    """A block type without the prefix of diffusers' first releases (UNetResDownBlock2D)."""
+    return name.removeprefix("UNetRes")
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(UNet2DConfig)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has an annotated type; an int may stand for a float, a bool for nothing."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        items = get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if items[-1] is Ellipsis:
+            return all(_fits(item, items[0]) for item in value)
+        return len(value) == len(items) and all(map(_fits, value, items))
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        wanted = ", ".join(map(repr, choices))
+        raise ValueError(f"unsupported {name} {value!r}, supported are {wanted}")

@@ -1,0 +1,44 @@
+"""Between the levels of a U-Net: half or twice the resolution, with a convolution.
+
+Both take a time embedding that they do not use, so that a residual block can stand in their place.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Downsample2D(nn.Module):
+    """A 3x3 convolution with stride 2.
+
+    Args:
+        channels: C, in and out.
+        padding: 1 pads every side by one, 0 only the right and the bottom (as DDPM does).
+    """
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H / 2, W / 2], H and W even."""
+        if self.conv.padding == (0, 0):
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour upsampling, then a 3x3 convolution.
+
+    Args:
+        channels: C, in and out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2 H, 2 W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

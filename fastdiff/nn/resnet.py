@@ -1,0 +1,78 @@
+"""The residual block of the U-Net."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastdiff.nn.norm import GroupNormSiLU
+
+
+class ResnetBlock2D(nn.Module):
+    """Two normalised, activated 3x3 convolutions around the time embedding, and a shortcut.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        temb_channels: D, length of the time embedding.
+        groups: groups of both norms.
+        eps: of both norms.
+        dropout: probability, before the second convolution.
+        scale_shift: the embedding scales and shifts the second norm's output (ADM,
+            arXiv:2105.05233, eq. 3); otherwise it is added to that norm's input (DDPM).
+        output_scale_factor: what the sum is divided by.
+        up: double the resolution, nearest neighbour.
+        down: halve it, by averaging.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb_channels: int,
+        groups: int,
+        eps: float,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        output_scale_factor: float = 1.0,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.output_scale_factor = output_scale_factor
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if scale_shift else 1))
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.resample: nn.Module = nn.Identity()
+        if up:
+            self.resample = nn.Upsample(scale_factor=2.0, mode="nearest")
+        elif down:
+            self.resample = nn.AvgPool2d(2)
+        self.conv_shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Apply the block.
+
+        Args:
+            x: [N, C_in, H, W].
+            temb: the time embedding after its SiLU, [N, D], or [1, D] for the whole batch.
+
+        Returns:
+            [N, C_out, H', W'], where H' is H, 2 H (up) or H / 2 (down).
+        """
+        h = self.conv1(self.resample(self.norm1(x)))
+        emb = self.time_emb_proj(temb).expand(x.shape[0], -1)  # [N, C_out or 2 C_out]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, add=emb)
+        h = self.conv2(self.dropout(h))
+        out = self.conv_shortcut(self.resample(x)) + h
+        return out if self.output_scale_factor == 1 else out / self.output_scale_factor

@@ -1,0 +1,224 @@
+"""The U-Net of DDPM and its descendants, with the configs and weights of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff.nn import build, pretrained
+from fastdiff.nn.checks import (
+    as_timesteps,
+    check_class_labels,
+    check_conditioning,
+    check_sample,
+)
+from fastdiff.nn.config import UNet2DConfig
+from fastdiff.nn.norm import GroupNormSiLU
+
+
+class UNet2DModel(nn.Module):
+    """Predicts noise, or what else a diffusion model is trained on, from images and timesteps.
+
+    The architecture is that of DDPM (Ho et al. 2020, arXiv:2006.11239) with the options of
+    diffusers' class of the same name: both read each other's checkpoints, and their outputs agree.
+
+    Args:
+        **options: see :class:`UNet2DConfig`.
+
+    Attributes:
+        config: the options, a frozen :class:`UNet2DConfig`.
+
+    Raises:
+        ValueError: an unknown option, or a value that is not supported.
+
+    Example:
+        >>> model = fastdiff.nn.UNet2DModel(
+        ...     in_channels=1,
+        ...     out_channels=1,
+        ...     block_out_channels=(32, 64),
+        ...     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        ...     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ... )
+        >>> model(torch.randn(4, 1, 28, 28), 10).shape
+        torch.Size([4, 1, 28, 28])
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.config = config = UNet2DConfig.from_dict(options)
+        width = config.block_out_channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.time_proj = build.time_projection(config)
+        self.time_embedding = build.time_embedding(config)
+        self.class_embedding = build.class_embedding(config)
+        self.down_blocks = nn.ModuleList(build.down_blocks(config))
+        self.mid_block = build.mid_block(config)
+        self.up_blocks = nn.ModuleList(build.up_blocks(config))
+        self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, width, config.norm_eps)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self._checkpointing = False
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> UNet2DModel:
+        """Read a model that this class or diffusers has saved, in eval mode.
+
+        Args:
+            folder: with config.json and diffusion_pytorch_model.safetensors. Nothing is
+                downloaded, and nothing unpickled.
+
+        Returns:
+            The model on the CPU, its parameters in torch's default dtype whatever the file's.
+
+        Raises:
+            FileNotFoundError: the folder or one of the files is missing.
+            ValueError: the config is not supported, or the weights do not fit it.
+            SafetensorError: the file of weights is damaged.
+        """
+        folder = Path(folder)
+        config = pretrained.read_config(folder)
+        tensors = pretrained.read_weights(folder)
+        with torch.device("meta"):  # no random numbers for weights that are replaced at once
+            model = cls(**config.to_dict())
+        pretrained.check_names_and_shapes(tensors, model.state_dict())
+        model.to_empty(device="cpu").load_state_dict(tensors)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and diffusion_pytorch_model.safetensors, as diffusers does.
+
+        Args:
+            folder: is made if need be; files of these names in it are replaced.
+        """
+        pretrained.write(Path(folder), self.config, self.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return self.conv_in.weight.dtype
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only what passes between blocks for the backward pass; compute the rest again."""
+        self._checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep every activation for the backward pass (the default)."""
+        self._checkpointing = False
+
+    def embed_time(self, timesteps: Tensor | float) -> Tensor:
+        """The embedding of timesteps, before its activation.
+
+        Args:
+            timesteps: [S], int64 or floating point, or a single number.
+
+        Returns:
+            [S, D], in the model's dtype.
+
+        Raises:
+            ValueError: wrong shape, or fractions for a learned embedding.
+            IndexError: a timestep outside a learned embedding (CPU tensors).
+        """
+        return self.time_embedding(self._project(self._timesteps(timesteps)))
+
+    def embed_class(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
+        """The embedding of class labels, to be added to that of the timesteps.
+
+        Args:
+            class_labels: int64 [N]; numbers [N] where class_embed_type is timestep; embeddings
+                [N, D] where it is identity; None for an unconditional model.
+            batch: N.
+
+        Returns:
+            [N, D], in the model's dtype; None for an unconditional model.
+
+        Raises:
+            ValueError: labels that are missing, not wanted, or of a wrong shape or dtype.
+            IndexError: a label outside 0..num_class_embeds-1 (CPU tensors).
+        """
+        check_class_labels(class_labels, batch, self.config)
+        if self.class_embedding is None or class_labels is None:
+            return None
+        if self.config.class_embed_type == "timestep":
+            class_labels = self._project(self._timesteps(class_labels))
+        return self.class_embedding(class_labels).to(self.dtype)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | None = None,
+        class_labels: Tensor | None = None,
+        *,
+        emb: Tensor | None = None,
+    ) -> Tensor:
+        """Predict from noisy images.
+
+        Args:
+            sample: [N, in_channels, H, W]; H and W divisible by 2 ** (number of levels - 1).
+            timestep: a number, or a tensor [N], or [1] or [] for the whole batch. (diffusers drops
+                the fraction of a Python float; here it counts.)
+            class_labels: see :meth:`embed_class`.
+            emb: in place of both, the sum of :meth:`embed_time` and :meth:`embed_class`, [N, D] or
+                [1, D], so that a loop need not compute it. A timestep beside it has one use: a
+                model with fourier embeddings divides its output by it.
+
+        Returns:
+            [N, out_channels, H, W].
+
+        Raises:
+            ValueError: shapes do not fit the model, or the arguments do not fit together.
+            IndexError: a label or a timestep outside its table (CPU tensors).
+        """
+        check_sample(sample, self.config)
+        temb = F.silu(self._embedding(sample.shape[0], timestep, class_labels, emb))
+        x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
+        skips = [x]
+        for block in self.down_blocks:
+            x, kept = self._run(block, x, temb)
+            skips += kept
+        if self.mid_block is not None:
+            x = self._run(self.mid_block, x, temb)
+        count = self.config.layers_per_block + 1
+        for block in self.up_blocks:
+            x = self._run(block, x, skips[-count:], temb)
+            del skips[-count:]
+        out = self.conv_out(self.conv_norm_out(x))
+        if self.config.time_embedding_type == "fourier" and timestep is not None:
+            out = (out / self._timesteps(timestep).view(-1, 1, 1, 1)).to(out.dtype)
+        return out
+
+    def _embedding(
+        self,
+        batch: int,
+        timestep: Tensor | float | None,
+        class_labels: Tensor | None,
+        emb: Tensor | None,
+    ) -> Tensor:
+        """The embedding, [N, D] or [1, D], from the arguments of ``forward``."""
+        check_conditioning(batch, timestep, class_labels, emb, self.config)
+        if emb is not None:
+            return emb
+        assert timestep is not None
+        emb, per_class = self.embed_time(timestep), self.embed_class(class_labels, batch)
+        return emb if per_class is None else emb + per_class
+
+    def _timesteps(self, timestep: Tensor | float) -> Tensor:
+        learned = self.config.time_embedding_type == "learned"
+        rows = self.config.num_train_timesteps if learned else None
+        return as_timesteps(timestep, self.device, rows)
+
+    def _project(self, t: Tensor) -> Tensor:
+        return self.time_proj(t).to(self.dtype)
+
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        if self._checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)

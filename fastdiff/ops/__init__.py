@@ -1,0 +1,11 @@
+"""The fused operations. Each checks its arguments, then runs on the backend that is set."""
+
+from __future__ import annotations
+
+from fastdiff.ops.add_time_embedding import add_time_embedding
+from fastdiff.ops.checks import check_timesteps
+from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.q_sample import q_sample
+from fastdiff.ops.sampler_step import sampler_step
+
+__all__ = ["add_time_embedding", "check_timesteps", "group_norm_silu", "q_sample", "sampler_step"]

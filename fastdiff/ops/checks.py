@@ -1,0 +1,68 @@
+"""Argument checks that the operations share. Each raises with the value seen and the one wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_floating(x: Tensor, name: str) -> None:
+    """TypeError unless ``x`` is floating point and dense."""
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    _check_dense(x, name)
+
+
+def check_like(value: Tensor, x: Tensor, name: str, like: str) -> None:
+    """ValueError or TypeError unless ``value`` has the shape, dtype and device of ``x``."""
+    if value.shape != x.shape:
+        raise ValueError(
+            f"{name} must have the shape of {like}, {tuple(x.shape)}, got {tuple(value.shape)}"
+        )
+    check_same_kind(value, x, name, like)
+
+
+def check_same_kind(value: Tensor, x: Tensor, name: str, like: str) -> None:
+    """ValueError or TypeError unless ``value`` is dense, with the dtype and device of ``x``."""
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of {like}, {x.dtype}, got {value.dtype}")
+    check_device(value, x, name, like)
+
+
+def check_device(value: Tensor, x: Tensor, name: str, like: str) -> None:
+    """ValueError unless ``value`` is on the device of ``x``; TypeError unless it is dense."""
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of {like}, {x.device}, got {value.device}")
+    _check_dense(value, name)
+
+
+def _check_dense(x: Tensor, name: str) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+
+
+def check_timestep_kind(t: Tensor, x: Tensor) -> None:
+    """Raise unless t is int64 [N] for x [N, ...], on its device."""
+    if t.dtype != torch.int64:
+        raise TypeError(f"t must be int64, got {t.dtype}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(
+            f"t must have shape ({x.shape[0] if x.ndim else 1},), one timestep an image, "
+            f"got {tuple(t.shape)}"
+        )
+    check_device(t, x, "t", "x")
+
+
+def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int) -> None:
+    """Raise unless t is int64 [N] for x [N, ...] with values in 0..num_timesteps-1.
+
+    Values are checked for CPU tensors only: looking at a GPU's would wait for it.
+    """
+    check_timestep_kind(t, x)
+    if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in t.aminmax())
+        if low < 0 or high >= num_timesteps:
+            raise IndexError(
+                f"t must lie in 0..{num_timesteps - 1} (the schedule's steps), "
+                f"got values from {low} to {high}"
+            )

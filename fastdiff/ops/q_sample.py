@@ -1,0 +1,91 @@
+"""x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise: one draw of the forward process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff import reference
+from fastdiff.backend import kernel_runs
+from fastdiff.ops.checks import (
+    check_device,
+    check_floating,
+    check_like,
+    check_timestep_kind,
+    check_timesteps,
+)
+
+torch.library.define(
+    "fastdiff::q_sample",
+    "(Tensor x0, Tensor t, Tensor noise, Tensor sqrt_alphas_cumprod, "
+    "Tensor sqrt_one_minus_alphas_cumprod) -> Tensor",
+)
+
+
+def q_sample(
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+) -> Tensor:
+    """Noise images to their timesteps (Ho et al. 2020, arXiv:2006.11239, eq. 4).
+
+    Args:
+        x0: clean images [N, ...], floating point, any memory format.
+        t: timesteps [N], int64, in 0..T-1.
+        noise: like x0.
+        sqrt_alphas_cumprod: sqrt(abar) [T], float32 (float64 for float64 images).
+        sqrt_one_minus_alphas_cumprod: sqrt(1 - abar) [T], likewise.
+
+    Returns:
+        x_t in x0's dtype and memory format; products and sum are taken in the tables' dtype.
+
+    Raises:
+        TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not fit.
+        IndexError: a timestep outside 0..T-1 (CPU tensors).
+    """
+    check_floating(x0, "x0")
+    check_like(noise, x0, "noise", "x0")
+    wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    for name, table in (
+        ("sqrt_alphas_cumprod", sqrt_alphas_cumprod),
+        ("sqrt_one_minus_alphas_cumprod", sqrt_one_minus_alphas_cumprod),
+    ):
+        if table.ndim != 1 or table.shape != sqrt_alphas_cumprod.shape:
+            raise ValueError(f"{name} must have shape [T], got {tuple(table.shape)}")
+        if table.dtype != wide:
+            raise TypeError(f"{name} must be {wide} for {x0.dtype} images, got {table.dtype}")
+        check_device(table, x0, name, "x0")
+    check_timestep_kind(t, x0)
+    if not kernel_runs(x0):  # the kernel checks the values itself
+        check_timesteps(t, x0, sqrt_alphas_cumprod.numel())
+        return reference.q_sample(x0, t, noise, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+    return torch.ops.fastdiff.q_sample.default(
+        x0, t, noise, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
+    )
+
+
+@torch.library.register_fake("fastdiff::q_sample")
+def _fake(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    return torch.empty_like(x0)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, t, _, signal, sigma = inputs
+    ctx.save_for_backward(t, signal, sigma)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    t, signal, sigma = ctx.saved_tensors
+    shape = (-1, *[1] * (grad.ndim - 1))
+    dx0 = dnoise = None
+    if ctx.needs_input_grad[0]:
+        dx0 = (grad * signal[t].view(shape)).to(grad.dtype)
+    if ctx.needs_input_grad[2]:
+        dnoise = (grad * sigma[t].view(shape)).to(grad.dtype)
+    return dx0, None, dnoise, None, None
+
+
+torch.library.register_autograd("fastdiff::q_sample", _backward, setup_context=_setup_context)

@@ -1,0 +1,202 @@
+"""The forward process, its posterior, and the parametrisations of a network's prediction.
+
+Everything broadcasts a timestep ``t``, int64 of shape [N], against images of shape [N, ...], works
+in float32 (float64 for float64 images) and returns images in the dtype they came in. A timestep
+outside 0..T-1 is an IndexError, a wrong dtype a TypeError, a wrong shape a ValueError.
+A network may predict any of ``KINDS``; all are linear in (x_0, eps) given x_t:
+
+    eps    the noise                       x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps
+    x0     the clean image
+    v      sqrt(abar) eps - sqrt(1 - abar) x_0     (Salimans & Ho 2022, arXiv:2202.00512)
+    score  grad log q(x_t | x_0) = -eps / sqrt(1 - abar)   (Song et al. 2021, arXiv:2011.13456)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.ops.checks import check_floating, check_timesteps
+from fastdiff.schedules import NoiseSchedule
+
+KINDS = ("eps", "x0", "v", "score")
+
+
+def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Draw x_t ~ q(x_t | x_0) with the given noise (DDPM eq. 4).
+
+    Args:
+        schedule: the noise schedule, T steps.
+        x0: clean images, [N, ...], floating point.
+        t: timesteps, int64 [N], in 0..T-1.
+        noise: standard normal noise, like ``x0``.
+
+    Returns:
+        x_t, with the shape, dtype and memory format of ``x0``.
+    """
+    return ops.q_sample(x0, t, noise, *schedule.coefficients(x0.device, _wide(x0)))
+
+
+def q_transition(schedule: NoiseSchedule, x_prev: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [N, ...] and variance [N, 1, ...] of q(x_t | x_{t-1}) (DDPM eq. 2)."""
+    mean = _at(schedule.alphas.sqrt(), t, x_prev) * x_prev
+    return mean.to(x_prev.dtype), _at(schedule.betas, t, x_prev)
+
+
+def q_marginal(schedule: NoiseSchedule, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [N, ...] and variance [N, 1, ...] of q(x_t | x_0) (DDPM eq. 4)."""
+    mean = _at(schedule.sqrt_alphas_cumprod, t, x0) * x0
+    return mean.to(x0.dtype), _at(1 - schedule.alphas_cumprod, t, x0)
+
+
+def q_posterior(
+    schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [N, ...], variance and clipped log-variance [N, 1, ...] of q(x_{t-1} | x_t, x_0).
+
+    DDPM eq. 6 and 7; the log-variance at t = 0 is that at t = 1, since the variance there is 0.
+    """
+    _same_shape(x0, x_t, "x0")
+    mean = (
+        _at(schedule.posterior_mean_coef_x0, t, x_t) * x0
+        + _at(schedule.posterior_mean_coef_xt, t, x_t) * x_t
+    )
+    return (
+        mean.to(x_t.dtype),
+        _at(schedule.posterior_variance, t, x_t),
+        _at(schedule.posterior_log_variance_clipped, t, x_t),
+    )
+
+
+def velocity(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512)."""
+    _same_shape(noise, x0, "noise")
+    signal, sigma = (_at(table, t, x0) for table in schedule.coefficients(x0.device, _wide(x0)))
+    return (signal * noise - sigma * x0).to(x0.dtype)
+
+
+def target(
+    schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor, kind: str = "eps"
+) -> Tensor:
+    """What a network with predictions of ``kind`` is trained on, shape and dtype of ``x0``."""
+    check_kind(kind)
+    if kind == "eps":
+        return noise
+    if kind == "x0":
+        return x0
+    if kind == "v":
+        return velocity(schedule, x0, t, noise)
+    return (-noise / _at(schedule.sqrt_one_minus_alphas_cumprod, t, x0)).to(x0.dtype)
+
+
+def conversion(schedule: NoiseSchedule, kind: str, wanted: str) -> tuple[Tensor, Tensor]:
+    """Coefficients a, b of wanted_t = a_t x_t + b_t prediction_t, float64 [T].
+
+    Args:
+        schedule: the noise schedule, T steps.
+        kind: what the prediction is.
+        wanted: what to make of it. Where abar is 0, the coefficients of x0 and v from eps or
+            score are not finite.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    check_kind(kind)
+    check_kind(wanted)
+    signal, sigma = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    zero, one = torch.zeros_like(signal), torch.ones_like(signal)
+    if kind == wanted:
+        return zero, one
+    # x_0 and eps, each by its coefficients of x_t and of the prediction.
+    x0, eps = {
+        "eps": ((1 / signal, -sigma / signal), (zero, one)),
+        "x0": ((zero, one), (1 / sigma, -signal / sigma)),
+        "v": ((signal, -sigma), (sigma, signal)),
+        "score": ((1 / signal, sigma**2 / signal), (zero, -sigma)),
+    }[kind]
+    if wanted == "x0":
+        return x0
+    if wanted == "eps":
+        return eps
+    if wanted == "v":
+        return signal * eps[0] - sigma * x0[0], signal * eps[1] - sigma * x0[1]
+    return -eps[0] / sigma, -eps[1] / sigma
+
+
+def to_x0(
+    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+) -> Tensor:
+    """The clean image that a prediction of ``kind`` implies, shape and dtype of ``x_t``.
+
+    Raises:
+        ValueError: unknown kind, or eps or score at a timestep with zero signal.
+    """
+    return _convert(schedule, x_t, t, prediction, kind, "x0")
+
+
+def to_eps(
+    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+) -> Tensor:
+    """The noise that a prediction of ``kind`` implies, shape and dtype of ``x_t``."""
+    return _convert(schedule, x_t, t, prediction, kind, "eps")
+
+
+def to_v(
+    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+) -> Tensor:
+    """The velocity that a prediction of ``kind`` implies, shape and dtype of ``x_t``.
+
+    Raises:
+        ValueError: unknown kind, or eps or score at a timestep with zero signal.
+    """
+    return _convert(schedule, x_t, t, prediction, kind, "v")
+
+
+def to_score(
+    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+) -> Tensor:
+    """The score grad log q(x_t | x_0) that a prediction implies, shape and dtype of ``x_t``."""
+    return _convert(schedule, x_t, t, prediction, kind, "score")
+
+
+def check_kind(kind: str) -> None:
+    """Raise ValueError unless ``kind`` is one of :data:`KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown prediction kind {kind!r}, wanted one of {', '.join(KINDS)}")
+
+
+def _convert(
+    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str, wanted: str
+) -> Tensor:
+    _same_shape(prediction, x_t, "prediction")
+    a, b = (_at(factor, t, x_t) for factor in conversion(schedule, kind, wanted))
+    if kind == wanted:
+        return prediction
+    if (
+        kind in ("eps", "score")
+        and wanted in ("x0", "v")
+        and schedule.has_zero_terminal_snr
+        and bool((t == schedule.num_timesteps - 1).any())
+    ):
+        raise ValueError(
+            f"a prediction of {kind} says nothing of x0 at zero signal-to-noise ratio "
+            f"(t = {schedule.num_timesteps - 1}); predict x0 or v instead"
+        )
+    return (a * x_t + b * prediction).to(x_t.dtype)
+
+
+def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """table[t] as [N, 1, ...] beside x, in float32 at least (narrow types promote when used)."""
+    check_floating(x, "images")
+    check_timesteps(t, x, table.numel())
+    return table.to(x.device, _wide(x))[t].view(-1, *[1] * (x.ndim - 1))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _same_shape(value: Tensor, x: Tensor, name: str) -> None:
+    if value.shape != x.shape:
+        raise ValueError(f"{name} must have shape {tuple(x.shape)}, got {tuple(value.shape)}")

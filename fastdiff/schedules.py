@@ -1,0 +1,228 @@
+"""Noise schedules of discrete-time diffusion: the betas and everything that follows from them.
+
+The forward process is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) for t = 0..T-1
+(Ho et al. 2020, arXiv:2006.11239, eq. 2; t counts from 0 here). All tables are float64 on the CPU:
+single precision already loses three digits of the posterior variance at small t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NoiseSchedule:
+    """Betas and the coefficients derived from them, float64 tensors of shape [T].
+
+    Args:
+        betas: forward variances beta_t, shape [T], each in (0, 1]; before the last step they must
+            leave some signal, abar_t > 0.
+        name: the schedule's name in :data:`NAMES`, when it has one.
+        options: the arguments it was made with, so that a checkpoint can record them.
+
+    Raises:
+        ValueError: the betas are not such a vector.
+    """
+
+    def __init__(
+        self, betas: Tensor, *, name: str = "custom", options: dict[str, Any] | None = None
+    ) -> None:
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or betas.numel() == 0:
+            raise ValueError(f"betas must have shape [T] with T >= 1, got {tuple(betas.shape)}")
+        if not bool(((1 - betas < 1) & (betas <= 1)).all()):
+            raise ValueError(
+                "betas must lie in (0, 1], more than 1e-16, "
+                f"got values from {betas.min().item():g} to {betas.max().item():g}"
+            )
+        self.betas = betas
+        gone = int((self.alphas_cumprod == 0).sum())
+        if gone > 1:
+            raise ValueError(
+                "only the last step may have no signal at all (abar = 0), "
+                f"but here it is gone from step {self.num_timesteps - gone} of {self.num_timesteps}"
+            )
+        self.name = name
+        self.options = dict(options or {})
+
+    def __repr__(self) -> str:
+        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
+        return f"NoiseSchedule({self.name!r}, num_timesteps={self.num_timesteps}{options})"
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of forward steps."""
+        return self.betas.numel()
+
+    @cached_property
+    def alphas(self) -> Tensor:
+        """alpha_t = 1 - beta_t."""
+        return 1 - self.betas
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """abar_t, the product of alpha_0..alpha_t: signal power of q(x_t | x_0)."""
+        return self.alphas.cumprod(0)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> Tensor:
+        """abar_{t-1}, with abar_{-1} = 1."""
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+
+    @cached_property
+    def sqrt_alphas_cumprod(self) -> Tensor:
+        """sqrt(abar_t), the coefficient of x_0 in x_t."""
+        return self.alphas_cumprod.sqrt()
+
+    @cached_property
+    def sqrt_one_minus_alphas_cumprod(self) -> Tensor:
+        """sqrt(1 - abar_t), the coefficient of the noise in x_t."""
+        return (1 - self.alphas_cumprod).sqrt()
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021, arXiv:2107.00630)."""
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """beta_tilde_t, variance of q(x_{t-1} | x_t, x_0) (DDPM eq. 7); 0 at t = 0."""
+        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> Tensor:
+        """log beta_tilde_t, its infinite first entry replaced by the second (as in iDDPM)."""
+        variance = self.posterior_variance.clone()
+        variance[0] = variance[1] if self.num_timesteps > 1 else self.betas[0]
+        return variance.log()
+
+    @cached_property
+    def posterior_mean_coef_x0(self) -> Tensor:
+        """Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        return self.betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef_xt(self) -> Tensor:
+        """Coefficient of x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        return (1 - self.alphas_cumprod_prev) * self.alphas.sqrt() / (1 - self.alphas_cumprod)
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether abar at the last step is 0, where eps says nothing about x_0."""
+        return bool(self.alphas_cumprod[-1] == 0)
+
+    def respaced(self, timesteps: Tensor) -> NoiseSchedule:
+        """The schedule of the shorter process that visits only ``timesteps`` (int64, rising).
+
+        Its betas are 1 - abar_t / abar_prev over the visited steps (iDDPM, arXiv:2102.09672).
+        """
+        abar = self.alphas_cumprod[timesteps]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        return NoiseSchedule(1 - abar / previous, name=f"{self.name}, respaced")
+
+    def coefficients(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar) as [T] tensors on ``device``, made once and kept."""
+        key = (device, dtype)
+        if key not in self._coefficients:
+            self._coefficients[key] = (
+                self.sqrt_alphas_cumprod.to(device, dtype),
+                self.sqrt_one_minus_alphas_cumprod.to(device, dtype),
+            )
+        return self._coefficients[key]
+
+    @cached_property
+    def _coefficients(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+        return {}
+
+
+def linear(
+    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> NoiseSchedule:
+    """Betas rising linearly (DDPM, arXiv:2006.11239, section 4)."""
+    _check(num_timesteps, beta_start, beta_end)
+    betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+    return NoiseSchedule(
+        betas, name="linear", options={"beta_start": beta_start, "beta_end": beta_end}
+    )
+
+
+def scaled_linear(
+    num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> NoiseSchedule:
+    """Square roots of the betas rising linearly (latent diffusion, arXiv:2112.10752)."""
+    _check(num_timesteps, beta_start, beta_end)
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
+    return NoiseSchedule(
+        roots**2, name="scaled_linear", options={"beta_start": beta_start, "beta_end": beta_end}
+    )
+
+
+def cosine(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    """abar following a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
+    _check(num_timesteps, max_beta=max_beta)
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    abar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    betas = (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
+    return NoiseSchedule(betas, name="cosine", options={"s": s, "max_beta": max_beta})
+
+
+def sigmoid(
+    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> NoiseSchedule:
+    """Betas rising along a logistic curve over [-6, 6] (GeoDiff, arXiv:2203.02923)."""
+    _check(num_timesteps, beta_start, beta_end)
+    curve = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+    betas = curve * (beta_end - beta_start) + beta_start
+    return NoiseSchedule(
+        betas, name="sigmoid", options={"beta_start": beta_start, "beta_end": beta_end}
+    )
+
+
+def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Shift and scale sqrt(abar) so that the last step holds no signal (arXiv:2305.08891, alg. 1).
+
+    The result trains and samples with x0- or v-prediction only: eps at abar = 0 says nothing of
+    x_0.
+    """
+    if schedule.num_timesteps < 2:
+        raise ValueError("zero terminal SNR needs at least 2 timesteps, got 1")
+    root = schedule.sqrt_alphas_cumprod
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    abar = root**2
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    options = {**schedule.options, "zero_terminal_snr": True}
+    return NoiseSchedule(1 - abar / previous, name=schedule.name, options=options)
+
+
+NAMES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+}
+
+
+def make(
+    name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False, **options: float
+) -> NoiseSchedule:
+    """The schedule of that name, with its own ``options``; raises ValueError for another name."""
+    if name not in NAMES:
+        raise ValueError(f"unknown schedule {name!r}, wanted one of {', '.join(NAMES)}")
+    schedule = NAMES[name](num_timesteps, **options)
+    return rescale_zero_terminal_snr(schedule) if zero_terminal_snr else schedule
+
+
+def _check(
+    num_timesteps: int, beta_start: float = 0.5, beta_end: float = 0.5, max_beta: float = 0.5
+) -> None:
+    if num_timesteps < 1:
+        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"wanted 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+    if not 0 < max_beta < 1:
+        raise ValueError(f"wanted 0 < max_beta < 1, got {max_beta}")

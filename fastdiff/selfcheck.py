@@ -1,0 +1,180 @@
+"""A check of every operation, in a second, on the backend that is set: what ``doctor`` prints.
+
+Each operation computes one case of odd sizes, so that vector tails and groups that straddle vectors
+occur, and is held against the reference in float64 on the same rounded inputs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.backend import backend, describe
+
+Values = dict[str, Tensor]
+
+GROUPS = 4
+SHAPE = (2, 40, 17, 13)  # N, C, H, W
+TIMESTEPS = 7  # of the tables
+REPEATS = 5  # timed calls, of which the fastest counts
+ALLOWED = 8  # tolerance, in units in the last place of the largest value
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+DTYPES = (torch.float32, torch.bfloat16)
+TABLES = ("signal", "sigma", "table")  # always in float32 or wider
+DIFFERENTIATED = ("x", "weight", "bias", "add", "scale", "shift", "residual")
+
+
+@dataclass(frozen=True)
+class Record:
+    """How one operation did.
+
+    Attributes:
+        operation: its name in ``fastdiff.ops``, or that and ``_backward``.
+        layout: NCHW or NHWC.
+        dtype: float32 or bfloat16.
+        backend: what computed it.
+        max_error: largest absolute difference from float64 over all outputs, each divided by its
+            largest value; None if the operation raised or gave values that are not finite.
+        tolerance: the largest ``max_error`` allowed.
+        ok: whether it was kept.
+        microseconds: time of the fastest call; None if it raised.
+        reason: what it raised, or empty.
+    """
+
+    operation: str
+    layout: str
+    dtype: str
+    backend: str
+    max_error: float | None
+    tolerance: float
+    ok: bool
+    microseconds: float | None
+    reason: str = ""
+
+
+def run() -> list[Record]:
+    """Check every operation in every layout and dtype on the backend that is set."""
+    wide = _values()
+    return [
+        _check(name, call, wide, layout, dtype)
+        for name, call in CASES.items()
+        for layout in LAYOUTS
+        for dtype in DTYPES
+    ]
+
+
+def _check(
+    name: str,
+    call: Callable[[Values], Sequence[Tensor]],
+    wide: Values,
+    layout: str,
+    dtype: torch.dtype,
+) -> Record:
+    values = {key: _narrow(key, value, layout, dtype) for key, value in wide.items()}
+    doubles = {key: v.double() if v.is_floating_point() else v for key, v in values.items()}
+    with backend("reference"):
+        wanted = call(doubles)
+    error, seconds, reason = math.inf, math.inf, ""
+    try:
+        error = max(map(_distance, call(values), wanted))
+        for _ in range(REPEATS):
+            begin = time.perf_counter()
+            call(values)
+            seconds = min(seconds, time.perf_counter() - begin)
+    except Exception as raised:  # whatever it is, doctor reports it beside the others
+        reason = f"{type(raised).__name__}: {raised}"
+    tolerance = ALLOWED * torch.finfo(dtype).eps
+    return Record(
+        operation=name,
+        layout=layout,
+        dtype=str(dtype).removeprefix("torch."),
+        backend=describe()["backend"],
+        max_error=error if math.isfinite(error) else None,
+        tolerance=tolerance,
+        ok=error <= tolerance and not reason,
+        microseconds=None if reason else seconds * 1e6,
+        reason=reason,
+    )
+
+
+def _values() -> Values:
+    """The inputs of all operations, float64 but for timesteps and step."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    n, c = SHAPE[:2]
+    abar = torch.linspace(0.95, 0.05, TIMESTEPS, dtype=torch.float64)
+    row = [0.9, -0.4, -1.0, 1.0, 0.3, 0.6, 0.1, 1.0, -2.0, 0.5]
+    return {
+        "x": normal(*SHAPE) + 1,  # off centre: a careless variance loses digits
+        "weight": normal(c),
+        "bias": normal(c),
+        "add": normal(n, c),
+        "scale": normal(n, c),
+        "shift": normal(n, c),
+        "residual": normal(*SHAPE),
+        "grad": normal(*SHAPE),
+        "noise": normal(*SHAPE),
+        "model_out": normal(n, 2 * c, *SHAPE[2:]),
+        "t": torch.tensor([0, TIMESTEPS - 1]),
+        "signal": abar.sqrt(),
+        "sigma": (1 - abar).sqrt(),
+        "table": torch.tensor([[0.0] * len(row), row], dtype=torch.float64),
+        "step": torch.tensor(1),
+    }
+
+
+def _narrow(key: str, value: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    value = value.to(torch.float32 if key in TABLES else dtype)
+    return value.contiguous(memory_format=LAYOUTS[layout]) if value.ndim == 4 else value
+
+
+def _distance(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference, as a share of the largest wanted value; infinite if not finite."""
+    if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
+        return math.inf
+    return float((got.double() - wanted).abs().max() / wanted.abs().max())
+
+
+def _group_norm_silu(v: Values) -> Sequence[Tensor]:
+    y = ops.group_norm_silu(
+        v["x"], GROUPS, v["weight"], v["bias"],
+        add=v["add"], scale=v["scale"], shift=v["shift"], residual=v["residual"],
+    )  # fmt: skip
+    return (y,)
+
+
+def _group_norm_silu_backward(v: Values) -> Sequence[Tensor]:
+    leaves = {key: v[key].detach().requires_grad_() for key in DIFFERENTIATED}
+    return torch.autograd.grad(_group_norm_silu(leaves), list(leaves.values()), v["grad"])
+
+
+def _add_time_embedding(v: Values) -> Sequence[Tensor]:
+    return (ops.add_time_embedding(v["x"], v["add"]),)
+
+
+def _q_sample(v: Values) -> Sequence[Tensor]:
+    return (ops.q_sample(v["x"], v["t"], v["noise"], v["signal"], v["sigma"]),)
+
+
+def _sampler_step(v: Values) -> Sequence[Tensor]:
+    return (ops.sampler_step(v["x"], v["model_out"], v["noise"], v["table"], v["step"]),)
+
+
+CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
+    "group_norm_silu": _group_norm_silu,
+    "group_norm_silu_backward": _group_norm_silu_backward,
+    "add_time_embedding": _add_time_embedding,
+    "q_sample": _q_sample,
+    "sampler_step": _sampler_step,
+}

@@ -1,0 +1,351 @@
+"""Training: the simple loss of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 14) with averaging.
+
+Everything random in step s is drawn from generators seeded with (seed, s), and so is the order of
+the images. A run that was interrupted and resumed is therefore bit for bit the run that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from fastdiff import checkpoint, images, process, samplers
+from fastdiff._run import deferred_signals, loss_log
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.data import ImageSet, batch_indices, stream_generator, stream_seed
+from fastdiff.errors import CheckpointError, DataError, InputError, TrainingError
+from fastdiff.nn import UNet2DModel
+from fastdiff.recipe import LR_SCHEDULES, TrainingOptions, make_unet, recorded_options
+from fastdiff.schedules import NoiseSchedule
+
+__all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
+
+LOSSES = "losses.jsonl"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
+PREVIEW_STEPS = 20  # DDIM steps of the sample grids along the way
+
+
+class Trainer:
+    """Trains a model on images in memory.
+
+    Args:
+        model: predicts [N, C, S, S] from (x_t, t[, class_labels]); trained in place.
+        schedule: the forward process.
+        data: images, and labels if the model is class-conditional.
+        options: how to train.
+        prediction: what the model predicts: eps, x0, v or score.
+        out: folder for checkpoints, sample grids and losses.jsonl; None writes nothing.
+        record: JSON facts to keep with the training state.
+
+    Attributes:
+        ema: the model with averaged weights, in eval mode.
+        finished_steps: steps behind it.
+
+    Raises:
+        InputError: the model, the data and the schedule do not fit together, or ``out`` holds
+            checkpoints of an earlier run, which :meth:`resume` continues.
+
+    Example:
+        >>> trainer = Trainer(model, fastdiff.schedules.cosine(), data, TrainingOptions(steps=100))
+        >>> losses = [trainer.step() for _ in range(100)]
+        >>> trained = trainer.checkpoint()
+    """
+
+    def __init__(
+        self,
+        model: UNet2DModel,
+        schedule: NoiseSchedule,
+        data: ImageSet,
+        options: TrainingOptions | None = None,
+        *,
+        prediction: str = "eps",
+        out: str | Path | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options = options or TrainingOptions()
+        _check_fit(model, data)
+        process.check_kind(prediction)
+        if prediction in ("eps", "score") and schedule.has_zero_terminal_snr:
+            raise InputError(f"{prediction} prediction cannot be trained at zero terminal SNR")
+        if out is not None and checkpoint.newest(out) is not None:
+            raise InputError(
+                f"{out} holds checkpoints of an earlier run; resume it, or go elsewhere"
+            )
+        if out is not None and self.options.sample_every and data.channels not in (1, 3):
+            raise InputError(
+                "sample grids show images of 1 or 3 channels, the data has "
+                f"{data.channels}; set sample_every to 0"
+            )
+        self.schedule, self.data, self.prediction = schedule, data, prediction
+        self.memory_format = (
+            torch.channels_last if self.options.channels_last else torch.contiguous_format
+        )
+        self.model = model.to(memory_format=self.memory_format).train()  # type: ignore[call-overload]
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.parameters = list(self.model.parameters())
+        self.averages = list(self.ema.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.options.lr,
+            weight_decay=self.options.weight_decay,
+            fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
+        )
+        self.finished_steps = 0
+        self.out = None if out is None else Path(out)
+        self.record = dict(record or {})
+
+    @classmethod
+    def resume(
+        cls,
+        out: str | Path,
+        data: ImageSet,
+        options: TrainingOptions | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        record: Mapping[str, Any] | None = None,
+    ) -> Trainer:
+        """Take up a run at its newest checkpoint.
+
+        Args:
+            out: the run's folder.
+            data: the same images as before.
+            options: None takes those of the checkpoint.
+            device: where to train.
+            record: None takes that of the checkpoint.
+
+        Raises:
+            CheckpointError: no checkpoint in ``out``, or one that cannot be resumed.
+            InputError: other images than before.
+        """
+        folder = checkpoint.newest(out)
+        if folder is None:
+            raise CheckpointError(f"no checkpoint to resume in {out}")
+        found = checkpoint.load(folder)
+        tensors, facts = checkpoint.read_state(folder)
+        trainer = cls(
+            copy.deepcopy(found.model).to(device),
+            found.schedule,
+            data,
+            options or recorded_options(facts, folder),
+            prediction=found.prediction,
+            record=facts.get("record", {}) if record is None else record,
+        )
+        if (facts.get("images"), found.classes) != (len(data), data.classes):
+            raise DataError(
+                f"the run trained on {facts.get('images')} images of the classes "
+                f"{found.classes}, now there are {len(data)} of {data.classes}"
+            )
+        trainer._restore(tensors, found, folder / checkpoint.STATE)
+        trainer.out = Path(out)
+        return trainer
+
+    def step(self) -> float:
+        """Train on the next batch and return its loss.
+
+        Raises:
+            TrainingError: the loss or, where it is limited, the gradient is not finite; the model
+                is left as it was.
+        """
+        step, seed = self.finished_steps, self.options.seed
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        torch.manual_seed(stream_seed(seed, "dropout", step))
+        loss = self.loss(*self._draw(step))
+        value = float(loss.detach())
+        _check_finite(value, "loss", step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.options.grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip)
+            _check_finite(float(norm), "norm of the gradient", step)
+        self.optimizer.step()
+        self._average(step)
+        self.finished_steps += 1
+        return value
+
+    def loss(self, x0: Tensor, labels: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error of the prediction, a scalar.
+
+        Args:
+            x0: clean images, [N, C, S, S].
+            labels: classes, int64 [N], or None.
+            t: timesteps, int64 [N].
+            noise: standard normal, like ``x0``.
+        """
+        x_t = process.q_sample(self.schedule, x0, t, noise)
+        target = process.target(self.schedule, x0, t, noise, self.prediction)
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.options.bf16):
+            predicted = self.model(x_t, t, labels)
+        return functional.mse_loss(predicted.float(), target)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        options = self.options
+        rise = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+        if options.lr_schedule == "constant":
+            return options.lr * rise
+        done = max(0, step - options.warmup) / max(1, options.steps - options.warmup)
+        return options.lr * rise * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+    def run(self, *, progress: bool = True) -> signal.Signals | None:
+        """Train to the last step, with checkpoints, sample grids and losses.jsonl in ``out``.
+
+        SIGINT (Ctrl-C) and SIGTERM end it after the running step, with a checkpoint; a second one
+        does so at once, without.
+
+        Returns:
+            The signal that ended it, or None after the last step.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+            CheckpointError: a checkpoint could not be written; the one before it is still there.
+            InputError: a sample grid or the log could not be written.
+        """
+        options = self.options
+        bar = tqdm(
+            total=options.steps, initial=self.finished_steps, desc="training", disable=not progress
+        )
+        average = None
+        log = None if self.out is None else loss_log(self.out / LOSSES, self.finished_steps)
+        with bar, deferred_signals() as caught:
+            while self.finished_steps < options.steps and not caught:
+                loss = self.step()
+                average = loss if average is None else 0.98 * average + 0.02 * loss
+                done = self.finished_steps
+                if log is not None:
+                    log({"step": done, "loss": loss, "lr": self.learning_rate(done - 1)})
+                bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+                bar.update()
+                if self.out and options.sample_every and done % options.sample_every == 0:
+                    images.save(self.preview(), self.out / "samples" / f"step-{done:08d}.png")
+                if self.out and done % options.save_every == 0:
+                    self.save()
+            self.save()
+        return caught[0] if caught else None
+
+    def checkpoint(self) -> Checkpoint:
+        """The averaged model as it stands; it goes on changing with the training."""
+        return Checkpoint(
+            self.ema,
+            self.schedule,
+            self.prediction,
+            classes=self.data.classes,
+            step=self.finished_steps,
+            seed=self.options.seed,
+            dataset=self.data.name,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint into ``out``, unless this step has one, and drop the oldest."""
+        if self.out is None:
+            return
+        folder = checkpoint.step_folder(self.out, self.finished_steps)
+        if not folder.exists():
+            checkpoint.save(self.checkpoint(), folder, state=self._state())
+        checkpoint.prune(self.out, self.options.keep)
+
+    @torch.no_grad()
+    def preview(self, columns: int = 8) -> Any:
+        """A labelled grid of samples from the averaged model, always of the same noise."""
+        current = self.checkpoint()
+        steps = min(PREVIEW_STEPS, self.schedule.num_timesteps)
+        sampler = samplers.DDIM(
+            self.schedule, steps, prediction=self.prediction, spacing="trailing"
+        )
+        shown = range(min(10, len(current.classes)))
+        labels = [label for label in shown for _ in range(columns)] if current.classes else None
+        drawn = current.sample(
+            sampler,
+            labels=labels,
+            count=None if labels else columns * 4,
+            generator=stream_generator(self.options.seed, "preview", 0),
+            progress=False,
+        )
+        names = [current.classes[label] for label in shown] if labels else None
+        return images.grid(drawn, columns, labels=names)
+
+    def _draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Images, labels, timesteps and noise of a step, on the model's device."""
+        seed, size = self.options.seed, self.options.batch_size
+        generator = stream_generator(seed, "step", step)
+        x0, labels = self.data.batch(batch_indices(len(self.data), size, step, seed), generator)
+        t = torch.randint(self.schedule.num_timesteps, (size,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        device = self.parameters[0].device
+        return (
+            x0.to(device, memory_format=self.memory_format),
+            None if labels is None else labels.to(device),
+            t.to(device),
+            noise.to(device, memory_format=self.memory_format),
+        )
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        decay = min(self.options.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds for :meth:`resume`; AdamW's moments are zero before step 1."""
+        tensors: dict[str, Tensor] = {}
+        for name, p in self.model.named_parameters():
+            tensors[f"model.{name}"] = p
+            for key in MOMENTS:
+                moment = self.optimizer.state[p].get(key)
+                tensors[f"{key}.{name}"] = torch.zeros_like(p) if moment is None else moment
+        facts = {
+            "step": self.finished_steps,
+            "images": len(self.data),
+            "options": asdict(self.options),
+            "record": self.record,
+        }
+        return tensors, facts
+
+    @torch.no_grad()
+    def _restore(self, tensors: Mapping[str, Tensor], found: Checkpoint, path: Path) -> None:
+        """Set weights, averages, optimizer and step from a checkpoint."""
+        self.ema.load_state_dict(found.model.state_dict())
+        for name, p in self.model.named_parameters():
+            # Copied, so that p and its moments keep their memory format and AdamW's fused kernel.
+            restored = {"model": p, **{key: torch.empty_like(p) for key in MOMENTS}}
+            for key, target in restored.items():
+                value = tensors.get(f"{key}.{name}")
+                if value is None or value.shape != p.shape:
+                    seen = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                    raise CheckpointError(
+                        f"{path}: {key}.{name} must have shape {tuple(p.shape)}, got {seen}"
+                    )
+                target.copy_(value)
+            where = p.device if self.optimizer.defaults["fused"] else "cpu"
+            self.optimizer.state[p] = {
+                "step": torch.tensor(float(found.step), device=where),
+                **{key: restored[key] for key in MOMENTS},
+            }
+        self.finished_steps = found.step
+
+
+def _check_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {name} is {value} at step {step + 1}; a lower learning rate may help"
+        )
+
+
+def _check_fit(model: UNet2DModel, data: ImageSet) -> None:
+    config, classes = model.config, model.config.num_class_embeds or 0
+    if (config.in_channels, config.sample_size) != (data.channels, data.size):
+        raise InputError(
+            f"the model takes {config.in_channels} x {config.sample_size} x {config.sample_size} "
+            f"images, the data has {data.channels} x {data.size} x {data.size}"
+        )
+    if classes != len(data.classes):
+        raise InputError(f"the model has {classes} classes, the data {len(data.classes)}")

@@ -1,0 +1,163 @@
+"""fastdiff sample: the grid, what is printed, reproducibility, the comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff import checkpoint, samplers
+from fastdiff.backend import current
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.cli import sample
+from fastdiff.images import grid
+
+QUICK = ("--steps", 2, "--threads", 1)
+
+
+def test_grid_is_what_the_library_draws(run: Callable, digits_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "grid.png"  # its folder is made
+    words = ("--classes", "7,1", "--per-class", 3, "--seed", 5)
+    assert run("sample", "--checkpoint", digits_run, "--out", out, *QUICK, *words).code == 0
+    found = checkpoint.load(digits_run)
+    drawn = found.sample(
+        samplers.DDIM(found.schedule, 2, prediction=found.prediction),
+        labels=[7, 7, 7, 1, 1, 1],
+        generator=torch.Generator().manual_seed(5),
+        progress=False,
+    )
+    expected = grid(drawn, 3, labels=["7", "1"])
+    assert Image.open(out).tobytes() == expected.tobytes()
+
+
+def test_prints_what_ran_and_the_times(run: Callable, digits_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    ran = run("sample", "--checkpoint", digits_run, "--out", out, *QUICK, "--backend", "reference")
+    first, where, setup, sampling = ran.out.splitlines()
+    assert first == f"{out} 80 images, ddim, 2 steps, seed 0"
+    assert where.startswith("ran on      reference backend, ")
+    assert where.endswith(", 1 threads")
+    assert setup.startswith("set-up ")
+    assert sampling.startswith("sampling ")
+    assert sampling.endswith(" images/s")
+    assert "sampling (reference)" in ran.err  # the progress bar
+
+
+def test_json_is_all_there_is_on_standard_output(
+    run: Callable, digits_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "grid.png"
+    words = ("--classes", "0,9", "--sampler", "ddpm", "--spacing", "trailing", "--seed", 4)
+    facts = run("sample", "--checkpoint", digits_run, "--out", out, *QUICK, *words, "--json").json
+    assert facts["out"] == str(out)
+    assert facts["checkpoint"] == str(checkpoint.newest(digits_run))
+    assert (facts["images"], facts["classes"]) == (16, [0, 9])
+    assert (facts["sampler"], facts["steps"], facts["seed"]) == ("ddpm", 2, 4)
+    assert facts["backend"] in ("reference", "cpu")
+    assert facts["threads"] == 1
+    assert facts["import_seconds"] == 0  # nothing was imported for this call
+    parts = facts["loading_seconds"] + facts["first_step_seconds"]
+    assert facts["setup_seconds"] == pytest.approx(parts)
+    assert facts["images_per_second"] == pytest.approx(16 / facts["sampling_seconds"])
+    assert facts["reference_images_per_second"] is None
+    assert facts["speedup"] is None
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_seed_always_gives_the_same_images(
+    run: Callable, digits_run: Path, tmp_path: Path, sampler: str
+) -> None:
+    def bytes_of(seed: int, name: str) -> bytes:
+        out = tmp_path / name
+        words = ("--sampler", sampler, "--seed", seed, "--per-class", 2)
+        assert run("sample", "--checkpoint", digits_run, "--out", out, *QUICK, *words).code == 0
+        return out.read_bytes()
+
+    assert bytes_of(1, "a.png") == bytes_of(1, "b.png")
+    assert bytes_of(1, "a.png") != bytes_of(2, "c.png")
+
+
+def test_unconditional_model_draws_a_count(run: Callable, plain_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    words = ("sample", "--checkpoint", plain_run, "--out", out, *QUICK, "--json")
+    facts = run(*words, "--count", 10).json
+    assert (facts["images"], facts["classes"]) == (10, None)
+    assert Image.open(out).size == (4 + 8 * 68, 4 + 2 * 68)  # eight in a row
+    assert run(*words, "--count", 2).json["images"] == 2
+    assert Image.open(out).size == (4 + 2 * 68, 4 + 68)
+    assert run(*words).json["images"] == sample.COUNT
+
+
+def test_comparison_calls_both_backends_in_turns(
+    run: Callable, digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    draw = Checkpoint.sample
+
+    def recorded(self: Checkpoint, sampler: samplers.Sampler, **options: Any) -> torch.Tensor:
+        calls.append((current(), sampler.steps))
+        return draw(self, sampler, **options)
+
+    monkeypatch.setattr(Checkpoint, "sample", recorded)
+    fast = {"backend": "cpu", "isa": "AVX2", "threads": 1}  # also where there is no extension
+    monkeypatch.setattr(sample, "what_runs", lambda device: fast)
+    words = ("sample", "--checkpoint", digits_run, "--out", tmp_path / "grid.png", *QUICK)
+    facts = run(*words, "--compare", "--json").json
+    assert calls == [("auto", 1), ("reference", 1), ("auto", 2), ("reference", 2)]
+    assert current() == "auto"
+    ratio = facts["images_per_second"] / facts["reference_images_per_second"]
+    assert facts["speedup"] == pytest.approx(ratio)
+    last = run(*words, "--compare").out.splitlines()[-1]
+    assert last.startswith("reference ")
+    assert "images/s (ratio " in last
+
+
+def test_comparing_the_reference_with_itself_is_said_and_left_out(
+    run: Callable, digits_run: Path, tmp_path: Path
+) -> None:
+    words = ("sample", "--checkpoint", digits_run, "--out", tmp_path / "grid.png", *QUICK)
+    ran = run(*words, "--backend", "reference", "--compare", "--json")
+    assert ran.code == 0
+    assert "nothing to compare" in ran.err
+    assert ran.json["speedup"] is None
+
+
+def test_a_process_of_its_own_counts_its_imports(
+    start: Callable, digits_run: Path, tmp_path: Path
+) -> None:
+    process = start("sample", "--checkpoint", digits_run, *QUICK, "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    facts = json.loads(out)
+    assert facts["out"] == "samples.png"
+    assert Image.open(tmp_path / "samples.png").format == "PNG"
+    assert 0.1 < facts["import_seconds"] < facts["setup_seconds"]
+
+
+@pytest.mark.parametrize("words", ["--out grid.exe", "--seed -1"])
+def test_cheap_checks_come_before_any_work(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("it began to work"))
+    assert run("sample", *words.split()).code == 2
+
+
+def test_failing_call_leaves_the_old_picture(
+    run: Callable, digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "grid.png"
+    words = ("sample", "--checkpoint", digits_run, "--out", out, *QUICK)
+    assert run(*words).code == 0
+    before = out.read_bytes()
+    draw = Checkpoint.sample
+    monkeypatch.setattr(Checkpoint, "sample", lambda *a, **k: draw(*a, **k) * torch.nan)
+    ran = run(*words)
+    assert ran.code == 2
+    assert ran.last.endswith("images must be finite, got NaN or infinity")
+    assert out.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]

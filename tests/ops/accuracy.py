@@ -1,0 +1,66 @@
+"""How the operations are judged: against float64, beside plain PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdiff
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_IDS = ("f32", "bf16", "f16", "f64")
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+LAYOUT_IDS = ("nchw", "nhwc")
+
+
+def assert_as_accurate(
+    call: Callable[..., Sequence[Tensor]], *arguments: Tensor | None, exact: float = 0.0
+) -> None:
+    """Hold call(*arguments) on the kernels to twice the error of the reference in the same dtype.
+
+    The oracle is the reference in float64 on the same values, channels-first: channels-last,
+    PyTorch subtracts E[x]^2 from E[x^2], which costs digits even in float64. ``exact`` adds a
+    tolerance in units in the last place, for where the reference happens to be exact.
+    """
+    with fastdiff.backend("cpu"):
+        ours = call(*arguments)
+    with fastdiff.backend("reference"):
+        same = call(*arguments)
+        oracle = call(*(_double(value) for value in arguments))
+    for index, (a, b, c) in enumerate(zip(ours, same, oracle, strict=True)):
+        assert (a.dtype, a.shape) == (b.dtype, c.shape), index
+        error, allowed = _distance(a, c), 2 * _distance(b, c)
+        largest = c.abs().max().item() if c.numel() else 0.0
+        unit = torch.finfo(a.dtype).eps * largest
+        if a.dtype == torch.float64:  # which has no better oracle than itself
+            unit, exact = 1e-12 * (1 + largest), 1.0
+        assert error <= allowed + max(exact, 2.0) * unit, (
+            f"output {index}: error {error:.3g}, PyTorch's {allowed / 2:.3g}, "
+            f"a unit in the last place {unit:.3g}"
+        )
+
+
+def _double(value: Tensor | None) -> Tensor | None:
+    if value is None or not value.is_floating_point():
+        return value
+    return value.detach().double().contiguous().requires_grad_(value.requires_grad)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    assert bool(torch.isfinite(a).all())
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the calls that reach PyTorch's dispatcher, views and metadata included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,261 @@
+"""Evaluation: the Frechet distance in closed form, and real digits in the place of samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff import samplers, schedules
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.data import digits
+from fastdiff.errors import InputError
+from fastdiff.evaluation import (
+    Evaluation,
+    Features,
+    classifier,
+    evaluate,
+    frechet_distance,
+    nearest_distances,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def with_moments(mean, deviations, count=64):
+    """Features whose sample mean is exactly ``mean`` and whose covariance is exactly diagonal."""
+    rng = np.random.default_rng(0)
+    raw = rng.standard_normal((count, len(mean)))
+    raw -= raw.mean(0)
+    orthogonal, _ = np.linalg.qr(raw)
+    return np.asarray(mean) + orthogonal * np.sqrt(count - 1) * np.asarray(deviations)
+
+
+# The Frechet distance.
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    """|m_x - m_y|^2 + sum (s_x - s_y)^2 (Dowson & Landau 1982)."""
+    mean_x, mean_y = np.array([1.0, -2.0, 0.5]), np.array([0.0, 1.0, 0.5])
+    std_x, std_y = np.array([1.0, 2.0, 0.0]), np.array([3.0, 0.5, 0.7])
+    wanted = ((mean_x - mean_y) ** 2).sum() + ((std_x - std_y) ** 2).sum()
+    x, y = with_moments(mean_x, std_x), with_moments(mean_y, std_y, count=40)
+    assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-9)
+    assert frechet_distance(y, x) == pytest.approx(wanted, rel=1e-7)
+
+
+def test_frechet_distance_of_general_gaussians():
+    """It is invariant to rotations, which make the covariances full; and to no others."""
+    x = with_moments([1.0, 0.0, 3.0], [1.0, 2.0, 0.5])
+    y = with_moments([0.0, 0.0, 1.0], [0.5, 1.0, 2.0])
+    turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))
+    assert frechet_distance(x @ turn, y @ turn) == pytest.approx(frechet_distance(x, y), rel=1e-9)
+    assert abs(frechet_distance(x @ turn, y) - frechet_distance(x, y)) > 0.1
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """Against the matrix square root of C_x C_y, by its own eigenvalues."""
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((50, 4)), rng.standard_normal((60, 4)) @ rng.standard_normal((4, 4))
+    cov_x, cov_y = np.cov(x.T), np.cov(y.T)
+    root = np.sqrt(np.linalg.eigvals(cov_x @ cov_y).real).sum()
+    gap = x.mean(0) - y.mean(0)
+    wanted = gap @ gap + np.trace(cov_x) + np.trace(cov_y) - 2 * root
+    assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_frechet_distance_to_itself_is_zero():
+    x = np.random.default_rng(3).standard_normal((30, 5))
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, x + 2) == pytest.approx(5 * 4, rel=1e-9)
+    assert frechet_distance(x[:, :1], x[:, :1] * 3) == pytest.approx(
+        4 * x[:, 0].mean() ** 2 + 4 * x[:, 0].var(ddof=1), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        pytest.param(np.zeros((5, 3)), np.zeros((5, 2)), id="other features"),
+        pytest.param(np.zeros((1, 3)), np.zeros((5, 3)), id="one image"),
+        pytest.param(np.zeros(5), np.zeros(5), id="vectors"),
+    ],
+)
+def test_features_that_cannot_be_compared(x, y):
+    with pytest.raises(ValueError, match="features must be"):
+        frechet_distance(x, y)
+
+
+# Features, neighbours, the classifier.
+
+
+def test_features_are_white_on_the_training_digits():
+    train = digits("train").images
+    features = Features(train)
+    seen = features(train)
+    assert seen.shape == (len(train), 32)
+    assert seen.dtype == np.float64
+    np.testing.assert_allclose(seen.mean(0), 0, atol=1e-9)
+    np.testing.assert_allclose(np.cov(seen.T), np.eye(32), atol=1e-8)
+    assert 0.95 < features.explained < 0.99
+    assert features(train[:0]).shape == (0, 32)
+    with pytest.raises(ValueError, match="more than 32 images, got 32"):
+        Features(train[:32])
+
+
+def test_nearest_distances():
+    others = torch.tensor([[0.0, 0.0], [3.0, 4.0]]).view(2, 1, 1, 2)
+    images = torch.tensor([[0.0, 1.0], [3.0, 4.0], [6.0, 8.0]]).view(3, 1, 1, 2)
+    assert nearest_distances(images, others).tolist() == [1.0, 0.0, 5.0]
+
+
+def test_the_classifier_knows_held_out_digits():
+    machine, test = classifier(digits("train", 8)), digits("test", 8)
+    predicted = machine.predict(test.images.flatten(1).double().numpy())
+    assert (predicted == test.labels.numpy()).mean() > 0.98
+
+
+# The whole evaluation, with checkpoints that "generate" what is put into them.
+
+
+@dataclasses.dataclass
+class Canned(Checkpoint):
+    """A checkpoint whose samples are given images of the classes asked for, in turn."""
+
+    source: object = None
+    noise: float = 0.0
+
+    def sample(self, sampler, *, labels=None, generator=None, **options):
+        turn = dict.fromkeys(range(10), 0)
+        drawn = []
+        for label in labels:
+            of_class = self.source.images[self.source.labels == label]
+            drawn.append(of_class[turn[label] % len(of_class)])
+            turn[label] += 1
+        images = torch.stack(drawn)
+        return images + self.noise * torch.randn(images.shape, generator=generator)
+
+
+@pytest.fixture
+def canned(tiny_unet):
+    model, schedule = tiny_unet(num_classes=10), schedules.cosine(10)
+    classes = tuple("0123456789")
+
+    def make(source, noise=0.0):
+        return Canned(model, schedule, "v", classes, dataset="digits", source=source, noise=noise)
+
+    return make
+
+
+def run(found, **options):
+    return evaluate(found, samplers.DDIM(found.schedule, 2), progress=False, **options)
+
+
+@pytest.mark.filterwarnings("error")
+def test_held_out_digits_score_as_held_out_digits(canned):
+    measured = run(canned(digits("test", 8)), samples=350)
+    assert measured.samples == 350
+    assert measured.accuracy > 0.98
+    assert measured.accuracy == pytest.approx(measured.accuracy_real, abs=0.01)
+    assert measured.frechet == pytest.approx(measured.frechet_real, rel=0.1)
+    assert measured.nearest_train_median == pytest.approx(
+        measured.nearest_train_median_real, rel=0.02
+    )
+    assert measured.nearest_train_min == pytest.approx(measured.nearest_train_min_real)
+    assert measured.nearest_train_min > 0.1
+    assert measured.seconds >= 0
+
+
+def test_copied_training_digits_are_found_out(canned):
+    """Perfect accuracy, a small Frechet distance, and no distance to the training set at all."""
+    measured = run(canned(digits("train", 8)), samples=350)
+    assert measured.accuracy > 0.99
+    assert measured.nearest_train_median == 0
+    assert measured.nearest_train_min == 0
+    assert measured.nearest_train_median_real > 0.5
+
+
+def test_noise_worsens_every_figure(canned):
+    clean, noisy = (run(canned(digits("test", 8), noise), samples=350) for noise in (0.0, 0.8))
+    assert noisy.accuracy < clean.accuracy - 0.02
+    assert noisy.frechet > 5 * clean.frechet
+    assert noisy.nearest_train_median > 2 * clean.nearest_train_median
+    assert noisy.accuracy_real == clean.accuracy_real
+    assert noisy.frechet_real == clean.frechet_real
+
+
+def test_digits_of_the_wrong_class_are_found_out(canned):
+    source = digits("test", 8)
+    shifted = dataclasses.replace(source, labels=(source.labels + 1) % 10)
+    assert run(canned(shifted), samples=200).accuracy < 0.05
+
+
+def test_few_and_many_samples_are_compared_at_the_same_size(canned):
+    """A hundred digits have a Frechet distance of their own; thousands are cut into sets."""
+    few = run(canned(digits("test", 8)), samples=100)
+    many = run(canned(digits("test", 8)), samples=1100)
+    assert few.frechet_real > 1.5 * many.frechet_real
+    # The first ten digits of each class are by fewer writers than ten from all over the set.
+    assert few.frechet == pytest.approx(few.frechet_real, rel=0.5)
+    assert many.frechet == pytest.approx(many.frechet_real, rel=0.1)
+
+
+def test_an_untrained_model_is_told_apart(tiny_unet):
+    model = tiny_unet(num_classes=10)
+    found = Checkpoint(model, schedules.cosine(10), "v", tuple("0123456789"), dataset="digits")
+    sampler = samplers.DDIM(found.schedule, 2, prediction="v")
+    first, again, other = (
+        evaluate(found, sampler, samples=100, seed=seed, progress=False) for seed in (0, 0, 1)
+    )
+    assert first.accuracy < 0.4
+    assert first.frechet > 2 * first.frechet_real
+    assert dataclasses.replace(first, seconds=0) == dataclasses.replace(again, seconds=0)
+    assert first.frechet != other.frechet
+
+
+def test_the_figures_are_plain_numbers():
+    numbers = Evaluation(*[0.5] * 8, samples=100, seconds=1.0).as_dict()
+    assert list(numbers)[:4] == ["accuracy", "accuracy_real", "frechet", "frechet_real"]
+    assert numbers["samples"] == 100
+
+
+def test_nothing_of_scipy_is_needed_for_the_distance(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    x = with_moments([0.0, 0.0], [1.0, 1.0])
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples", "message"),
+    [
+        pytest.param({}, 99, "at least 100, got 99", id="too few"),
+        pytest.param({"dataset": "letters"}, 100, "'letters' with 10 classes", id="other data"),
+        pytest.param({"dataset": ""}, 100, "'unknown data'", id="unknown data"),
+        pytest.param({"classes": ()}, 100, "with 0 classes", id="unconditional"),
+    ],
+)
+def test_what_cannot_be_evaluated(changes, samples, message, canned):
+    found = dataclasses.replace(canned(digits("test", 8)), **changes)
+    with pytest.raises(InputError, match=message):
+        run(found, samples=samples)
+
+
+def test_models_of_very_small_images(tiny_unet):
+    small = Checkpoint(
+        tiny_unet(image_size=4, num_classes=10),
+        schedules.cosine(10),
+        "v",
+        tuple("0123456789"),
+        dataset="digits",
+    )
+    with pytest.raises(InputError, match="8x8 pixels or more, got 4"):
+        run(small)
+
+
+def test_samples_that_are_not_finite(canned):
+    with pytest.raises(InputError, match="not finite"):
+        run(canned(digits("test", 8), noise=torch.inf), samples=100)

@@ -1,0 +1,257 @@
+"""Schedules against formulas written out here in plain Python, and against diffusers."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff import NoiseSchedule, schedules
+
+T = 1000
+
+
+def float64(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def linear_beta(t: int) -> float:
+    return 1e-4 + (0.02 - 1e-4) * t / (T - 1)
+
+
+def scaled_linear_beta(t: int) -> float:
+    low, high = math.sqrt(0.00085), math.sqrt(0.012)
+    return (low + (high - low) * t / (T - 1)) ** 2
+
+
+def cosine_beta(t: int) -> float:
+    def f(step: int) -> float:
+        return math.cos((step / T + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return min(1 - f(t + 1) / f(t), 0.999)
+
+
+def sigmoid_beta(t: int) -> float:
+    return 1e-4 + (0.02 - 1e-4) / (1 + math.exp(6 - 12 * t / (T - 1)))
+
+
+FORMULAS = {
+    "linear": linear_beta,
+    "scaled_linear": scaled_linear_beta,
+    "cosine": cosine_beta,
+    "sigmoid": sigmoid_beta,
+}
+ALL = [pytest.param(name, id=name) for name in FORMULAS]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_betas_follow_the_formula(name):
+    wanted = float64([FORMULAS[name](t) for t in range(T)])
+    schedule = schedules.make(name, T)
+    assert schedule.betas.dtype == torch.float64
+    # 1e-11: the cosine's betas are differences of numbers near 1.
+    torch.testing.assert_close(schedule.betas, wanted, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_cumulative_product_keeps_double_precision(name):
+    schedule = schedules.make(name, T)
+    logs = [math.log1p(-beta) for beta in schedule.betas.tolist()]
+    wanted = float64([math.exp(math.fsum(logs[: t + 1])) for t in range(T)])
+    torch.testing.assert_close(schedule.alphas_cumprod, wanted, rtol=2e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "snr", "signal"),
+    [
+        pytest.param("linear", 4.036e-5, 0.006353, id="linear"),
+        pytest.param("cosine", 2.429e-9, 4.928e-5, id="cosine"),
+        pytest.param("scaled_linear", 0.004682, 0.068265, id="scaled_linear"),
+    ],
+)
+def test_terminal_values_are_the_published_ones(name, snr, signal):
+    """Lin et al. 2023 (arXiv:2305.08891), table 1."""
+    schedule = schedules.make(name, T)
+    assert schedule.snr[-1].item() == pytest.approx(snr, rel=5e-4)
+    assert schedule.sqrt_alphas_cumprod[-1].item() == pytest.approx(signal, rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "rtol"),
+    [
+        # Their tables are float32 throughout, so the product of a thousand alphas has lost digits.
+        pytest.param("linear", {"beta_schedule": "linear"}, 1e-5, id="linear"),
+        pytest.param(
+            "scaled_linear",
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+            1e-5,
+            id="scaled_linear",
+        ),
+        pytest.param("cosine", {"beta_schedule": "squaredcos_cap_v2"}, 1e-4, id="cosine"),
+        pytest.param("sigmoid", {"beta_schedule": "sigmoid"}, 1e-5, id="sigmoid"),
+    ],
+)
+def test_tables_are_those_of_diffusers(name, theirs, rtol):
+    scheduler = DDPMScheduler(T, **theirs)
+    schedule = schedules.make(name, T)
+    torch.testing.assert_close(scheduler.betas.double(), schedule.betas, rtol=rtol, atol=1e-7)
+    torch.testing.assert_close(
+        scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=rtol, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_posterior_tables_follow_from_bayes(name):
+    """q(x_{t-1} | x_t, x_0) is q(x_t | x_{t-1}) q(x_{t-1} | x_0) up to a constant: for Gaussians,
+    precisions add and the mean is the precision-weighted one."""
+    schedule = schedules.make(name, T)
+    for t in (1, 2, 10, 500, T - 2, T - 1):
+        beta = schedule.betas[t].item()
+        abar_prev = math.prod(1 - b for b in schedule.betas[:t].tolist())
+        from_x_t, from_x_0 = (1 - beta) / beta, 1 / (1 - abar_prev)
+        variance = 1 / (from_x_t + from_x_0)
+        assert schedule.posterior_variance[t].item() == pytest.approx(variance, rel=1e-10)
+        assert schedule.posterior_log_variance_clipped[t].item() == pytest.approx(
+            math.log(variance), rel=1e-10
+        )
+        assert schedule.posterior_mean_coef_xt[t].item() == pytest.approx(
+            variance * math.sqrt(1 - beta) / beta, rel=1e-10
+        )
+        assert schedule.posterior_mean_coef_x0[t].item() == pytest.approx(
+            variance * math.sqrt(abar_prev) / (1 - abar_prev), rel=1e-10
+        )
+
+
+def test_first_step_of_the_posterior():
+    schedule = schedules.linear(T)
+    assert schedule.alphas_cumprod_prev[0] == 1
+    assert schedule.posterior_variance[0] == 0
+    assert schedule.posterior_mean_coef_xt[0] == 0
+    assert schedule.posterior_mean_coef_x0[0] == pytest.approx(1, rel=1e-12)
+    log_variance = schedule.posterior_log_variance_clipped
+    assert log_variance[0] == log_variance[1]
+    assert schedules.linear(1).posterior_log_variance_clipped.item() == math.log(1e-4)
+
+
+@given(st.lists(st.floats(1e-6, 0.999), min_size=1, max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_identities_hold_for_any_betas(betas):
+    schedule = NoiseSchedule(float64(betas))
+    abar, previous = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    assert schedule.num_timesteps == len(betas)
+    assert bool((abar < previous).all())
+    coef_x0, coef_xt = schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_xt
+    # The posterior averaged over q(x_t | x_0) has the mean and variance of q(x_{t-1} | x_0).
+    mean = coef_x0 + coef_xt * schedule.sqrt_alphas_cumprod
+    variance = schedule.posterior_variance + coef_xt**2 * (1 - abar)
+    torch.testing.assert_close(mean, previous.sqrt(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(variance, 1 - previous, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(schedule.snr * (1 - abar), abar, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_zero_terminal_snr(name):
+    plain = schedules.make(name, T)
+    schedule = schedules.make(name, T, zero_terminal_snr=True)
+    assert schedule.has_zero_terminal_snr
+    assert not plain.has_zero_terminal_snr
+    assert schedule.alphas_cumprod[-1].item() == 0.0
+    assert schedule.betas[-1].item() == 1.0
+    assert schedule.snr[-1].item() == 0.0
+    first = plain.sqrt_alphas_cumprod[0].item()
+    last = plain.sqrt_alphas_cumprod[-1].item()
+    assert schedule.sqrt_alphas_cumprod[0].item() == pytest.approx(first, rel=1e-15)
+    wanted = (plain.sqrt_alphas_cumprod - last) * (first / (first - last))
+    torch.testing.assert_close(schedule.sqrt_alphas_cumprod, wanted, rtol=1e-10, atol=1e-13)
+    again = schedules.rescale_zero_terminal_snr(schedule)
+    torch.testing.assert_close(again.alphas_cumprod, schedule.alphas_cumprod)
+
+
+def test_zero_terminal_snr_is_that_of_diffusers():
+    theirs = DDPMScheduler(T, beta_schedule="linear", rescale_betas_zero_snr=True)
+    schedule = schedules.linear(T)
+    rescaled = schedules.rescale_zero_terminal_snr(schedule)
+    torch.testing.assert_close(
+        theirs.alphas_cumprod.double(), rescaled.alphas_cumprod, rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("zero_snr", [False, True], ids=["plain", "zero-terminal-snr"])
+def test_respacing(zero_snr):
+    schedule = schedules.make("cosine", 100, zero_terminal_snr=zero_snr)
+    visited = torch.tensor([0, 3, 50, 98, 99])
+    short = schedule.respaced(visited)
+    abar = [schedule.alphas_cumprod[t].item() for t in visited]
+    wanted = [1 - abar[0], *(1 - b / a for a, b in pairwise(abar))]
+    torch.testing.assert_close(short.betas, float64(wanted), rtol=1e-14, atol=0)
+    torch.testing.assert_close(short.alphas_cumprod, schedule.alphas_cumprod[visited])
+    assert short.has_zero_terminal_snr == zero_snr
+    everything = schedule.respaced(torch.arange(100))
+    torch.testing.assert_close(everything.betas, schedule.betas, rtol=1e-9, atol=1e-14)
+
+
+def test_coefficients_for_a_device_are_made_once():
+    schedule = schedules.linear(10)
+    signal, sigma = schedule.coefficients(torch.device("cpu"), torch.float32)
+    assert signal.dtype == sigma.dtype == torch.float32
+    torch.testing.assert_close(signal, schedule.sqrt_alphas_cumprod.float(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        sigma, schedule.sqrt_one_minus_alphas_cumprod.float(), rtol=0, atol=0
+    )
+    again = schedule.coefficients(torch.device("cpu"), torch.float32)
+    assert again[0] is signal
+    assert schedule.coefficients(torch.device("cpu"), torch.float64)[0].dtype == torch.float64
+
+
+def test_a_schedule_knows_how_it_was_made():
+    schedule = schedules.make("cosine", 50, s=0.01, zero_terminal_snr=True)
+    again = schedules.make(schedule.name, schedule.num_timesteps, **schedule.options)
+    assert torch.equal(again.betas, schedule.betas)
+    assert "cosine" in repr(schedule)
+    assert "50" in repr(schedule)
+    assert NoiseSchedule(schedule.betas).name == "custom"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda: NoiseSchedule(torch.zeros(0)), r"shape \[T\]", id="no betas"),
+        pytest.param(lambda: NoiseSchedule(torch.ones(2, 2) / 2), r"shape \[T\]", id="a matrix"),
+        pytest.param(lambda: NoiseSchedule(float64([0.1, -0.1])), r"\(0, 1\]", id="negative beta"),
+        pytest.param(lambda: NoiseSchedule(float64([0.0, 0.1])), r"\(0, 1\]", id="zero beta"),
+        pytest.param(lambda: NoiseSchedule(float64([0.1, 1.1])), r"\(0, 1\]", id="beta above 1"),
+        pytest.param(lambda: NoiseSchedule(float64([0.1, math.nan])), r"\(0, 1\]", id="NaN"),
+        pytest.param(lambda: NoiseSchedule(float64([1e-20])), r"\(0, 1\]", id="beta lost in 1"),
+        pytest.param(
+            lambda: NoiseSchedule(float64([0.1, 1.0, 0.1])), "from step 1 of 3", id="1 too early"
+        ),
+        pytest.param(
+            lambda: schedules.linear(10, 0.999, 0.9999).respaced(torch.tensor([5, 2])),
+            r"\(0, 1\]",
+            id="respaced backwards",
+        ),
+        pytest.param(
+            lambda: NoiseSchedule(torch.full((500,), 0.99)), "only the last", id="signal underflows"
+        ),
+        pytest.param(lambda: schedules.make("quadratic"), "unknown schedule", id="unknown name"),
+        pytest.param(lambda: schedules.linear(0), "at least 1, got 0", id="no timesteps"),
+        pytest.param(lambda: schedules.cosine(-5), "at least 1, got -5", id="fewer than none"),
+        pytest.param(lambda: schedules.linear(10, 0.02, 0.01), "beta_start <=", id="betas fall"),
+        pytest.param(lambda: schedules.sigmoid(10, 0.0, 0.1), "0 < beta_start", id="starts at 0"),
+        pytest.param(lambda: schedules.scaled_linear(10, 0.1, 1.0), "< 1", id="ends at 1"),
+        pytest.param(lambda: schedules.cosine(10, max_beta=1.0), "max_beta < 1", id="cap of 1"),
+        pytest.param(
+            lambda: schedules.rescale_zero_terminal_snr(schedules.linear(1)),
+            "at least 2",
+            id="zero SNR of one step",
+        ),
+    ],
+)
+def test_unusable_schedules(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

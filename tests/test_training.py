@@ -1,0 +1,435 @@
+"""Training: the loss, the averages, and runs that go on as if they had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff import NoiseSchedule, checkpoint, process, schedules
+from fastdiff.data import ImageSet
+from fastdiff.errors import CheckpointError, DataError, InputError, TrainingError
+from fastdiff.training import Trainer, TrainingOptions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCHEDULE = schedules.cosine(50)
+OPTIONS = TrainingOptions(
+    steps=6, batch_size=5, lr=1e-2, warmup=2, save_every=100, sample_every=0, seed=1
+)
+
+
+@pytest.fixture
+def images(generator):
+    """Seven 8x8 images of two classes, mirrored at random: more than one epoch in six steps."""
+    pixels = torch.randint(256, (7, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 1])
+    return ImageSet(pixels, labels, ("left", "right"), "arrows", flip=True)
+
+
+@pytest.fixture
+def make_trainer(tiny_unet, images):
+    """A function that makes a trainer, always with the same initial weights."""
+
+    def make(out=None, data=images, prediction="v", schedule=SCHEDULE, model=None, **changes):
+        model = model or tiny_unet(num_classes=len(data.classes), dropout=0.3)
+        options = dataclasses.replace(OPTIONS, **changes)
+        return Trainer(model, schedule, data, options, prediction=prediction, out=out)
+
+    return make
+
+
+def losses_of(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# Resuming.
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    bf16, channels_last, make_trainer, images, tmp_path
+):
+    """With dropout, mirroring, labels, a falling rate, averages: everything random and kept."""
+    changes = {"bf16": bf16, "channels_last": channels_last}
+    whole = make_trainer(tmp_path / "whole", **changes)
+    whole.run(progress=False)
+
+    stopped = make_trainer(tmp_path / "parts", save_every=2, **changes)
+    for _ in range(4):
+        stopped.step()
+    stopped.save()
+    stopped.step()  # and then the machine stops: this step is lost
+    torch.manual_seed(12345)
+    resumed = Trainer.resume(tmp_path / "parts", images)
+    assert resumed.finished_steps == 4
+    resumed.run(progress=False)
+
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")[4:]
+    assert same_weights(resumed.model, whole.model)
+    assert same_weights(resumed.ema, whole.ema)
+    files = [
+        (checkpoint.newest(tmp_path / run) / checkpoint.WEIGHTS).read_bytes()
+        for run in ("whole", "parts")
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.mark.gpu
+def test_a_run_is_resumed_on_a_gpu(make_trainer, tiny_unet, images, tmp_path):
+    """AdamW's fused kernel wants its step count on the device as well."""
+    trainer = make_trainer(tmp_path, model=tiny_unet(num_classes=2).cuda())
+    for _ in range(3):
+        trainer.step()
+    trainer.save()
+    resumed = Trainer.resume(tmp_path, images, device="cuda")
+    assert resumed.step() == pytest.approx(trainer.step(), rel=1e-3)
+    assert resumed.step() == pytest.approx(trainer.step(), rel=1e-3)
+
+
+def test_the_losses_depend_on_the_seed(make_trainer):
+    runs = [[make_trainer(seed=seed).step() for _ in range(2)] for seed in (1, 2)]
+    assert runs[0][0] == runs[0][1]
+    assert runs[0] != runs[1]
+
+
+def test_the_log_of_a_killed_run_is_cut_to_its_checkpoint(make_trainer, images, tmp_path):
+    run = make_trainer(tmp_path, save_every=3, steps=5)
+    run.run(progress=False)
+    for step in (4, 5):
+        folder = checkpoint.step_folder(tmp_path, step)
+        if folder.exists():
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    before = losses_of(tmp_path)
+    with (tmp_path / "losses.jsonl").open("a") as log:
+        log.write('{"step": 6, "lo')
+    assert Trainer.resume(tmp_path, images).run(progress=False) is None
+    assert losses_of(tmp_path) == before
+    steps = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]
+    assert steps[0]["lr"] == run.learning_rate(0)
+
+
+def test_a_resumed_run_may_go_further(make_trainer, images, tmp_path):
+    make_trainer(tmp_path, steps=3, lr_schedule="constant").run(progress=False)
+    options = dataclasses.replace(OPTIONS, steps=5, lr_schedule="constant")
+    resumed = Trainer.resume(tmp_path, images, options)
+    resumed.run(progress=False)
+    whole = make_trainer(steps=5, lr_schedule="constant")
+    for _ in range(5):
+        whole.step()
+    assert same_weights(resumed.model, whole.model)
+
+
+def test_a_run_that_is_done_has_nothing_to_do(make_trainer, images, tmp_path):
+    make_trainer(tmp_path, steps=2).run(progress=False)
+    folder = checkpoint.newest(tmp_path)
+    written = (folder / checkpoint.META).stat().st_mtime_ns
+    assert Trainer.resume(tmp_path, images).run(progress=False) is None
+    assert (folder / checkpoint.META).stat().st_mtime_ns == written
+
+
+def test_resuming_before_the_first_step(make_trainer, images, tmp_path):
+    """A signal may come before a step is done; the checkpoint then holds no moments yet."""
+    early = make_trainer(tmp_path)
+    early.save()
+    resumed = Trainer.resume(tmp_path, images)
+    assert resumed.finished_steps == 0
+    straight = make_trainer()
+    assert [resumed.step() for _ in range(3)] == [straight.step() for _ in range(3)]
+
+
+def test_facts_and_options_are_kept(make_trainer, images, tmp_path):
+    trainer = make_trainer(tmp_path, steps=1)
+    trainer.record = {"command": "fastdiff train"}
+    trainer.run(progress=False)
+    resumed = Trainer.resume(tmp_path, images)
+    assert resumed.record == {"command": "fastdiff train"}
+    assert resumed.options == trainer.options
+    assert Trainer.resume(tmp_path, images, record={"new": 1}).record == {"new": 1}
+
+
+def lose(name):
+    def damage(path):
+        tensors = checkpoint.load_file(path)
+        del tensors[name]
+        checkpoint.save_file(tensors, path)
+
+    return damage
+
+
+def test_what_cannot_be_resumed(make_trainer, images, tmp_path, tiny_checkpoint):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume"):
+        Trainer.resume(tmp_path, images)
+    make_trainer(tmp_path / "run", steps=1).run(progress=False)
+    fewer = ImageSet(images.images[:6], images.labels[:6], images.classes)
+    with pytest.raises(DataError, match=r"trained on 7 images .* now there are 6"):
+        Trainer.resume(tmp_path / "run", fewer)
+    renamed = ImageSet(images.images, images.labels, ("right", "left"))
+    with pytest.raises(DataError, match=r"\('left', 'right'\), now .* \('right', 'left'\)"):
+        Trainer.resume(tmp_path / "run", renamed)
+    lose("exp_avg.conv_in.weight")(checkpoint.newest(tmp_path / "run") / checkpoint.STATE)
+    with pytest.raises(CheckpointError, match=r"exp_avg\.conv_in\.weight must have .* nothing"):
+        Trainer.resume(tmp_path / "run", images)
+    shared = checkpoint.step_folder(tmp_path / "shared", 1)
+    checkpoint.export(tiny_checkpoint, shared)
+    with pytest.raises(CheckpointError, match="it has no training_state"):
+        Trainer.resume(tmp_path / "shared", images)
+
+
+# One step.
+
+
+def test_the_loss_is_the_mean_squared_error_of_the_prediction(make_trainer, images, generator):
+    for prediction in process.KINDS:
+        trainer = make_trainer(prediction=prediction)
+        trainer.model.eval()
+        x0, labels = images.batch(torch.tensor([0, 3, 5]), generator)
+        t, noise = torch.tensor([0, 20, 49]), torch.randn(3, 1, 8, 8, generator=generator)
+        abar = SCHEDULE.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+        x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        target = {
+            "eps": noise,
+            "x0": x0,
+            "v": abar.sqrt() * noise - (1 - abar).sqrt() * x0,
+            "score": -noise / (1 - abar).sqrt(),
+        }[prediction]
+        with torch.no_grad():
+            wanted = ((trainer.model(x_t, t, labels) - target) ** 2).mean()
+            got = trainer.loss(x0, labels, t, noise)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_follows_its_formula(make_trainer):
+    """decay = min(ema, (1 + s) / (10 + s)), in float64 here."""
+    trainer = make_trainer(ema=0.25)
+    average = trainer.model.conv_in.weight.detach().double().clone()
+    for step in range(5):
+        trainer.step()
+        decay = min(0.25, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * trainer.model.conv_in.weight.detach().double()
+        torch.testing.assert_close(
+            trainer.ema.conv_in.weight.double(), average, rtol=1e-6, atol=1e-7
+        )
+    assert not trainer.ema.training
+    assert not any(p.requires_grad for p in trainer.ema.parameters())
+    assert trainer.checkpoint().model is trainer.ema
+
+
+def test_the_learning_rate_rises_and_falls(make_trainer):
+    cosine = make_trainer(steps=12, warmup=4, lr=1.0)
+    assert [cosine.learning_rate(s) for s in (0, 1, 3)] == [0.25, 0.5, 1.0]
+    assert cosine.learning_rate(8) == pytest.approx(0.5)
+    assert cosine.learning_rate(12) == pytest.approx(0, abs=1e-15)
+    assert cosine.learning_rate(99) == pytest.approx(0, abs=1e-15)
+    constant = make_trainer(steps=12, warmup=0, lr=1.0, lr_schedule="constant")
+    assert [constant.learning_rate(s) for s in (0, 11)] == [1.0, 1.0]
+    cosine.step()
+    assert cosine.optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_the_gradient_is_limited(make_trainer):
+    """With weights that hardly move, the norm of the gradient is what the limit lets through."""
+    free, bound = make_trainer(grad_clip=0.0), make_trainer(grad_clip=1e-3)
+    norms = []
+    for trainer in (free, bound):
+        trainer.step()
+        norms.append(math.sqrt(sum(float((p.grad**2).sum()) for p in trainer.parameters)))
+    assert norms[0] > 0.01
+    assert norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_training_learns(make_trainer):
+    """One image, no dropout to speak of: the loss must fall far below that of the first step."""
+    image = ImageSet(torch.full((1, 1, 8, 8), 0.7), name="one")
+    trainer = make_trainer(
+        data=image, steps=80, batch_size=16, lr=1e-2, lr_schedule="constant", prediction="x0"
+    )
+    losses = [trainer.step() for _ in range(80)]
+    assert np.mean(losses[-5:]) < 0.1 * np.mean(losses[:5])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, save_every=1)
+    trainer.step()
+    trainer.save()
+    kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.loss = lambda *args: trainer.model.conv_in.weight.sum() * torch.nan
+    with pytest.raises(TrainingError, match="loss is nan at step 2; a lower learning rate"):
+        trainer.run(progress=False)
+    assert all(torch.equal(kept[k], v) for k, v in trainer.model.state_dict().items())
+    assert checkpoint.load(tmp_path).step == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer):
+    trainer = make_trainer()
+    kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    # The square root of 0 is 0; its derivative is not finite.
+    trainer.loss = lambda *args: (trainer.model.conv_in.weight.sum() * 0).sqrt()
+    with pytest.raises(TrainingError, match="norm of the gradient is nan at step 1"):
+        trainer.step()
+    assert all(torch.equal(kept[k], v) for k, v in trainer.model.state_dict().items())
+
+
+# A run and what it leaves on the disk.
+
+
+def test_checkpoints_grids_and_losses_along_the_way(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, steps=6, save_every=2, sample_every=3, keep=2)
+    assert trainer.run(progress=False) is None
+    assert [p.name for p in checkpoint.all_steps(tmp_path)] == ["step-00000004", "step-00000006"]
+    assert len(losses_of(tmp_path)) == 6
+    grids = sorted((tmp_path / "samples").iterdir())
+    assert [grid.name for grid in grids] == ["step-00000003.png", "step-00000006.png"]
+    picture = np.asarray(Image.open(grids[1]))
+    assert picture.shape[0] == 4 + 2 * 68  # a row a class
+    found = checkpoint.load(tmp_path)
+    assert (found.step, found.seed, found.dataset) == (6, 1, "arrows")
+    assert found.classes == ("left", "right")
+    assert same_weights(found.model, trainer.ema)
+    assert not same_weights(found.model, trainer.model)
+
+
+def test_a_run_without_a_folder_writes_nothing(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(steps=2, save_every=1, sample_every=1)
+    trainer.run(progress=False)
+    assert trainer.finished_steps == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_goes_to_standard_error(make_trainer, capsys):
+    make_trainer(steps=2).run()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "training" in err
+    assert "loss=" in err
+
+
+def test_the_preview_is_always_of_the_same_noise(make_trainer, images):
+    trainer = make_trainer(data=images.without_labels())
+    first, again = (np.asarray(trainer.preview(columns=2)) for _ in range(2))
+    assert np.array_equal(first, again)
+    trainer.step()
+    assert not np.array_equal(np.asarray(trainer.preview(columns=2)), first)
+    short = make_trainer(schedule=NoiseSchedule(torch.tensor([0.5, 0.9])))
+    assert short.preview(columns=1).height > 0
+
+
+def test_a_used_folder_is_not_written_into(make_trainer, tmp_path):
+    """Else the new run's checkpoints would be pruned as older than the old run's."""
+    make_trainer(tmp_path, steps=2).run(progress=False)
+    with pytest.raises(InputError, match="holds checkpoints of an earlier run"):
+        make_trainer(tmp_path)
+
+
+def test_a_full_disk_ends_the_run_and_the_old_checkpoint_survives(
+    make_trainer, images, tmp_path, monkeypatch
+):
+    trainer = make_trainer(tmp_path, save_every=2)
+    trainer.step()
+    trainer.step()
+    trainer.save()
+    monkeypatch.setattr("fastdiff.checkpoint.save_file", full_disk)
+    with pytest.raises(CheckpointError, match="step-00000004: No space left on device"):
+        trainer.run(progress=False)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert Trainer.resume(tmp_path, images).finished_steps == 2
+    trainer.save()  # the trainer itself has lost nothing
+    assert checkpoint.load(tmp_path).step == 4
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["open", "write_text"])
+def test_a_log_that_cannot_be_written(call, make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(Path, call, full_disk)
+    with pytest.raises(InputError, match=r"losses\.jsonl: No space left on device"):
+        trainer.run(progress=False)
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_with_a_checkpoint(which, make_trainer, images, tmp_path):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    trainer = make_trainer(tmp_path)
+    take_step = trainer.step
+
+    def step():
+        if trainer.finished_steps == 2:
+            os.kill(os.getpid(), which)
+        return take_step()
+
+    trainer.step = step
+    assert trainer.run(progress=False) == which
+    assert trainer.finished_steps == 3  # the running step was finished
+    assert Trainer.resume(tmp_path, images).finished_steps == 3
+    assert len(losses_of(tmp_path)) == 3
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_signal_ends_it_at_once(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path)
+    taken = []
+
+    def step():
+        os.kill(os.getpid(), signal.SIGINT)
+        taken.append("first")
+        os.kill(os.getpid(), signal.SIGINT)
+        taken.append("never")
+
+    trainer.step = step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(progress=False)
+    assert taken == ["first"]
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_training_works_in_another_thread(make_trainer, tmp_path):
+    """Where no signal handler can be set."""
+    trainer = make_trainer(tmp_path, steps=2)
+    thread = threading.Thread(target=trainer.run, kwargs={"progress": False})
+    thread.start()
+    thread.join()
+    assert checkpoint.load(tmp_path).step == 2
+
+
+def test_model_data_and_schedule_must_fit(make_trainer, tiny_unet, images, tmp_path):
+    zero_snr = schedules.rescale_zero_terminal_snr(SCHEDULE)
+    with pytest.raises(InputError, match="eps prediction cannot be trained at zero terminal SNR"):
+        make_trainer(prediction="eps", schedule=zero_snr)
+    make_trainer(prediction="v", schedule=zero_snr).step()
+    with pytest.raises(ValueError, match="unknown prediction kind 'w'"):
+        make_trainer(prediction="w")
+    with pytest.raises(InputError, match="model has 0 classes, the data 2"):
+        make_trainer(model=tiny_unet())
+    with pytest.raises(InputError, match="model takes 3 x 8 x 8 images, the data has 1 x 8 x 8"):
+        make_trainer(model=tiny_unet(channels=3, num_classes=2))
+    with pytest.raises(InputError, match="1 x 16 x 16"):
+        make_trainer(model=tiny_unet(image_size=16, num_classes=2))
+    latents = ImageSet(torch.zeros(3, 4, 8, 8))
+    four = tiny_unet(channels=4)
+    with pytest.raises(InputError, match="the data has 4; set sample_every to 0"):
+        make_trainer(tmp_path, data=latents, model=four, sample_every=1)
+    make_trainer(tmp_path, data=latents, model=four, sample_every=0).step()
