@@ -106,7 +106,7 @@ def current() -> str:
 
 def kernel_runs(x: torch.Tensor) -> bool:
     """Whether a kernel, and not the reference, computes an operation on ``x``."""
-    return _use_cpu and x.device.type == "cpu" and x.dtype in KERNEL_DTYPES
+    return _use_cpu and x.is_cpu and x.dtype in KERNEL_DTYPES
 
 
 def isa() -> str:

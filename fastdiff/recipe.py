@@ -39,19 +39,19 @@ class TrainingOptions:
         InputError: a value outside its range.
     """
 
-    steps: int = 12_000
+    steps: int = 3000
     batch_size: int = 64
     lr: float = 1e-3
     lr_schedule: str = "cosine"
-    warmup: int = 200
+    warmup: int = 100
     ema: float = 0.999
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     seed: int = 0
     bf16: bool = False
     channels_last: bool = True
-    save_every: int = 1000
-    sample_every: int = 1000
+    save_every: int = 500
+    sample_every: int = 500
     keep: int = 2
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ def make_unet(
     channels: int = 1,
     num_classes: int = 0,
     *,
-    widths: tuple[int, ...] = (64, 96, 128),
+    widths: tuple[int, ...] = (32, 64, 64),
     layers_per_block: int = 2,
     attention: tuple[int, ...] = (1, 2),
     dropout: float = 0.0,
@@ -108,7 +108,8 @@ def make_unet(
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must lie in [0, 1), got {dropout}")
     kinds = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(levels)]
-    common = math.gcd(32, *widths)
+    head_dim = math.gcd(32, *widths)
+    groups = math.gcd(32, *(width // 4 or 1 for width in widths), *widths)  # of 4 channels or more
     return UNet2DModel(
         sample_size=image_size,
         in_channels=channels,
@@ -117,8 +118,8 @@ def make_unet(
         layers_per_block=layers_per_block,
         down_block_types=tuple(kinds),
         up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(kinds)),
-        norm_num_groups=common,
-        attention_head_dim=common,
+        norm_num_groups=groups,
+        attention_head_dim=head_dim,
         dropout=dropout,
         num_class_embeds=num_classes or None,
     )

@@ -55,6 +55,7 @@ struct Call {
     TORCH_CHECK_VALUE(groups >= 1 && channels >= 1 && channels % groups == 0,
                       "num_groups must divide the channels: got ", groups, " groups for ", channels,
                       " channels");
+    TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
     const auto per_image = input.sizes().slice(0, 2);
     check_coefficients(weight, {channels}, input, "weight");
     check_coefficients(bias, {channels}, input, "bias");

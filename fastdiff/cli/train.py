@@ -50,7 +50,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
     model = command.add_argument_group("model")
     model.add_argument(
-        "--channels", type=integers, default="64,96,128", help="feature channels of each level"
+        "--channels", type=integers, default="32,64,64", help="feature channels of each level"
     )
     model.add_argument("--layers-per-block", type=positive, default=2, help="blocks a level")
     model.add_argument(

@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastdiff.nn.config import CLASS_NAME, UNet2DConfig
 
@@ -63,6 +65,19 @@ def write(folder: Path, config: UNet2DConfig, tensors: Mapping[str, Tensor]) -> 
     (folder / CONFIG).write_text(text, encoding="utf-8")
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Modules made under it keep their weights as they come, to be replaced at once.
+
+    On the meta device there is nothing to fill, but init.normal_ would import the compiler: 1 s.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass every call on but those to torch.nn.init, whose results nobody uses."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def check_names_and_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -82,7 +82,7 @@ class UNet2DModel(nn.Module):
         folder = Path(folder)
         config = pretrained.read_config(folder)
         tensors = pretrained.read_weights(folder)
-        with torch.device("meta"):  # no random numbers for weights that are replaced at once
+        with torch.device("meta"), pretrained.NoInitialisation():
             model = cls(**config.to_dict())
         pretrained.check_names_and_shapes(tensors, model.state_dict())
         model.to_empty(device="cpu").load_state_dict(tensors)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.backend import kernel_runs
 from fastdiff.ops.checks import check_floating, check_same_kind
+from fastdiff.ops.dispatch import dispatch
 
 torch.library.define("fastdiff::add_time_embedding", "(Tensor x, Tensor emb) -> Tensor")
 
@@ -26,15 +26,17 @@ def add_time_embedding(x: Tensor, emb: Tensor) -> Tensor:
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit.
     """
+    kernel = torch.ops.fastdiff.add_time_embedding.default
+    return dispatch(x, kernel, reference.add_time_embedding, _check, x, emb)
+
+
+def _check(x: Tensor, emb: Tensor) -> None:
     check_floating(x, "x")
     if x.ndim < 2 or emb.shape != x.shape[:2]:
         raise ValueError(
             f"x must be [N, C, ...] and emb [N, C], got {tuple(x.shape)} and {tuple(emb.shape)}"
         )
     check_same_kind(emb, x, "emb", "x")
-    if not kernel_runs(x):
-        return reference.add_time_embedding(x, emb)
-    return torch.ops.fastdiff.add_time_embedding.default(x, emb)
 
 
 @torch.library.register_fake("fastdiff::add_time_embedding")

@@ -41,8 +41,11 @@ def _check_dense(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
 
 
-def check_timestep_kind(t: Tensor, x: Tensor) -> None:
-    """Raise unless t is int64 [N] for x [N, ...], on its device."""
+def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int) -> None:
+    """Raise unless t is int64 [N] for x [N, ...] with values in 0..num_timesteps-1.
+
+    Values are checked for CPU tensors only: looking at a GPU's would wait for it.
+    """
     if t.dtype != torch.int64:
         raise TypeError(f"t must be int64, got {t.dtype}")
     if t.shape != x.shape[:1]:
@@ -51,14 +54,6 @@ def check_timestep_kind(t: Tensor, x: Tensor) -> None:
             f"got {tuple(t.shape)}"
         )
     check_device(t, x, "t", "x")
-
-
-def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int) -> None:
-    """Raise unless t is int64 [N] for x [N, ...] with values in 0..num_timesteps-1.
-
-    Values are checked for CPU tensors only: looking at a GPU's would wait for it.
-    """
-    check_timestep_kind(t, x)
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in t.aminmax())
         if low < 0 or high >= num_timesteps:

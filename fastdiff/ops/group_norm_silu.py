@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.backend import kernel_runs
 from fastdiff.ops.checks import check_floating, check_like, check_same_kind
+from fastdiff.ops.dispatch import dispatch
 
 torch.library.define(
     "fastdiff::group_norm_silu",
@@ -60,14 +62,38 @@ def group_norm_silu(
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit, or num_groups does not divide C.
     """
+    return dispatch(
+        x, _kernel, reference.group_norm_silu, _check,
+        x, num_groups, weight, bias, eps, add, scale, shift, residual, silu,
+    )  # fmt: skip
+
+
+def _kernel(*args: Any) -> Tensor:
+    return torch.ops.fastdiff.group_norm_silu.default(*args)[0]
+
+
+def _check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    silu: bool,
+) -> None:
     check_floating(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x must be [N, C, ...], got {tuple(x.shape)}")
     channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups:
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise ValueError(
             f"num_groups must divide the channels: got {num_groups} groups for {channels} channels"
         )
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     for name, value, shape in (
         ("weight", weight, x.shape[1:2]),
         ("bias", bias, x.shape[1:2]),
@@ -81,13 +107,6 @@ def group_norm_silu(
             check_same_kind(value, x, name, "x")
     if residual is not None:
         check_like(residual, x, "residual", "x")
-    if not kernel_runs(x):
-        return reference.group_norm_silu(
-            x, num_groups, weight, bias, eps, add, scale, shift, residual, silu
-        )
-    return torch.ops.fastdiff.group_norm_silu.default(
-        x, num_groups, weight, bias, eps, add, scale, shift, residual, silu
-    )[0]
 
 
 @torch.library.register_fake("fastdiff::group_norm_silu")

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.backend import kernel_runs
-from fastdiff.ops.checks import (
-    check_device,
-    check_floating,
-    check_like,
-    check_timestep_kind,
-    check_timesteps,
-)
+from fastdiff.ops.checks import check_device, check_floating, check_like, check_timesteps
+from fastdiff.ops.dispatch import dispatch
 
 torch.library.define(
     "fastdiff::q_sample",
@@ -46,25 +40,25 @@ def q_sample(
         ValueError: shapes or devices do not fit.
         IndexError: a timestep outside 0..T-1 (CPU tensors).
     """
+    tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+    kernel = torch.ops.fastdiff.q_sample.default
+    return dispatch(x0, kernel, reference.q_sample, _check, x0, t, noise, *tables)
+
+
+def _check(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> None:
     check_floating(x0, "x0")
     check_like(noise, x0, "noise", "x0")
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
     for name, table in (
-        ("sqrt_alphas_cumprod", sqrt_alphas_cumprod),
-        ("sqrt_one_minus_alphas_cumprod", sqrt_one_minus_alphas_cumprod),
+        ("sqrt_alphas_cumprod", signal),
+        ("sqrt_one_minus_alphas_cumprod", sigma),
     ):
-        if table.ndim != 1 or table.shape != sqrt_alphas_cumprod.shape:
+        if table.ndim != 1 or table.shape != signal.shape:
             raise ValueError(f"{name} must have shape [T], got {tuple(table.shape)}")
         if table.dtype != wide:
             raise TypeError(f"{name} must be {wide} for {x0.dtype} images, got {table.dtype}")
         check_device(table, x0, name, "x0")
-    check_timestep_kind(t, x0)
-    if not kernel_runs(x0):  # the kernel checks the values itself
-        check_timesteps(t, x0, sqrt_alphas_cumprod.numel())
-        return reference.q_sample(x0, t, noise, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-    return torch.ops.fastdiff.q_sample.default(
-        x0, t, noise, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
-    )
+    check_timesteps(t, x0, signal.numel())
 
 
 @torch.library.register_fake("fastdiff::q_sample")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.backend import kernel_runs
 from fastdiff.ops.checks import check_device, check_floating, check_like, check_same_kind
+from fastdiff.ops.dispatch import dispatch
 
 ROW = 10  # coefficients in a row: len(fastdiff.samplers.COLUMNS)
 
@@ -41,6 +41,11 @@ def sampler_step(
         ValueError: shapes or devices do not fit.
         IndexError: ``step`` outside the table (CPU tensors).
     """
+    kernel = torch.ops.fastdiff.sampler_step.default
+    return dispatch(x, kernel, reference.sampler_step, _check, x, model_out, noise, table, step)
+
+
+def _check(x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, step: Tensor) -> None:
     check_floating(x, "x")
     check_same_kind(model_out, x, "model_out", "x")
     n, c = (*x.shape, 0, 0)[:2]
@@ -62,9 +67,6 @@ def sampler_step(
         )
     check_device(table, x, "table", "x")
     check_device(step, x, "step", "x")
-    if not kernel_runs(x):
-        return reference.sampler_step(x, model_out, noise, table, step.reshape(()))
-    return torch.ops.fastdiff.sampler_step.default(x, model_out, noise, table, step)
 
 
 @torch.library.register_fake("fastdiff::sampler_step")

@@ -1,0 +1,87 @@
+"""group_norm_silu in eager mode against F.silu(F.group_norm(x)), the same layout and dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Comparison
+from torch import Tensor
+
+from fastdiff import ops
+
+SHAPES = [(8, 128, 32, 32), (16, 128, 32, 32), (4, 320, 64, 64)]
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+GROUPS = 32
+
+cases = [
+    pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS),
+    pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES),
+    pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES]),
+]
+
+
+def every_case(function):
+    for mark in cases:
+        function = mark(function)
+    return function
+
+
+def make(shape, dtype, layout) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    return x, torch.rand(shape[1]).to(dtype), torch.rand(shape[1]).to(dtype)
+
+
+def peer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, GROUPS, weight, bias))
+
+
+def copies(passes: int, size: int):
+    """Notes: bytes of the least traffic a second, and that as a share of what a copy reaches."""
+
+    def notes(found: Comparison) -> list[str]:
+        copy = found.peers.pop("copy")
+        rate, of_copy = passes * size / found.ours, 2 * size / copy
+        return [f"{rate / 1e9:.1f} GB/s, {rate / of_copy:.0%} of copy's"]
+
+    return notes
+
+
+@every_case
+def bench_forward(versus, shape, dtype, layout) -> None:
+    arguments = x, weight, bias = make(shape, dtype, layout)
+    out = torch.empty_like(x)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ops.group_norm_silu(x, GROUPS, weight, bias),
+            peer(*arguments),
+            atol=tolerance,
+            rtol=0.02,
+        )
+        versus(
+            lambda: ops.group_norm_silu(x, GROUPS, weight, bias),
+            {"torch": lambda: peer(*arguments), "copy": lambda: out.copy_(x)},
+            notes=copies(2, x.numel() * x.element_size()),
+        )
+
+
+@every_case
+def bench_backward(versus, shape, dtype, layout) -> None:
+    leaves = [value.requires_grad_() for value in make(shape, dtype, layout)]
+    x, weight, bias = leaves
+    ours, theirs = ops.group_norm_silu(x, GROUPS, weight, bias), peer(*leaves)
+    grad = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+
+    def backward(y: Tensor):
+        return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+    for a, b in zip(backward(ours)(), backward(theirs)(), strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    versus(
+        backward(ours),
+        {"torch": backward(theirs), "copy": lambda: torch.empty_like(grad).copy_(grad)},
+        notes=copies(3, x.numel() * x.element_size()),
+    )

@@ -1,0 +1,22 @@
+"""q_sample against the plain PyTorch expression."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiff import ops, reference, schedules
+
+SHAPES = [(16, 3, 32, 32), (8, 4, 64, 64), (64, 3, 64, 64)]
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES])
+def bench_q_sample(versus, shape, dtype) -> None:
+    x0, noise = torch.randn(2, *shape).to(dtype)
+    t = torch.randint(1000, shape[:1])
+    signal, sigma = schedules.cosine().coefficients(x0.device, torch.float32)
+    arguments = (x0, t, noise, signal, sigma)
+    torch.testing.assert_close(ops.q_sample(*arguments), reference.q_sample(*arguments))
+    versus(lambda: ops.q_sample(*arguments), {"torch": lambda: reference.q_sample(*arguments)})

@@ -1,0 +1,32 @@
+"""sampler_step against the plain PyTorch expression of the same row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiff import ops, reference, samplers, schedules
+
+SHAPES = [(16, 3, 32, 32), (8, 4, 64, 64), (64, 3, 64, 64)]
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+SCHEDULE = schedules.cosine()
+SAMPLERS = {
+    "ddim": samplers.DDIM(SCHEDULE, 50),
+    "ddpm": samplers.DDPM(SCHEDULE, 50),
+    "ddpm-learned": samplers.DDPM(SCHEDULE, 50, variance="learned_range"),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES])
+def bench_sampler_step(versus, shape, dtype, sampler) -> None:
+    x = torch.randn(shape).to(dtype)
+    channels = shape[1] * (2 if sampler.learned_variance else 1)
+    out = torch.randn(shape[0], channels, *shape[2:]).to(dtype)
+    noise = torch.randn_like(x) if sampler.needs_noise else None
+    arguments = (x, out, noise, sampler.table.float(), torch.tensor(20))
+    torch.testing.assert_close(ops.sampler_step(*arguments), reference.sampler_step(*arguments))
+    versus(
+        lambda: ops.sampler_step(*arguments), {"torch": lambda: reference.sampler_step(*arguments)}
+    )

@@ -1,0 +1,47 @@
+"""Who computes an operation: a kernel where one can run, else the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.backend import kernel_runs
+
+
+def dispatch(
+    x: Tensor,
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    check: Callable[..., None],
+    *args: Any,
+) -> Any:
+    """kernel(*args) where a kernel can run on ``x``, else reference(*args).
+
+    Bad arguments raise what check(*args) raises. A kernel refuses them by itself, so there the
+    check runs only afterwards, to say it better: it would take as long as a small kernel does.
+    """
+    if not kernel_runs(x):
+        check(*args)
+        return reference(*args)
+    if torch.compiler.is_compiling():  # traced: the check costs nothing when it runs
+        check(*args)
+        return kernel(*args)
+    try:
+        if torch.is_grad_enabled() and _requires_grad(args):
+            out = kernel(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # past the Python autograd formula: 4 us
+                out = kernel(*args)
+    except Exception:
+        check(*args)
+        raise
+    if not out.is_cpu:  # one of the others is a meta tensor, and so the fake answered
+        check(*args)
+    return out
+
+
+def _requires_grad(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in args)

@@ -1,0 +1,43 @@
+"""Every instruction set that this processor has gives right results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+SCRIPT = """
+import json, torch
+from fastdiff import backend, selfcheck
+from fastdiff.backend import isa
+torch.set_num_threads(1)
+with backend("cpu"):
+    bad = [f"{r.operation} {r.layout} {r.dtype}: {r.max_error} {r.reason}"
+           for r in selfcheck.run() if not r.ok]
+print(json.dumps({"isa": isa(), "bad": bad}))
+"""
+
+HERE = torch.backends.cpu.get_cpu_capability()
+LEVELS = {"DEFAULT": "default", "AVX2": "avx2", "AVX512": "avx512"}
+KNOWN = list(LEVELS)[: list(LEVELS).index(HERE) + 1] if HERE in LEVELS else ["DEFAULT"]
+
+
+@pytest.mark.parametrize("wanted", [*KNOWN, "best"])
+def test_passes_the_self_check(wanted) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+    if wanted in LEVELS:
+        environment["ATEN_CPU_CAPABILITY"] = LEVELS[wanted]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bad"] == []
+    if wanted in LEVELS:
+        assert found["isa"] == wanted
+    else:
+        assert found["isa"].startswith(HERE if HERE in LEVELS else "DEFAULT")
