@@ -15,7 +15,7 @@ static void run(const AddTimeEmbeddingArgs& a, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(a.out) + row * length;
     if (a.channels_last) {
       const T* emb = static_cast<const T*>(a.emb) + row / a.pixels * a.channels;
-      for_blocks<T>(length, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+      for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
         B v = B::load(x + i, count);
         const B e = B::load(emb + i, count);
         for (int r = 0; r < Lanes<T>::parts; ++r) v.part[r] = v.part[r] + e.part[r];
@@ -23,7 +23,7 @@ static void run(const AddTimeEmbeddingArgs& a, int64_t begin, int64_t end) {
       });
     } else {
       const auto e = B::fill(static_cast<const T*>(a.emb)[row]);
-      for_blocks<T>(length, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+      for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
         B v = B::load(x + i, count);
         for (int r = 0; r < Lanes<T>::parts; ++r) v.part[r] = v.part[r] + e.part[r];
         v.store(out + i, count);

@@ -44,13 +44,13 @@ static void sum_run(const T* x, int64_t n, typename Lanes<T>::Wide pivot, double
   constexpr int64_t size = Lanes<T>::size, parts = Lanes<T>::parts, blocks = 4 / parts;
   const V shift(pivot);
   V s[4] = {V(0), V(0), V(0), V(0)}, q[4] = {V(0), V(0), V(0), V(0)};
-  const auto add = [&](const B& b, int first) __attribute__((always_inline)) {
+  const auto add = [&](const B& b, int first) FASTDIFF_HOT {
     for (int r = 0; r < parts; ++r) {
       s[first + r] = s[first + r] + b.part[r];
       q[first + r] = at::vec::fmadd(b.part[r], b.part[r], q[first + r]);
     }
   };
-  const auto load = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+  const auto load = [&](int64_t i, int64_t count) FASTDIFF_HOT {
     B b = B::load(x + i, count);
     for (int r = 0; r < parts; ++r) b.part[r] = b.part[r] - shift;
     return b;
@@ -58,7 +58,7 @@ static void sum_run(const T* x, int64_t n, typename Lanes<T>::Wide pivot, double
   int64_t i = 0;
   for (; i + blocks * size <= n; i += blocks * size)
     for (int64_t k = 0; k < blocks; ++k) add(load(i + k * size, size), k * parts);
-  for_blocks<T>(n - i, [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+  for_blocks<T>(n - i, [&](int64_t k, int64_t count) FASTDIFF_HOT {
     B b = load(i + k, count);
     b.keep(count);
     add(b, 0);
@@ -138,7 +138,7 @@ static void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t width,
   int64_t i = 0;
   for (; i + kBlocks * size <= width; i += kBlocks * size)
     sum_columns<T, kBlocks>(x + i, rows, stride, size, pivot + i, sum + i, squares + i);
-  for_blocks<T>(width - i, [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+  for_blocks<T>(width - i, [&](int64_t k, int64_t count) FASTDIFF_HOT {
     sum_columns<T, 1>(x + i + k, rows, stride, count, pivot + i + k, sum + i + k, squares + i + k);
   });
 }
@@ -192,7 +192,7 @@ template <class T, bool kSilu, bool kResidual, class Coefficient>
 FASTDIFF_INLINE void apply_run(const T* x, const T* residual, T* out, int64_t length,
                                Coefficient&& coefficient) {
   using B = Block<T>;
-  for_blocks<T>(length, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+  for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
     B v = B::load(x + i, count);
     B add;
     if constexpr (kResidual) add = B::load(residual + i, count);
@@ -222,7 +222,7 @@ static void apply(const Unit<T>& u, const Affine<T>& f) {
     const T* res = kResidual ? residual + o : nullptr;
     if (u.a.channels_last) {
       apply_run<T, kSilu, kResidual>(
-          x + o, res, out + o, u.width, [&](int64_t i, int r) __attribute__((always_inline)) {
+          x + o, res, out + o, u.width, [&](int64_t i, int r) FASTDIFF_HOT {
             const int64_t c = i + r * V::size();
             return Coefficients<V>{V::loadu(f.center + c), V::loadu(f.gain + c),
                                    V::loadu(f.offset + c)};
@@ -230,8 +230,7 @@ static void apply(const Unit<T>& u, const Affine<T>& f) {
     } else {
       const Coefficients<V> c{V(f.center[run]), V(f.gain[run]), V(f.offset[run])};
       apply_run<T, kSilu, kResidual>(x + o, res, out + o, u.a.pixels,
-                                     [&](int64_t, int)
-                                         __attribute__((always_inline)) { return c; });
+                                     [&](int64_t, int) FASTDIFF_HOT { return c; });
     }
   }
 }

@@ -6,9 +6,9 @@
 //   dx = r (G du - sum(G du) / K - h sum(G du h) / K)
 //
 // The first pass sums du, du (x - center) and x - center channel by channel, from which everything
-// per channel follows (the weights' gradients as well); the second computes du again and writes dx.
-// Reads grad and x once from memory and writes dx: 3 S where a unit fits the second-level cache.
-// PyTorch's two backward functions move 7 S.
+// per channel follows (the weights' gradients as well), and leaves du where dx will be; the second
+// turns it into dx. Reads grad and x once from memory and writes dx: 3 S where a unit fits the
+// second-level cache, and its exponentials are taken once. PyTorch's two functions move 7 S.
 #include "cpu/kernels/group_norm_unit.h"
 
 namespace fastdiff::CPU_CAPABILITY {
@@ -48,7 +48,7 @@ struct Plan {
 };
 
 template <class T, bool kSilu>
-static void sum_first(const Unit<T>& u, const T* grad, const Affine<T>& f, Plan<T>& plan) {
+static void sum_first(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T>& plan) {
   using B = Block<T>;
   using V = typename Lanes<T>::V;
   constexpr int parts = Lanes<T>::parts;
@@ -59,18 +59,20 @@ static void sum_first(const Unit<T>& u, const T* grad, const Affine<T>& f, Plan<
     for (int64_t p = 0; p < pixels; p += kBlockRun) {
       const int64_t n = pixels - p < kBlockRun ? pixels - p : kBlockRun, o = c * u.stride + p;
       Sums<V> sums[parts];
-      for_blocks<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+      for_blocks<T>(n, [&](int64_t i, int64_t count) FASTDIFF_HOT {
         B a = B::load(x + o + i, count);
         const B g = B::load(grad + o + i, count);
         for (int r = 0; r < parts; ++r) a.part[r] = a.part[r] - center;
         a.keep(count);  // past the end grad is zero and so is du, but x - center is not
+        B v;
         for (int r = 0; r < parts; ++r) {
           const V d = a.part[r];
-          const V v = before_silu<T, kSilu>(g.part[r], d, gain, offset);
-          sums[r].du = sums[r].du + v;
-          sums[r].du_x = at::vec::fmadd(v, d, sums[r].du_x);
+          v.part[r] = before_silu<T, kSilu>(g.part[r], d, gain, offset);
+          sums[r].du = sums[r].du + v.part[r];
+          sums[r].du_x = at::vec::fmadd(v.part[r], d, sums[r].du_x);
           sums[r].x = sums[r].x + d;
         }
+        if constexpr (kSilu) v.store(dx + o + i, count);
       });
       for (int r = 0; r < parts; ++r) {
         plan.du[c] += sum_lanes(sums[r].du);
@@ -84,7 +86,7 @@ static void sum_first(const Unit<T>& u, const T* grad, const Affine<T>& f, Plan<
 // A block of rows is summed in the wide type, two rows at a time to halve the traffic of the sums
 // with the first-level cache. The second pass's coefficients lend their place to these sums.
 template <class T, bool kSilu>
-static void sum_last(const Unit<T>& u, const T* grad, const Affine<T>& f, Plan<T>& plan) {
+static void sum_last(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T>& plan) {
   using B = Block<T>;
   using V = typename Lanes<T>::V;
   using Wide = typename Lanes<T>::Wide;
@@ -95,21 +97,23 @@ static void sum_last(const Unit<T>& u, const T* grad, const Affine<T>& f, Plan<T
     for (int64_t i = 0; i < u.padded(); ++i) sum_du[i] = 0, sum_du_x[i] = 0, sum_x[i] = 0;
     for (int64_t p = begin; p < end; p += 2) {
       const int64_t o = p * u.stride, rows = end - p < 2 ? 1 : 2;
-      for_blocks<T>(u.width, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+      for_blocks<T>(u.width, [&](int64_t i, int64_t count) FASTDIFF_HOT {
         B du = B::load_wide(sum_du + i), du_x = B::load_wide(sum_du_x + i),
           all = B::load_wide(sum_x + i);
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t at = o + row * u.stride + i;
           const B a = B::load(x + at, count), g = B::load(grad + at, count);
+          B v;
           for (int r = 0; r < Lanes<T>::parts; ++r) {
             const int64_t c = i + r * V::size();
             const V d = a.part[r] - V::loadu(f.center + c);
-            const V v =
+            v.part[r] =
                 before_silu<T, kSilu>(g.part[r], d, V::loadu(f.gain + c), V::loadu(f.offset + c));
-            du.part[r] = du.part[r] + v;
-            du_x.part[r] = at::vec::fmadd(v, d, du_x.part[r]);
+            du.part[r] = du.part[r] + v.part[r];
+            du_x.part[r] = at::vec::fmadd(v.part[r], d, du_x.part[r]);
             all.part[r] = all.part[r] + d;
           }
+          if constexpr (kSilu) v.store(dx + at, count);
         }
         du.store_wide(sum_du + i);
         du_x.store_wide(sum_du_x + i);
@@ -161,45 +165,33 @@ static void solve(const Unit<T>& u, const GroupNormSiluBackward& b, const Affine
   }
 }
 
-template <class T, bool kSilu>
-static void write(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, const Plan<T>& plan) {
+// dx from du, which may lie where dx will.
+template <class T>
+static void write(const Unit<T>& u, const T* du, T* dx, const Affine<T>& f, const Plan<T>& plan) {
   using B = Block<T>;
   using V = typename Lanes<T>::V;
   const T* x = u.at(u.a.x);
-  const bool last = u.a.channels_last;
-  const int64_t runs = last ? u.a.pixels : u.width, length = last ? u.width : u.a.pixels;
-  const auto step = [](const V& x, const V& g, const V& center, const V& gain, const V& offset,
-                       const V& slope, const V& curve, const V& base)
-                        __attribute__((always_inline)) {
-                          const V d = x - center;
-                          const V du = before_silu<T, kSilu>(g, d, gain, offset);
-                          return at::vec::fmadd(du, slope, at::vec::fmadd(d, curve, base));
-                        };
-  for (int64_t run = 0; run < runs; ++run) {
-    const int64_t o = run * u.stride;
-    if (last) {
-      for_blocks<T>(length, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        B a = B::load(x + o + i, count);
-        const B g = B::load(grad + o + i, count);
-        for (int r = 0; r < Lanes<T>::parts; ++r) {
-          const int64_t c = i + r * V::size();
-          a.part[r] = step(a.part[r], g.part[r], V::loadu(f.center + c), V::loadu(f.gain + c),
-                           V::loadu(f.offset + c), V::loadu(plan.slope + c),
-                           V::loadu(plan.curve + c), V::loadu(plan.base + c));
-        }
-        a.store(dx + o + i, count);
-      });
-    } else {
-      const V center(f.center[run]), gain(f.gain[run]), offset(f.offset[run]),
-          slope(plan.slope[run]), curve(plan.curve[run]), base(plan.base[run]);
-      for_blocks<T>(length, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        B a = B::load(x + o + i, count);
-        const B g = B::load(grad + o + i, count);
-        for (int r = 0; r < Lanes<T>::parts; ++r)
-          a.part[r] = step(a.part[r], g.part[r], center, gain, offset, slope, curve, base);
-        a.store(dx + o + i, count);
-      });
-    }
+  const auto apply = [&](int64_t o, int64_t length, auto&& coefficient) FASTDIFF_HOT {
+    for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+      B a = B::load(x + o + i, count);
+      const B v = B::load(du + o + i, count);
+      for (int r = 0; r < Lanes<T>::parts; ++r) {
+        const int64_t c = i + r * V::size();
+        const V curved = at::vec::fmadd(a.part[r] - coefficient(f.center, c),
+                                        coefficient(plan.curve, c), coefficient(plan.base, c));
+        a.part[r] = at::vec::fmadd(v.part[r], coefficient(plan.slope, c), curved);
+      }
+      a.store(dx + o + i, count);
+    });
+  };
+  if (u.a.channels_last) {
+    for (int64_t p = 0; p < u.a.pixels; ++p)
+      apply(p * u.stride, u.width,
+            [](const auto* array, int64_t c) FASTDIFF_HOT { return V::loadu(array + c); });
+  } else {
+    for (int64_t c = 0; c < u.width; ++c)
+      apply(c * u.stride, u.a.pixels,
+            [c](const auto* array, int64_t) FASTDIFF_HOT { return V(array[c]); });
   }
 }
 
@@ -211,13 +203,14 @@ static void run(const GroupNormSiluBackward& b, int64_t begin, int64_t end, void
     const Affine<T> f(u, 1, scratch);
     Plan<T> plan(u, scratch);
     const T* grad = u.at(b.grad);
+    T* dx = u.at(b.dx);
     if (u.a.channels_last) {
-      sum_last<T, kSilu>(u, grad, f, plan);
+      sum_last<T, kSilu>(u, grad, dx, f, plan);
     } else {
-      sum_first<T, kSilu>(u, grad, f, plan);
+      sum_first<T, kSilu>(u, grad, dx, f, plan);
     }
     solve(u, b, f, plan);
-    write<T, kSilu>(u, grad, u.at(b.dx), f, plan);
+    write(u, kSilu ? dx : grad, dx, f, plan);
   }
 }
 

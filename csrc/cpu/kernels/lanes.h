@@ -16,7 +16,8 @@ namespace fastdiff::CPU_CAPABILITY {
 
 using at::vec::Vectorized;
 
-#define FASTDIFF_INLINE inline __attribute__((always_inline))
+#define FASTDIFF_HOT __attribute__((always_inline))  // after a lambda's parameters
+#define FASTDIFF_INLINE inline FASTDIFF_HOT
 
 // `digits`: degree of the polynomial for 2^f, whose error is well under half a unit of T.
 template <class T>

@@ -19,7 +19,7 @@ static void run(const QSampleArgs& a, int64_t begin, int64_t end) {
     const T* noise = static_cast<const T*>(a.noise) + begin;
     T* out = static_cast<T*>(a.out) + begin;
     const auto s = B::fill(signal[a.t[n]]), e = B::fill(sigma[a.t[n]]);
-    for_blocks<T>(stop - begin, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_blocks<T>(stop - begin, [&](int64_t i, int64_t count) FASTDIFF_HOT {
       B x = B::load(x0 + i, count);
       const B z = B::load(noise + i, count);
       for (int r = 0; r < Lanes<T>::parts; ++r)

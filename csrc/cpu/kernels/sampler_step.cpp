@@ -46,7 +46,7 @@ template <class T, bool kNoise, bool kLearned>
 static void run_row(const Row<T>& row, const T* x, const T* m, const T* v, const T* z, T* out,
                     int64_t length) {
   using B = Block<T>;
-  for_blocks<T>(length, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+  for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
     B a = B::load(x + i, count);
     const B b = B::load(m + i, count);
     B c, d;
