@@ -65,10 +65,20 @@ struct Call {
     x = input.contiguous(format);
     const int64_t pixels = x.numel() / std::max<int64_t>(1, x.size(0) * channels);
     const bool last = format != at::MemoryFormat::Contiguous;
-    args = {x.scalar_type(), last,      silu,        channels,           pixels,
-            groups,          1,         eps,         x.const_data_ptr(), hold(weight),
-            hold(bias),      hold(add), hold(scale), hold(shift),        nullptr,
-            nullptr,         nullptr,   nullptr};
+    args = {.dtype = x.scalar_type(),
+            .channels_last = last,
+            .silu = silu,
+            .channels = channels,
+            .pixels = pixels,
+            .groups = groups,
+            .slice = 1,
+            .eps = eps,
+            .x = x.const_data_ptr(),
+            .weight = hold(weight),
+            .bias = hold(bias),
+            .add = hold(add),
+            .scale = hold(scale),
+            .shift = hold(shift)};
     if (x.numel() > 0) args.slice = groups_in_unit(x, groups, last);
   }
 

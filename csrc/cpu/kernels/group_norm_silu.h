@@ -16,16 +16,16 @@ struct GroupNormSilu {
   bool channels_last, silu;
   int64_t channels, pixels, groups, slice;
   double eps;
-  const void* x;         // [N, C, P], or [N, P, C] channels-last
-  const void* weight;    // [C] or null
-  const void* bias;      // [C] or null
-  const void* add;       // [N, C] or null
-  const void* scale;     // [N, C] or null
-  const void* shift;     // [N, C] or null
-  const void* residual;  // like x, or null
-  void* out;             // like x
-  double* mean;          // [N, groups]
-  double* rstd;          // [N, groups], 1 / sqrt(variance + eps)
+  const void* x;                   // [N, C, P], or [N, P, C] channels-last
+  const void* weight;              // [C] or null
+  const void* bias;                // [C] or null
+  const void* add;                 // [N, C] or null
+  const void* scale;               // [N, C] or null
+  const void* shift;               // [N, C] or null
+  const void* residual = nullptr;  // like x, or null
+  void* out = nullptr;             // like x
+  double* mean = nullptr;          // [N, groups]
+  double* rstd = nullptr;          // [N, groups], 1 / sqrt(variance + eps)
 };
 
 struct GroupNormSiluBackward {

@@ -20,7 +20,7 @@ constexpr int64_t kPad = 64;  // arrays of coefficients are padded to this many 
 // What is summed in the wide type before it is added up in double: pixels that lie together, or
 // channels-last rows of pixels.
 constexpr int64_t kBlockRun = 4096;
-constexpr int64_t kBlockRows = 64;
+constexpr int64_t kBlockRows = 128;
 
 // Hands out the arrays of one unit.
 struct Scratch {
