@@ -26,7 +26,10 @@ def bench_sampler_step(versus, shape, dtype, sampler) -> None:
     out = torch.randn(shape[0], channels, *shape[2:]).to(dtype)
     noise = torch.randn_like(x) if sampler.needs_noise else None
     arguments = (x, out, noise, sampler.table.float(), torch.tensor(20))
-    torch.testing.assert_close(ops.sampler_step(*arguments), reference.sampler_step(*arguments))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(
+        ops.sampler_step(*arguments), reference.sampler_step(*arguments), atol=tolerance, rtol=0.02
+    )
     versus(
         lambda: ops.sampler_step(*arguments), {"torch": lambda: reference.sampler_step(*arguments)}
     )

@@ -16,7 +16,8 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-constexpr int64_t kCacheLine = 64;  // bytes
+constexpr int64_t kCacheLine = 64;         // bytes
+constexpr int64_t kElements = kGrain / 4;  // for a thread; an exponential makes them dearer
 
 void check_coefficients(const Optional& value, at::IntArrayRef shape, const at::Tensor& x,
                         const char* name) {
@@ -95,7 +96,7 @@ struct Call {
   void run(Kernel&& kernel) const {
     const int64_t slices = (args.groups + args.slice - 1) / args.slice;
     const int64_t width = args.slice * (args.channels / args.groups);
-    at::parallel_for(0, x.size(0) * slices, std::max<int64_t>(1, kGrain / (width * args.pixels)),
+    at::parallel_for(0, x.size(0) * slices, std::max<int64_t>(1, kElements / (width * args.pixels)),
                      [&](int64_t begin, int64_t end) {
                        std::vector<char> scratch(group_norm_silu_scratch(width));
                        kernel(begin, end, scratch.data());

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_floating, check_same_kind
+from fastdiff.ops.checks import check_fake, check_floating, check_same_kind
 from fastdiff.ops.dispatch import dispatch
 
 torch.library.define("fastdiff::add_time_embedding", "(Tensor x, Tensor emb) -> Tensor")
+
+
+_kernel = torch.ops.fastdiff.add_time_embedding.default
 
 
 def add_time_embedding(x: Tensor, emb: Tensor) -> Tensor:
@@ -26,8 +29,7 @@ def add_time_embedding(x: Tensor, emb: Tensor) -> Tensor:
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit.
     """
-    kernel = torch.ops.fastdiff.add_time_embedding.default
-    return dispatch(x, kernel, reference.add_time_embedding, _check, x, emb)
+    return dispatch(x, _kernel, reference.add_time_embedding, _check, x, emb)
 
 
 def _check(x: Tensor, emb: Tensor) -> None:
@@ -41,6 +43,7 @@ def _check(x: Tensor, emb: Tensor) -> None:
 
 @torch.library.register_fake("fastdiff::add_time_embedding")
 def _fake(x: Tensor, emb: Tensor) -> Tensor:
+    check_fake(x, emb)
     return torch.empty_like(x)
 
 

@@ -29,14 +29,15 @@ def dispatch(
     if torch.compiler.is_compiling():  # traced: the check costs nothing when it runs
         check(*args)
         return kernel(*args)
-    tensors = [value for value in args if isinstance(value, Tensor)]
     try:
-        if not all([value.is_cpu for value in tensors]):  # beside meta the fake would answer
-            check(*args)
-        if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
+        if torch.is_grad_enabled() and _requires_grad(args):
             return kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():  # past the Python autograd formula: 4 us
             return kernel(*args)
     except Exception:
         check(*args)
         raise
+
+
+def _requires_grad(args: tuple[Any, ...]) -> bool:
+    return any([isinstance(value, Tensor) and value.requires_grad for value in args])

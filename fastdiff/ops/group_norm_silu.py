@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_floating, check_like, check_same_kind
+from fastdiff.ops.checks import check_fake, check_floating, check_like, check_same_kind
 from fastdiff.ops.dispatch import dispatch
 
 torch.library.define(
@@ -111,6 +111,7 @@ def _check(
 
 @torch.library.register_fake("fastdiff::group_norm_silu")
 def _fake(x, num_groups, weight, bias, eps, add, scale, shift, residual, silu):  # type: ignore[no-untyped-def]
+    check_fake(x, weight, bias, add, scale, shift, residual)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float64)
     return torch.empty_like(x), mean, torch.empty_like(mean)
 

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_device, check_floating, check_like, check_timesteps
+from fastdiff.ops.checks import (
+    check_device,
+    check_fake,
+    check_floating,
+    check_like,
+    check_timesteps,
+)
 from fastdiff.ops.dispatch import dispatch
 
 torch.library.define(
@@ -14,6 +20,9 @@ torch.library.define(
     "(Tensor x0, Tensor t, Tensor noise, Tensor sqrt_alphas_cumprod, "
     "Tensor sqrt_one_minus_alphas_cumprod) -> Tensor",
 )
+
+
+_kernel = torch.ops.fastdiff.q_sample.default
 
 
 def q_sample(
@@ -41,8 +50,7 @@ def q_sample(
         IndexError: a timestep outside 0..T-1 (CPU tensors).
     """
     tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-    kernel = torch.ops.fastdiff.q_sample.default
-    return dispatch(x0, kernel, reference.q_sample, _check, x0, t, noise, *tables)
+    return dispatch(x0, _kernel, reference.q_sample, _check, x0, t, noise, *tables)
 
 
 def _check(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> None:
@@ -63,6 +71,7 @@ def _check(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) 
 
 @torch.library.register_fake("fastdiff::q_sample")
 def _fake(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    check_fake(x0, t, noise, signal, sigma)
     return torch.empty_like(x0)
 
 

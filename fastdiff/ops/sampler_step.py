@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_device, check_floating, check_like, check_same_kind
+from fastdiff.ops.checks import (
+    check_device,
+    check_fake,
+    check_floating,
+    check_like,
+    check_same_kind,
+)
 from fastdiff.ops.dispatch import dispatch
 
 ROW = 10  # coefficients in a row: len(fastdiff.samplers.COLUMNS)
@@ -15,6 +21,9 @@ torch.library.define(
     "fastdiff::sampler_step",
     "(Tensor x, Tensor model_out, Tensor? noise, Tensor table, Tensor step) -> Tensor",
 )
+
+
+_kernel = torch.ops.fastdiff.sampler_step.default
 
 
 def sampler_step(
@@ -41,8 +50,7 @@ def sampler_step(
         ValueError: shapes or devices do not fit.
         IndexError: ``step`` outside the table (CPU tensors).
     """
-    kernel = torch.ops.fastdiff.sampler_step.default
-    return dispatch(x, kernel, reference.sampler_step, _check, x, model_out, noise, table, step)
+    return dispatch(x, _kernel, reference.sampler_step, _check, x, model_out, noise, table, step)
 
 
 def _check(x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, step: Tensor) -> None:
@@ -73,4 +81,5 @@ def _check(x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, st
 def _fake(
     x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, step: Tensor
 ) -> Tensor:
+    check_fake(x, model_out, noise, table, step)
     return torch.empty_like(x)
