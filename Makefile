@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -type f)
 .PHONY: sample test bench lint format doctor venv clean
 
 sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
-	$(RUN) -m fastdiff sample --out samples.png --compare
+	$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare
 
 test: venv  ## the whole test suite
 	$(RUN) -m pytest

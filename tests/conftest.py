@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 
 from fastdiff import schedules
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.training import make_unet
+
+# The same examples in every run, so that a run that fails can be had again.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_runtest_setup(item):

@@ -110,7 +110,7 @@ def test_other_numbers_of_dimensions(dims) -> None:
     assert_as_accurate(call(3, ["x"]), x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100)
 @given(
     n=st.integers(1, 3), groups=st.integers(1, 6), per_group=st.integers(1, 19),
     height=st.integers(1, 12), width=st.integers(1, 12),
@@ -120,7 +120,7 @@ def test_other_numbers_of_dimensions(dims) -> None:
 def test_any_shape(n, groups, per_group, height, width, layout, dtype, options) -> None:
     assume(per_group * height * width > 4)  # of a few values the gradient is all but cancelled
     values = make((n, groups * per_group, height, width), dtype, layout, options, seed=n)
-    assert_as_accurate(call(groups, list(values)), *values.values(), exact=4)
+    assert_as_accurate(call(groups, list(values)), *values.values(), cancelling=True)
 
 
 def test_keeps_shape_dtype_and_layout() -> None:

@@ -41,7 +41,7 @@ def test_values_and_gradients(shape, dtype, layout) -> None:
     assert_as_accurate(run, *make(shape, dtype, layout))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple),
     dtype=st.sampled_from(DTYPES),

@@ -46,7 +46,7 @@ def test_values(shape, dtype, layout, noisy, learned) -> None:
     assert_as_accurate(run, *make(shape, dtype, noisy, learned, layout))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(*[st.integers(1, 9)] * 4), dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS), kind=st.sampled_from(list(KINDS.values())),
