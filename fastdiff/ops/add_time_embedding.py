@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_fake, check_floating, check_same_kind
-from fastdiff.ops.dispatch import dispatch
+from fastdiff.ops.checks import check_floating, check_same_kind
+from fastdiff.ops.dispatch import dispatch, fake_like
 
 torch.library.define("fastdiff::add_time_embedding", "(Tensor x, Tensor emb) -> Tensor")
 
@@ -43,8 +43,7 @@ def _check(x: Tensor, emb: Tensor) -> None:
 
 @torch.library.register_fake("fastdiff::add_time_embedding")
 def _fake(x: Tensor, emb: Tensor) -> Tensor:
-    check_fake(x, emb)
-    return torch.empty_like(x)
+    return fake_like(x, emb)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]

@@ -36,13 +36,6 @@ def check_device(value: Tensor, x: Tensor, name: str, like: str) -> None:
     _check_dense(value, name)
 
 
-def check_fake(x: Tensor, *others: Tensor | None) -> None:
-    """ValueError unless all are on one device: beside a meta tensor the fake would stand in."""
-    for value in others:
-        if value is not None and value.device != x.device:
-            raise ValueError(f"all tensors must be on {x.device}, got one on {value.device}")
-
-
 def _check_dense(x: Tensor, name: str) -> None:
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")

@@ -1,4 +1,4 @@
-"""Who computes an operation: a kernel where one can run, else the reference."""
+"""Who computes an operation, a kernel or the reference, and what a fake of it gives."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fastdiff.backend import kernel_runs
 
@@ -41,3 +42,16 @@ def dispatch(
 
 def _requires_grad(args: tuple[Any, ...]) -> bool:
     return any([isinstance(value, Tensor) and value.requires_grad for value in args])
+
+
+def fake_like(x: Tensor, *others: Tensor | None) -> Tensor:
+    """An empty result like ``x`` for a fake: channels-last if ``x`` is, else contiguous.
+
+    Raises:
+        ValueError: another tensor is on another device. Beside a meta tensor the dispatcher would
+            have the fake answer for a kernel.
+    """
+    for value in others:
+        if value is not None and value.device != x.device:
+            raise ValueError(f"all tensors must be on {x.device}, got one on {value.device}")
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))

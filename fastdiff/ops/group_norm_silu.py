@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_fake, check_floating, check_like, check_same_kind
-from fastdiff.ops.dispatch import dispatch
+from fastdiff.ops.checks import check_floating, check_like, check_same_kind
+from fastdiff.ops.dispatch import dispatch, fake_like
 
 torch.library.define(
     "fastdiff::group_norm_silu",
@@ -111,16 +111,16 @@ def _check(
 
 @torch.library.register_fake("fastdiff::group_norm_silu")
 def _fake(x, num_groups, weight, bias, eps, add, scale, shift, residual, silu):  # type: ignore[no-untyped-def]
-    check_fake(x, weight, bias, add, scale, shift, residual)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float64)
-    return torch.empty_like(x), mean, torch.empty_like(mean)
+    y = fake_like(x, weight, bias, add, scale, shift, residual)
+    return y, mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("fastdiff::group_norm_silu_backward")
 def _fake_backward(grad, x, mean, rstd, num_groups, weight, bias, add, scale, shift, silu):  # type: ignore[no-untyped-def]
     per_channel, per_image = x.new_empty(x.shape[1]), x.new_empty(x.shape[:2])
     return (
-        torch.empty_like(x),
+        fake_like(x, grad, mean, rstd, weight, bias, add, scale, shift),
         per_channel,
         torch.empty_like(per_channel),
         per_image,

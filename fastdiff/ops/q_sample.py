@@ -8,12 +8,11 @@ from torch import Tensor
 from fastdiff import reference
 from fastdiff.ops.checks import (
     check_device,
-    check_fake,
     check_floating,
     check_like,
     check_timesteps,
 )
-from fastdiff.ops.dispatch import dispatch
+from fastdiff.ops.dispatch import dispatch, fake_like
 
 torch.library.define(
     "fastdiff::q_sample",
@@ -71,8 +70,7 @@ def _check(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) 
 
 @torch.library.register_fake("fastdiff::q_sample")
 def _fake(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-    check_fake(x0, t, noise, signal, sigma)
-    return torch.empty_like(x0)
+    return fake_like(x0, t, noise, signal, sigma)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
