@@ -16,6 +16,13 @@ namespace fastdiff::CPU_CAPABILITY {
 
 constexpr int64_t kPivot = 16;  // elements, or rows, whose mean is the first pivot
 
+// Vectors of columns that are summed at a time, two sums each: as many as the registers hold.
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int kColumns = 8;
+#else
+constexpr int kColumns = 4;
+#endif
+
 struct Moments {
   double count = 0, mean = 0, m2 = 0;  // m2: sum of squares about the mean
 
@@ -134,7 +141,7 @@ static void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t width,
                      const typename Lanes<T>::Wide* pivot, typename Lanes<T>::Wide* sum,
                      typename Lanes<T>::Wide* squares) {
   constexpr int64_t size = Lanes<T>::size;
-  constexpr int kBlocks = 4 / Lanes<T>::parts;  // three vectors each: 12 registers
+  constexpr int kBlocks = kColumns / Lanes<T>::parts;
   int64_t i = 0;
   for (; i + kBlocks * size <= width; i += kBlocks * size)
     sum_columns<T, kBlocks>(x + i, rows, stride, size, pivot + i, sum + i, squares + i);
