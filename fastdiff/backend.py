@@ -74,10 +74,11 @@ class backend:  # noqa: N801 - used as a function and as a context manager
     """
 
     def __init__(self, name: str) -> None:
-        self.previous = _current
+        self.name, self.previous = name, _current
         _set(name)
 
     def __enter__(self) -> backend:
+        _set(self.name)  # again, for an object that is entered a second time
         return self
 
     def __exit__(

@@ -163,3 +163,11 @@ def test_an_extension_left_out_on_purpose_is_no_reason_to_warn(tmp_path, monkeyp
     (tmp_path / "_C.not_built").write_text("no C++ compiler found\n")
     with pytest.warns(UserWarning, match="not built: no C\\+\\+ compiler found; running on the"):
         module._why_not_built()
+
+
+def test_an_object_can_be_entered_again() -> None:
+    plain = fastdiff.backend("reference")
+    for _ in range(2):
+        with plain:
+            assert module.current() == "reference"
+        assert module.current() == "auto"
