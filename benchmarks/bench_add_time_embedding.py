@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from comparison import every_dtype, every_layout, every_shape
 
 from fastdiff import ops
 
-SHAPES = [(8, 128, 32, 32), (4, 320, 64, 64)]
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES])
+@every_layout
+@every_dtype
+@every_shape((8, 128, 32, 32), (4, 320, 64, 64))
 def bench_add_time_embedding(versus, shape, dtype, layout) -> None:
     x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
     emb = torch.randn(shape[:2]).to(dtype)

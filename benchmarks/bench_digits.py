@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import on_reference
+from comparison import on_reference
 
 from fastdiff import checkpoint, data, samplers, schedules
 from fastdiff.training import Trainer, TrainingOptions, make_unet

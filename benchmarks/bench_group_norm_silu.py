@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Comparison
+from comparison import Comparison, every_dtype, every_layout, every_shape
 from torch import Tensor
 
 from fastdiff import ops
 
-SHAPES = [(8, 128, 32, 32), (16, 128, 32, 32), (4, 320, 64, 64)]
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 GROUPS = 32
 
-cases = [
-    pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS),
-    pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES),
-    pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES]),
-]
-
-
-def every_case(function):
-    for mark in cases:
-        function = mark(function)
-    return function
+activations = every_shape((8, 128, 32, 32), (16, 128, 32, 32), (4, 320, 64, 64))
 
 
 def make(shape, dtype, layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +34,9 @@ def copies(passes: int, size: int):
     return notes
 
 
-@every_case
+@every_layout
+@every_dtype
+@activations
 def bench_forward(versus, shape, dtype, layout) -> None:
     arguments = x, weight, bias = make(shape, dtype, layout)
     out = torch.empty_like(x)
@@ -67,7 +55,9 @@ def bench_forward(versus, shape, dtype, layout) -> None:
         )
 
 
-@every_case
+@every_layout
+@every_dtype
+@activations
 def bench_backward(versus, shape, dtype, layout) -> None:
     leaves = [value.requires_grad_() for value in make(shape, dtype, layout)]
     x, weight, bias = leaves

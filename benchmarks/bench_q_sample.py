@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from comparison import every_dtype, every_shape
 
 from fastdiff import ops, reference, schedules
 
-SHAPES = [(16, 3, 32, 32), (8, 4, 64, 64), (64, 3, 64, 64)]
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES])
+@every_dtype
+@every_shape((16, 3, 32, 32), (8, 4, 64, 64), (64, 3, 64, 64))
 def bench_q_sample(versus, shape, dtype) -> None:
     x0, noise = torch.randn(2, *shape).to(dtype)
     t = torch.randint(1000, shape[:1])

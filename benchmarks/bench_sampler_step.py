@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparison import every_dtype, every_shape
 
 from fastdiff import ops, reference, samplers, schedules
 
-SHAPES = [(16, 3, 32, 32), (8, 4, 64, 64), (64, 3, 64, 64)]
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SCHEDULE = schedules.cosine()
 SAMPLERS = {
     "ddim": samplers.DDIM(SCHEDULE, 50),
@@ -18,8 +17,8 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES])
+@every_dtype
+@every_shape((16, 3, 32, 32), (8, 4, 64, 64), (64, 3, 64, 64))
 def bench_sampler_step(versus, shape, dtype, sampler) -> None:
     x = torch.randn(shape).to(dtype)
     channels = shape[1] * (2 if sampler.learned_variance else 1)
