@@ -1,7 +1,6 @@
 // fastdiff::add_time_embedding on CPU tensors; the arithmetic is in kernels/add_time_embedding.cpp.
 #include "cpu/kernels/add_time_embedding.h"
 
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "cpu/tensors.h"
@@ -12,15 +11,11 @@ namespace {
 at::Tensor add_time_embedding_cpu(const at::Tensor& x, const at::Tensor& emb) {
   check_floating(x, "x");
   TORCH_CHECK_VALUE(x.dim() >= 2, "x must be [N, C, ...], got ", x.sizes());
-  TORCH_CHECK_VALUE(emb.sizes() == x.sizes().slice(0, 2), "emb must have shape ",
-                    x.sizes().slice(0, 2), ", got ", emb.sizes());
-  TORCH_CHECK_TYPE(emb.scalar_type() == x.scalar_type(), "emb must be ", x.scalar_type(), ", got ",
-                   emb.scalar_type());
-  TORCH_CHECK_VALUE(emb.device().is_cpu(), "emb must be on the CPU, got ", emb.device());
+  check_tensor(emb, x.sizes().slice(0, 2), x.scalar_type(), "emb");
 
   const auto format = layout_of(x);
   const auto dense = x.contiguous(format), e = emb.contiguous();
-  auto out = at::empty_like(x, x.options().memory_format(format));
+  auto out = empty_like(x, format);
   if (out.numel() == 0) return out;
 
   const bool channels_last = format != at::MemoryFormat::Contiguous;

@@ -3,7 +3,6 @@
 #include "cpu/kernels/group_norm_silu.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -18,16 +17,6 @@ using Optional = std::optional<at::Tensor>;
 
 constexpr int64_t kCacheLine = 64;         // bytes
 constexpr int64_t kElements = kGrain / 4;  // for a thread; an exponential makes them dearer
-
-void check_coefficients(const Optional& value, at::IntArrayRef shape, const at::Tensor& x,
-                        const char* name) {
-  if (!value) return;
-  TORCH_CHECK_VALUE(value->sizes() == shape, name, " must have shape ", shape, ", got ",
-                    value->sizes());
-  TORCH_CHECK_TYPE(value->scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(),
-                   ", got ", value->scalar_type());
-  TORCH_CHECK_VALUE(value->device().is_cpu(), name, " must be on the CPU, got ", value->device());
-}
 
 // Groups in a unit. Channels-first a group is contiguous and a unit of its own. Channels-last whole
 // pixels are read and written fastest (measured: slices of 256 bytes cost up to 2x), even if an
@@ -57,12 +46,15 @@ struct Call {
                       "num_groups must divide the channels: got ", groups, " groups for ", channels,
                       " channels");
     TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
-    const auto per_image = input.sizes().slice(0, 2);
-    check_coefficients(weight, {channels}, input, "weight");
-    check_coefficients(bias, {channels}, input, "bias");
-    check_coefficients(add, per_image, input, "add");
-    check_coefficients(scale, per_image, input, "scale");
-    check_coefficients(shift, per_image, input, "shift");
+    const auto check = [&](const Optional& value, at::IntArrayRef sizes, const char* name) {
+      if (value) check_tensor(*value, sizes, input.scalar_type(), name);
+    };
+    const auto per_image = input.sizes().slice(0, 2), per_channel = input.sizes().slice(1, 1);
+    check(weight, per_channel, "weight");
+    check(bias, per_channel, "bias");
+    check(add, per_image, "add");
+    check(scale, per_image, "scale");
+    check(shift, per_image, "shift");
     x = input.contiguous(format);
     const int64_t pixels = x.numel() / std::max<int64_t>(1, x.size(0) * channels);
     const bool last = format != at::MemoryFormat::Contiguous;
@@ -89,8 +81,6 @@ struct Call {
     return held.back().const_data_ptr();
   }
 
-  at::Tensor like_x() const { return at::empty_like(x, x.options().memory_format(format)); }
-
   // Runs kernel(begin, end, scratch) over all units.
   template <class Kernel>
   void run(Kernel&& kernel) const {
@@ -114,7 +104,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_cpu(
     const Optional& residual, bool silu) {
   Call call(input, groups, weight, bias, eps, add, scale, shift, silu);
   if (residual) check_like(*residual, input, "residual");
-  auto out = call.like_x(), mean = statistics(input, groups), rstd = statistics(input, groups);
+  auto out = empty_like(input, call.format), mean = statistics(input, groups),
+       rstd = statistics(input, groups);
   if (out.numel() == 0) return {out, mean.zero_(), rstd.zero_()};
 
   at::Tensor res;
@@ -135,17 +126,13 @@ group_norm_silu_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
                              const Optional& scale, const Optional& shift, bool silu) {
   Call call(input, groups, weight, bias, 0, add, scale, shift, silu);
   check_like(grad, input, "grad");
-  for (const auto* value : {&mean, &rstd}) {
-    TORCH_CHECK_VALUE(value->sizes() == at::IntArrayRef({input.size(0), groups}) &&
-                          value->scalar_type() == at::kDouble && value->device().is_cpu(),
-                      "mean and rstd must be float64 CPU tensors of shape [", input.size(0), ", ",
-                      groups, "], got ", value->scalar_type(), " ", value->sizes());
-  }
+  check_tensor(mean, {input.size(0), groups}, at::kDouble, "mean");
+  check_tensor(rstd, {input.size(0), groups}, at::kDouble, "rstd");
   const auto wide = wide_type(input.scalar_type());
   const auto sums = [&] {
     return at::empty(input.sizes().slice(0, 2), input.options().dtype(wide));
   };
-  auto dx = call.like_x(), sum_du = sums(), sum_du_h = sums(), sum_dx = sums();
+  auto dx = empty_like(input, call.format), sum_du = sums(), sum_du_h = sums(), sum_dx = sums();
   if (dx.numel() == 0) {
     for (auto* value : {&sum_du, &sum_du_h, &sum_dx}) value->zero_();
   } else {

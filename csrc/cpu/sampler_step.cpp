@@ -1,7 +1,6 @@
 // fastdiff::sampler_step on CPU tensors; the arithmetic is in kernels/sampler_step.cpp.
 #include "cpu/kernels/sampler_step.h"
 
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "cpu/tensors.h"
@@ -43,7 +42,7 @@ at::Tensor sampler_step_cpu(const at::Tensor& x, const at::Tensor& model_out,
   const auto a = x.contiguous(format), m = model_out.contiguous(format);
   const auto z = noise ? noise->contiguous(format) : at::Tensor();
   const auto rows = table.contiguous();
-  auto out = at::empty_like(x, x.options().memory_format(format));
+  auto out = empty_like(x, format);
   if (out.numel() == 0) return out;
 
   // What lies together in x and in model_out: everything, or with variance channels an image's

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -21,13 +22,17 @@ inline void check_floating(const at::Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.device().is_cpu(), name, " must be on the CPU, got ", x.device());
 }
 
-inline void check_like(const at::Tensor& value, const at::Tensor& x, const char* name) {
-  TORCH_CHECK_VALUE(value.sizes() == x.sizes(), name, " must have shape ", x.sizes(), ", got ",
+inline void check_tensor(const at::Tensor& value, at::IntArrayRef sizes, at::ScalarType type,
+                         const char* name) {
+  TORCH_CHECK_VALUE(value.sizes() == sizes, name, " must have shape ", sizes, ", got ",
                     value.sizes());
-  TORCH_CHECK_TYPE(value.scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(),
-                   ", got ", value.scalar_type());
-  TORCH_CHECK_VALUE(value.device() == x.device(), name, " must be on ", x.device(), ", got ",
-                    value.device());
+  TORCH_CHECK_TYPE(value.scalar_type() == type, name, " must be ", type, ", got ",
+                   value.scalar_type());
+  TORCH_CHECK_VALUE(value.device().is_cpu(), name, " must be on the CPU, got ", value.device());
+}
+
+inline void check_like(const at::Tensor& value, const at::Tensor& x, const char* name) {
+  check_tensor(value, x.sizes(), x.scalar_type(), name);
 }
 
 // The type that statistics and coefficients of `type` tensors are kept in.
@@ -37,5 +42,9 @@ inline at::ScalarType wide_type(at::ScalarType type) {
 
 // Channels-last is kept for tensors that have it and only it; everything else is channels-first.
 inline at::MemoryFormat layout_of(const at::Tensor& x) { return x.suggest_memory_format(); }
+
+inline at::Tensor empty_like(const at::Tensor& x, at::MemoryFormat format) {
+  return at::empty_like(x, x.options().memory_format(format));
+}
 
 }  // namespace fastdiff
