@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops.checks import check_floating, check_timesteps
+from fastdiff.ops.checks import check_floating, check_timesteps, wide_dtype
 from fastdiff.schedules import NoiseSchedule
 
 KINDS = ("eps", "x0", "v", "score")
@@ -35,7 +35,7 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> T
     Returns:
         x_t, with the shape, dtype and memory format of ``x0``.
     """
-    return ops.q_sample(x0, t, noise, *schedule.coefficients(x0.device, _wide(x0)))
+    return ops.q_sample(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
 
 
 def q_transition(schedule: NoiseSchedule, x_prev: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,9 @@ def q_posterior(
 def velocity(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512)."""
     _same_shape(noise, x0, "noise")
-    signal, sigma = (_at(table, t, x0) for table in schedule.coefficients(x0.device, _wide(x0)))
+    signal, sigma = (
+        _at(table, t, x0) for table in schedule.coefficients(x0.device, wide_dtype(x0.dtype))
+    )
     return (signal * noise - sigma * x0).to(x0.dtype)
 
 
@@ -190,11 +192,7 @@ def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """table[t] as [N, 1, ...] beside x, in float32 at least (narrow types promote when used)."""
     check_floating(x, "images")
     check_timesteps(t, x, table.numel())
-    return table.to(x.device, _wide(x))[t].view(-1, *[1] * (x.ndim - 1))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return table.to(x.device, wide_dtype(x.dtype))[t].view(-1, *[1] * (x.ndim - 1))
 
 
 def _same_shape(value: Tensor, x: Tensor, name: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdiff import ops
+from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers import COLUMNS, Sampler
 
 Model = Callable[..., Any]
@@ -68,8 +69,7 @@ def sample(
         raise ValueError(f"x_T must have shape {shape}, got {tuple(x_T.shape)}")
     else:
         x = x_T.to(device, dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    table = sampler.table.to(device, wide)
+    table = sampler.table.to(device, wide_dtype(dtype))
     steps = torch.arange(sampler.steps, device=device).unbind()
     timesteps = sampler.timesteps.to(device)
     evaluate = _evaluator(model, timesteps, shape[0], dict(cond or {}))

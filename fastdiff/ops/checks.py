@@ -1,9 +1,14 @@
-"""Argument checks that the operations share. Each raises with the value seen and the one wanted."""
+"""Argument checks that the operations share; each raises with the value seen and the one wanted."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that coefficients for images of ``dtype`` are kept in: float32 or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_floating(x: Tensor, name: str) -> None:

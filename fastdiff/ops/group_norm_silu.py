@@ -23,6 +23,9 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
+_op = torch.ops.fastdiff.group_norm_silu.default
+_backward_op = torch.ops.fastdiff.group_norm_silu_backward.default
+
 
 def group_norm_silu(
     x: Tensor,
@@ -69,7 +72,7 @@ def group_norm_silu(
 
 
 def _kernel(*args: Any) -> Tensor:
-    return torch.ops.fastdiff.group_norm_silu.default(*args)[0]
+    return _op(*args)[0]
 
 
 def _check(
@@ -142,7 +145,7 @@ def _backward(ctx, grad, _mean_grad, _rstd_grad):  # type: ignore[no-untyped-def
     if grad is None:
         return (None,) * 10
     x, mean, rstd, weight, bias, add, scale, shift = ctx.saved_tensors
-    dx, dweight, dbias, dadd, dscale, dshift = torch.ops.fastdiff.group_norm_silu_backward.default(
+    dx, dweight, dbias, dadd, dscale, dshift = _backward_op(
         grad, x, mean, rstd, ctx.num_groups, weight, bias, add, scale, shift, ctx.silu
     )
     needs = ctx.needs_input_grad

@@ -11,6 +11,7 @@ from fastdiff.ops.checks import (
     check_floating,
     check_like,
     check_timesteps,
+    wide_dtype,
 )
 from fastdiff.ops.dispatch import dispatch, fake_like
 
@@ -19,7 +20,6 @@ torch.library.define(
     "(Tensor x0, Tensor t, Tensor noise, Tensor sqrt_alphas_cumprod, "
     "Tensor sqrt_one_minus_alphas_cumprod) -> Tensor",
 )
-
 
 _kernel = torch.ops.fastdiff.q_sample.default
 
@@ -55,7 +55,7 @@ def q_sample(
 def _check(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> None:
     check_floating(x0, "x0")
     check_like(noise, x0, "noise", "x0")
-    wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x0.dtype)
     for name, table in (
         ("sqrt_alphas_cumprod", signal),
         ("sqrt_one_minus_alphas_cumprod", sigma),

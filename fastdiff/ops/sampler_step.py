@@ -11,6 +11,7 @@ from fastdiff.ops.checks import (
     check_floating,
     check_like,
     check_same_kind,
+    wide_dtype,
 )
 from fastdiff.ops.dispatch import dispatch, fake_like
 
@@ -20,7 +21,6 @@ torch.library.define(
     "fastdiff::sampler_step",
     "(Tensor x, Tensor model_out, Tensor? noise, Tensor table, Tensor step) -> Tensor",
 )
-
 
 _kernel = torch.ops.fastdiff.sampler_step.default
 
@@ -65,7 +65,7 @@ def _check(x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, st
         check_like(noise, x, "noise", "x")
     if table.ndim != 2 or table.shape[1] != ROW:
         raise ValueError(f"table must have shape [S, {ROW}], got {tuple(table.shape)}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     if table.dtype != wide:
         raise TypeError(f"table must be {wide} for {x.dtype} images, got {table.dtype}")
     if step.dtype != torch.int64 or step.numel() != 1:
