@@ -36,7 +36,7 @@ def assert_as_accurate(
         assert (a.dtype, a.shape) == (b.dtype, c.shape), index
         unit = torch.finfo(a.dtype).eps * (2 * max(sizes) if cancelling else sizes[index])
         if a.dtype == torch.float64:  # which has no better oracle than itself
-            unit = 1e-12 * (1 + max(sizes))
+            unit = 1e-12 * (1 + sizes[index])
         error, theirs = _distance(a, c), _distance(b, c)
         assert error <= 2 * theirs + 2 * unit, (
             f"output {index}: error {error:.3g}, PyTorch's {theirs:.3g}, unit {unit:.3g}"
