@@ -102,8 +102,8 @@ class Checkpoint:
             labels: class of each image; required for a model with classes, else None.
             count: how many images; None takes the number of labels.
             generator: source of all noise.
-            batch_size: images in one pass; changes which noise an image gets.
-            progress: show a progress bar for each pass.
+            batch_size: images in one pass; changes which noise an image gets on the way.
+            progress: show a progress bar.
 
         Returns:
             [N, C, S, S] on the CPU.
@@ -119,26 +119,22 @@ class Checkpoint:
             raise InputError(f"cannot draw {count} images, {batch_size} at a time")
         if labels is not None and len(labels) != count:
             raise InputError(f"{count} images were asked for, with {len(labels)} labels")
-        shape = (self.channels, self.image_size, self.image_size)
-        device, images = self.model.device, [torch.empty(0, *shape)]
-        for start in range(0, count, batch_size):
-            size = min(batch_size, count - start)
-            noise = torch.randn(size, *shape, generator=generator)
-            cond = {}
-            if labels is not None:
-                chosen = torch.tensor(labels[start : start + size], dtype=torch.int64)
-                cond["class_labels"] = chosen.to(device)
-            batch = sample(
-                self.model,
-                sampler,
-                (size, *shape),
-                x_T=noise.to(device, memory_format=torch.channels_last),
-                cond=cond,
-                generator=generator,
-                progress=progress,
-            )
-            images.append(batch.contiguous().cpu())
-        return torch.cat(images)
+        shape, device = (count, self.channels, self.image_size, self.image_size), self.model.device
+        noise = torch.randn(shape, generator=generator)
+        cond = {}
+        if labels is not None:
+            cond["class_labels"] = torch.tensor(labels, dtype=torch.int64, device=device)
+        images = sample(
+            self.model,
+            sampler,
+            shape,
+            x_T=noise.to(device, memory_format=torch.channels_last),
+            cond=cond,
+            generator=generator,
+            max_batch=batch_size,
+            progress=progress,
+        )
+        return images.contiguous().cpu()
 
 
 def load(path: str | Path) -> Checkpoint:

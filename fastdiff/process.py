@@ -9,6 +9,9 @@ A network may predict any of ``KINDS``; all are linear in (x_0, eps) given x_t:
     x0     the clean image
     v      sqrt(abar) eps - sqrt(1 - abar) x_0     (Salimans & Ho 2022, arXiv:2202.00512)
     score  grad log q(x_t | x_0) = -eps / sqrt(1 - abar)   (Song et al. 2021, arXiv:2011.13456)
+    flow   eps - x_0                                       (Liu et al. 2022, arXiv:2209.03003)
+
+On a path other than DDPM's, alpha_t and sigma_t stand for sqrt(abar) and sqrt(1 - abar).
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops.checks import check_floating, check_timesteps, wide_dtype
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.schedules import GaussianPath, NoiseSchedule
 
-KINDS = ("eps", "x0", "v", "score")
+KINDS = ("eps", "x0", "v", "score", "flow")
 
 
-def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def q_sample(schedule: GaussianPath, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Draw x_t ~ q(x_t | x_0) with the given noise (DDPM eq. 4).
 
     Args:
@@ -44,10 +47,10 @@ def q_transition(schedule: NoiseSchedule, x_prev: Tensor, t: Tensor) -> tuple[Te
     return mean.to(x_prev.dtype), _at(schedule.betas, t, x_prev)
 
 
-def q_marginal(schedule: NoiseSchedule, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def q_marginal(schedule: GaussianPath, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [N, ...] and variance [N, 1, ...] of q(x_t | x_0) (DDPM eq. 4)."""
-    mean = _at(schedule.sqrt_alphas_cumprod, t, x0) * x0
-    return mean.to(x0.dtype), _at(1 - schedule.alphas_cumprod, t, x0)
+    mean = _at(schedule.alpha_t, t, x0) * x0
+    return mean.to(x0.dtype), _at(schedule.sigma_t**2, t, x0)
 
 
 def q_posterior(
@@ -69,7 +72,7 @@ def q_posterior(
     )
 
 
-def velocity(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def velocity(schedule: GaussianPath, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512)."""
     _same_shape(noise, x0, "noise")
     signal, sigma = (
@@ -79,7 +82,7 @@ def velocity(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> T
 
 
 def target(
-    schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor, kind: str = "eps"
+    schedule: GaussianPath, x0: Tensor, t: Tensor, noise: Tensor, kind: str = "eps"
 ) -> Tensor:
     """What a network with predictions of ``kind`` is trained on, shape and dtype of ``x0``."""
     check_kind(kind)
@@ -89,45 +92,70 @@ def target(
         return x0
     if kind == "v":
         return velocity(schedule, x0, t, noise)
-    return (-noise / _at(schedule.sqrt_one_minus_alphas_cumprod, t, x0)).to(x0.dtype)
+    if kind == "flow":
+        return noise - x0
+    return (-noise / _at(schedule.sigma_t, t, x0)).to(x0.dtype)
 
 
-def conversion(schedule: NoiseSchedule, kind: str, wanted: str) -> tuple[Tensor, Tensor]:
+def conversion(schedule: GaussianPath, kind: str, wanted: str) -> tuple[Tensor, Tensor]:
     """Coefficients a, b of wanted_t = a_t x_t + b_t prediction_t, float64 [T].
 
     Args:
         schedule: the noise schedule, T steps.
         kind: what the prediction is.
-        wanted: what to make of it. Where abar is 0, the coefficients of x0 and v from eps or
-            score are not finite.
+        wanted: what to make of it. Where alpha is 0, the coefficients of x0, v and flow from eps
+            or score are not finite.
 
     Raises:
         ValueError: unknown kind.
     """
     check_kind(kind)
     check_kind(wanted)
-    signal, sigma = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-    zero, one = torch.zeros_like(signal), torch.ones_like(signal)
+    alpha, sigma = schedule.alpha_t, schedule.sigma_t
     if kind == wanted:
-        return zero, one
-    # x_0 and eps, each by its coefficients of x_t and of the prediction.
-    x0, eps = {
-        "eps": ((1 / signal, -sigma / signal), (zero, one)),
-        "x0": ((zero, one), (1 / sigma, -signal / sigma)),
-        "v": ((signal, -sigma), (sigma, signal)),
-        "score": ((1 / signal, sigma**2 / signal), (zero, -sigma)),
-    }[kind]
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+    x0, eps = x0_and_eps(kind, alpha, sigma)
     if wanted == "x0":
         return x0
     if wanted == "eps":
         return eps
     if wanted == "v":
-        return signal * eps[0] - sigma * x0[0], signal * eps[1] - sigma * x0[1]
+        return alpha * eps[0] - sigma * x0[0], alpha * eps[1] - sigma * x0[1]
+    if wanted == "flow":
+        return eps[0] - x0[0], eps[1] - x0[1]
     return -eps[0] / sigma, -eps[1] / sigma
 
 
+Form = tuple[Tensor, Tensor]  # a, b of a x_t + b prediction
+
+
+def x0_and_eps(kind: str, alpha: Tensor, sigma: Tensor) -> tuple[Form, Form]:
+    """x_0 and eps as linear forms of x_t and a prediction of ``kind``.
+
+    Args:
+        kind: what the prediction is.
+        alpha: coefficient of x_0 in x_t, of any shape, float64.
+        sigma: coefficient of eps, likewise.
+
+    Returns:
+        The coefficients of x_t and of the prediction in x_0, and those in eps.
+    """
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if kind == "eps":
+        return (1 / alpha, -sigma / alpha), (zero, one)
+    if kind == "x0":
+        return (zero, one), (1 / sigma, -alpha / sigma)
+    if kind == "score":
+        return (1 / alpha, sigma**2 / alpha), (zero, -sigma)
+    if kind == "v":
+        power = alpha**2 + sigma**2  # 1 on a variance-preserving path
+        return (alpha / power, -sigma / power), (sigma / power, alpha / power)
+    total = alpha + sigma  # flow; 1 on a straight path
+    return (1 / total, -sigma / total), (1 / total, alpha / total)
+
+
 def to_x0(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+    schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
 ) -> Tensor:
     """The clean image that a prediction of ``kind`` implies, shape and dtype of ``x_t``.
 
@@ -138,14 +166,14 @@ def to_x0(
 
 
 def to_eps(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+    schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
 ) -> Tensor:
     """The noise that a prediction of ``kind`` implies, shape and dtype of ``x_t``."""
     return _convert(schedule, x_t, t, prediction, kind, "eps")
 
 
 def to_v(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+    schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
 ) -> Tensor:
     """The velocity that a prediction of ``kind`` implies, shape and dtype of ``x_t``.
 
@@ -156,10 +184,21 @@ def to_v(
 
 
 def to_score(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+    schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
 ) -> Tensor:
     """The score grad log q(x_t | x_0) that a prediction implies, shape and dtype of ``x_t``."""
     return _convert(schedule, x_t, t, prediction, kind, "score")
+
+
+def to_flow(
+    schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
+) -> Tensor:
+    """The flow eps - x_0 that a prediction of ``kind`` implies, shape and dtype of ``x_t``.
+
+    Raises:
+        ValueError: unknown kind, or eps or score at a timestep with zero signal.
+    """
+    return _convert(schedule, x_t, t, prediction, kind, "flow")
 
 
 def check_kind(kind: str) -> None:
@@ -169,7 +208,7 @@ def check_kind(kind: str) -> None:
 
 
 def _convert(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str, wanted: str
+    schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str, wanted: str
 ) -> Tensor:
     _same_shape(prediction, x_t, "prediction")
     a, b = (_at(factor, t, x_t) for factor in conversion(schedule, kind, wanted))
@@ -177,13 +216,13 @@ def _convert(
         return prediction
     if (
         kind in ("eps", "score")
-        and wanted in ("x0", "v")
+        and wanted in ("x0", "v", "flow")
         and schedule.has_zero_terminal_snr
         and bool((t == schedule.num_timesteps - 1).any())
     ):
         raise ValueError(
             f"a prediction of {kind} says nothing of x0 at zero signal-to-noise ratio "
-            f"(t = {schedule.num_timesteps - 1}); predict x0 or v instead"
+            f"(t = {schedule.num_timesteps - 1}); predict x0, v or flow instead"
         )
     return (a * x_t + b * prediction).to(x_t.dtype)
 

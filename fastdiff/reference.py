@@ -7,9 +7,14 @@ already checked.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_WORD = 0xFFFFFFFF  # the bits of a word of Philox
 
 
 def group_norm_silu(
@@ -58,23 +63,131 @@ def q_sample(
     return (signal * x0 + sigma * noise).to(x0.dtype)
 
 
+@torch.no_grad()
 def sampler_step(
-    x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, step: Tensor
-) -> Tensor:
-    """One row of the coefficient table (see ``fastdiff.samplers.table``)."""
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+) -> None:
+    """One row of the coefficient table (see ``fastdiff.samplers.table``).
+
+    What depends on the row is chosen by torch.where, never by the host: reading it there would wait
+    for a GPU, and could not be captured in a graph. A CPU is asked before costly work for nothing.
+    """
     # table[step] would wait for a GPU to tell the step, and take -1 for the last row.
     row = table.index_select(0, step.reshape(1)).squeeze(0)
-    x0_x, x0_m, low, high, out_x, out_x0, out_m, amount, logvar, logvar_v = row.unbind()
+    if x.numel() == 0:
+        return
+    (
+        guidance, rescale, x0_x, x0_m, low, high, quantile, out_x, out_x0, out_m, amount, logvar,
+        logvar_v, keep_x, keep_x0, keep_m, keep_noise, slot, *factors,
+    ) = row.unbind()  # fmt: skip
     wide = torch.promote_types(x.dtype, table.dtype)
-    channels = x.shape[1]
-    x_t, m = x.to(wide), model_out[:, :channels].to(wide)
-    x0 = torch.clamp(x0_x * x_t + x0_m * m, low, high)
-    out = out_x * x_t + out_x0 * x0 + out_m * m
-    if noise is not None:
+    (images, channels), rest = x.shape[:2], [1] * (x.ndim - 1)
+    x_t = x.to(wide)
+    m, v = model_out[:, :channels].to(wide), model_out[-images:, channels:].to(wide)
+    if model_out.shape[0] == 2 * images:  # unconditional, conditional
+        m_u, m_c = m[:images], m[images:]
+        m = m_u + guidance * (m_c - m_u)
+        if _may_act(rescale):
+            std_c, std = (
+                value.flatten(1).std(1, correction=0).view(-1, *rest) for value in (m_c, m)
+            )
+            ratio = torch.where(std == 0, 1.0, std_c / std)  # arXiv:2305.08891, eq. 15 and 16
+            m = torch.where(rescale == 0, m, m * (1 - rescale + rescale * ratio))
+    free = x0_x * x_t + x0_m * m
+    x0 = torch.clamp(free, low, high)
+    if _may_act(quantile):
+        s = _quantile(free.abs().flatten(1), quantile).view(-1, *rest).clamp(min=1).minimum(high)
+        x0 = torch.where(quantile > 0, torch.clamp(free, -s, s) / s, x0)
+    new = out_x * x_t + out_x0 * x0 + out_m * m
+    kept = keep_x * x_t + keep_x0 * x0 + keep_m * m
+    for j, factor in enumerate(factors):
+        assert history is not None
+        new = new + torch.where(factor == 0, 0.0, factor * history[j])
+    z = noise
+    if seed is not None and (_may_act(amount) or _may_act(keep_noise)):
+        z = _normal(seed, step, x[:1].numel(), wide).view(x.shape)
+    if z is not None:
+        z = z.to(wide)
         if model_out.shape[1] == 2 * channels:
-            logvar = logvar + logvar_v * model_out[:, channels:].to(wide)
-        out = out + amount * torch.exp(logvar / 2) * noise.to(wide)
-    return out.to(x.dtype)
+            logvar = logvar + torch.where(logvar_v == 0, 0.0, logvar_v * v)
+        new = new + torch.where(amount == 0, 0.0, amount * torch.exp(logvar / 2) * z)
+        kept = kept + torch.where(keep_noise == 0, 0.0, keep_noise * z)
+    if factors:
+        assert history is not None
+        index = slot.clamp(min=0).long().reshape(1)
+        kept = torch.where(slot >= 0, kept, history.index_select(0, index).squeeze(0))
+        history.index_copy_(0, index, kept.unsqueeze(0))
+    out.copy_(new)
+
+
+def _may_act(coefficient: Tensor) -> bool:
+    """Whether a coefficient may be other than 0; certain only where reading it is no wait."""
+    if coefficient.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool(coefficient != 0)
+
+
+@torch.no_grad()
+def philox_normal(seed: Tensor, row: int, out: Tensor) -> None:
+    """Standard normal noise from a counter, for each image's row of ``seed``."""
+    wide = torch.promote_types(out.dtype, torch.float32)
+    out.copy_(_normal(seed, row, out[:1].numel(), wide).view(out.shape))
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The four words of Philox4x32-10 (Salmon et al. 2011), in int64 tensors that broadcast."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        high0, low0 = _product(c0, 0xD2511F53)
+        high1, low1 = _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low word of a * b, through 16 bits of a at a time: int64 holds no 64-bit product."""
+    low = (a & 0xFFFF) * b
+    middle = (a >> 16) * b + (low >> 16)
+    return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def _normal(seed: Tensor, row: Tensor | int, elements: int, wide: torch.dtype) -> Tensor:
+    """Normal values [N, elements] for ``seed`` [N, 2]; see ``ops.philox_normal``."""
+    group = torch.arange(-(-elements // 4), device=seed.device)
+    key, image = seed[:, :1], seed[:, 1:]
+    last = torch.zeros_like(image) + row
+    words = philox(
+        (group & _WORD, group >> 32, image & _WORD, last & _WORD), (key & _WORD, key >> 32 & _WORD)
+    )
+    u0, u1, u2, u3 = ((word >> 8).to(wide) * 2.0**-24 for word in words)
+    values = []
+    for u, v in ((u0, u1), (u2, u3)):  # Box and Muller 1958
+        radius, angle = torch.sqrt(-2 * torch.log(1 - u)), 2 * math.pi * v
+        values += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(values, dim=2).flatten(1)[:, :elements]
+
+
+def _quantile(values: Tensor, q: Tensor) -> Tensor:
+    """torch.quantile(values, q, dim=1) for any number of values, with q's range unchecked.
+
+    A NaN among the values gives NaN.
+    """
+    values = values.sort(dim=1).values  # NaN is last
+    last = values.shape[1] - 1
+    position = (q * last).clamp(0, last)
+    below = position.floor()
+    pair = torch.stack([below, below + 1]).long().clamp(0, last)
+    low, high = values.index_select(1, pair).unbind(1)
+    quantile = torch.lerp(low, high, position - below)
+    return torch.where(values[:, -1].isnan(), torch.nan, quantile)
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:

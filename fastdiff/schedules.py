@@ -1,8 +1,10 @@
-"""Noise schedules of discrete-time diffusion: the betas and everything that follows from them.
+"""Noise schedules: how much signal and how much noise x_t holds at every timestep.
 
-The forward process is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) for t = 0..T-1
-(Ho et al. 2020, arXiv:2006.11239, eq. 2; t counts from 0 here). All tables are float64 on the CPU:
-single precision already loses three digits of the posterior variance at small t.
+Every schedule is a Gaussian path x_t = alpha_t x_0 + sigma_t eps for t = 0..T-1. That of DDPM
+follows from betas, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020,
+arXiv:2006.11239, eq. 2; t counts from 0 here); that of rectified flow is a straight line. All
+tables are float64 on the CPU: single precision already loses three digits of the posterior
+variance at small t.
 """
 
 from __future__ import annotations
@@ -16,7 +18,57 @@ import torch
 from torch import Tensor
 
 
-class NoiseSchedule:
+class GaussianPath:
+    """x_t = alpha_t x_0 + sigma_t eps, the marginals that samplers and predictions rest on.
+
+    Attributes:
+        alpha_t: coefficient of the signal, float64 [T].
+        sigma_t: coefficient of the noise, float64 [T].
+    """
+
+    alpha_t: Tensor
+    sigma_t: Tensor
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of timesteps."""
+        return self.alpha_t.numel()
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether alpha at the last timestep is 0, where eps says nothing about x_0."""
+        return bool(self.alpha_t[-1] == 0)
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio (alpha_t / sigma_t)^2 (Kingma et al. 2021, arXiv:2107.00630)."""
+        return (self.alpha_t / self.sigma_t) ** 2
+
+    @cached_property
+    def lambda_t(self) -> Tensor:
+        """log(alpha_t / sigma_t), half the log-SNR (DPM-Solver, arXiv:2206.00927, section 2)."""
+        return (self.alpha_t / self.sigma_t).log()
+
+    def levels(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The alpha and sigma of this path at which sigma / alpha is ``ratio``, which is finite."""
+        raise NotImplementedError
+
+    def coefficients(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t as [T] tensors on ``device``, made once and kept."""
+        key = (device, dtype)
+        if key not in self._coefficients:
+            self._coefficients[key] = (
+                self.alpha_t.to(device, dtype),
+                self.sigma_t.to(device, dtype),
+            )
+        return self._coefficients[key]
+
+    @cached_property
+    def _coefficients(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+        return {}
+
+
+class NoiseSchedule(GaussianPath):
     """Betas and the coefficients derived from them, float64 tensors of shape [T].
 
     Args:
@@ -59,6 +111,21 @@ class NoiseSchedule:
         """T, the number of forward steps."""
         return self.betas.numel()
 
+    @property
+    def alpha_t(self) -> Tensor:  # type: ignore[override]
+        """sqrt(abar_t)."""
+        return self.sqrt_alphas_cumprod
+
+    @property
+    def sigma_t(self) -> Tensor:  # type: ignore[override]
+        """sqrt(1 - abar_t)."""
+        return self.sqrt_one_minus_alphas_cumprod
+
+    def levels(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma with alpha^2 + sigma^2 = 1 and sigma / alpha = ``ratio``."""
+        alpha = 1 / torch.sqrt(1 + ratio**2)
+        return alpha, ratio * alpha
+
     @cached_property
     def alphas(self) -> Tensor:
         """alpha_t = 1 - beta_t."""
@@ -85,11 +152,6 @@ class NoiseSchedule:
         return (1 - self.alphas_cumprod).sqrt()
 
     @cached_property
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021, arXiv:2107.00630)."""
-        return self.alphas_cumprod / (1 - self.alphas_cumprod)
-
-    @cached_property
     def posterior_variance(self) -> Tensor:
         """beta_tilde_t, variance of q(x_{t-1} | x_t, x_0) (DDPM eq. 7); 0 at t = 0."""
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
@@ -111,11 +173,6 @@ class NoiseSchedule:
         """Coefficient of x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
         return (1 - self.alphas_cumprod_prev) * self.alphas.sqrt() / (1 - self.alphas_cumprod)
 
-    @property
-    def has_zero_terminal_snr(self) -> bool:
-        """Whether abar at the last step is 0, where eps says nothing about x_0."""
-        return bool(self.alphas_cumprod[-1] == 0)
-
     def respaced(self, timesteps: Tensor) -> NoiseSchedule:
         """The schedule of the shorter process that visits only ``timesteps`` (int64, rising).
 
@@ -125,19 +182,38 @@ class NoiseSchedule:
         previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         return NoiseSchedule(1 - abar / previous, name=f"{self.name}, respaced")
 
-    def coefficients(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """sqrt(abar) and sqrt(1 - abar) as [T] tensors on ``device``, made once and kept."""
-        key = (device, dtype)
-        if key not in self._coefficients:
-            self._coefficients[key] = (
-                self.sqrt_alphas_cumprod.to(device, dtype),
-                self.sqrt_one_minus_alphas_cumprod.to(device, dtype),
-            )
-        return self._coefficients[key]
 
-    @cached_property
-    def _coefficients(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
-        return {}
+class FlowSchedule(GaussianPath):
+    """x_t = (1 - s) x_0 + s eps at s = (t + 1) / T: the straight path of rectified flow.
+
+    Liu et al. 2022, arXiv:2209.03003.
+
+    A network that is given T s for its time, as Stable Diffusion 3 is, wants t + 1.
+
+    Args:
+        num_timesteps: T.
+        shift: moves the timesteps towards more noise, s -> shift s / (1 + (shift - 1) s) (Esser et
+            al. 2024, arXiv:2403.03206, eq. 23).
+
+    Raises:
+        ValueError: T below 1, or a shift that is not positive.
+    """
+
+    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
+        _check(num_timesteps)
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift must be positive, got {shift}")
+        s = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        self.shift = shift
+        self.sigma_t = shift * s / (1 + (shift - 1) * s)
+        self.alpha_t = (1 - s) / (1 + (shift - 1) * s)
+
+    def __repr__(self) -> str:
+        return f"FlowSchedule(num_timesteps={self.num_timesteps}, shift={self.shift})"
+
+    def levels(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma with alpha + sigma = 1 and sigma / alpha = ``ratio``."""
+        return 1 / (1 + ratio), ratio / (1 + ratio)
 
 
 def linear(
@@ -181,6 +257,11 @@ def sigmoid(
     return NoiseSchedule(
         betas, name="sigmoid", options={"beta_start": beta_start, "beta_end": beta_end}
     )
+
+
+def flow(num_timesteps: int = 1000, shift: float = 1.0) -> FlowSchedule:
+    """The straight path of rectified flow: see :class:`FlowSchedule`."""
+    return FlowSchedule(num_timesteps, shift)
 
 
 def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:

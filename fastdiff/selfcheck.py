@@ -26,7 +26,7 @@ REPEATS = 5  # timed calls, of which the fastest counts
 ALLOWED = 8  # tolerance, in units in the last place of the largest value
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16)
-TABLES = ("signal", "sigma", "table")  # always in float32 or wider
+TABLES = ("signal", "sigma", "table", "history")  # always in float32 or wider
 DIFFERENTIATED = ("x", "weight", "bias", "add", "scale", "shift", "residual")
 
 
@@ -104,7 +104,7 @@ def _check(
 
 
 def _values() -> Values:
-    """The inputs of all operations, float64 but for timesteps and step."""
+    """The inputs of all operations, float64 but for timesteps, step and seed."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -112,7 +112,13 @@ def _values() -> Values:
 
     n, c = SHAPE[:2]
     abar = torch.linspace(0.95, 0.05, TIMESTEPS, dtype=torch.float64)
-    row = [0.9, -0.4, -1.0, 1.0, 0.3, 0.6, 0.1, 1.0, -2.0, 0.5]
+    # Guided and rescaled, a learned variance, a history: with clipping and with thresholding.
+    guidance, x0, out, noise = [2.0, 0.6], [0.9, -0.4], [0.3, 0.6, 0.1], [1.0, -2.0, 0.5]
+    keep, factors = [0.2, 0.5, -0.3, 0.4, 1.0], [0.0, 0.7]
+    rows = [
+        [*guidance, *x0, *limits, *out, *noise, *keep, *factors]
+        for limits in ([-1.0, 1.0, 0.0], [0.0, 3.0, 0.9])
+    ]
     return {
         "x": normal(*SHAPE) + 1,  # off centre: a careless variance loses digits
         "weight": normal(c),
@@ -123,12 +129,15 @@ def _values() -> Values:
         "residual": normal(*SHAPE),
         "grad": normal(*SHAPE),
         "noise": normal(*SHAPE),
-        "model_out": normal(n, 2 * c, *SHAPE[2:]),
+        "model_out": normal(2 * n, 2 * c, *SHAPE[2:]),
+        "history": normal(2, *SHAPE),
         "t": torch.tensor([0, TIMESTEPS - 1]),
         "signal": abar.sqrt(),
         "sigma": (1 - abar).sqrt(),
-        "table": torch.tensor([[0.0] * len(row), row], dtype=torch.float64),
-        "step": torch.tensor(1),
+        "table": torch.tensor(rows, dtype=torch.float64),
+        "clipping": torch.tensor(0),
+        "thresholding": torch.tensor(1),
+        "seed": torch.tensor([[2**40 + 1, 0], [-7, 2**33]]),
     }
 
 
@@ -167,8 +176,16 @@ def _q_sample(v: Values) -> Sequence[Tensor]:
     return (ops.q_sample(v["x"], v["t"], v["noise"], v["signal"], v["sigma"]),)
 
 
+def _philox_normal(v: Values) -> Sequence[Tensor]:
+    return (ops.philox_normal(v["seed"], TIMESTEPS, v["x"].shape, v["x"].dtype),)
+
+
 def _sampler_step(v: Values) -> Sequence[Tensor]:
-    return (ops.sampler_step(v["x"], v["model_out"], v["noise"], v["table"], v["step"]),)
+    x, out, table = v["x"], v["model_out"], v["table"]
+    history = ops.new_history(x, len(v["history"])).copy_(v["history"])
+    first = ops.sampler_step(x, out, history, v["noise"], table, v["clipping"])
+    second = ops.sampler_step(x, out, history, None, table, v["thresholding"], seed=v["seed"])
+    return first, second, history
 
 
 CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
@@ -176,5 +193,6 @@ CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "group_norm_silu_backward": _group_norm_silu_backward,
     "add_time_embedding": _add_time_embedding,
     "q_sample": _q_sample,
+    "philox_normal": _philox_normal,
     "sampler_step": _sampler_step,
 }

@@ -259,9 +259,7 @@ class Trainer:
         """A labelled grid of samples from the averaged model, always of the same noise."""
         current = self.checkpoint()
         steps = min(PREVIEW_STEPS, self.schedule.num_timesteps)
-        sampler = samplers.DDIM(
-            self.schedule, steps, prediction=self.prediction, spacing="trailing"
-        )
+        sampler = samplers.DDIM(self.schedule, steps, prediction=self.prediction, grid="trailing")
         shown = range(min(10, len(current.classes)))
         labels = [label for label in shown for _ in range(columns)] if current.classes else None
         drawn = current.sample(

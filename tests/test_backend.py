@@ -40,8 +40,8 @@ def reference_calls(monkeypatch):
 
 def step(dtype=torch.float32):
     x = torch.ones(1, 1, 2, 2, dtype=dtype)
-    table = torch.ones(1, 10, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    return ops.sampler_step(x, x, None, table, torch.tensor(0))
+    table = torch.ones(1, 18, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return ops.sampler_step(x, x, None, None, table, torch.tensor(0))
 
 
 def test_the_setting_and_the_context_manager(reference_calls):

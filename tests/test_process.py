@@ -9,10 +9,28 @@ import pytest
 import torch
 
 from fastdiff import NoiseSchedule, process, schedules
+from fastdiff.schedules import GaussianPath
 
 T = 1000
 LINEAR = schedules.linear(T)
 ZERO_SNR = schedules.rescale_zero_terminal_snr(LINEAR)
+FLOW = schedules.flow(T)
+
+
+class Exploding(GaussianPath):
+    """The images are not scaled, and the noise grows: alpha^2 + sigma^2 and alpha + sigma vary."""
+
+    sigma_t = torch.logspace(-2, 1.5, T, dtype=torch.float64)
+    alpha_t = torch.ones_like(sigma_t)
+
+
+PATHS = [
+    pytest.param(LINEAR, id="linear"),
+    pytest.param(ZERO_SNR, id="zero-snr"),
+    pytest.param(FLOW, id="flow"),
+    pytest.param(schedules.flow(T, shift=3.0), id="shifted-flow"),
+    pytest.param(Exploding(), id="exploding"),
+]
 DTYPES = [
     pytest.param(torch.float64, id="float64"),
     pytest.param(torch.float32, id="float32"),
@@ -33,6 +51,20 @@ def test_q_sample_is_the_formula(generator):
         abar = math.prod(1 - b for b in LINEAR.betas[: step + 1].tolist())
         wanted = math.sqrt(abar) * x0[n] + math.sqrt(1 - abar) * noise[n]
         torch.testing.assert_close(x_t[n], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_q_sample_on_a_straight_path(generator):
+    """x_t goes from near x_0 to the noise at a constant speed, which is the flow."""
+    x0, noise = images(generator, 1), images(generator, 1)
+    path = [process.q_sample(FLOW, x0, torch.tensor([t]), noise) for t in (0, 1, 499, 999)]
+    torch.testing.assert_close(path[0], 0.999 * x0 + 0.001 * noise)
+    torch.testing.assert_close(path[2], (x0 + noise) / 2)
+    assert torch.equal(path[3], noise)
+    flow = process.target(FLOW, x0, torch.tensor([0]), noise, "flow")
+    torch.testing.assert_close(path[1] - path[0], flow / T, rtol=1e-10, atol=1e-12)
+    mean, variance = process.q_marginal(FLOW, x0, torch.tensor([299]))
+    torch.testing.assert_close(mean, 0.7 * x0)
+    assert variance.item() == pytest.approx(0.09)
 
 
 @pytest.mark.parametrize("t", [0, 300, 999], ids="t={}".format)
@@ -103,34 +135,58 @@ CONVERT = {
     "x0": process.to_x0,
     "v": process.to_v,
     "score": process.to_score,
+    "flow": process.to_flow,
 }
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("kind", "wanted"), PAIRS)
-def test_conversions(kind, wanted, generator):
+def test_conversions(kind, wanted, path, generator):
     """From the true prediction of one kind follows the true one of every other, and back."""
     x0, noise = images(generator), images(generator)
-    t = torch.tensor([0, 1, 500, 999])
-    x_t = process.q_sample(LINEAR, x0, t, noise)
-    given = process.target(LINEAR, x0, t, noise, kind)
-    found = CONVERT[wanted](LINEAR, x_t, t, given, kind)
-    true = process.target(LINEAR, x0, t, noise, wanted)
-    # At t = 999 the signal is 0.006 of x_t, at t = 0 the noise 0.01: 2 or 3 digits are lost.
-    torch.testing.assert_close(found, true, rtol=1e-11, atol=1e-11)
-    back = CONVERT[kind](LINEAR, x_t, t, found, wanted)
-    torch.testing.assert_close(back, given, rtol=1e-11, atol=1e-11)
+    t = torch.tensor([0, 1, 500, 998 if path.has_zero_terminal_snr else 999])
+    x_t = process.q_sample(path, x0, t, noise)
+    given = process.target(path, x0, t, noise, kind)
+    found = CONVERT[wanted](path, x_t, t, given, kind)
+    true = process.target(path, x0, t, noise, wanted)
+    # At the last t the signal is 0.001 of x_t or less, at t = 0 the noise: 3 or 4 digits are lost.
+    torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-10)
+    back = CONVERT[kind](path, x_t, t, found, wanted)
+    torch.testing.assert_close(back, given, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["x0", "v"])
-def test_conversions_at_zero_terminal_snr(kind, generator):
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", process.KINDS)
+def test_x0_and_eps_add_up_to_the_image(kind, path):
+    """alpha x_0 + sigma eps = x_t whatever the prediction is, also off the table's timesteps, and
+    with the prediction's own definition."""
+    alpha, sigma = path.alpha_t[300:302].mean(), path.sigma_t[300:302].mean()
+    (x_of_x0, m_of_x0), (x_of_eps, m_of_eps) = process.x0_and_eps(kind, alpha, sigma)
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    torch.testing.assert_close(alpha * x_of_x0 + sigma * x_of_eps, one)
+    torch.testing.assert_close(alpha * m_of_x0 + sigma * m_of_eps, zero)
+    defined = {
+        "eps": (0, 1),
+        "x0": (1, 0),
+        "v": (-sigma, alpha),
+        "score": (0, -1 / sigma),
+        "flow": (-1, 1),
+    }[kind]  # the prediction as so much of x_0 and so much of eps
+    torch.testing.assert_close(defined[0] * x_of_x0 + defined[1] * x_of_eps, zero)
+    torch.testing.assert_close(defined[0] * m_of_x0 + defined[1] * m_of_eps, one)
+
+
+@pytest.mark.parametrize("path", [ZERO_SNR, FLOW], ids=["zero-snr", "flow"])
+@pytest.mark.parametrize("kind", ["x0", "v", "flow"])
+def test_conversions_at_zero_terminal_snr(kind, path, generator):
     x0, noise = images(generator, 1), images(generator, 1)
     t = torch.tensor([T - 1])
-    x_t = process.q_sample(ZERO_SNR, x0, t, noise)
+    x_t = process.q_sample(path, x0, t, noise)
     assert torch.equal(x_t, noise)
-    given = process.target(ZERO_SNR, x0, t, noise, kind)
+    given = process.target(path, x0, t, noise, kind)
     for wanted in process.KINDS:
-        found = CONVERT[wanted](ZERO_SNR, x_t, t, given, kind)
-        true = process.target(ZERO_SNR, x0, t, noise, wanted)
+        found = CONVERT[wanted](path, x_t, t, given, kind)
+        true = process.target(path, x0, t, noise, wanted)
         torch.testing.assert_close(found, true, rtol=1e-12, atol=1e-12)
 
 
@@ -143,6 +199,13 @@ def test_targets_are_their_definitions(generator):
     v = math.sqrt(abar) * noise - math.sqrt(1 - abar) * x0
     torch.testing.assert_close(process.target(LINEAR, x0, t, noise, "v"), v)
     torch.testing.assert_close(process.velocity(LINEAR, x0, t, noise), v)
+    assert torch.equal(process.target(LINEAR, x0, t, noise, "flow"), noise - x0)
+    score = -noise / math.sqrt(1 - abar)
+    torch.testing.assert_close(process.target(LINEAR, x0, t, noise, "score"), score)
+    # On a straight path, 0.799 x_0 + 0.201 eps.
+    v = 0.799 * noise - 0.201 * x0
+    torch.testing.assert_close(process.target(FLOW, x0, t, noise, "v"), v)
+    torch.testing.assert_close(process.target(FLOW, x0, t, noise, "score"), -noise / 0.201)
 
 
 def test_score_is_the_gradient_of_the_log_density(generator):
@@ -296,15 +359,16 @@ T2 = torch.tensor([0, 1])
         ),
         *(
             pytest.param(
-                lambda kind=kind, to=to: CONVERT[to](
-                    ZERO_SNR, X, torch.tensor([0, T - 1]), X, kind
+                lambda kind=kind, to=to, path=path: CONVERT[to](
+                    path, X, torch.tensor([0, T - 1]), X, kind
                 ),
                 ValueError,
                 "says nothing of x0 at zero signal-to-noise",
-                id=f"{kind} to {to} at zero SNR",
+                id=f"{kind} to {to} at {where}",
             )
             for kind in ("eps", "score")
-            for to in ("x0", "v")
+            for to in ("x0", "v", "flow")
+            for path, where in ((ZERO_SNR, "zero SNR"), (FLOW, "the end of a flow"))
         ),
     ],
 )

@@ -7,11 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff import NoiseSchedule, schedules
+from fastdiff.schedules import FlowSchedule, GaussianPath
 
 T = 1000
 
@@ -208,6 +209,80 @@ def test_coefficients_for_a_device_are_made_once():
     assert schedule.coefficients(torch.device("cpu"), torch.float64)[0].dtype == torch.float64
 
 
+PATHS = [
+    pytest.param(schedules.linear(T), id="linear"),
+    pytest.param(schedules.make("cosine", T, zero_terminal_snr=True), id="cosine, zero SNR"),
+    pytest.param(schedules.flow(T), id="flow"),
+    pytest.param(schedules.flow(T, shift=3.0), id="flow, shifted"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_is_alpha_and_sigma(path):
+    """Signal falls, noise rises, and the ratios follow from the two."""
+    alpha, sigma = path.alpha_t, path.sigma_t
+    assert isinstance(path, GaussianPath)
+    assert path.num_timesteps == T
+    assert alpha.dtype == sigma.dtype == torch.float64
+    assert alpha.shape == sigma.shape == (T,)
+    assert bool((alpha.diff() < 0).all())
+    assert bool((sigma.diff() > 0).all())
+    torch.testing.assert_close(path.snr, alpha**2 / sigma**2, rtol=1e-14, atol=0)
+    torch.testing.assert_close(path.lambda_t, path.snr.log() / 2, rtol=1e-12, atol=1e-14)
+    if path.has_zero_terminal_snr:
+        assert alpha[-1] == path.snr[-1] == 0
+        assert path.lambda_t[-1] == -math.inf
+    for table, kept in zip(
+        (alpha, sigma), path.coefficients(torch.device("cpu"), torch.float32), strict=True
+    ):
+        assert torch.equal(kept, table.float())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_levels_are_on_the_path(path):
+    """At the ratio of any timestep, the alpha and sigma of that timestep; likewise in between."""
+    last = T - 1 if path.has_zero_terminal_snr else T
+    ratio = path.sigma_t[:last] / path.alpha_t[:last]
+    alpha, sigma = path.levels(ratio)
+    # 1e-11: at the first timesteps, a DDPM path's sigma is a difference of numbers near 1.
+    torch.testing.assert_close(alpha, path.alpha_t[:last], rtol=1e-11, atol=0)
+    torch.testing.assert_close(sigma, path.sigma_t[:last], rtol=1e-11, atol=0)
+    between = torch.tensor([1e-6, 0.123, 1.0, 1e6], dtype=torch.float64)
+    alpha, sigma = path.levels(between)
+    torch.testing.assert_close(sigma / alpha, between, rtol=1e-14, atol=0)
+    power = 1 if isinstance(path, FlowSchedule) else 2
+    torch.testing.assert_close(alpha**power + sigma**power, torch.ones_like(alpha))
+
+
+def test_a_path_of_ones_own_must_say_its_levels():
+    with pytest.raises(NotImplementedError):
+        GaussianPath().levels(torch.ones(1))
+
+
+def test_the_straight_path():
+    """Liu et al. 2022 (arXiv:2209.03003): alpha + sigma = 1, sigma in even steps from 1/T to 1."""
+    path = schedules.flow(8)
+    assert path.sigma_t.tolist() == [i / 8 for i in range(1, 9)]
+    assert path.alpha_t.tolist() == [i / 8 for i in range(7, -1, -1)]
+    assert path.has_zero_terminal_snr
+    assert schedules.flow().num_timesteps == 1000
+    assert repr(path) == "FlowSchedule(num_timesteps=8, shift=1.0)"
+    one = schedules.flow(1)
+    assert (one.alpha_t.item(), one.sigma_t.item()) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0], ids="shift={}".format)
+def test_shift_is_that_of_the_paper_and_of_diffusers(shift):
+    """Esser et al. 2024 (arXiv:2403.03206), eq. 23: it multiplies sigma / alpha."""
+    path, plain = schedules.flow(T, shift), schedules.flow(T)
+    ratio = path.sigma_t[:-1] / path.alpha_t[:-1]
+    wanted = shift * plain.sigma_t[:-1] / plain.alpha_t[:-1]
+    torch.testing.assert_close(ratio, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(path.alpha_t + path.sigma_t, torch.ones_like(path.alpha_t))
+    theirs = FlowMatchEulerDiscreteScheduler(T, shift=shift)
+    torch.testing.assert_close(theirs.sigmas.flip(0).double(), path.sigma_t, rtol=1e-6, atol=0)
+
+
 def test_a_schedule_knows_how_it_was_made():
     schedule = schedules.make("cosine", 50, s=0.01, zero_terminal_snr=True)
     again = schedules.make(schedule.name, schedule.num_timesteps, **schedule.options)
@@ -240,6 +315,15 @@ def test_a_schedule_knows_how_it_was_made():
         ),
         pytest.param(lambda: schedules.make("quadratic"), "unknown schedule", id="unknown name"),
         pytest.param(lambda: schedules.linear(0), "at least 1, got 0", id="no timesteps"),
+        pytest.param(lambda: schedules.flow(0), "at least 1, got 0", id="flow of no timesteps"),
+        *(
+            pytest.param(
+                lambda shift=shift: schedules.flow(10, shift),
+                f"shift must be positive, got {shift}",
+                id=f"flow shifted by {shift}",
+            )
+            for shift in (0.0, -1.0, math.inf, math.nan)
+        ),
         pytest.param(lambda: schedules.cosine(-5), "at least 1, got -5", id="fewer than none"),
         pytest.param(lambda: schedules.linear(10, 0.02, 0.01), "beta_start <=", id="betas fall"),
         pytest.param(lambda: schedules.sigmoid(10, 0.0, 0.1), "0 < beta_start", id="starts at 0"),

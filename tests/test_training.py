@@ -211,6 +211,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_prediction(make_trainer, imag
             "x0": x0,
             "v": abar.sqrt() * noise - (1 - abar).sqrt() * x0,
             "score": -noise / (1 - abar).sqrt(),
+            "flow": noise - x0,
         }[prediction]
         with torch.no_grad():
             wanted = ((trainer.model(x_t, t, labels) - target) ** 2).mean()

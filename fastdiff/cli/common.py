@@ -32,7 +32,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Shows defaults, except those that say nothing, and keeps the description's lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False):
+        if action.default in (None, False, []):
             return action.help
         if action.default is True:  # a switch that is on: its --no- form turns it off
             return f"{action.help} (default: on)"
@@ -52,6 +52,17 @@ def integers(text: str) -> tuple[int, ...]:
     return () if text == "none" else tuple(int(part) for part in text.split(","))
 
 
+def _option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON or else as a string, for argparse."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:
     """--checkpoint."""
     command.add_argument(
@@ -64,15 +75,27 @@ def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampler_arguments(command: argparse.ArgumentParser) -> None:
-    """--sampler, --steps, --eta, --spacing."""
-    command.add_argument("--sampler", choices=samplers.names(), default="ddim", help="the sampler")
-    command.add_argument("--steps", type=int, default=50, help="sampling steps")
-    command.add_argument("--eta", type=float, help="DDIM's share of noise, 0 to 1; 0 if not given")
+    """--sampler, --steps, --grid, --option."""
     command.add_argument(
-        "--spacing",
-        choices=samplers.SPACINGS,
-        default="leading",
-        help="which timesteps are visited",
+        "--sampler",
+        choices=samplers.names(),
+        default="ddim",
+        metavar="NAME",
+        help=f"the sampler: {', '.join(samplers.names())}",
+    )
+    command.add_argument("--steps", type=int, default=50, help="sampling steps")
+    command.add_argument(
+        "--grid",
+        choices=samplers.grids.NAMES,
+        help="which levels of noise are visited; the sampler's own choice if not given",
+    )
+    command.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="NAME=VALUE",
+        help="an option of the sampler, such as eta=0.5, s_churn=20 or clip=null; may be repeated",
     )
 
 
@@ -146,22 +169,16 @@ def check_seed(seed: int) -> None:
         raise InputError(f"--seed must lie in 0..2**63 - 1, got {seed}")
 
 
-def make_sampler(
-    args: argparse.Namespace, found: Checkpoint, steps: int | None = None
-) -> samplers.Sampler:
+def make_sampler(args: argparse.Namespace, found: Checkpoint) -> samplers.Sampler:
     """The sampler that the arguments describe, for a checkpoint.
 
     Raises:
-        InputError: steps, eta or spacing that do not fit.
+        InputError: steps, a grid or options that do not fit.
     """
-    options: dict[str, Any] = {"prediction": found.prediction, "spacing": args.spacing}
-    if args.eta is not None:
-        if args.sampler != "ddim":
-            raise InputError(f"--eta belongs to ddim, not to {args.sampler}")
-        options["eta"] = args.eta
+    options = {"prediction": found.prediction, "grid": args.grid, **dict(args.option)}
     try:
-        return samplers.make(args.sampler, found.schedule, steps or args.steps, **options)
-    except ValueError as error:
+        return samplers.make(args.sampler, found.schedule, args.steps, **options)
+    except (TypeError, ValueError) as error:
         raise InputError(str(error)) from None
 
 

@@ -85,7 +85,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             count = columns * len(classes)
             labels = [label for label in classes for _ in range(columns)]
             rows = [found.classes[label] for label in classes]
-        sampler, one_step = make_sampler(args, found), make_sampler(args, found, steps=1)
+        sampler = make_sampler(args, found)
+        one_step = sampler.starting_at(sampler.steps - 1)
         ran, compare = what_runs(device), args.compare
         if compare and ran["backend"] == "reference":
             note(f"nothing to compare: the reference is what runs ({cpu_missing or 'as asked'})")

@@ -5,7 +5,12 @@ from __future__ import annotations
 from fastdiff.nn.attention import Attention
 from fastdiff.nn.blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D
 from fastdiff.nn.config import UNet2DConfig
-from fastdiff.nn.embeddings import FourierProjection, SinusoidalProjection, TimestepEmbedding
+from fastdiff.nn.embeddings import (
+    FourierProjection,
+    Precomputed,
+    SinusoidalProjection,
+    TimestepEmbedding,
+)
 from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.resample import Downsample2D, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
@@ -13,6 +18,6 @@ from fastdiff.nn.unet import UNet2DModel
 
 __all__ = [
     "Attention", "DownBlock2D", "Downsample2D", "FourierProjection", "GroupNormSiLU",
-    "ResnetBlock2D", "SinusoidalProjection", "TimestepEmbedding", "UNet2DConfig", "UNet2DModel",
-    "UNetMidBlock2D", "UpBlock2D", "Upsample2D",
+    "Precomputed", "ResnetBlock2D", "SinusoidalProjection", "TimestepEmbedding", "UNet2DConfig",
+    "UNet2DModel", "UNetMidBlock2D", "UpBlock2D", "Upsample2D",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 One class a direction covers diffusers' block types, which differ only in their parts. Parts are
 made by the callables ``resnet(in_channels, out_channels)`` and ``attention(channels)``.
+
+``embs`` holds the projected time embeddings, one for each of a level's ``residual_blocks``.
 """
 
 from __future__ import annotations
@@ -11,10 +13,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastdiff.nn.resnet import ResnetBlock2D
+
 Make = Callable[..., nn.Module]
 
 
-class DownBlock2D(nn.Module):
+class Level(nn.Module):
+    """What the levels have in common: lists of parts, last the part that resamples, if any."""
+
+    @property
+    def residual_blocks(self) -> list[ResnetBlock2D]:
+        """Those of the level in the order in which they run, one that resamples included."""
+        parts = (part for group in self.children() for part in group.children())
+        return [part for part in parts if isinstance(part, ResnetBlock2D)]
+
+
+class DownBlock2D(Level):
     """A level on the way down.
 
     Args:
@@ -42,19 +56,20 @@ class DownBlock2D(nn.Module):
         self.attentions = nn.ModuleList(attention(out_channels) for _ in widths)
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
-    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, embs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The level's output, and everything the way up will want: see ``UpBlock2D``."""
         skips = []
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x, temb))
+        count = len(self.resnets)
+        for resnet, attention, emb in zip(self.resnets, self.attentions, embs[:count], strict=True):
+            x = attention(resnet(x, emb))
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x, temb)
+            x = downsampler(x, *embs[count:])  # one for a residual block, none for a convolution
             skips.append(x)
         return x, skips
 
 
-class UNetMidBlock2D(nn.Module):
+class UNetMidBlock2D(Level):
     """The middle: a residual block, attention, and another residual block."""
 
     def __init__(self, channels: int, *, resnet: Make, attention: Make) -> None:
@@ -62,13 +77,13 @@ class UNetMidBlock2D(nn.Module):
         self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([attention(channels)])
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embs: Sequence[Tensor]) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
-        x = self.attentions[0](self.resnets[0](x, temb))
-        return self.resnets[1](x, temb)
+        x = self.attentions[0](self.resnets[0](x, embs[0]))
+        return self.resnets[1](x, embs[1])
 
 
-class UpBlock2D(nn.Module):
+class UpBlock2D(Level):
     """A level on the way up; each of its residual blocks also reads a tensor kept on the way down.
 
     Args:
@@ -99,12 +114,13 @@ class UpBlock2D(nn.Module):
         self.attentions = nn.ModuleList(attention(out_channels) for _ in widths)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
-    def forward(self, x: Tensor, skips: Sequence[Tensor], temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: Sequence[Tensor], embs: Sequence[Tensor]) -> Tensor:
         """The level's output; ``skips`` in the order they were made, the last is read first."""
-        for resnet, attention, skip in zip(
-            self.resnets, self.attentions, reversed(skips), strict=True
+        count = len(self.resnets)
+        for resnet, attention, skip, emb in zip(
+            self.resnets, self.attentions, reversed(skips), embs[:count], strict=True
         ):
-            x = attention(resnet(torch.cat([x, skip], dim=1), temb))
+            x = attention(resnet(torch.cat([x, skip], dim=1), emb))
         for upsampler in self.upsamplers:
-            x = upsampler(x, temb)
+            x = upsampler(x, *embs[count:])
         return x

@@ -51,27 +51,45 @@ def check_conditioning(
     batch: int,
     timestep: Tensor | float | None,
     class_labels: Tensor | None,
-    emb: Tensor | None,
+    precomputed: Tensor | None,
+    channels: int,
     config: UNet2DConfig,
 ) -> None:
-    """ValueError unless there is a timestep or an embedding, fit for a batch of this size."""
+    """TypeError or ValueError unless the conditioning fits a batch of this size.
+
+    Args:
+        batch: N.
+        timestep: needed without ``precomputed``, and for a fourier model.
+        class_labels: what the model wants, or None beside ``precomputed``.
+        precomputed: [N, P] or [1, P], or None.
+        channels: P.
+        config: the model's.
+    """
     if isinstance(timestep, Tensor) and timestep.numel() not in (1, batch):
         raise ValueError(
             f"timestep must have 1 element or {batch}, one an image, got {tuple(timestep.shape)}"
         )
-    if emb is None:
+    if precomputed is None:
         if timestep is None:
-            raise ValueError("timestep must be given, or emb in its place, got None")
+            raise ValueError("timestep must be given, or precomputed in its place, got None")
+        check_class_labels(class_labels, batch, config)
         return
-    channels = config.embedding_channels
-    if emb.ndim != 2 or emb.shape[0] not in (1, batch) or emb.shape[1] != channels:
+    if not isinstance(precomputed, Tensor):
+        raise TypeError(
+            "precomputed must be a tensor, what precompute(...).at(step) gives, "
+            f"got {type(precomputed).__name__}"
+        )
+    if precomputed.shape not in ((1, channels), (batch, channels)):
         raise ValueError(
-            f"emb must have shape ({batch}, {channels}) or (1, {channels}), got {tuple(emb.shape)}"
+            f"precomputed must have shape ({batch}, {channels}) or (1, {channels}), "
+            f"got {tuple(precomputed.shape)}"
         )
     if class_labels is not None:
-        raise ValueError("class_labels must be None beside emb, which has them in it already")
+        raise ValueError("class_labels must be None beside precomputed, which has them in it")
     if timestep is None and config.time_embedding_type == "fourier":
-        raise ValueError("a fourier model divides its output by timestep: give it beside emb")
+        raise ValueError(
+            "a fourier model divides its output by timestep: give it beside precomputed"
+        )
 
 
 def check_class_labels(labels: Tensor | None, batch: int, config: UNet2DConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -65,3 +66,36 @@ class TimestepEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels] -> [N, channels]."""
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+@dataclass(frozen=True, eq=False)
+class Precomputed:
+    """What the timesteps and class labels of a sampling loop give, for all its steps at once.
+
+    Attributes:
+        rows: [S, U, P], for each of S timesteps and U distinct labels (1 without labels) the
+            projected embeddings of every residual block, one after the other.
+        index: int64 [N], which of the U rows an image takes; None where they serve as they are,
+            one for the whole batch or one an image.
+    """
+
+    rows: Tensor
+    index: Tensor | None = None
+
+    def at(self, step: int | Tensor) -> Tensor:
+        """The rows of one step, [N, P], or [1, P] for the whole batch.
+
+        Args:
+            step: 0..S-1. As an int64 tensor of one element it stays on its device, so that a CUDA
+                graph can be captured with it and replayed for every step.
+        """
+        rows = self.rows.index_select(0, step)[0] if isinstance(step, Tensor) else self.rows[step]
+        return rows if self.index is None else rows.index_select(0, self.index)
+
+
+def distinct(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Labels [N, ...] without repetitions: [U, ...], and what ``Precomputed`` calls index."""
+    rows, index = torch.unique(labels, dim=0, return_inverse=True)
+    if len(rows) == 1:
+        return rows, None
+    return (labels, None) if len(rows) == len(labels) else (rows, index)

@@ -1,7 +1,4 @@
-"""Between the levels of a U-Net: half or twice the resolution, with a convolution.
-
-Both take a time embedding that they do not use, so that a residual block can stand in their place.
-"""
+"""Between the levels of a U-Net: half or twice the resolution, with a convolution."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ class Downsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H / 2, W / 2], H and W even."""
         if self.conv.padding == (0, 0):
             x = F.pad(x, (0, 1, 0, 1))
@@ -39,6 +36,6 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, 2 H, 2 W]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -10,6 +10,9 @@ from fastdiff.nn.norm import GroupNormSiLU
 class ResnetBlock2D(nn.Module):
     """Two normalised, activated 3x3 convolutions around the time embedding, and a shortcut.
 
+    The embedding is projected before it comes in, since it is the same for every pass of a sampling
+    loop: ``block(x, block.time_emb_proj(temb))``, with temb [N, D] after its SiLU.
+
     Args:
         in_channels: C_in.
         out_channels: C_out.
@@ -56,18 +59,19 @@ class ResnetBlock2D(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Apply the block.
 
         Args:
             x: [N, C_in, H, W].
-            temb: the time embedding after its SiLU, [N, D], or [1, D] for the whole batch.
+            emb: what ``time_emb_proj`` gives, [N, C_out], or [N, 2 C_out] with scale_shift; one
+                row for the whole batch will do.
 
         Returns:
             [N, C_out, H', W'], where H' is H, 2 H (up) or H / 2 (down).
         """
         h = self.conv1(self.resample(self.norm1(x)))
-        emb = self.time_emb_proj(temb).expand(x.shape[0], -1)  # [N, C_out or 2 C_out]
+        emb = emb.expand(x.shape[0], -1)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)

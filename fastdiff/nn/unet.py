@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fastdiff.nn.checks import (
     check_sample,
 )
 from fastdiff.nn.config import UNet2DConfig
+from fastdiff.nn.embeddings import Precomputed, distinct
 from fastdiff.nn.norm import GroupNormSiLU
 
 
@@ -59,6 +62,10 @@ class UNet2DModel(nn.Module):
         self.down_blocks = nn.ModuleList(build.down_blocks(config))
         self.mid_block = build.mid_block(config)
         self.up_blocks = nn.ModuleList(build.up_blocks(config))
+        self._emb_channels = [  # of each residual block, level by level
+            [block.time_emb_proj.out_features for block in level.residual_blocks]
+            for level in self._levels()
+        ]
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         self._checkpointing = False
@@ -114,42 +121,35 @@ class UNet2DModel(nn.Module):
         """Keep every activation for the backward pass (the default)."""
         self._checkpointing = False
 
-    def embed_time(self, timesteps: Tensor | float) -> Tensor:
-        """The embedding of timesteps, before its activation.
+    def precompute(
+        self, timesteps: Tensor | float, class_labels: Tensor | None = None, batch: int = 1
+    ) -> Precomputed:
+        """Everything that the residual blocks take from timesteps and class labels.
+
+        A sampling loop calls this once for all its steps, and gives ``forward`` the rows of a step:
+        ``model(x, precomputed=model.precompute(timesteps).at(i))``. It needs memory for
+        S * U * P numbers, where U is the number of distinct labels, and may wait for the device.
 
         Args:
             timesteps: [S], int64 or floating point, or a single number.
+            class_labels: as for :meth:`forward`.
+            batch: N, the number of class labels; of no account to an unconditional model.
 
         Returns:
-            [S, D], in the model's dtype.
+            The projected embeddings, in the model's dtype, or autocast's. P is the sum over the
+            residual blocks of C_out, or 2 C_out with scale_shift.
 
         Raises:
-            ValueError: wrong shape, or fractions for a learned embedding.
-            IndexError: a timestep outside a learned embedding (CPU tensors).
-        """
-        return self.time_embedding(self._project(self._timesteps(timesteps)))
-
-    def embed_class(self, class_labels: Tensor | None, batch: int) -> Tensor | None:
-        """The embedding of class labels, to be added to that of the timesteps.
-
-        Args:
-            class_labels: int64 [N]; numbers [N] where class_embed_type is timestep; embeddings
-                [N, D] where it is identity; None for an unconditional model.
-            batch: N.
-
-        Returns:
-            [N, D], in the model's dtype; None for an unconditional model.
-
-        Raises:
-            ValueError: labels that are missing, not wanted, or of a wrong shape or dtype.
-            IndexError: a label outside 0..num_class_embeds-1 (CPU tensors).
+            ValueError: timesteps of a wrong shape, or fractions for a learned embedding; labels
+                that are missing, not wanted, or of a wrong shape or dtype.
+            IndexError: a label or a timestep outside its table (CPU tensors).
         """
         check_class_labels(class_labels, batch, self.config)
-        if self.class_embedding is None or class_labels is None:
-            return None
-        if self.config.class_embed_type == "timestep":
-            class_labels = self._project(self._timesteps(class_labels))
-        return self.class_embedding(class_labels).to(self.dtype)
+        index = None
+        if class_labels is not None:
+            class_labels, index = distinct(class_labels.to(self.device))
+        emb = self._embed_time(timesteps).unsqueeze(1)  # [S, 1, D]
+        return Precomputed(torch.cat(self._project(emb, class_labels), dim=2), index)
 
     def forward(
         self,
@@ -157,7 +157,7 @@ class UNet2DModel(nn.Module):
         timestep: Tensor | float | None = None,
         class_labels: Tensor | None = None,
         *,
-        emb: Tensor | None = None,
+        precomputed: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy images.
 
@@ -165,58 +165,81 @@ class UNet2DModel(nn.Module):
             sample: [N, in_channels, H, W]; H and W divisible by 2 ** (number of levels - 1).
             timestep: a number, or a tensor [N], or [1] or [] for the whole batch. (diffusers drops
                 the fraction of a Python float; here it counts.)
-            class_labels: see :meth:`embed_class`.
-            emb: in place of both, the sum of :meth:`embed_time` and :meth:`embed_class`, [N, D] or
-                [1, D], so that a loop need not compute it. A timestep beside it has one use: a
-                model with fourier embeddings divides its output by it.
+            class_labels: int64 [N]; numbers [N] where class_embed_type is timestep; embeddings
+                [N, D] where it is identity; None for an unconditional model.
+            precomputed: in place of both, a step of :meth:`precompute`, [N, P] or [1, P]. A
+                timestep beside it has one use: a model with fourier embeddings divides its output
+                by it.
 
         Returns:
             [N, out_channels, H, W].
 
         Raises:
+            TypeError: ``precomputed`` is no tensor.
             ValueError: shapes do not fit the model, or the arguments do not fit together.
             IndexError: a label or a timestep outside its table (CPU tensors).
         """
         check_sample(sample, self.config)
-        temb = F.silu(self._embedding(sample.shape[0], timestep, class_labels, emb))
+        embs = self._embeddings(sample.shape[0], timestep, class_labels, precomputed)
         x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
         skips = [x]
         for block in self.down_blocks:
-            x, kept = self._run(block, x, temb)
+            x, kept = self._run(block, x, next(embs))
             skips += kept
         if self.mid_block is not None:
-            x = self._run(self.mid_block, x, temb)
+            x = self._run(self.mid_block, x, next(embs))
         count = self.config.layers_per_block + 1
         for block in self.up_blocks:
-            x = self._run(block, x, skips[-count:], temb)
+            x = self._run(block, x, skips[-count:], next(embs))
             del skips[-count:]
         out = self.conv_out(self.conv_norm_out(x))
         if self.config.time_embedding_type == "fourier" and timestep is not None:
             out = (out / self._timesteps(timestep).view(-1, 1, 1, 1)).to(out.dtype)
         return out
 
-    def _embedding(
+    def _embeddings(
         self,
         batch: int,
         timestep: Tensor | float | None,
         class_labels: Tensor | None,
-        emb: Tensor | None,
-    ) -> Tensor:
-        """The embedding, [N, D] or [1, D], from the arguments of ``forward``."""
-        check_conditioning(batch, timestep, class_labels, emb, self.config)
-        if emb is not None:
-            return emb
-        assert timestep is not None
-        emb, per_class = self.embed_time(timestep), self.embed_class(class_labels, batch)
-        return emb if per_class is None else emb + per_class
+        precomputed: Tensor | None,
+    ) -> Iterator[list[Tensor]]:
+        """What each level's residual blocks take, [N or 1, C], from ``forward``'s arguments."""
+        channels = [width for level in self._emb_channels for width in level]
+        check_conditioning(batch, timestep, class_labels, precomputed, sum(channels), self.config)
+        if precomputed is not None:
+            embs = iter(precomputed.split(channels, dim=1))
+        else:
+            assert timestep is not None
+            embs = iter(self._project(self._embed_time(timestep), class_labels))
+        return iter([list(islice(embs, len(level))) for level in self._emb_channels])
+
+    def _project(self, emb: Tensor, class_labels: Tensor | None) -> list[Tensor]:
+        """[..., C] for each residual block from the time embedding [..., D] and the labels."""
+        if self.class_embedding is not None and class_labels is not None:
+            if self.config.class_embed_type == "timestep":
+                class_labels = self._time_features(class_labels)
+            emb = emb + self.class_embedding(class_labels).to(self.dtype)
+        temb = F.silu(emb)
+        return [
+            block.time_emb_proj(temb) for level in self._levels() for block in level.residual_blocks
+        ]
+
+    def _levels(self) -> list[Any]:
+        """In the order in which they run."""
+        middle = [] if self.mid_block is None else [self.mid_block]
+        return [*self.down_blocks, *middle, *self.up_blocks]
+
+    def _embed_time(self, timesteps: Tensor | float) -> Tensor:
+        return self.time_embedding(self._time_features(timesteps))
+
+    def _time_features(self, timesteps: Tensor | float) -> Tensor:
+        return self.time_proj(self._timesteps(timesteps)).to(self.dtype)
 
     def _timesteps(self, timestep: Tensor | float) -> Tensor:
         learned = self.config.time_embedding_type == "learned"
         rows = self.config.num_train_timesteps if learned else None
         return as_timesteps(timestep, self.device, rows)
-
-    def _project(self, t: Tensor) -> Tensor:
-        return self.time_proj(t).to(self.dtype)
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self._checkpointing and torch.is_grad_enabled():

@@ -5,7 +5,16 @@ from __future__ import annotations
 from fastdiff.ops.add_time_embedding import add_time_embedding
 from fastdiff.ops.checks import check_timesteps
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.q_sample import q_sample
-from fastdiff.ops.sampler_step import sampler_step
+from fastdiff.ops.sampler_step import new_history, sampler_step
 
-__all__ = ["add_time_embedding", "check_timesteps", "group_norm_silu", "q_sample", "sampler_step"]
+__all__ = [
+    "add_time_embedding",
+    "check_timesteps",
+    "group_norm_silu",
+    "new_history",
+    "philox_normal",
+    "q_sample",
+    "sampler_step",
+]

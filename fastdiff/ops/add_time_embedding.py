@@ -7,12 +7,12 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff.ops.checks import check_floating, check_same_kind
-from fastdiff.ops.dispatch import dispatch, fake_like
+from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
 
 torch.library.define("fastdiff::add_time_embedding", "(Tensor x, Tensor emb) -> Tensor")
 
 
-_kernel = torch.ops.fastdiff.add_time_embedding.default
+_kernel = differentiable(torch.ops.fastdiff.add_time_embedding.default)
 
 
 def add_time_embedding(x: Tensor, emb: Tensor) -> Tensor:

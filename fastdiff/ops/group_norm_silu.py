@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff.ops.checks import check_floating, check_like, check_same_kind
-from fastdiff.ops.dispatch import dispatch, fake_like
+from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
 
 torch.library.define(
     "fastdiff::group_norm_silu",
@@ -23,7 +23,7 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-_op = torch.ops.fastdiff.group_norm_silu.default
+_op = differentiable(torch.ops.fastdiff.group_norm_silu.default)
 _backward_op = torch.ops.fastdiff.group_norm_silu_backward.default
 
 

@@ -13,7 +13,7 @@ from fastdiff.ops.checks import (
     check_timesteps,
     wide_dtype,
 )
-from fastdiff.ops.dispatch import dispatch, fake_like
+from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
 
 torch.library.define(
     "fastdiff::q_sample",
@@ -21,7 +21,7 @@ torch.library.define(
     "Tensor sqrt_one_minus_alphas_cumprod) -> Tensor",
 )
 
-_kernel = torch.ops.fastdiff.q_sample.default
+_kernel = differentiable(torch.ops.fastdiff.q_sample.default)
 
 
 def q_sample(

@@ -1,4 +1,4 @@
-"""One step of any fixed-grid sampler: one row of its coefficient table, applied in one pass."""
+"""One step of any fixed-grid sampler: one row of its coefficient table, applied in one call."""
 
 from __future__ import annotations
 
@@ -13,59 +13,127 @@ from fastdiff.ops.checks import (
     check_same_kind,
     wide_dtype,
 )
-from fastdiff.ops.dispatch import dispatch, fake_like
+from fastdiff.ops.dispatch import dispatch
+from fastdiff.ops.philox_normal import check_seed
 
-ROW = 10  # coefficients in a row: len(fastdiff.samplers.COLUMNS)
+COUNT = 18  # coefficients in a row before those of the history: fastdiff.samplers.table has them
+DEPTH = 8  # slots of the history, at most
 
 torch.library.define(
     "fastdiff::sampler_step",
-    "(Tensor x, Tensor model_out, Tensor? noise, Tensor table, Tensor step) -> Tensor",
+    "(Tensor x, Tensor model_out, Tensor(a!)? history, Tensor? noise, Tensor table, Tensor step, "
+    "Tensor? seed, Tensor(b!) out) -> ()",
 )
 
 _kernel = torch.ops.fastdiff.sampler_step.default
 
 
 def sampler_step(
-    x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, step: Tensor
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    *,
+    seed: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Step from x_t to the sampler's next x, by row ``step`` of its table.
 
-    The row's meaning stands in ``fastdiff.samplers.table``. Runs without gradients.
+    The row's meaning stands in ``fastdiff.samplers.table``: guidance (arXiv:2207.12598), its
+    rescaling (arXiv:2305.08891, section 3.4), clipping of x0 or dynamic thresholding
+    (arXiv:2205.11487, section 2.3), and the linear combination of x, x0, the model's output,
+    earlier values and noise. Runs without gradients.
 
     Args:
         x: current images [N, C, ...], floating point.
-        model_out: the network's output, like x, or with 2 C channels, of which the second half
+        model_out: the network's output in x's dtype, [N, C, ...]; with 2 N images the first N are
+            the unconditional and the others the conditional ones; with 2 C channels the second half
             gives the variance.
-        noise: standard normal noise like x, or None for a step without noise.
-        table: coefficients [S, 10], float32 (float64 for float64 images), on x's device.
+        history: None for a table without history (K = 0), or [K, N, C, ...] in the table's dtype,
+            of which the row's slot is written; see :func:`new_history`. A slot whose coefficient is
+            0 is not read.
+        noise: standard normal noise like x; None draws it from ``seed``, or is no noise.
+        table: coefficients [R, 18 + K], float32 (float64 for float64 images), on x's device.
         step: the row, an int64 tensor of one element on x's device (so that a captured loop can
             advance it there).
+        seed: int64 [N, 2], for each image its seed and its number: noise is that of
+            :func:`philox_normal` with ``step`` as its row, drawn on the way.
+        out: where the result goes, like x, and may be x itself; None makes a new tensor.
 
     Returns:
-        The next x, in x's dtype and memory format; the arithmetic is the table's.
+        The next x: ``out``, or a tensor of x's dtype and strides; the arithmetic is the table's.
 
     Raises:
         TypeError: dtypes do not fit.
-        ValueError: shapes or devices do not fit.
-        IndexError: ``step`` outside the table (CPU tensors).
+        ValueError: shapes or devices do not fit, both noise and seed are given, or the history
+            overlaps another tensor or itself.
+        IndexError: ``step`` outside the table, or the row's slot outside the history (CPU tensors).
     """
-    return dispatch(x, _kernel, reference.sampler_step, _check, x, model_out, noise, table, step)
+    if out is None:
+        out = torch.empty_like(x)
+    dispatch(
+        x, _kernel, reference.sampler_step, _check,
+        x, model_out, history, noise, table, step, seed, out,
+    )  # fmt: skip
+    return out
 
 
-def _check(x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, step: Tensor) -> None:
+def new_history(x: Tensor, depth: int) -> Tensor:
+    """A history for images like ``x``, zeros [depth, *x.shape] in the dtype that it is kept in.
+
+    Each slot has the memory format of ``x``, which is the fast path of :func:`sampler_step`.
+
+    Raises:
+        ValueError: ``depth`` outside 0..8.
+    """
+    if not 0 <= depth <= DEPTH:
+        raise ValueError(f"depth must lie in 0..{DEPTH}, got {depth}")
+    strides = (x.numel(), *torch.empty_like(x).stride())
+    dtype = wide_dtype(x.dtype)
+    return torch.empty_strided((depth, *x.shape), strides, dtype=dtype, device=x.device).zero_()
+
+
+def _check(
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+) -> None:
     check_floating(x, "x")
     check_same_kind(model_out, x, "model_out", "x")
-    n, c = (*x.shape, 0, 0)[:2]
-    if x.ndim < 2 or model_out.shape not in (x.shape, (n, 2 * c, *x.shape[2:])):
+    n, c, *rest = (*x.shape, 0, 0) if x.ndim < 2 else x.shape
+    if x.ndim < 2 or (*model_out.shape,) not in [
+        (images, channels, *rest) for images in (n, 2 * n) for channels in (c, 2 * c)
+    ]:
         raise ValueError(
-            f"model_out must have the shape of x, {tuple(x.shape)}, or twice its channels, "
-            f"got {tuple(model_out.shape)}"
+            f"model_out must have the shape of x, {tuple(x.shape)}, or twice its images, its "
+            f"channels or both, got {tuple(model_out.shape)}"
         )
+    wide = wide_dtype(x.dtype)
+    depth = 0
+    if history is not None:
+        depth = history.shape[0] if history.ndim else 0
+        if history.shape != (depth, *x.shape) or depth > DEPTH:
+            raise ValueError(
+                f"history must have shape [K, {', '.join(map(str, x.shape))}] with K <= {DEPTH}, "
+                f"got {tuple(history.shape)}"
+            )
+        if history.dtype != wide:
+            raise TypeError(f"history must be {wide} for {x.dtype} images, got {history.dtype}")
+        check_device(history, x, "history", "x")
     if noise is not None:
         check_like(noise, x, "noise", "x")
-    if table.ndim != 2 or table.shape[1] != ROW:
-        raise ValueError(f"table must have shape [S, {ROW}], got {tuple(table.shape)}")
-    wide = wide_dtype(x.dtype)
+    if table.ndim != 2 or table.shape[1] != COUNT + depth:
+        raise ValueError(
+            f"table must have shape [R, {COUNT + depth}] for a history of {depth}, "
+            f"got {tuple(table.shape)}"
+        )
     if table.dtype != wide:
         raise TypeError(f"table must be {wide} for {x.dtype} images, got {table.dtype}")
     if step.dtype != torch.int64 or step.numel() != 1:
@@ -74,10 +142,25 @@ def _check(x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, st
         )
     check_device(table, x, "table", "x")
     check_device(step, x, "step", "x")
+    if seed is not None:
+        if noise is not None:
+            raise ValueError("noise and seed cannot both be given")
+        check_seed(seed, x)
+    check_like(out, x, "out", "x")
 
 
 @torch.library.register_fake("fastdiff::sampler_step")
 def _fake(
-    x: Tensor, model_out: Tensor, noise: Tensor | None, table: Tensor, step: Tensor
-) -> Tensor:
-    return fake_like(x, model_out, noise, table, step)
+    x: Tensor,
+    model_out: Tensor,
+    history: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+) -> None:
+    # Beside a meta tensor the dispatcher would have this answer for a kernel.
+    for value in (model_out, history, noise, table, step, seed, out):
+        if value is not None:
+            check_device(value, x, "every tensor", "x")

@@ -1,19 +1,59 @@
-"""Samplers of the reverse process: each writes a coefficient table, one row a step."""
+"""Samplers of the reverse process: each writes a coefficient table, one row an evaluation.
+
+Everything here runs on the one loop of ``fastdiff.sample``. What a table cannot express are methods
+that choose their step sizes as they go; those are not in this package.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from fastdiff.samplers.ddim import DDIM
+from fastdiff.samplers import grids
+from fastdiff.samplers.consistency import LCM, Consistency
+from fastdiff.samplers.ddim import DDIM, DDIMInverse
 from fastdiff.samplers.ddpm import DDPM
-from fastdiff.samplers.table import COLUMNS, Sampler
-from fastdiff.samplers.timesteps import SPACINGS, spaced_timesteps
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.samplers.deis import DEIS
+from fastdiff.samplers.dpm_solver import DPMSolver, DPMSolverPPSinglestep
+from fastdiff.samplers.dpmpp_multistep import DPMSolverPP2MSDE, DPMSolverPPMultistep
+from fastdiff.samplers.dpmpp_sde import DPMSolverPPSDE
+from fastdiff.samplers.euler import Euler
+from fastdiff.samplers.euler_ancestral import EulerAncestral
+from fastdiff.samplers.heun import Heun
+from fastdiff.samplers.lms import LMS
+from fastdiff.samplers.plms import PLMS
+from fastdiff.samplers.sampler import Sampler
+from fastdiff.samplers.table import COLUMNS, Table
+from fastdiff.samplers.unipc import UniPC
+from fastdiff.schedules import GaussianPath
 
-__all__ = ["COLUMNS", "DDIM", "DDPM", "SPACINGS", "Sampler", "make", "names", "spaced_timesteps"]
+__all__ = [
+    "COLUMNS", "DDIM", "DDPM", "DEIS", "LCM", "LMS", "PLMS", "Consistency", "DDIMInverse",
+    "DPMSolver", "DPMSolverPP2MSDE", "DPMSolverPPMultistep", "DPMSolverPPSDE",
+    "DPMSolverPPSinglestep", "Euler", "EulerAncestral", "Heun", "Sampler", "Table", "UniPC",
+    "grids", "make", "names",
+]  # fmt: skip
 
-_REGISTRY: dict[str, Callable[..., Sampler]] = {"ddim": DDIM, "ddpm": DDPM}
+_REGISTRY: dict[str, Callable[..., Sampler]] = {
+    "ddpm": DDPM,
+    "ddim": DDIM,
+    "ddim-inverse": DDIMInverse,
+    "plms": PLMS,
+    "euler": Euler,
+    "euler-ancestral": EulerAncestral,
+    "heun": Heun,
+    **{f"dpm-{order}": partial(DPMSolver, order=order) for order in (1, 2, 3)},
+    **{f"dpmpp-{order}s": partial(DPMSolverPPSinglestep, order=order) for order in (1, 2)},
+    **{f"dpmpp-{order}m": partial(DPMSolverPPMultistep, order=order) for order in (2, 3)},
+    "dpmpp-sde": DPMSolverPPSDE,
+    "dpmpp-2m-sde": DPMSolverPP2MSDE,
+    **{f"unipc-{order}": partial(UniPC, order=order) for order in (1, 2, 3)},
+    **{f"deis-{order}": partial(DEIS, order=order) for order in (2, 3)},
+    "lms": LMS,
+    "lcm": LCM,
+    "consistency": Consistency,
+}
 
 
 def names() -> tuple[str, ...]:
@@ -21,12 +61,16 @@ def names() -> tuple[str, ...]:
     return tuple(_REGISTRY)
 
 
-def make(name: str, schedule: NoiseSchedule, steps: int, **options: Any) -> Sampler:
+def make(name: str, schedule: GaussianPath, steps: int, **options: Any) -> Sampler:
     """The sampler of that name for ``steps`` steps of ``schedule``.
 
     Raises:
+        TypeError: an option that the sampler does not have.
         ValueError: unknown name, or options that the sampler refuses.
     """
     if name not in _REGISTRY:
         raise ValueError(f"unknown sampler {name!r}, wanted one of {', '.join(_REGISTRY)}")
-    return _REGISTRY[name](schedule, steps=steps, **options)
+    kind = _REGISTRY[name]
+    if "order" in options and isinstance(kind, partial):
+        raise TypeError(f"{name} has its order in its name, got order={options['order']!r}")
+    return kind(schedule, steps=steps, **options)

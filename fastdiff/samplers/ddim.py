@@ -1,12 +1,14 @@
-"""DDIM (Song et al. 2021, arXiv:2010.02502)."""
+"""DDIM and its inversion (Song et al. 2021, arXiv:2010.02502)."""
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Iterator
+from typing import Any
 
-from fastdiff.samplers.table import Sampler, clip_columns, grid, rows_for
-from fastdiff.samplers.timesteps import spaced_timesteps
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.samplers.grids import Point
+from fastdiff.samplers.sampler import Row, Sampler, check_share, pairs
+from fastdiff.schedules import GaussianPath
 
 
 class DDIM(Sampler):
@@ -16,54 +18,70 @@ class DDIM(Sampler):
         schedule: the noise schedule that the model was trained on.
         steps: steps to take, 1..T.
         eta: sigma as a fraction of DDPM's (eq. 16); 0 is deterministic. In [0, 1].
-        prediction: what the model predicts: eps, x0, v or score.
-        clip: limits for x0, or None.
-        spacing: leading, trailing or linspace.
-        offset: added to leading timesteps (Stable Diffusion uses 1).
         use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (as
             OpenAI's code does; diffusers' default is False). No difference when nothing is clipped.
-        set_alpha_to_one: step to abar = 1 at the end; otherwise to the schedule's first abar.
+        **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
-        ValueError: any of them outside these ranges, or eps prediction at zero terminal SNR.
+        ValueError: see :class:`fastdiff.samplers.Sampler`; eta outside [0, 1].
     """
+
+    name = "ddim"
+    default_grid = "leading"
+    default_clip = (-1.0, 1.0)
 
     def __init__(
         self,
-        schedule: NoiseSchedule,
+        schedule: GaussianPath,
         steps: int = 50,
         *,
         eta: float = 0.0,
-        prediction: str = "eps",
-        clip: tuple[float, float] | None = (-1.0, 1.0),
-        spacing: str = "leading",
-        offset: int = 0,
         use_clipped_model_output: bool = True,
-        set_alpha_to_one: bool = True,
+        **options: Any,
     ) -> None:
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {eta}")
-        timesteps = spaced_timesteps(schedule.num_timesteps, steps, spacing, offset)
-        final_abar = 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0].item()
-        g = grid(schedule, timesteps, prediction, final_abar=final_abar)
-        variance = (1 - g.abar_prev) / (1 - g.abar) * (1 - g.abar / g.abar_prev)
-        sigma = eta * variance.clamp(min=0).sqrt()
-        eps = (1 - g.abar_prev - sigma**2).clamp(min=0).sqrt()  # direction pointing to x_t
-        if clip is not None and use_clipped_model_output:
-            inverse = 1 / (1 - g.abar).sqrt()  # eps = (x - sqrt(abar) x0) / sqrt(1 - abar)
-            out_x, out_m = eps * inverse, torch.zeros_like(eps)
-            out_x0 = g.abar_prev.sqrt() - eps * g.abar.sqrt() * inverse
-        else:
-            out_x, out_m = eps * g.eps_x, eps * g.eps_m
-            out_x0 = g.abar_prev.sqrt()
-        table = rows_for(
-            steps,
-            x0_x=g.x0_x,
-            x0_m=g.x0_m,
-            out_x=out_x,
-            out_x0=out_x0,
-            out_m=out_m,
-            noise=sigma,
-            **clip_columns(clip),
-        )
-        super().__init__(timesteps, table)
+        check_share("eta", eta)
+        self.eta, self.use_clipped_model_output = eta, use_clipped_model_output
+        super().__init__(schedule, steps, **options)
+
+    @property
+    def _eps_follows_x0(self) -> bool:
+        return self.use_clipped_model_output and super()._eps_follows_x0
+
+    def rows(self, points: list[Point]) -> Iterator[Row]:
+        """Predict x0 and eps at s, and put them together again at t."""
+        for i, s, t in pairs(points):
+            beta = max(s.sigma**2 - (s.alpha / t.alpha * t.sigma) ** 2, 0.0)
+            sigma = self.eta * t.sigma / s.sigma * math.sqrt(beta)
+            eps = math.sqrt(max(t.sigma**2 - sigma**2, 0.0))
+            yield Row(i, s, x0=t.alpha, eps=eps, noise=sigma)
+
+
+class DDIMInverse(Sampler):
+    """DDIM's steps backwards, from an image to the noise that leads to it (section 4.3).
+
+    The step from s to the noisier t would need eps at t, where x is not known yet: as usual, the
+    model is given the x at s with the time of t. Start with the image as x_T.
+
+    Args:
+        schedule: the noise schedule that the model was trained on.
+        steps: steps to take, 1..T.
+        **options: see :class:`fastdiff.samplers.Sampler`.
+
+    Raises:
+        ValueError: see :class:`fastdiff.samplers.Sampler`.
+    """
+
+    name = "ddim-inverse"
+    default_grid = "leading"
+
+    def __init__(self, schedule: GaussianPath, steps: int = 50, **options: Any) -> None:
+        super().__init__(schedule, steps, **options)
+
+    def _points(self, *arguments: Any) -> list[Point]:
+        return super()._points(*arguments)[::-1]
+
+    def rows(self, points: list[Point]) -> Iterator[Row]:
+        """From the image (alpha = 1, sigma = 0) upwards."""
+        for i, s, t in pairs(points):
+            grows = t.alpha / s.alpha
+            yield Row(i, t, x=grows, eps=t.sigma - grows * s.sigma, level=(s.alpha, s.sigma))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Iterator
+from typing import Any
 
-from fastdiff.samplers.table import Sampler, clip_columns, grid, rows_for
-from fastdiff.samplers.timesteps import spaced_timesteps
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.samplers.grids import Point
+from fastdiff.samplers.sampler import Row, Sampler, check_choice, pairs
+from fastdiff.schedules import GaussianPath
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
@@ -15,7 +17,7 @@ class DDPM(Sampler):
     """x' = mean of q(x_{t-1} | x_t, x0) + sigma_t z (arXiv:2006.11239, algorithm 2 and eq. 7).
 
     With fewer steps than T the chain is that of the respaced schedule, whose betas are
-    1 - abar_t / abar_prev (arXiv:2102.09672, section 4).
+    1 - abar_t / abar_prev (arXiv:2102.09672, section 4). The last step returns its mean.
 
     Args:
         schedule: the noise schedule that the model was trained on.
@@ -23,52 +25,60 @@ class DDPM(Sampler):
         variance: sigma^2 is beta_tilde (fixed_small), beta (fixed_large), the exponential of the
             model's second half of channels (learned), or that half as a position v in [-1, 1]
             between log beta_tilde and log beta (learned_range, arXiv:2102.09672, eq. 15).
-        prediction: what the model predicts: eps, x0, v or score.
-        clip: limits for x0, or None.
-        spacing: leading, trailing or linspace.
-        offset: added to leading timesteps.
+        **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
-        ValueError: any of them outside these ranges, or eps prediction at zero terminal SNR.
+        ValueError: see :class:`fastdiff.samplers.Sampler`; unknown variance.
     """
+
+    name = "ddpm"
+    default_grid = "leading"
+    default_clip = (-1.0, 1.0)
 
     def __init__(
         self,
-        schedule: NoiseSchedule,
+        schedule: GaussianPath,
         steps: int | None = None,
         *,
         variance: str = "fixed_small",
-        prediction: str = "eps",
-        clip: tuple[float, float] | None = (-1.0, 1.0),
-        spacing: str = "leading",
-        offset: int = 0,
+        **options: Any,
     ) -> None:
-        if variance not in VARIANCES:
-            raise ValueError(f"unknown variance {variance!r}, wanted one of {', '.join(VARIANCES)}")
-        steps = schedule.num_timesteps if steps is None else steps
-        timesteps = spaced_timesteps(schedule.num_timesteps, steps, spacing, offset)
-        g = grid(schedule, timesteps, prediction)
-        chain = schedule.respaced(timesteps.flip(0))  # its steps rise; the table's fall
-        log_small = chain.posterior_log_variance_clipped.flip(0)
-        log_large = chain.betas.flip(0).log()
-        zero = torch.zeros_like(log_small)
-        logvar, logvar_v = {
-            "fixed_small": (log_small, zero),
-            "fixed_large": (log_large, zero),
-            "learned": (zero, zero + 1),
-            "learned_range": ((log_small + log_large) / 2, (log_large - log_small) / 2),
-        }[variance]
-        noise = torch.ones_like(log_small)
-        noise[-1] = 0  # the last step returns its mean
-        table = rows_for(
-            steps,
-            x0_x=g.x0_x,
-            x0_m=g.x0_m,
-            out_x=chain.posterior_mean_coef_xt.flip(0),
-            out_x0=chain.posterior_mean_coef_x0.flip(0),
-            noise=noise,
-            logvar=logvar,
-            logvar_v=logvar_v,
-            **clip_columns(clip),
-        )
-        super().__init__(timesteps, table, learned_variance=variance.startswith("learned"))
+        check_choice("variance", variance, VARIANCES)
+        self.variance = variance
+        super().__init__(schedule, schedule.num_timesteps if steps is None else steps, **options)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the variance is the model's."""
+        return self.variance.startswith("learned")
+
+    def rows(self, points: list[Point]) -> Iterator[Row]:
+        """The posterior's mean and variance between neighbouring points."""
+        log_small = None
+        for i, s, t in pairs(points):
+            share = s.alpha / t.alpha  # of the signal that survives from t to s
+            beta = s.sigma**2 - (share * t.sigma) ** 2  # variance of q(x_s | x_t)
+            if t.sigma > 0:
+                log_small = math.log(beta * t.sigma**2 / s.sigma**2)
+            elif log_small is None:  # one step: there is no entry before to repeat
+                log_small = math.log(beta)
+            logvar, logvar_v = _log_variance(self.variance, log_small, math.log(beta))
+            yield Row(
+                i,
+                s,
+                x=share * t.sigma**2 / s.sigma**2,
+                x0=t.alpha * beta / s.sigma**2,
+                noise=1.0 if i < len(points) - 2 else 0.0,
+                logvar=logvar,
+                logvar_v=logvar_v,
+            )
+
+
+def _log_variance(variance: str, small: float, large: float) -> tuple[float, float]:
+    """log sigma^2 as a constant and a factor of the model's v."""
+    return {
+        "fixed_small": (small, 0.0),
+        "fixed_large": (large, 0.0),
+        "learned": (0.0, 1.0),
+        "learned_range": ((small + large) / 2, (large - small) / 2),
+    }[variance]

@@ -1,114 +1,224 @@
 """The coefficient table that stands for a sampler.
 
-Every step of every sampler here is one row of coefficients. With x = x_t, m the model's output,
-v its variance channels where it has them, and z standard normal noise, a row means
+One row is one evaluation of the model and what is done with it; ``ops.sampler_step`` does it. With
+x the current images, m the model's output, v its variance channels where it has them, z standard
+normal noise and history a few kept tensors, a row means
 
-    x0 = clamp(x0_x * x + x0_m * m, clip_min, clip_max)
-    x' = out_x * x + out_x0 * x0 + out_m * m + noise * exp((logvar + logvar_v * v) / 2) * z
+    m  = m_u + guidance * (m_c - m_u)               with classifier-free guidance (arXiv:2207.12598)
+    m *= 1 - rescale + rescale * std(m_c) / std(m)          likewise (arXiv:2305.08891, eq. 15, 16)
+    x0 = x0_x * x + x0_m * m
+    x0 = clamp(x0, clip_min, clip_max)                               where quantile is 0
+    x0 = clamp(x0, -s, s) / s                                        elsewhere, with
+         s = clamp(that quantile of |x0| over the image, 1, clip_max)   (arXiv:2205.11487, sec. 2.3)
+    x' = out_x * x + out_x0 * x0 + out_m * m + sum_j h_j * history[j]
+         + noise * exp((logvar + logvar_v * v) / 2) * z
+    history[slot] = keep_x * x + keep_x0 * x0 + keep_m * m + keep_noise * z     where slot >= 0
 
-where every factor named in COLUMNS is this row's. ``ops.sampler_step`` computes it. The rows are
-written in float64 and rounded once, when they go to the device.
+where every name in COLUMNS, and h_j, is this row's. History is read before it is written, and a
+slot with h_j = 0 is not read. The table is float64 and rounded once, when it goes to the device.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff import process
-from fastdiff.schedules import NoiseSchedule
-
 COLUMNS = (
-    "x0_x", "x0_m", "clip_min", "clip_max",
-    "out_x", "out_x0", "out_m",
-    "noise", "logvar", "logvar_v",
+    "guidance", "rescale",
+    "x0_x", "x0_m", "clip_min", "clip_max", "quantile",
+    "out_x", "out_x0", "out_m", "noise", "logvar", "logvar_v",
+    "keep_x", "keep_x0", "keep_m", "keep_noise", "slot",
 )  # fmt: skip
+MAX_HISTORY = 8
+FORMAT = "fastdiff sampler table"
 
 
 @dataclass(frozen=True, eq=False)
-class Sampler:
-    """A sampler as data.
+class Table:
+    """A sampler as data: everything that a sampling loop has to know.
 
     Attributes:
-        timesteps: the model's timesteps in sampling order, int64 [S].
-        table: coefficients, float64 [S, len(COLUMNS)].
+        name: the sampler's name.
+        values: coefficients, float64 [R, len(COLUMNS) + K], K the history's depth.
+        timesteps: what the model is given as its time in each row, float64 [R].
+        steps: which step a row belongs to, int64 [R], from 0, rising by 1 or not at all.
+        levels: (alpha, sigma) of x before each row and, last, of the result, float64 [R + 1, 2]:
+            x = alpha x0 + sigma eps.
         learned_variance: the model's output has twice the channels, the second half v.
+
+    Raises:
+        ValueError: the shapes do not fit, or a slot lies outside the history.
     """
 
+    name: str
+    values: Tensor
     timesteps: Tensor
-    table: Tensor
+    steps: Tensor
+    levels: Tensor
     learned_variance: bool = False
 
+    def __post_init__(self) -> None:
+        rows, width = self.values.shape if self.values.ndim == 2 else (0, 0)
+        depth = width - len(COLUMNS)
+        if rows == 0 or not 0 <= depth <= MAX_HISTORY:
+            raise ValueError(
+                f"values must have shape [R, {len(COLUMNS)} + K] with R >= 1 and K in "
+                f"0..{MAX_HISTORY}, got {tuple(self.values.shape)}"
+            )
+        shapes = {"timesteps": (rows,), "steps": (rows,), "levels": (rows + 1, 2)}
+        for name, shape in shapes.items():
+            got = tuple(getattr(self, name).shape)
+            if got != shape:
+                raise ValueError(f"{name} must have shape {shape} for {rows} rows, got {got}")
+        slots = self.column("slot")
+        if not bool(((slots >= -1) & (slots < depth) & (slots == slots.round())).all()):
+            raise ValueError(f"slot must be a whole number from -1 to {depth - 1} in every row")
+        rises = self.steps.diff()
+        if self.steps[0] != 0 or not bool(((rises == 0) | (rises == 1)).all()):
+            raise ValueError("steps must begin at 0 and rise by 1 or not at all")
+
     @property
-    def steps(self) -> int:
+    def rows(self) -> int:
+        """R: rows, which is how often the model is evaluated."""
+        return self.values.shape[0]
+
+    @cached_property
+    def evaluations(self) -> tuple[int, ...]:
+        """Evaluations of the model in each step."""
+        return tuple(torch.bincount(self.steps).tolist())
+
+    @cached_property
+    def num_steps(self) -> int:
         """S, the number of steps."""
-        return self.timesteps.numel()
+        return int(self.steps[-1]) + 1
+
+    @property
+    def depth(self) -> int:
+        """K: how many tensors the history keeps."""
+        return self.values.shape[1] - len(COLUMNS)
+
+    @cached_property
+    def noisy(self) -> list[bool]:
+        """Which rows use noise."""
+        return ((self.column("noise") != 0) | (self.column("keep_noise") != 0)).tolist()
+
+    @cached_property
+    def ends_step(self) -> list[bool]:
+        """Which rows are the last of their step."""
+        steps = self.steps.tolist()
+        return [step != after for step, after in zip(steps, [*steps[1:], None], strict=True)]
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The values and the timesteps as tensors on ``device``, made once and kept.
+
+        Args:
+            device: where they are wanted.
+            dtype: float32 or float64, of the values; the timesteps are int64 if all of them are
+                whole numbers, and else have this dtype too.
+        """
+        key = (device, dtype)
+        if key not in self._copies:
+            whole = bool((self.timesteps == self.timesteps.round()).all())
+            times = self.timesteps.to(device, torch.int64 if whole else dtype)
+            self._copies[key] = self.values.to(device, dtype, copy=True), times
+        return self._copies[key]
+
+    @cached_property
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+        return {}
 
     @property
     def needs_noise(self) -> bool:
-        """Whether any step adds noise."""
-        return bool(self.table[:, COLUMNS.index("noise")].any())
+        """Whether any row uses noise."""
+        return any(self.noisy)
+
+    def column(self, name: str) -> Tensor:
+        """The column of that name in COLUMNS, float64 [R]."""
+        return self.values[:, COLUMNS.index(name)]
 
     def __str__(self) -> str:
-        head = f"{'t':>6} " + " ".join(f"{name:>11}" for name in COLUMNS)
-        rows = (
-            f"{t:>6} " + " ".join(f"{value:>11.5g}" for value in row)
-            for t, row in zip(self.timesteps.tolist(), self.table.tolist(), strict=True)
-        )
-        return "\n".join([head, *rows])
+        names = [*COLUMNS, *(f"h_{j}" for j in range(self.depth))]
+        used = [j for j, name in enumerate(names) if not self._is_idle(name, self.values[:, j])]
+        head = f"{'step':>4} {'t':>9} " + " ".join(f"{names[j]:>11}" for j in used)
+        lines = [
+            f"{self.name}: {self.num_steps} steps, {self.rows} evaluations, "
+            f"history of {self.depth}",
+            head,
+        ]
+        for step, t, row in zip(
+            self.steps.tolist(), self.timesteps.tolist(), self.values.tolist(), strict=True
+        ):
+            lines.append(f"{step:>4} {t:>9.6g} " + " ".join(f"{row[j]:>11.5g}" for j in used))
+        return "\n".join(lines)
+
+    @staticmethod
+    def _is_idle(name: str, column: Tensor) -> bool:
+        """Whether a column does nothing in any row, so that printing it says nothing."""
+        idle = {"guidance": 1.0, "clip_min": -math.inf, "clip_max": math.inf, "slot": -1.0}
+        return bool((column == idle.get(name, 0.0)).all())
+
+    def to_json(self) -> str:
+        """The table as JSON; infinities are the strings "inf" and "-inf"."""
+        names = [*COLUMNS, *(f"h_{j}" for j in range(self.depth))]
+        fields = {
+            "format": FORMAT,
+            "name": self.name,
+            "learned_variance": self.learned_variance,
+            "columns": names,
+            "steps": self.steps.tolist(),
+            "timesteps": self.timesteps.tolist(),
+            "levels": self.levels.tolist(),
+            "values": [[_encode(value) for value in row] for row in self.values.tolist()],
+        }
+        return json.dumps(fields, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, not such a table, or one with other columns.
+        """
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise ValueError(f'this is not a sampler table: wanted "format": "{FORMAT}"')
+        try:
+            depth = len(fields["columns"]) - len(COLUMNS)
+            if fields["columns"] != [*COLUMNS, *(f"h_{j}" for j in range(depth))]:
+                raise ValueError(
+                    f"columns must be {', '.join(COLUMNS)}, h_0, ..., got {fields['columns']}"
+                )
+            return cls(
+                name=str(fields["name"]),
+                values=_tensor([[float(value) for value in row] for row in fields["values"]]),
+                timesteps=_tensor(fields["timesteps"]),
+                steps=torch.tensor(fields["steps"], dtype=torch.int64),
+                levels=_tensor(fields["levels"]),
+                learned_variance=bool(fields["learned_variance"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the sampler table is damaged: {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Table:
+        """Read a table that :meth:`save` wrote; raises as :meth:`from_json` does."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
-def rows_for(steps: int, **columns: Tensor | float) -> Tensor:
-    """A [steps, len(COLUMNS)] table with the given columns; the clip columns default to none."""
-    table = torch.zeros(steps, len(COLUMNS), dtype=torch.float64)
-    values: dict[str, Tensor | float] = {"clip_min": -torch.inf, "clip_max": torch.inf, **columns}
-    for name, value in values.items():
-        table[:, COLUMNS.index(name)] = torch.as_tensor(value, dtype=torch.float64)
-    return table
+def _encode(value: float) -> Any:
+    return value if math.isfinite(value) else str(value)
 
 
-def clip_columns(clip: tuple[float, float] | None) -> dict[str, float]:
-    """The clip columns for x0 limits, or none of them for None; ValueError if they are reversed."""
-    if clip is None:
-        return {}
-    low, high = clip
-    if not low < high:
-        raise ValueError(f"clip must be (low, high) with low < high, got {clip}")
-    return {"clip_min": low, "clip_max": high}
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """abar at the visited timesteps and at the ones they step to, and x0, eps as linear forms.
-
-    With m the model's output of the given kind: x0 = x0_x * x + x0_m * m, eps = eps_x * x +
-    eps_m * m. All are float64 [S].
-    """
-
-    abar: Tensor
-    abar_prev: Tensor
-    x0_x: Tensor
-    x0_m: Tensor
-    eps_x: Tensor
-    eps_m: Tensor
-
-
-def grid(schedule: NoiseSchedule, timesteps: Tensor, kind: str, *, final_abar: float = 1.0) -> Grid:
-    """The grid of a sampler that visits ``timesteps`` (int64 [S], falling).
-
-    The previous timestep is the grid's own next entry, whatever the spacing; after the last comes
-    ``final_abar``. Raises ValueError for eps or score predictions at zero signal.
-    """
-    x0 = process.conversion(schedule, kind, "x0")
-    eps = process.conversion(schedule, kind, "eps")
-    abar = schedule.alphas_cumprod[timesteps]
-    if kind in ("eps", "score") and bool((abar == 0).any()):
-        raise ValueError(
-            f"the schedule has zero signal at t = {int(timesteps[0])}, where a prediction of "
-            f"{kind} says nothing of x0; use a model that predicts x0 or v, "
-            "or a spacing that does not visit this timestep"
-        )
-    abar_prev = torch.cat([abar[1:], torch.tensor([final_abar], dtype=torch.float64)])
-    return Grid(abar, abar_prev, *(factor[timesteps] for factor in (*x0, *eps)))
+def _tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

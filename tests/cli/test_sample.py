@@ -52,7 +52,7 @@ def test_json_is_all_there_is_on_standard_output(
     run: Callable, digits_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "grid.png"
-    words = ("--classes", "0,9", "--sampler", "ddpm", "--spacing", "trailing", "--seed", 4)
+    words = ("--classes", "0,9", "--sampler", "ddpm", "--grid", "trailing", "--seed", 4)
     facts = run("sample", "--checkpoint", digits_run, "--out", out, *QUICK, *words, "--json").json
     assert facts["out"] == str(out)
     assert facts["checkpoint"] == str(checkpoint.newest(digits_run))
@@ -68,7 +68,7 @@ def test_json_is_all_there_is_on_standard_output(
     assert facts["speedup"] is None
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "unipc-2", "dpmpp-sde"])
 def test_a_seed_always_gives_the_same_images(
     run: Callable, digits_run: Path, tmp_path: Path, sampler: str
 ) -> None:

@@ -11,3 +11,9 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_graphs():
+    """For tests that compile: the number of models that share one function's graphs is limited."""
+    torch.compiler.reset()

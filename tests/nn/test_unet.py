@@ -18,41 +18,6 @@ def make(name_or_options, seed=0):
     return randomized(UNet2DModel(**options), seed).eval()
 
 
-def embedding(model, t, labels, batch):
-    emb, per_class = model.embed_time(t), model.embed_class(labels, batch)
-    return emb if per_class is None else emb + per_class
-
-
-@pytest.mark.parametrize("name", ["tiny", "classes", "class-timestep", "class-identity", "learned"])
-@torch.no_grad()
-def test_ready_embeddings_give_the_same_output(name):
-    model = make(name)
-    sample, t, labels = inputs(CASES[name])
-    emb = embedding(model, t, labels, len(sample))
-    assert emb.shape == (2, model.config.embedding_channels)
-    expected = model(sample, t, labels)
-    torch.testing.assert_close(model(sample, emb=emb), expected, rtol=0, atol=0)
-    torch.testing.assert_close(model(sample, t, emb=emb), expected, rtol=0, atol=0)
-
-
-@torch.no_grad()
-def test_one_embedding_serves_the_whole_batch():
-    model, (sample, _, _) = make("tiny"), inputs(TINY)
-    steps = torch.tensor([3, 700, 20])
-    embeddings = model.embed_time(steps)
-    assert embeddings.shape == (3, 32)
-    for i, t in enumerate(steps):
-        got = model(sample, emb=embeddings[i : i + 1])
-        torch.testing.assert_close(got, model(sample, t.expand(2)), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_fourier_model_takes_timestep_beside_emb():
-    model, (sample, t, _) = make("fourier"), inputs(CASES["fourier"])
-    got = model(sample, t, emb=model.embed_time(t))
-    torch.testing.assert_close(got, model(sample, t), rtol=0, atol=0)
-
-
 @torch.no_grad()
 def test_float_timestep_keeps_its_fraction():
     model, (sample, _, _) = make("tiny"), inputs(TINY)
@@ -214,6 +179,7 @@ def test_gradient_checkpointing_computes_blocks_again():
     assert len(calls) == 15
 
 
+@pytest.mark.usefixtures("no_graphs")
 @pytest.mark.parametrize("name", ["fourier", "learned", "class-timestep", "scale-shift"])
 @torch.no_grad()
 def test_compiles_in_one_graph(name):
@@ -222,6 +188,7 @@ def test_compiles_in_one_graph(name):
     torch.testing.assert_close(out, model(*arguments), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("no_graphs")
 def test_compiles_in_one_graph_with_gradients():
     model, arguments = make("classes"), inputs(CASES["classes"])
     out = torch.compile(model, fullgraph=True, backend="aot_eager")(*arguments)
@@ -233,12 +200,11 @@ def test_compiles_in_one_graph_with_gradients():
         torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
 
 
-def test_compiles_with_ready_embeddings_and_with_numbers():
-    model, (sample, t, _) = make("tiny"), inputs(TINY)
+@pytest.mark.usefixtures("no_graphs")
+def test_compiles_with_numbers():
+    model, (sample, _, _) = make("tiny"), inputs(TINY)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        emb = model.embed_time(t)
-        torch.testing.assert_close(compiled(sample, emb=emb), model(sample, t), atol=1e-5, rtol=0)
         for number in (3, 4, 5, 0.5):
             expected = model(sample, number)
             torch.testing.assert_close(compiled(sample, number), expected, atol=1e-5, rtol=0)

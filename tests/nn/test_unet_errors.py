@@ -71,6 +71,8 @@ def test_config_ignores_private_keys_and_takes_lists():
 
 
 X = torch.zeros(2, 3, 8, 8)
+# Two residual blocks of 8 and 16 channels on the way down, two of 16 in the middle, and four up.
+WIDTH = 8 + 16 + 2 * 16 + 2 * 16 + 2 * 8
 
 
 @pytest.mark.parametrize(
@@ -91,13 +93,26 @@ def test_sample(sample, text):
 @pytest.mark.parametrize(
     ("name", "arguments", "text"),
     [
-        ("tiny", {}, "timestep must be given, or emb in its place, got None"),
+        ("tiny", {}, "timestep must be given, or precomputed in its place, got None"),
         ("tiny", {"timestep": torch.zeros(3)}, "must have 1 element or 2, .* got \\(3,\\)"),
         ("tiny", {"timestep": torch.zeros(1, 2)}, "must have shape \\[\\] or \\[N\\], got \\(1, 2"),
-        ("tiny", {"emb": torch.zeros(3, 32)}, "shape \\(2, 32\\) or \\(1, 32\\), got \\(3, 32\\)"),
-        ("tiny", {"emb": torch.zeros(2, 8)}, "emb must have shape .* got \\(2, 8\\)"),
-        ("tiny", {"emb": torch.zeros(32)}, "emb must have shape .* got \\(32,\\)"),
-        ("fourier", {"emb": torch.zeros(2, 32)}, "divides its output by timestep"),
+        (
+            "tiny",
+            {"precomputed": torch.zeros(3, WIDTH)},
+            "\\(2, 104\\) or \\(1, 104\\), got \\(3, 104",
+        ),
+        (
+            "tiny",
+            {"precomputed": torch.zeros(2, 8)},
+            "precomputed must have shape .* got \\(2, 8\\)",
+        ),
+        ("tiny", {"precomputed": torch.zeros(WIDTH)}, "must have shape .* got \\(104,\\)"),
+        (
+            "scale-shift",
+            {"precomputed": torch.zeros(2, WIDTH)},
+            "\\(2, 208\\) or \\(1, 208\\), got",
+        ),
+        ("fourier", {"precomputed": torch.zeros(2, WIDTH)}, "divides its output by timestep"),
         ("learned", {"timestep": 0.5}, "timestep must be int64, got torch.float32"),
         ("tiny", {"timestep": 1, "class_labels": torch.zeros(2).long()}, "is unconditional"),
         ("classes", {"timestep": 1}, "is class-conditional"),
@@ -114,14 +129,42 @@ def test_sample(sample, text):
         ),
         (
             "classes",
-            {"emb": torch.zeros(2, 32), "class_labels": torch.zeros(2).long()},
-            "class_labels must be None beside emb",
+            {"precomputed": torch.zeros(2, WIDTH), "class_labels": torch.zeros(2).long()},
+            "class_labels must be None beside precomputed",
         ),
     ],
 )
 def test_conditioning(name, arguments, text):
     with pytest.raises(ValueError, match=text):
         UNet2DModel(**CASES[name])(X, **arguments)
+
+
+def test_precomputed_is_one_step():
+    model = UNet2DModel(**TINY)
+    with pytest.raises(TypeError, match=r"must be a tensor, .*at\(step\) gives, got Precomputed"):
+        model(X, precomputed=model.precompute(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error", "text"),
+    [
+        (
+            "tiny",
+            (torch.zeros(1, 2),),
+            ValueError,
+            "must have shape \\[\\] or \\[N\\], got \\(1, 2",
+        ),
+        ("tiny", (1, torch.zeros(2).long(), 2), ValueError, "is unconditional"),
+        ("learned", (0.5,), ValueError, "timestep must be int64, got torch.float32"),
+        ("learned", (torch.tensor([0, 1000]),), IndexError, "timestep must lie in 0\\.\\.999"),
+        ("classes", (1,), ValueError, "is class-conditional"),
+        ("classes", (1, torch.zeros(3).long(), 2), ValueError, "shape \\(2,\\), got \\(3,\\)"),
+        ("classes", (1, torch.tensor([0, 10]), 2), IndexError, "class_labels must lie in 0\\.\\.9"),
+    ],
+)
+def test_precompute(name, arguments, error, text):
+    with pytest.raises(error, match=text):
+        UNet2DModel(**CASES[name]).precompute(*arguments)
 
 
 @pytest.mark.parametrize("labels", [(0, 10), (-1, 0)], ids=str)

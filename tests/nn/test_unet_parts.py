@@ -59,7 +59,7 @@ def test_attention_is_softmax_of_scaled_products():
 
 
 def test_residual_block_of_zero_weights_is_the_scaled_shortcut():
-    x, temb = torch.randn(2, 8, 4, 4), torch.randn(1, 16)
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(1, 8)
     options = {"temb_channels": 16, "groups": 4, "eps": 1e-5}
     for name, expected in (
         ("plain", x),
@@ -70,4 +70,4 @@ def test_residual_block_of_zero_weights_is_the_scaled_shortcut():
         block = ResnetBlock2D(8, 8, **options, **directions, output_scale_factor=2.0)
         nn.init.zeros_(block.conv2.weight)
         nn.init.zeros_(block.conv2.bias)
-        torch.testing.assert_close(block(x, temb), expected / 2)
+        torch.testing.assert_close(block(x, emb), expected / 2)

@@ -43,9 +43,10 @@ def q_sample(x: Tensor) -> list[Tensor]:
 
 def sampler_step(x: Tensor) -> list[Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    table = torch.linspace(-1, 1, 20, dtype=wide).view(2, 10)
+    table = torch.linspace(-1, 1, 20, dtype=wide).expand(2, 20)
     out = torch.cat([x.flip(-1), x.flip(-2)], dim=1)
-    return [ops.sampler_step(x, out, x.flip(1), table, torch.tensor(1))]
+    history = torch.stack([x, x.flip(0)]).to(wide)
+    return [ops.sampler_step(x, out, history, x.flip(1), table, torch.tensor(1))]
 
 
 OPERATIONS = [group_norm_silu, add_time_embedding, q_sample, sampler_step]

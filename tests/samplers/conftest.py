@@ -14,5 +14,5 @@ def starting_noise(generator):
 
 @pytest.fixture
 def noises(generator):
-    """Noise for 50 steps, float64."""
-    return torch.randn(50, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    """Noise for 100 rows, float64."""
+    return torch.randn(100, 2, 3, 4, 4, generator=generator, dtype=torch.float64)

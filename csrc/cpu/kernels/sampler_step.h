@@ -8,21 +8,69 @@
 
 namespace fastdiff {
 
-constexpr int kRow = 10;  // coefficients in a row of the table
+// The columns of a table; those of the history follow. fastdiff/samplers/table.py says what they
+// mean.
+enum Column {
+  kGuidance,
+  kRescale,
+  kX0X,
+  kX0M,
+  kClipMin,
+  kClipMax,
+  kQuantile,
+  kOutX,
+  kOutX0,
+  kOutM,
+  kNoise,
+  kLogvar,
+  kLogvarV,
+  kKeepX,
+  kKeepX0,
+  kKeepM,
+  kKeepNoise,
+  kSlot,
+  kColumns,
+};
 
+constexpr int kDepth = 8;  // slots of the history, at most
+
+// Dense tensors of one layout. "Wide" is float, or double for double images.
 struct SamplerStepArgs {
   c10::ScalarType dtype;
-  int64_t length;   // elements in a row: all of them, or what is together in x and in model_out
-  int64_t stride;   // from one row of model_out to the next
-  bool learned;     // model_out[row] is followed by as many variance entries
-  const void* row;  // kRow coefficients, float, or double for double images
+  const double* row;  // kColumns coefficients, each exact in the wide type
+
+  int64_t total;      // elements of x
+  int64_t length;     // elements walked together: an image's, or all where no image is special
+  int64_t channels;   // where interleaved
+  bool guided;        // model_out has `total` more entries, the conditional ones
+  bool learned;       // the variance channels are there and wanted
+  bool has_variance;  // the variance channels are there: `length` is an image's
+  bool interleaved;   // they follow each pixel's channels (channels-last), not the image's
+
   const void* x;
   const void* model_out;
-  const void* noise;  // or null
+  const void* noise;       // or null
+  const void* wide_noise;  // or null: noise in the wide type
+  const int64_t* seed;     // or null: (seed, image) of each image, which then is in channels-first
+  uint32_t step;           // for the noise
+
+  int reads;                 // slots of the history that are read,
+  const void* read[kDepth];  // each in the wide type,
+  double factor[kDepth];     // and its coefficient
+  void* keep;                // the slot that is written, or null
+
+  const double* rescale;  // factors on m, one an image, or null
+  const double* limit;    // limits of dynamic thresholding, one an image, or null
   void* out;
 };
 
 // Elements begin..end-1 of x.
 FASTDIFF_DECLARE(sampler_step, const SamplerStepArgs&, int64_t begin, int64_t end)
+
+// The factor on an image's m by which guidance is rescaled.
+FASTDIFF_DECLARE(sampler_step_rescale, const SamplerStepArgs&, int64_t image, double* factor)
+
+// |x0| of one image, in the wide type, before anything is clipped.
+FASTDIFF_DECLARE(sampler_step_magnitudes, const SamplerStepArgs&, int64_t image, void* out)
 
 }  // namespace fastdiff

@@ -1,0 +1,132 @@
+"""Frechet distance against evaluations of the model, for every sampler, on the shipped model.
+
+    python benchmarks/sampler_quality.py --out benchmarks/results
+
+writes sampler_quality.json (every figure), .md (the table) and .png (the plot). All samplers get
+the same seeds, the same grid and the same number of images; a sampler with several evaluations a
+step takes as many steps as the budget allows. With the defaults this takes about an hour on two
+cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fastdiff import checkpoint, samplers
+from fastdiff.evaluation import evaluate
+
+BUDGETS = (5, 10, 20, 50)
+LEFT_OUT = ("ddim-inverse",)  # leads from images to noise
+NOT_DISTILLED = ("lcm", "consistency")  # want a model that was trained for them
+REFERENCE = ("ddim", 50)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, required=True, help="folder for the three files")
+    options.add_argument("--images", type=int, default=714, help="digits a figure, at least 100")
+    options.add_argument("--grid", default="trailing", help="of every sampler")
+    options.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="evaluations")
+    options.add_argument("--samplers", nargs="+", choices=samplers.names(), metavar="NAME")
+    args = options.parse_args()
+    names = args.samplers or [name for name in samplers.names() if name not in LEFT_OUT]
+    args.out.mkdir(parents=True, exist_ok=True)
+    digits = checkpoint.load("digits")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        for budget in args.budgets:
+            sampler = within(budget, name, digits, args.grid)
+            if sampler is None:
+                continue
+            found = evaluate(digits, sampler, samples=args.images, progress=False)
+            rows.append(
+                {
+                    "sampler": name,
+                    "budget": budget,
+                    "steps": sampler.steps,
+                    "evaluations": sampler.table.rows,
+                    **found.as_dict(),
+                }
+            )
+            print(f"{name:<16} {sampler.table.rows:>3} {found.frechet:8.3f}", flush=True)
+            text = json.dumps({"images": args.images, "grid": args.grid, "rows": rows}, indent=1)
+            (args.out / "sampler_quality.json").write_text(text, encoding="utf-8")
+    (args.out / "sampler_quality.md").write_text(table(rows, args.budgets), encoding="utf-8")
+    plot(rows, args.out / "sampler_quality.png")
+
+
+def within(budget: int, name: str, digits: Any, grid: str) -> samplers.Sampler | None:
+    """The sampler with the most steps that evaluates the model at most ``budget`` times."""
+    for steps in range(budget, 0, -1):
+        try:
+            sampler = samplers.make(
+                name, digits.schedule, steps, prediction=digits.prediction, grid=grid
+            )
+        except ValueError:  # fewer steps than its order
+            return None
+        if sampler.table.rows <= budget:
+            return sampler
+    return None
+
+
+def table(rows: list[dict[str, Any]], budgets: list[int]) -> str:
+    """One line a sampler, one column a budget, as Markdown."""
+    head = "| sampler | " + " | ".join(f"{budget} evaluations" for budget in budgets) + " |"
+    lines = [head, "|---" * (len(budgets) + 1) + "|"]
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        found = {row["budget"]: f"{row['frechet']:.2f}" for row in rows if row["sampler"] == name}
+        cells = [found.get(budget, "") for budget in budgets]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Distance against evaluations, both logarithmic, a panel a family of samplers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+    families = {
+        "first order": ("ddpm", "ddim", "euler", "euler-ancestral", "dpm-1", "dpmpp-1s"),
+        "singlestep": ("heun", "dpm-2", "dpm-3", "dpmpp-2s", "dpmpp-sde"),
+        "multistep": ("plms", "lms", "deis-2", "deis-3", "dpmpp-2m", "dpmpp-3m", "dpmpp-2m-sde"),
+        "predictor-corrector": ("unipc-1", "unipc-2", "unipc-3"),
+    }
+    drawn = [name for name in families if any(r["sampler"] in families[name] for r in rows)]
+    figure, panels = pyplot.subplots(
+        1, len(drawn), figsize=(4.2 * len(drawn), 4.2), sharey=True, squeeze=False, dpi=110
+    )
+    reference = [r["frechet"] for r in rows if (r["sampler"], r["budget"]) == REFERENCE]
+    budgets = sorted({row["budget"] for row in rows})
+    for panel, family in zip(panels[0], drawn, strict=True):
+        for name, mark in zip(families[family], "osD^vP*", strict=False):
+            line = [(r["evaluations"], r["frechet"]) for r in rows if r["sampler"] == name]
+            if line:
+                panel.plot(*zip(*line, strict=True), marker=mark, markersize=5, label=name)
+        for value in reference:
+            panel.axhline(value, color="gray", linestyle=":", label="ddim, 50 evaluations")
+        panel.axhline(
+            rows[0]["frechet_real"], color="black", linestyle="--", label="held-out real digits"
+        )
+        panel.set(title=family, xlabel="evaluations of the model", xscale="log", yscale="log")
+        panel.set_xticks(budgets, [str(budget) for budget in budgets])
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+        panel.tick_params(axis="y", which="minor", labelsize=7)
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=8)
+    panels[0][0].set_ylabel("Fréchet distance to the training digits")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

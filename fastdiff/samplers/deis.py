@@ -1,0 +1,61 @@
+"""DEIS, tAB in log rho (Zhang & Chen 2023, arXiv:2204.13902)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastdiff.samplers.dpmpp_multistep import lowers_final, multistep_order
+from fastdiff.samplers.exponential import NOISE
+from fastdiff.samplers.grids import Point
+from fastdiff.samplers.quadrature import lagrange_integrals
+from fastdiff.samplers.sampler import EPS, Row, Sampler, check_choice, check_ratios, pairs
+from fastdiff.schedules import GaussianPath
+
+
+class DEIS(Sampler):
+    """x / alpha moves by the integral over rho = sigma / alpha of a polynomial in log rho.
+
+    The polynomial goes through the eps of the last steps (eq. 15, with log rho for time: the
+    variant of section 4 that works best). Orders begin at 1 and rise.
+
+    Args:
+        schedule: the noise schedule that the model was trained on.
+        steps: steps to take, at least the order.
+        order: 2 or 3.
+        lower_order_final: see :class:`DPMSolverPPMultistep`.
+        **options: see :class:`fastdiff.samplers.Sampler`.
+
+    Raises:
+        ValueError: see :class:`fastdiff.samplers.Sampler`; fewer steps than the order, zero
+            terminal SNR.
+    """
+
+    def __init__(
+        self,
+        schedule: GaussianPath,
+        steps: int = 20,
+        *,
+        order: int = 2,
+        lower_order_final: bool | None = None,
+        **options: Any,
+    ) -> None:
+        self.name = f"deis-{order}"
+        check_choice("order", order, (2, 3))
+        self.order, self.lower_order_final = order, lowers_final(lower_order_final, steps)
+        super().__init__(schedule, steps, minimum_steps=order, **options)
+
+    def rows(self, points: list[Point]) -> Iterator[Row]:
+        """One evaluation a step, and up to two from before."""
+        check_ratios(self.name, points)
+        for i, s, t in pairs(points):
+            order = multistep_order(points, i, self.order, self.lower_order_final)
+            weights = [NOISE.weight(1, s, t)]
+            if order > 1:  # d rho = e^u du with u = log rho = -lambda
+                nodes = [-point.lam for point in points[i + 1 - order : i + 1][::-1]]
+                weights = [
+                    t.alpha * w for w in lagrange_integrals(nodes, -s.lam, -t.lam, weight=np.exp)
+                ]
+            yield Row(i, s, x=NOISE.scale(s, t), eps=weights[0], history=weights[1:], keep=EPS)

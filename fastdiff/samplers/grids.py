@@ -1,0 +1,255 @@
+"""Which levels of noise a sampler visits.
+
+A grid is a list of points, from noise to image; a sampler of S steps has S + 1 of them. The model
+is evaluated at the first S, and the last one is where the sampler ends.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastdiff.schedules import GaussianPath
+
+FINALS = ("zero", "sigma_min")
+OPTIONS = ("offset", "final", "rho", "sigma_min", "sigma_max")  # of ``make``
+
+
+@dataclass(frozen=True)
+class Point:
+    """One level x = alpha x0 + sigma eps, and the time that the model knows it by.
+
+    Attributes:
+        t: the timestep, in 0..T-1, fractions allowed; -1 where there is no noise.
+        alpha: coefficient of the image.
+        sigma: coefficient of the noise.
+    """
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha: the noise level where the image is not scaled (EDM's sigma)."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+    @property
+    def lam(self) -> float:
+        """log(alpha / sigma), half the log-SNR; infinite where one of them is 0."""
+        if self.alpha <= 0 or self.sigma <= 0:
+            return math.inf if self.alpha > 0 else -math.inf
+        return math.log(self.alpha / self.sigma)
+
+
+def point_at_time(path: GaussianPath, t: float) -> Point:
+    """The point of a path at a timestep; between two of them log(sigma / alpha) is linear in t."""
+    low = min(int(t), path.num_timesteps - 1)
+    share = t - low
+    if share == 0:
+        return Point(float(t), path.alpha_t[low].item(), path.sigma_t[low].item())
+    if path.alpha_t[low + 1] == 0:  # where the logarithm is infinite: linear in the angle
+        angle = torch.atan2(path.sigma_t[low : low + 2], path.alpha_t[low : low + 2])
+        ratio = torch.tan(angle[0] + share * (angle[1] - angle[0]))
+    else:
+        lam = path.lambda_t[low : low + 2]
+        ratio = torch.exp(-(lam[0] + share * (lam[1] - lam[0])))
+    alpha, sigma = path.levels(ratio)
+    return Point(float(t), alpha.item(), sigma.item())
+
+
+def point_at_ratio(path: GaussianPath, ratio: float) -> Point:
+    """The point of a path where sigma / alpha is ``ratio``; t stays within 0..T-1 beyond its ends.
+
+    Between two timesteps, log(sigma / alpha) is linear in t.
+    """
+    lam = -math.log(ratio)
+    table = path.lambda_t  # falls with t
+    low = int((table > lam).sum()) - 1
+    if low < 0:
+        t = 0.0
+    elif low >= table.numel() - 1 or not math.isfinite(table[low + 1].item()):
+        t = float(low)
+    else:
+        t = low + ((table[low] - lam) / (table[low] - table[low + 1])).item()
+    alpha, sigma = path.levels(torch.tensor(ratio, dtype=torch.float64))
+    return Point(t, alpha.item(), sigma.item())
+
+
+def make(
+    path: GaussianPath,
+    steps: int,
+    grid: str | Sequence[float] | Tensor,
+    *,
+    offset: int = 0,
+    final: str = "zero",
+    rho: float = 7.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> list[Point]:
+    """The S + 1 points of a grid.
+
+    Args:
+        path: the noise schedule, T timesteps.
+        steps: S, at least 1; at most T for grids of whole timesteps.
+        grid: a name, or the S timesteps themselves, falling, in 0..T-1, fractions allowed:
+
+            leading      i (T // S) + offset                  (arXiv:2305.08891, table 2)
+            trailing     round(T - i T / S) - 1
+            linspace     round((T - 1) (1 - i / (S - 1)))
+            uniform      (T - 1) (1 - i / S), not rounded
+            quadratic    round((T - 1) (i / (S - 1))^2)       (DDIM, arXiv:2010.02502, appendix D.2)
+            karras       sigma / alpha evenly spaced to the power 1 / rho    (EDM, arXiv:2206.00364,
+                         eq. 5)
+            exponential  log(sigma / alpha) evenly spaced
+            logsnr       likewise, in S steps that count the one to the end  (DPM-Solver,
+                         arXiv:2206.00927, section 3.3)
+
+        offset: added to leading timesteps (Stable Diffusion uses 1).
+        final: where the grid ends: "zero" noise, or "sigma_min", the schedule's first level.
+        rho: of karras.
+        sigma_min: smallest sigma / alpha of karras, exponential and logsnr; None for the
+            schedule's first.
+        sigma_max: the largest; None for the schedule's last.
+
+    Raises:
+        TypeError: S is no whole number.
+        ValueError: unknown names, S out of range, timesteps that do not fall or leave 0..T-1,
+            limits or rho that are not positive, a grid of sigmas on a schedule whose last one is
+            infinite.
+    """
+    total = path.num_timesteps
+    try:
+        operator.index(steps)
+    except TypeError:
+        raise TypeError(f"steps must be a whole number, got {steps!r}") from None
+    if final not in FINALS:
+        raise ValueError(f"unknown final {final!r}, wanted one of {', '.join(FINALS)}")
+    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    whole = isinstance(grid, str) and grid in _TIMES and grid != "uniform"
+    if steps < 1 or (whole and steps > total):
+        limits = f"in 1..{total} (the schedule's T)" if whole else "from 1 on"
+        raise ValueError(f"steps must lie {limits}, got {steps}")
+    if not isinstance(grid, str):
+        given = torch.as_tensor(grid, dtype=torch.float64)
+        if given.ndim != 1:
+            raise ValueError(f"a grid of timesteps must have shape [S], got {tuple(given.shape)}")
+        points = [point_at_time(path, t) for t in _checked(given.tolist(), steps, total)]
+    elif grid in _TIMES:
+        if offset and grid != "leading":
+            raise ValueError(f"an offset goes with a leading grid only, got {offset} with {grid}")
+        times = [t + offset for t in _TIMES[grid](total, steps)]
+        if times[0] > total - 1 or times[-1] < 0:
+            raise ValueError(
+                f"offset {offset} puts timesteps outside 0..{total - 1}: "
+                f"{times[-1]:g}..{times[0]:g}"
+            )
+        points = [point_at_time(path, t) for t in times]
+    elif grid in _RATIOS:
+        low, high = _limits(path, grid, sigma_min, sigma_max)
+        ratios = _RATIOS[grid](low, high, steps, rho)
+        points = [point_at_ratio(path, ratio) for ratio in ratios]
+    else:
+        raise ValueError(f"unknown grid {grid!r}, wanted one of {', '.join(NAMES)} or timesteps")
+    if final == "zero":
+        return [*points, Point(-1.0, 1.0, 0.0)]
+    end = point_at_ratio(path, sigma_min) if sigma_min else point_at_time(path, 0)
+    if points[-1].ratio <= end.ratio * (1 + 1e-12):
+        raise ValueError(
+            f'the grid {grid!r} already visits the last level before zero, so final="sigma_min" '
+            'leaves its last step nothing to do: take final="zero" or another grid'
+        )
+    return [*points, end]
+
+
+def _leading(total: int, steps: int) -> list[float]:
+    return [float(i * (total // steps)) for i in reversed(range(steps))]
+
+
+def _trailing(total: int, steps: int) -> list[float]:
+    i = torch.arange(steps, dtype=torch.float64)
+    return ((total - i * total / steps).round() - 1).tolist()
+
+
+def _linspace(total: int, steps: int) -> list[float]:
+    return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().tolist()
+
+
+def _uniform(total: int, steps: int) -> list[float]:
+    return [(total - 1) * (1 - i / steps) for i in range(steps)]
+
+
+def _quadratic(total: int, steps: int) -> list[float]:
+    if steps == 1:
+        return [float(total - 1)]
+    times = [round((total - 1) * (i / (steps - 1)) ** 2) for i in range(steps)]
+    for i in range(1, steps):  # rounding puts several of the first on one timestep
+        times[i] = max(times[i], times[i - 1] + 1)
+    return [float(t) for t in reversed(times)]
+
+
+def _karras(low: float, high: float, steps: int, rho: float) -> list[float]:
+    shares = [i / max(steps - 1, 1) for i in range(steps)]
+    a, b = high ** (1 / rho), low ** (1 / rho)
+    return [(a + share * (b - a)) ** rho for share in shares]
+
+
+def _exponential(low: float, high: float, steps: int, rho: float) -> list[float]:
+    shares = [i / max(steps - 1, 1) for i in range(steps)]
+    return [high * (low / high) ** share for share in shares]
+
+
+def _logsnr(low: float, high: float, steps: int, rho: float) -> list[float]:
+    return [high * (low / high) ** (i / steps) for i in range(steps)]
+
+
+_TIMES: dict[str, Callable[[int, int], list[float]]] = {
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "uniform": _uniform,
+    "quadratic": _quadratic,
+}
+_RATIOS: dict[str, Callable[[float, float, int, float], list[float]]] = {
+    "karras": _karras,
+    "exponential": _exponential,
+    "logsnr": _logsnr,
+}
+NAMES = (*_TIMES, *_RATIOS)
+
+
+def _checked(times: list[float], steps: int, total: int) -> list[float]:
+    """Timesteps given one by one."""
+    if len(times) != steps:
+        raise ValueError(f"steps is {steps}, but the grid has {len(times)} timesteps")
+    if not all(b < a for a, b in pairwise(times)):  # so that NaN does not pass
+        raise ValueError(f"the grid's timesteps must fall, got {times}")
+    if not (times[-1] >= 0 and times[0] <= total - 1):
+        raise ValueError(
+            f"the grid's timesteps must lie in 0..{total - 1}, got {times[-1]:g}..{times[0]:g}"
+        )
+    return times
+
+
+def _limits(
+    path: GaussianPath, grid: str, sigma_min: float | None, sigma_max: float | None
+) -> tuple[float, float]:
+    """The smallest and the largest sigma / alpha of a grid."""
+    low = point_at_time(path, 0).ratio if sigma_min is None else sigma_min
+    high = point_at_time(path, path.num_timesteps - 1).ratio if sigma_max is None else sigma_max
+    if math.isinf(high):
+        raise ValueError(
+            f"the {grid} grid is one of sigma / alpha, which is infinite at this schedule's last "
+            "timestep (zero terminal SNR): give sigma_max, or take another grid"
+        )
+    if not 0 < low < high:
+        raise ValueError(f"wanted 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
+    return low, high

@@ -1,0 +1,352 @@
+"""What samplers share: options, the grid, and the way from rows in the field's terms to a table.
+
+A sampler is a class with one method, ``rows``, that says for each evaluation of the model what the
+next x is: so much of x, of the predicted image x0, of the predicted noise eps, of values kept from
+earlier rows, and of fresh noise. Predictions, thresholds and the history's memory are settled here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdiff import process
+from fastdiff.samplers import grids
+from fastdiff.samplers.grids import Point
+from fastdiff.samplers.table import COLUMNS, MAX_HISTORY, Table
+from fastdiff.schedules import GaussianPath
+
+Clip = tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a row keeps for later rows: a sum with these coefficients."""
+
+    x: float = 0.0
+    x0: float = 0.0
+    eps: float = 0.0
+    noise: float = 0.0
+
+
+X0, EPS = Keep(x0=1.0), Keep(eps=1.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluation of the model, and the x that follows from it.
+
+    Attributes:
+        step: the step that it belongs to.
+        at: where the model is evaluated.
+        x, x0, eps: coefficients of the current x and of what the model predicts.
+        history: coefficients of the values kept by earlier rows, the latest one first.
+        noise, logvar, logvar_v: see ``fastdiff.samplers.table``.
+        keep: what later rows may use.
+        x0_form: x0 as so much of x and so much of the model's output, where the prediction's own
+            form is not meant.
+        level: alpha and sigma of x, where they are not those of ``at``.
+    """
+
+    step: int
+    at: Point
+    x: float = 0.0
+    x0: float = 0.0
+    eps: float = 0.0
+    history: Sequence[float] = ()
+    noise: float = 0.0
+    logvar: float = 0.0
+    logvar_v: float = 0.0
+    keep: Keep | None = None
+    x0_form: tuple[float, float] | None = None
+    level: tuple[float, float] | None = None
+
+
+class Sampler(ABC):
+    """A sampler of the reverse process, as a coefficient table.
+
+    Args:
+        schedule: the noise schedule that the model was trained on.
+        steps: steps to take.
+        grid: which levels of noise are visited: leading, trailing, linspace, uniform, quadratic,
+            karras, exponential, logsnr, or the timesteps themselves: see ``samplers.grids.make``,
+            also for ``offset``, ``final``, ``rho``, ``sigma_min`` and ``sigma_max``.
+        prediction: what the model predicts: eps, x0, v, score or flow.
+        clip: limits for x0 (static thresholding), or None. With ``dynamic_threshold``, the upper
+            one is the largest value that the threshold may take.
+        dynamic_threshold: this quantile of an image's |x0|, if it is above 1, becomes its range,
+            and x0 is divided by it (Imagen, arXiv:2205.11487, section 2.3); None for no such thing.
+        minimum_steps: what an order of that many needs, and fewer steps are refused.
+
+    Attributes:
+        name: the name in the registry.
+        schedule, prediction: as given.
+        points: the grid, a list of ``steps`` + 1 points.
+        table: a :class:`fastdiff.samplers.Table`.
+
+    Raises:
+        TypeError: an option that this sampler does not have.
+        ValueError: an option outside its range, or a prediction of eps or score where a visited
+            timestep has no signal.
+    """
+
+    name: str
+    default_grid: ClassVar[str] = "trailing"
+    default_clip: ClassVar[Clip] = None
+
+    def __init__(
+        self,
+        schedule: GaussianPath,
+        steps: int,
+        *,
+        grid: str | Sequence[float] | Tensor | None = None,
+        prediction: str = "eps",
+        clip: Clip | str = "default",
+        dynamic_threshold: float | None = None,
+        minimum_steps: int = 1,
+        **grid_options: Any,
+    ) -> None:
+        unknown = sorted(set(grid_options) - set(grids.OPTIONS))
+        if unknown:
+            raise TypeError(f"{self.name} has no option {', '.join(map(repr, unknown))}")
+        process.check_kind(prediction)
+        if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
+            raise ValueError(f"dynamic_threshold must lie in (0, 1], got {dynamic_threshold}")
+        if isinstance(clip, str):
+            if clip != "default":
+                raise ValueError(f"clip must be (low, high) or None, got {clip!r}")
+            clip = None if dynamic_threshold else self.default_clip
+        self.schedule, self.prediction = schedule, prediction
+        self.clip, self.dynamic_threshold = (
+            _checked_clip(clip, dynamic_threshold),
+            dynamic_threshold,
+        )
+        grid = self.default_grid if grid is None else grid
+        self.points = self._points(schedule, steps, grid, grid_options)
+        if steps < minimum_steps:
+            raise ValueError(f"{self.name} needs at least {minimum_steps} steps, got {steps}")
+        self.table = self._table()
+
+    @abstractmethod
+    def rows(self, points: list[Point]) -> Iterable[Row]:
+        """The rows of a run through ``points``."""
+
+    @property
+    def steps(self) -> int:
+        """S, the number of steps."""
+        return len(self.points) - 1
+
+    @property
+    def timesteps(self) -> Tensor:
+        """What the model is given as its time, one a row, float64 [R]."""
+        return self.table.timesteps
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the x to begin with, if that of the images is 1."""
+        alpha, sigma = self.table.levels[0].tolist()
+        return round((alpha**2 + sigma**2) ** 0.5, 12)  # 1, not 1 - 1e-16, where alpha^2 = 1 - s^2
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the model's output has twice the channels, the second half its variance."""
+        return False
+
+    def starting_at(self, step: int) -> Sampler:
+        """The same sampler without its first ``step`` steps, as image to image wants it.
+
+        Raises:
+            ValueError: ``step`` outside 0..S-1.
+        """
+        if not 0 <= step < self.steps:
+            raise ValueError(f"start must lie in 0..{self.steps - 1}, got {step}")
+        later = copy.copy(self)
+        later.points = self.points[step:]
+        later.table = later._table()
+        return later
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self.name!r}, {self.steps} steps, "
+            f"{self.table.rows} evaluations>"
+        )
+
+    def _points(
+        self, schedule: GaussianPath, steps: int, grid: Any, options: dict[str, Any]
+    ) -> list[Point]:
+        return grids.make(schedule, steps, grid, **options)
+
+    @property
+    def _eps_follows_x0(self) -> bool:
+        """Whether eps is derived again from x0 after thresholding, so that the two agree."""
+        return self.clip is not None or self.dynamic_threshold is not None
+
+    def _table(self) -> Table:
+        _check_signal(self.points, self.prediction)
+        rows = list(self.rows(self.points))
+        reads = _slots(rows)
+        depth = 1 + max(slot for _, slot in reads)
+        if depth > MAX_HISTORY:
+            raise ValueError(f"a history of at most {MAX_HISTORY} is possible, got {depth}")
+        alpha, sigma = torch.tensor(
+            [(row.at.alpha, row.at.sigma) for row in rows], dtype=torch.float64
+        ).unbind(1)
+        x0, eps = process.x0_and_eps(self.prediction, alpha, sigma)
+        forms = torch.stack([*x0, *eps], dim=1).tolist()
+        values = []
+        for row, (history, slot), of_row in zip(rows, reads, forms, strict=True):
+            fixed = self._coefficients(row, slot, *of_row)
+            values.append(
+                [fixed[column] for column in COLUMNS] + [history.get(j, 0.0) for j in range(depth)]
+            )
+        levels = [row.level or (row.at.alpha, row.at.sigma) for row in rows]
+        end = self.points[-1]
+        return Table(
+            name=self.name,
+            values=torch.tensor(values, dtype=torch.float64),
+            timesteps=torch.tensor([row.at.t for row in rows], dtype=torch.float64),
+            steps=torch.tensor([row.step for row in rows]),
+            levels=torch.tensor([*levels, (end.alpha, end.sigma)], dtype=torch.float64),
+            learned_variance=self.learned_variance,
+        )
+
+    def _coefficients(
+        self, row: Row, slot: int, x0_x: float, x0_m: float, eps_x: float, eps_m: float
+    ) -> dict[str, float]:
+        """A row's values by column, from x0 and eps as forms of x and the output; history aside."""
+        x0_x, x0_m = row.x0_form or (x0_x, x0_m)
+        eps_x0 = 0.0
+        if self._eps_follows_x0 and row.at.sigma > 0:
+            eps_x, eps_x0, eps_m = 1 / row.at.sigma, -row.at.alpha / row.at.sigma, 0.0
+
+        def spread(x: float, x0: float, eps: float) -> tuple[float, float, float]:
+            """Coefficients of x, x0 and the model's output, for those of x, x0 and eps."""
+            if eps == 0:  # where sigma is 0, eps has no form
+                return x, x0, 0.0
+            return x + eps * eps_x, x0 + eps * eps_x0, eps * eps_m
+
+        out = spread(row.x, row.x0, row.eps)
+        keep = row.keep if slot >= 0 and row.keep else Keep()
+        kept = spread(keep.x, keep.x0, keep.eps)
+        low, high = self.clip or (-torch.inf, torch.inf)
+        return {
+            "guidance": 1.0, "rescale": 0.0,
+            "x0_x": x0_x, "x0_m": x0_m,
+            "clip_min": low, "clip_max": high, "quantile": self.dynamic_threshold or 0.0,
+            "out_x": out[0], "out_x0": out[1], "out_m": out[2],
+            "noise": row.noise, "logvar": row.logvar, "logvar_v": row.logvar_v,
+            "keep_x": kept[0], "keep_x0": kept[1], "keep_m": kept[2], "keep_noise": keep.noise,
+            "slot": float(slot),
+        }  # fmt: skip
+
+
+def _slots(rows: Sequence[Row]) -> list[tuple[dict[int, float], int]]:
+    """Where values are kept: for each row its coefficients by slot, and the slot it writes or -1.
+
+    A value holds its slot until its last reader; what nobody reads is not kept.
+    """
+    kept: list[int] = []  # rows that keep something, so far
+    readers: list[dict[int, float]] = []  # for each row, the coefficients by the row that kept
+    last: dict[int, int] = {}  # for each row that keeps, the last row that reads it
+    for r, row in enumerate(rows):
+        reads = {}
+        for age, value in enumerate(row.history):
+            if value != 0:
+                reads[kept[-1 - age]] = value
+                last[kept[-1 - age]] = r
+        readers.append(reads)
+        if row.keep is not None:
+            kept.append(r)
+    holds: dict[int, int] = {}  # row that kept -> slot
+    out: list[tuple[dict[int, float], int]] = []
+    for r in range(len(rows)):
+        coefficients = {holds[k]: value for k, value in readers[r].items()}
+        holds = {k: slot for k, slot in holds.items() if last[k] > r}
+        slot = -1
+        if r in last:
+            slot = next(j for j in range(len(rows)) if j not in holds.values())
+            holds[r] = slot
+        out.append((coefficients, slot))
+    return out
+
+
+def pairs(points: Sequence[Point]) -> Iterator[tuple[int, Point, Point]]:
+    """Every step's number, the point it starts from and the one it leads to."""
+    for i in range(len(points) - 1):
+        yield i, points[i], points[i + 1]
+
+
+def combine(*terms: tuple[float, Sequence[float]]) -> list[float]:
+    """The sum of history coefficients, each list times its factor; missing entries count as 0."""
+    length = max(len(values) for _, values in terms)
+    return [
+        sum(factor * values[j] for factor, values in terms if j < len(values))
+        for j in range(length)
+    ]
+
+
+def check_ratios(name: str, points: Sequence[Point]) -> None:
+    """ValueError unless sigma / alpha is finite everywhere, as methods that work in it need."""
+    for at in points:
+        if at.alpha == 0:
+            raise ValueError(
+                f"{name} works with sigma / alpha, which is infinite at t = {at.t:g} of this "
+                "schedule (zero terminal SNR): take ddim, euler, unipc or a dpmpp sampler, or a "
+                "grid that does not visit this timestep"
+            )
+
+
+def check_share(name: str, value: float) -> None:
+    """ValueError unless ``value`` lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_amounts(**values: float) -> None:
+    """ValueError unless every value is finite and not negative."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must not be negative, nor infinite, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        wanted = ", ".join(map(str, choices))
+        raise ValueError(f"unknown {name} {value!r}, wanted one of {wanted}")
+
+
+def _checked_clip(clip: Clip, dynamic_threshold: float | None) -> Clip:
+    if clip is None:
+        return None
+    limits = tuple(clip) if isinstance(clip, Sequence) else ()
+    if len(limits) != 2:
+        raise ValueError(f"clip must be (low, high) or None, got {clip!r}")
+    low, high = limits
+    if not low < high:
+        raise ValueError(f"clip must be (low, high) with low < high, got {clip}")
+    if dynamic_threshold is not None and high < 1:
+        raise ValueError(
+            f"with dynamic_threshold, clip's upper limit must be at least 1, got {clip}"
+        )
+    return low, high
+
+
+def _check_signal(points: Sequence[Point], prediction: str) -> None:
+    for at in points:
+        if at.alpha == 0 and prediction in ("eps", "score"):
+            raise ValueError(
+                f"the schedule has zero signal at t = {at.t:g}, where a prediction of {prediction} "
+                "says nothing of x0; use a model that predicts x0, v or flow, or a grid that does "
+                "not visit this timestep"
+            )

@@ -1,0 +1,157 @@
+"""One row of a sampling loop, the row counted on the device: for torch.compile and CUDA graphs.
+
+``advance`` says nothing of the row it computes: the number is in a tensor, which it raises at its
+end. So one compiled function, or one captured graph, serves all rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastdiff import ops
+from fastdiff.sampling.loop import Model, Output, State, new_history, span
+from fastdiff.sampling.per_model import PerModel
+
+
+class Buffers:
+    """A ``State`` in the form that ``advance`` wants.
+
+    What changes from row to row is one table an argument, [R * U, ...] with the U distinct values
+    of a row together, and one vector of places in them: the row itself, then for each argument
+    where its values stand, one an image. ``strides`` is what takes all of them to the next row. U
+    is rounded up to a power of two, so that other labels seldom need another graph.
+
+    Args:
+        state: its tensors are used as they are, or copied.
+
+    Attributes:
+        history: None until :meth:`begin`.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.x, self.table, self.seed, self.noise = state.x, state.table, state.seed, state.noise
+        self.history: Tensor | None = None
+        self.cond, self.guided = state.cond, state.guided
+        self.output = Output.wanted(state)
+        self.values: dict[str, Tensor] = {}
+        device = state.x.device
+        places, strides, self.sizes = [torch.zeros(1, dtype=torch.int64)], [1], [1]
+        for name, argument in state.per_row.items():
+            values, index = argument.values, argument.index
+            rows, distinct = values.shape[:2]
+            stride = 1 << max(distinct - 1, 0).bit_length()
+            if stride != distinct:
+                padding = values.new_zeros(rows, stride - distinct, *values.shape[2:])
+                values = torch.cat((values, padding), dim=1)
+            self.values[name] = values.flatten(0, 1)
+            places.append(torch.arange(distinct) if index is None else index.cpu())
+            self.sizes.append(len(places[-1]))
+            strides.append(stride)
+        self.first = torch.cat(places).to(device)
+        self.places = self.first.clone()
+        self.strides = torch.tensor(strides).repeat_interleave(torch.tensor(self.sizes)).to(device)
+
+    def inputs(self) -> list[Tensor]:
+        """All tensors that come from the caller, in an order that is always the same."""
+        leaves = pytree.tree_leaves(self.cond)
+        found = [self.x, self.table, self.seed, self.first, self.strides, *self.values.values()]
+        return [value for value in (*found, *leaves) if isinstance(value, Tensor)]
+
+    def signature(self) -> Hashable:
+        """What two states must share so that one graph serves both."""
+        leaves, structure = pytree.tree_flatten(self.cond)
+        others = tuple(value for value in leaves if not isinstance(value, Tensor))
+        tensors = (self.x, self.table, self.seed, self.noise, self.first, *self.values.values())
+        return (
+            tuple(map(_kind, (*tensors, *leaves))),
+            tuple(self.values),
+            tuple(self.sizes),
+            self.output,
+            str(structure),
+            others,
+        )
+
+    def copy(self) -> Buffers:
+        """The same in memory of its own, which nothing but :meth:`load` writes from outside."""
+        made = object.__new__(Buffers)
+        made.__dict__.update(self.__dict__)
+        for name in ("x", "table", "seed", "noise", "first", "places", "strides"):
+            setattr(made, name, _copied(getattr(self, name)))
+        made.values = {name: value.clone() for name, value in self.values.items()}
+        made.cond = pytree.tree_map(_copied, self.cond)
+        return made.begin()
+
+    def begin(self) -> Buffers:
+        """Make what rows keep for each other, and return self."""
+        self.history = new_history(self.x, self.table)
+        return self
+
+    def load(self, other: Buffers) -> None:
+        """Take over the inputs of ``other``, of the same signature, and go back to the first row.
+
+        The history need not be cleared: no table reads what it has not written.
+        """
+        for mine, given in zip(self.inputs(), other.inputs(), strict=True):
+            mine.copy_(given)
+        self.places.copy_(self.first)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _kind(value: Any) -> Hashable:
+    if not isinstance(value, Tensor):
+        return None
+    return value.dtype, value.device, tuple(value.shape), value.stride()
+
+
+def advance(model: Model, b: Buffers, keep_output: bool = True) -> Tensor | None:
+    """Compute a row in place and go on to the next.
+
+    Beside the model's there are three calls that compute: the places give the row's arguments, the
+    sampler's step, and the places move on. Guidance adds one, and so does each further argument.
+
+    Args:
+        model: the model.
+        b: what it works on.
+        keep_output: return the model's output, in memory of its own.
+    """
+    row, *places = b.places.split(b.sizes)
+    arguments = {
+        name: torch.index_select(values, 0, place)
+        for (name, values), place in zip(b.values.items(), places, strict=True)
+    }
+    t = arguments.pop("t", None)
+    given = torch.cat((b.x, b.x)) if b.guided else b.x
+    found = b.output.of(model(given, t, **b.cond, **arguments))
+    if torch.compiler.is_compiling():  # where memory has no address, and is kept apart anyway
+        found = found.clone() if keep_output else found
+    else:
+        begin, end = span(b.x)
+        found = found.clone() if begin <= found.data_ptr() < end else found
+    ops.sampler_step(b.x, found, b.history, b.noise, b.table, row, seed=b.seed, out=b.x)
+    b.places.add_(b.strides)
+    return found if keep_output else None
+
+
+Compiled = Callable[[Model, Buffers, bool], Tensor | None]
+
+_numbers = itertools.count()
+
+
+def _compile() -> Compiled:
+    # torch.compile counts the shapes it has compiled by code object, and gives up after a few: so
+    # every model gets its own copy.
+    code = advance.__code__.replace(co_name=f"advance_{next(_numbers)}")
+    return torch.compile(FunctionType(code, advance.__globals__), dynamic=False)
+
+
+compiled = PerModel(_compile)  # ``advance`` compiled, of each model

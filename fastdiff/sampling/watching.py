@@ -1,0 +1,127 @@
+"""What a caller may see of a sampling loop while it runs: steps, estimates of x0, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.samplers import COLUMNS, Table
+
+Callback = Callable[[int, float, Tensor], None]  # step, t, images
+
+
+class Watch:
+    """Looks at every row of a pass, before and after it is computed.
+
+    Args:
+        table: the sampler's table.
+        device_table: its coefficients as the loop uses them.
+        first_step: number of its first step.
+        first_image: number of the pass's first image.
+        callback: called with x after the steps that are due.
+        preview: called with the current estimate of x0 after the steps that are due.
+        every: after how many steps they are due; the last step always is.
+        trajectory: [S + 1, N, C, ...], to be filled with x at the start and after each step.
+        check_finite: raise where the model's output is not finite.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        device_table: Tensor,
+        *,
+        first_step: int,
+        first_image: int,
+        callback: Callback | None,
+        preview: Callback | None,
+        every: int,
+        trajectory: Tensor | None,
+        check_finite: bool,
+    ) -> None:
+        self.steps = table.steps.tolist()
+        self.ends = table.ends_step
+        self.times = [_number(t) for t in table.timesteps.tolist()]
+        self.started = [self.steps.index(step) for step in self.steps]  # its step's first row
+        self.first_step, self.first_image = first_step, first_image
+        self.callback, self.preview = callback, preview
+        count = self.steps[-1] + 1
+        self.due = [
+            end and ((step + 1) % every == 0 or step == count - 1)
+            for end, step in zip(self.ends, self.steps, strict=True)
+        ]
+        self.trajectory, self.check_finite = trajectory, check_finite
+        if preview is not None:
+            self.before_row = torch.empty(0)
+            self.rows = torch.arange(len(self.steps), device=device_table.device).unbind()
+            self.estimate = _only_x0(device_table)
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether the model's output is looked at."""
+        return self.check_finite or self.preview is not None
+
+    def begin(self, x: Tensor) -> None:
+        """See x before the first row."""
+        if self.trajectory is not None:
+            self.trajectory[0].copy_(x)
+
+    def before(self, row: int, x: Tensor) -> None:
+        """See x before a row."""
+        if self.preview is not None and self.due[row]:
+            self.before_row = x.clone()
+
+    def after(self, row: int, x: Tensor, output: Tensor | None) -> None:
+        """See what a row gave.
+
+        Raises:
+            FloatingPointError: the model's output is not finite, and that was to be checked.
+        """
+        step, t = self.first_step + self.steps[row], self.times[self.started[row]]
+        if self.check_finite:
+            assert output is not None
+            self._check(output, step, self.times[row], x.shape[0])
+        if self.trajectory is not None and self.ends[row]:
+            self.trajectory[self.steps[row] + 1].copy_(x)
+        if not self.due[row]:
+            return
+        if self.preview is not None:
+            assert output is not None
+            x0 = ops.sampler_step(
+                self.before_row, output, None, None, self.estimate, self.rows[row]
+            )
+            self.preview(step, t, x0)
+        if self.callback is not None:
+            self.callback(step, t, x.clone())
+
+    def _check(self, output: Tensor, step: int, t: float, images: int) -> None:
+        wrong = output.isfinite().logical_not_().flatten(1).sum(1).tolist()
+        if not any(wrong):
+            return
+        found = [
+            f"{count} of image {self.first_image + row % images}"
+            + ("" if len(wrong) == images else f" with{'out' if row < images else ''} cond")
+            for row, count in enumerate(wrong)
+            if count
+        ]
+        more = f" and of {len(found) - 4} more" if len(found) > 4 else ""
+        raise FloatingPointError(
+            f"step {step} (t = {t}): of the model's {output[0].numel()} values an image these are "
+            f"not finite: {', '.join(found[:4])}{more}"
+        )
+
+
+def _only_x0(table: Tensor) -> Tensor:
+    """A table of the same x0, thresholded and under guidance, that gives nothing else."""
+    table = table[:, : len(COLUMNS)].clone()
+    values = dict.fromkeys(COLUMNS[COLUMNS.index("out_x") :], 0.0) | {"out_x0": 1.0, "slot": -1.0}
+    for name, value in values.items():
+        table[:, COLUMNS.index(name)] = value
+    return table
+
+
+def _number(t: float) -> float:
+    """A whole number as int."""
+    return int(t) if t.is_integer() else t
