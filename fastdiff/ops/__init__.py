@@ -7,7 +7,7 @@ from fastdiff.ops.checks import check_timesteps
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.q_sample import q_sample
-from fastdiff.ops.sampler_step import new_history, sampler_step
+from fastdiff.ops.sampler_step import new_history, sampler_step, sampler_step_for
 
 __all__ = [
     "add_time_embedding",
@@ -17,4 +17,5 @@ __all__ = [
     "philox_normal",
     "q_sample",
     "sampler_step",
+    "sampler_step_for",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastdiff import reference
+from fastdiff.backend import kernel_runs
 from fastdiff.ops.checks import (
     check_device,
     check_floating,
@@ -78,6 +81,16 @@ def sampler_step(
         x, model_out, history, noise, table, step, seed, out,
     )  # fmt: skip
     return out
+
+
+def sampler_step_for(x: Tensor) -> Callable[..., None]:
+    """What :func:`sampler_step` runs on tensors like ``x``, for a loop that has checked them.
+
+    Returns:
+        A function of x, model_out, history, noise, table, step, seed and out, in this order, with
+        the backend as it is now. A kernel still refuses what does not fit.
+    """
+    return _kernel if kernel_runs(x) else reference.sampler_step
 
 
 def new_history(x: Tensor, depth: int) -> Tensor:

@@ -149,12 +149,6 @@ class Sampler(ABC):
         return self.table.timesteps
 
     @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the x to begin with, if that of the images is 1."""
-        alpha, sigma = self.table.levels[0].tolist()
-        return round((alpha**2 + sigma**2) ** 0.5, 12)  # 1, not 1 - 1e-16, where alpha^2 = 1 - s^2
-
-    @property
     def learned_variance(self) -> bool:
         """Whether the model's output has twice the channels, the second half its variance."""
         return False

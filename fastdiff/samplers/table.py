@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,20 @@ COLUMNS = (
 )  # fmt: skip
 MAX_HISTORY = 8
 FORMAT = "fastdiff sampler table"
+
+
+class OnDevice(NamedTuple):
+    """A table on a device.
+
+    Attributes:
+        values: the coefficients, in float32 or float64.
+        timesteps: int64 if all of them are whole numbers, else in the values' dtype.
+        numbers: of the rows, each an int64 tensor of one element.
+    """
+
+    values: Tensor
+    timesteps: Tensor
+    numbers: Sequence[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +120,12 @@ class Table:
         return self.values.shape[1] - len(COLUMNS)
 
     @cached_property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the x to begin with, if that of the images is 1."""
+        alpha, sigma = self.levels[0].tolist()
+        return round((alpha**2 + sigma**2) ** 0.5, 12)  # 1, not 1 - 1e-16, where alpha^2 = 1 - s^2
+
+    @cached_property
     def noisy(self) -> list[bool]:
         """Which rows use noise."""
         return ((self.column("noise") != 0) | (self.column("keep_noise") != 0)).tolist()
@@ -115,23 +136,20 @@ class Table:
         steps = self.steps.tolist()
         return [step != after for step, after in zip(steps, [*steps[1:], None], strict=True)]
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The values and the timesteps as tensors on ``device``, made once and kept.
-
-        Args:
-            device: where they are wanted.
-            dtype: float32 or float64, of the values; the timesteps are int64 if all of them are
-                whole numbers, and else have this dtype too.
-        """
+    def on(self, device: torch.device, dtype: torch.dtype) -> OnDevice:
+        """What a loop wants on its device, made once and kept; dtype float32 or float64."""
         key = (device, dtype)
         if key not in self._copies:
             whole = bool((self.timesteps == self.timesteps.round()).all())
-            times = self.timesteps.to(device, torch.int64 if whole else dtype)
-            self._copies[key] = self.values.to(device, dtype, copy=True), times
+            self._copies[key] = OnDevice(
+                values=self.values.to(device, dtype, copy=True),
+                timesteps=self.timesteps.to(device, torch.int64 if whole else dtype),
+                numbers=torch.arange(self.rows, device=device).unbind(),
+            )
         return self._copies[key]
 
     @cached_property
-    def _copies(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], OnDevice]:
         return {}
 
     @property

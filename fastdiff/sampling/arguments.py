@@ -32,10 +32,10 @@ def begin_at(sampler: Sampler | Table, start: int) -> tuple[Table, float]:
     if not 0 <= start < steps:
         raise ValueError(f"start must be one of the sampler's steps, 0..{steps - 1}, got {start}")
     if isinstance(sampler, Table):
-        return (_later(sampler, start) if start else sampler), 1.0
-    if start:
-        return sampler.starting_at(start).table, 1.0
-    return sampler.table, sampler.init_noise_sigma
+        table = _later(sampler, start) if start else sampler
+    else:
+        table = sampler.starting_at(start).table if start else sampler.table
+    return table, 1.0 if start else table.init_noise_sigma
 
 
 def _later(table: Table, start: int) -> Table:
@@ -57,6 +57,14 @@ def _later(table: Table, start: int) -> Table:
         steps=table.steps[first:] - start,
         levels=table.levels[first:],
     )
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last for images that have it and only it, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
 
 
 def target(

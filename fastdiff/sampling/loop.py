@@ -43,6 +43,7 @@ class State:
     Attributes:
         x: the images [N, C, ...], advanced in place.
         table: the sampler's coefficients [R, 18 + K], guidance set, on x's device.
+        numbers: those of its rows, each an int64 tensor of one element.
         seed: int64 [N, 2], or None where noise is drawn into ``noise`` or not wanted.
         noise: like x, contiguous; filled from outside before a row that uses it.
         per_row: the model's arguments that change; "t" is its second positional one.
@@ -53,6 +54,7 @@ class State:
 
     x: Tensor
     table: Tensor
+    numbers: Sequence[Tensor]
     seed: Tensor | None
     noise: Tensor | None
     per_row: dict[str, PerRow]
@@ -142,8 +144,7 @@ def eager(model: Model, state: State, *, keep_output: bool = False) -> Advance:
         keep_output: what advance returns is looked at, so it must not share memory with x.
     """
     x, table, noise, seed = state.x, state.table, state.noise, state.seed
-    rows, history = len(table), new_history(x, table)
-    steps = torch.arange(rows, device=x.device).unbind()
+    history, numbers = new_history(x, table), state.numbers
     given, halves = x, None
     if state.guided:
         given = torch.cat((x, x))
@@ -159,24 +160,28 @@ def eager(model: Model, state: State, *, keep_output: bool = False) -> Advance:
         else:
             batch = values.shape[1] if index is None else len(index)
             views[name] = values.expand(-1, batch, *values.shape[2:]).unbind()
-    times: Sequence[Tensor | None] = views.pop("t", (None,) * rows)
-    arguments = [
-        state.cond | gathered | {name: of_row[row] for name, of_row in views.items()}
-        for row in range(rows)
-    ]
+    times: Sequence[Tensor | None] = views.pop("t", (None,) * len(table))
+    fixed = state.cond | gathered
+    arguments = [fixed] * len(table)
+    if views:
+        names, of_rows = list(views), zip(*views.values(), strict=True)
+        arguments = [fixed | dict(zip(names, of_row, strict=True)) for of_row in of_rows]
     output, (begin, end) = Output.wanted(state), span(x)
-    sampler_step, index_select = ops.sampler_step, torch.index_select
+    shape, dtype = output.shape, output.dtype
+    sampler_step, index_select = ops.sampler_step_for(x), torch.index_select
 
     def advance(row: int) -> Tensor:
         if halves is not None:
             halves.copy_(x)
         for values, index, out in gathers:
             index_select(values[row], 0, index, out=out)
-        found = output.of(model(given, times[row], **arguments[row]))
+        found = model(given, times[row], **arguments[row])
+        if type(found) is not Tensor or found.shape != shape or found.dtype is not dtype:
+            found = output.of(found)
         # Of x itself the operation reads each element before it writes it; of a view it may not.
         if begin <= found.data_ptr() < end and (keep_output or found is not x):
             found = found.clone()
-        sampler_step(x, found, history, noise, table, steps[row], seed=seed, out=x)
+        sampler_step(x, found, history, noise, table, numbers[row], seed, x)
         return found
 
     return advance

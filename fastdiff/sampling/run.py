@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from tqdm.auto import tqdm
 
 from fastdiff import ops
@@ -33,6 +32,7 @@ from fastdiff.sampling.arguments import (
     check_mode,
     checked_seeds,
     is_guided,
+    memory_format,
     target,
 )
 from fastdiff.sampling.device_loop import Buffers, compiled
@@ -81,8 +81,8 @@ def sample(
             is: put a module into eval mode yourself.
         sampler: which steps to take, from ``fastdiff.samplers``, or a bare table of them.
         shape: shape of the images, [N, C, ...]; N may be 0.
-        x_T: standard normal noise of that shape; None draws it. With ``start`` and no image, the
-            images to go on from, as they are.
+        x_T: standard normal noise of that shape, which is scaled to the first level of the sampler;
+            None draws it. With ``start`` and no image, the images to go on from, as they are.
         start: the step to begin with. A sampler with a memory begins it anew there; a bare table
             that would need what earlier steps kept is refused.
         image: [N or 1, C, ...]. With ``start``, sampling begins with the image, noised to
@@ -157,8 +157,8 @@ def sample(
         mask = mask.to(device, wide)
 
     if x_T is not None:
-        memory_format = suggest_memory_format(x_T)
-        x = torch.empty(shape, device=device, dtype=dtype, memory_format=memory_format).copy_(x_T)
+        layout = memory_format(x_T)
+        x = torch.empty(shape, device=device, dtype=dtype, memory_format=layout).copy_(x_T)
     elif seeds is not None:
         x = ops.philox_normal(seeds, START_ROW, shape, dtype)
     else:
@@ -173,7 +173,7 @@ def sample(
     if not start and sigma != 1:
         x.mul_(sigma)
 
-    values, times = table.on(device, wide)
+    values, times, numbers = table.on(device, wide)
     if uncond is not None:
         of_rows = [scales[start + step] for step in table.steps.tolist()]
         values = values.clone()
@@ -185,6 +185,7 @@ def sample(
         table=table,
         values=values,
         times=times,
+        numbers=numbers,
         x=x,
         seeds=seeds,
         generator=generator,
@@ -224,6 +225,7 @@ class _Run:
     table: Table
     values: Tensor  # the table's, guidance set
     times: Tensor  # likewise
+    numbers: Sequence[Tensor]  # of its rows
     x: Tensor  # advanced in place
     seeds: Tensor | None
     generator: torch.Generator | None
@@ -265,6 +267,7 @@ class _Run:
         return State(
             x=x,
             table=self.values,
+            numbers=self.numbers,
             seed=None if self.seeds is None else self.seeds[part],
             noise=noise,
             per_row=per_row,

@@ -117,7 +117,7 @@ def test_starting_noise_has_the_level_of_the_grid():
             scheduler = scheduler_of(EulerDiscreteScheduler, 10, timestep_spacing=spacing)
             start = torch.as_tensor(scheduler.init_noise_sigma)
             theirs[spacing] = (start / (scheduler.sigmas[0] ** 2 + 1) ** 0.5).item()
-        ours = samplers.make("euler", LINEAR, 10, grid=spacing).init_noise_sigma
+        ours = samplers.make("euler", LINEAR, 10, grid=spacing).table.init_noise_sigma
         assert ours == wanted[spacing]
     assert theirs["leading"] == pytest.approx(1.0, rel=1e-12)
     assert theirs["trailing"] == pytest.approx(LINEAR.sigma_t[-1].item(), rel=1e-12)

@@ -45,7 +45,7 @@ def draws(sampler, data, model, *, draw=0, **noise):
     levels = sampler.table.levels
     generator = torch.Generator().manual_seed(draw)
     noise = noise or {"generator": generator}
-    x_T = data.draw(COUNT, generator, *levels[0].tolist()) / sampler.init_noise_sigma
+    x_T = data.draw(COUNT, generator, *levels[0].tolist()) / sampler.table.init_noise_sigma
     found = sample(model, sampler, tuple(x_T.shape), x_T=x_T, progress=False, **noise)
     return found, levels[-1].tolist()
 

@@ -97,7 +97,17 @@ def test_dispatcher_calls_of_a_step_counted_on_the_device(guided, calls):
     """But for those that make views, which a graph does without."""
     times = PerRow(torch.arange(3)[:, None], torch.zeros(4 if guided else 2, dtype=torch.int64))
     table = DDIM(SCHEDULE, 3).table.values.float()
-    state = State(OUT.clone(), table, None, None, {"t": times}, {}, guided, False)
+    state = State(
+        OUT.clone(),
+        table,
+        torch.arange(len(table)).unbind(),
+        None,
+        None,
+        {"t": times},
+        {},
+        guided,
+        False,
+    )
     buffers = Buffers(state).begin()
     model = free_guided if guided else free
     advance(model, buffers)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 import fastdiff
 from fastdiff import ops, sample, samplers, schedules
-from fastdiff.samplers import DDIM, DDPM
+from fastdiff.samplers import DDIM, DDPM, Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,14 +82,14 @@ def test_seeds_leave_the_global_generator_alone():
 
 
 def test_starting_noise_is_scaled_to_what_the_sampler_begins_with(x_T):
-    class Wide(DDIM):
-        init_noise_sigma = 80.0
-
-    sampler, seen = Wide(SCHEDULE, 1), []
-    draw(lambda x, t: seen.append(x.clone()) or x, sampler, x_T)
-    torch.testing.assert_close(seen[0], 80 * x_T)
-    draw(lambda x, t: seen.append(x.clone()) or x, sampler.table, x_T)
-    assert torch.equal(seen[1], x_T)
+    """Where the path does not keep the variance, as that of rectified flow halfway."""
+    sampler = DDIM(schedules.flow(10), 1, prediction="flow", grid=[4], clip=None)
+    alpha, sigma = sampler.table.levels[0].tolist()
+    assert (alpha, sigma) == (0.5, 0.5)
+    for given in (sampler, sampler.table, Table.from_json(sampler.table.to_json())):
+        seen = []
+        draw(lambda x, t, seen=seen: seen.append(x.clone()) or x, given, x_T)
+        torch.testing.assert_close(seen[0], math.sqrt(0.5) * x_T)
 
 
 @pytest.mark.parametrize("sampler", [DDIM(SCHEDULE, 5), DDIM(SCHEDULE, 5).table], ids=["s", "t"])

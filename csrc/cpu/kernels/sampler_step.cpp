@@ -213,8 +213,8 @@ FASTDIFF_INLINE void step(const SamplerStepArgs& a, const Row<T>& row, const Pie
       }
   } else {
     for (int b = 0; b < kBlocks; ++b)
-      for (int r = 0; r < parts; ++r)  // keeps NaN
-        x0[b].part[r] = at::vec::minimum(at::vec::maximum(x0[b].part[r], row.low), row.high);
+      for (int r = 0; r < parts; ++r)  // keeps NaN, in half the instructions of minimum and maximum
+        x0[b].part[r] = at::vec::clamp(x0[b].part[r], row.low, row.high);
   }
   for (int b = 0; b < kBlocks; ++b)
     for (int r = 0; r < parts; ++r)
