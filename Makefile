@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+QUALITY := --out benchmarks/results
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: sample test bench lint format doctor venv clean
+.PHONY: sample test bench quality lint format doctor venv clean
 
 sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
 	$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare
@@ -15,6 +16,10 @@ test: venv  ## the whole test suite
 
 bench: venv  ## the benchmarks, peers side by side
 	$(RUN) -m pytest benchmarks --benchmark-only
+
+quality: venv  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
+	$(PIP) --no-build-isolation --editable '.[plot]'
+	$(RUN) benchmarks/sampler_quality.py $(QUALITY)
 
 lint: $(VENV)/.lint  ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .

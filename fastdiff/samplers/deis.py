@@ -44,8 +44,9 @@ class DEIS(Sampler):
     ) -> None:
         self.name = f"deis-{order}"
         check_choice("order", order, (2, 3))
-        self.order, self.lower_order_final = order, lowers_final(lower_order_final, steps)
-        super().__init__(schedule, steps, minimum_steps=order, **options)
+        self.order = self.minimum_steps = order
+        self.lower_order_final = lowers_final(lower_order_final, steps)
+        super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
         """One evaluation a step, and up to two from before."""

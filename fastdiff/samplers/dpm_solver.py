@@ -49,9 +49,10 @@ class Singlestep(Sampler):
     ) -> None:
         check_choice("solver_type", solver_type, SOLVER_TYPES)
         check_choice("order", order, (1, 2, 3))
-        self.order, self.solver_type = order, solver_type
+        self.order = self.minimum_steps = order
+        self.solver_type = solver_type
         self.lower_order_final = lower_order_final
-        super().__init__(schedule, steps, minimum_steps=order, **options)
+        super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
         """Group by group; x at the start of a group is had back from the current x."""

@@ -48,9 +48,10 @@ class DPMSolverPPMultistep(Sampler):
         check_choice("solver_type", solver_type, SOLVER_TYPES)
         self.name = f"dpmpp-{order}m"
         check_choice("order", order, (2, 3))
-        self.order, self.solver_type = order, solver_type
+        self.order = self.minimum_steps = order
+        self.solver_type = solver_type
         self.lower_order_final = lowers_final(lower_order_final, steps)
-        super().__init__(schedule, steps, minimum_steps=order, **options)
+        super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
         """One evaluation a step, and up to two from before."""
@@ -96,6 +97,7 @@ class DPMSolverPP2MSDE(Sampler):
     """
 
     name = "dpmpp-2m-sde"
+    minimum_steps = 2
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class DPMSolverPP2MSDE(Sampler):
         check_amounts(eta=eta, s_noise=s_noise)
         self.eta, self.s_noise, self.solver_type = eta, s_noise, solver_type
         self.lower_order_final = lowers_final(lower_order_final, steps)
-        super().__init__(schedule, steps, minimum_steps=2, **options)
+        super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
         """The ODE's h becomes (1 + eta) h, and noise sigma_t sqrt(1 - e^(-2 eta h)) comes in."""

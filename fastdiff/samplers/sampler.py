@@ -83,10 +83,10 @@ class Sampler(ABC):
             one is the largest value that the threshold may take.
         dynamic_threshold: this quantile of an image's |x0|, if it is above 1, becomes its range,
             and x0 is divided by it (Imagen, arXiv:2205.11487, section 2.3); None for no such thing.
-        minimum_steps: what an order of that many needs, and fewer steps are refused.
 
     Attributes:
         name: the name in the registry.
+        minimum_steps: fewer are refused.
         schedule, prediction: as given.
         points: the grid, a list of ``steps`` + 1 points.
         table: a :class:`fastdiff.samplers.Table`.
@@ -98,6 +98,7 @@ class Sampler(ABC):
     """
 
     name: str
+    minimum_steps: int = 1
     default_grid: ClassVar[str] = "trailing"
     default_clip: ClassVar[Clip] = None
 
@@ -110,7 +111,6 @@ class Sampler(ABC):
         prediction: str = "eps",
         clip: Clip | str = "default",
         dynamic_threshold: float | None = None,
-        minimum_steps: int = 1,
         **grid_options: Any,
     ) -> None:
         unknown = sorted(set(grid_options) - set(grids.OPTIONS))
@@ -124,14 +124,12 @@ class Sampler(ABC):
                 raise ValueError(f"clip must be (low, high) or None, got {clip!r}")
             clip = None if dynamic_threshold else self.default_clip
         self.schedule, self.prediction = schedule, prediction
-        self.clip, self.dynamic_threshold = (
-            _checked_clip(clip, dynamic_threshold),
-            dynamic_threshold,
-        )
+        self.clip = _checked_clip(clip, dynamic_threshold)
+        self.dynamic_threshold = dynamic_threshold
         grid = self.default_grid if grid is None else grid
         self.points = self._points(schedule, steps, grid, grid_options)
-        if steps < minimum_steps:
-            raise ValueError(f"{self.name} needs at least {minimum_steps} steps, got {steps}")
+        if steps < self.minimum_steps:
+            raise ValueError(f"{self.name} needs at least {self.minimum_steps} steps, got {steps}")
         self.table = self._table()
 
     @abstractmethod

@@ -54,10 +54,11 @@ class UniPC(Sampler):
         check_choice("solver_type", solver_type, SOLVER_TYPES)
         check_choice("order", order, (1, 2, 3))
         self.name = f"unipc-{order}"
-        self.order, self.solver_type = order, solver_type
+        self.order = self.minimum_steps = order
+        self.solver_type = solver_type
         self.disable_corrector = frozenset(disable_corrector)
         self.lower_order_final = lower_order_final
-        super().__init__(schedule, steps, minimum_steps=order, **options)
+        super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
         """Correct, then predict; both are weights of the present x0 and of earlier ones."""
