@@ -60,9 +60,12 @@ def _later(table: Table, start: int) -> Table:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last for images that have it and only it, else contiguous."""
+    """Channels-last for images whose strides say so, else contiguous.
+
+    With one channel both hold, and the strides decide which of them a network goes on with.
+    """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+    if last is None or x.stride(1) != 1 or not x.is_contiguous(memory_format=last):
         return torch.contiguous_format
     return last
 

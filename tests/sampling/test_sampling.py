@@ -293,6 +293,18 @@ def test_memory_format_is_kept(x_T, tiny_unet):
     torch.testing.assert_close(drawn.contiguous(), plain, rtol=1e-4, atol=1e-5)
 
 
+def test_one_channel_keeps_the_strides_that_networks_follow():
+    """It is contiguous either way, but a convolution after it is channels-last only by these."""
+    seen = []
+    for given in (torch.randn(SHAPE), torch.randn(SHAPE).to(memory_format=torch.channels_last)):
+        sample(
+            lambda x, t: seen.append(x.stride()) or x / 2,
+            DDIM(SCHEDULE, 1), SHAPE, x_T=given, progress=False,
+        )  # fmt: skip
+        assert seen[-1] == given.stride()
+    assert seen[0] != seen[1]
+
+
 def test_under_autocast(tiny_unet, x_T):
     model, sampler = tiny_unet(), DDIM(SCHEDULE, 3, prediction="v")
     exact = sample(model, sampler, SHAPE, x_T=x_T, progress=False)
