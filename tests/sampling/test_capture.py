@@ -11,9 +11,7 @@ from recording_graphs import (
     SCHEDULE,
     SHAPE,
     Half,
-    RecordingGraphs,
     draw,
-    recorded,
     same,
 )
 from torch import nn
@@ -25,15 +23,6 @@ from fastdiff.samplers import DDIM, DDPM
 from fastdiff.sampling import capture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The stand-in, in the place of CUDA."""
-    recording = RecordingGraphs()
-    monkeypatch.setattr(capture, "graphs", recording)
-    monkeypatch.setattr(capture, "advance", recorded(capture.advance, recording))
-    return recording
 
 
 def test_warm_up_capture_and_a_replay_for_each_row(graphs):

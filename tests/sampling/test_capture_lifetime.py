@@ -9,22 +9,13 @@ import weakref
 
 import pytest
 import torch
-from recording_graphs import SCHEDULE, SHAPE, WARM_UP, Half, RecordingGraphs, draw, recorded, same
+from recording_graphs import SCHEDULE, SHAPE, WARM_UP, Half, draw, same
 from torch import nn
 
 from fastdiff.samplers import DDPM
 from fastdiff.sampling import capture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The stand-in, in the place of CUDA."""
-    recording = RecordingGraphs()
-    monkeypatch.setattr(capture, "graphs", recording)
-    monkeypatch.setattr(capture, "advance", recorded(capture.advance, recording))
-    return recording
 
 
 def test_few_graphs_are_kept(graphs):
