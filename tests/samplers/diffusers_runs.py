@@ -48,9 +48,9 @@ SCHEDULES = {
 quiet = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 steps_10_25_50 = pytest.mark.parametrize("steps", [10, 25, 50], ids="{} steps".format)
 every_spacing = pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-spaced_steps = pytest.mark.parametrize(  # where all combinations would take long
+spaced_steps = pytest.mark.parametrize(
     ("spacing", "steps"),
-    [("leading", 10), ("trailing", 10), ("linspace", 10), ("leading", 25), ("trailing", 50)],
+    [(spacing, steps) for spacing in ("leading", "trailing", "linspace") for steps in (10, 25, 50)],
     ids="{}".format,
 )
 every_prediction = pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
