@@ -17,8 +17,7 @@ test: venv  ## the whole test suite
 bench: venv  ## the benchmarks, peers side by side
 	$(RUN) -m pytest benchmarks --benchmark-only
 
-quality: venv  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
-	$(PIP) --no-build-isolation --editable '.[plot]'
+quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
 	$(RUN) benchmarks/sampler_quality.py $(QUALITY)
 
 lint: $(VENV)/.lint  ## ruff, mypy and clang-format
@@ -53,4 +52,8 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 
 $(VENV)/.lint: $(VENV)/.built
 	$(PIP) --no-build-isolation --editable '.[lint]'
+	touch $@
+
+$(VENV)/.plot: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable '.[plot]'
 	touch $@

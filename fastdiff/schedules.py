@@ -107,11 +107,6 @@ class NoiseSchedule(GaussianPath):
         return f"NoiseSchedule({self.name!r}, num_timesteps={self.num_timesteps}{options})"
 
     @property
-    def num_timesteps(self) -> int:
-        """T, the number of forward steps."""
-        return self.betas.numel()
-
-    @property
     def alpha_t(self) -> Tensor:  # type: ignore[override]
         """sqrt(abar_t)."""
         return self.sqrt_alphas_cumprod

@@ -114,9 +114,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         except ValueError as error:  # neither 1 nor 3 channels, or values that are not finite
             raise InputError(str(error)) from None
         reference_seconds = None
-        if (
-            compare
-        ):  # the fastest of two calls each, in turns, so that a moment's noise hits neither
+        if compare:  # the faster of two calls each, in turns: a moment's noise decides nothing then
             reference_seconds = draw("reference", sampler, True)[1]
             seconds = min(seconds, draw(args.backend, sampler, True)[1])
             reference_seconds = min(reference_seconds, draw("reference", sampler, True)[1])

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.samplers.dpmpp_multistep import lowers_final, multistep_order
 from fastdiff.samplers.exponential import NOISE
 from fastdiff.samplers.grids import Point
+from fastdiff.samplers.multistep import lowers_final, multistep_order
 from fastdiff.samplers.quadrature import lagrange_integrals
 from fastdiff.samplers.sampler import EPS, Row, Sampler, check_choice, check_ratios, pairs
 from fastdiff.schedules import GaussianPath

@@ -8,11 +8,11 @@ from typing import Any
 
 from fastdiff.samplers.exponential import DATA, phi
 from fastdiff.samplers.grids import Point
+from fastdiff.samplers.multistep import lowers_final, multistep_order
 from fastdiff.samplers.sampler import X0, Row, Sampler, check_amounts, check_choice, pairs
 from fastdiff.schedules import GaussianPath
 
 SOLVER_TYPES = ("midpoint", "heun")
-FEW_STEPS = 15  # below which the last steps are taken at lower orders, for stability
 
 
 class DPMSolverPPMultistep(Sampler):
@@ -131,21 +131,3 @@ class DPMSolverPP2MSDE(Sampler):
                 now, history = first + second, [-second]
             noise = t.sigma * math.sqrt(1 - decay**2) * self.s_noise
             yield Row(i, s, x=x, x0=now, history=history, noise=noise, keep=X0)
-
-
-def lowers_final(lower_order_final: bool | None, steps: int) -> bool:
-    """``lower_order_final`` itself, or what None means for a run of so many steps."""
-    return steps < FEW_STEPS if lower_order_final is None else lower_order_final
-
-
-def multistep_order(points: list[Point], i: int, order: int, lower_order_final: bool) -> int:
-    """The order that step i of a multistep method can have.
-
-    It needs earlier points, at finite lambda as the end of the step must be.
-    """
-    steps = len(points) - 1
-    if not math.isfinite(points[i + 1].lam - points[i].lam):
-        return 1
-    if lower_order_final:
-        order = min(order, steps - i)
-    return sum(math.isfinite(point.lam) for point in points[max(i + 1 - order, 0) : i + 1])

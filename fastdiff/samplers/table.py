@@ -42,7 +42,7 @@ FORMAT = "fastdiff sampler table"
 
 
 class OnDevice(NamedTuple):
-    """A table on a device.
+    """What a loop wants of a table on its device.
 
     Attributes:
         values: the coefficients, in float32 or float64.
@@ -137,7 +137,7 @@ class Table:
         return [step != after for step, after in zip(steps, [*steps[1:], None], strict=True)]
 
     def on(self, device: torch.device, dtype: torch.dtype) -> OnDevice:
-        """What a loop wants on its device, made once and kept; dtype float32 or float64."""
+        """The table on a device, made once and kept; dtype float32 or float64."""
         key = (device, dtype)
         if key not in self._copies:
             whole = bool((self.timesteps == self.timesteps.round()).all())
@@ -162,7 +162,7 @@ class Table:
         return self.values[:, COLUMNS.index(name)]
 
     def __str__(self) -> str:
-        names = [*COLUMNS, *(f"h_{j}" for j in range(self.depth))]
+        names = _names(self.depth)
         used = [j for j, name in enumerate(names) if not self._is_idle(name, self.values[:, j])]
         head = f"{'step':>4} {'t':>9} " + " ".join(f"{names[j]:>11}" for j in used)
         lines = [
@@ -184,12 +184,11 @@ class Table:
 
     def to_json(self) -> str:
         """The table as JSON; infinities are the strings "inf" and "-inf"."""
-        names = [*COLUMNS, *(f"h_{j}" for j in range(self.depth))]
         fields = {
             "format": FORMAT,
             "name": self.name,
             "learned_variance": self.learned_variance,
-            "columns": names,
+            "columns": _names(self.depth),
             "steps": self.steps.tolist(),
             "timesteps": self.timesteps.tolist(),
             "levels": self.levels.tolist(),
@@ -209,7 +208,7 @@ class Table:
             raise ValueError(f'this is not a sampler table: wanted "format": "{FORMAT}"')
         try:
             depth = len(fields["columns"]) - len(COLUMNS)
-            if fields["columns"] != [*COLUMNS, *(f"h_{j}" for j in range(depth))]:
+            if fields["columns"] != _names(depth):
                 raise ValueError(
                     f"columns must be {', '.join(COLUMNS)}, h_0, ..., got {fields['columns']}"
                 )
@@ -232,6 +231,11 @@ class Table:
     def load(cls, path: str | Path) -> Table:
         """Read a table that :meth:`save` wrote; raises as :meth:`from_json` does."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _names(depth: int) -> list[str]:
+    """All columns of a table with a history of that depth."""
+    return [*COLUMNS, *(f"h_{j}" for j in range(depth))]
 
 
 def _encode(value: float) -> Any:

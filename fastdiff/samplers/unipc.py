@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.samplers.dpmpp_multistep import multistep_order
 from fastdiff.samplers.exponential import DATA, phi
 from fastdiff.samplers.grids import Point
+from fastdiff.samplers.multistep import multistep_order
 from fastdiff.samplers.sampler import X0, Row, Sampler, check_choice, combine, pairs
 from fastdiff.schedules import GaussianPath
 

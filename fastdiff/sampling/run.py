@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from fastdiff import ops
 from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers import COLUMNS, Sampler, Table
+from fastdiff.samplers.table import OnDevice
 from fastdiff.sampling import capture
 from fastdiff.sampling import guidance as classifier_free
 from fastdiff.sampling.arguments import (
@@ -173,19 +174,18 @@ def sample(
     if not start and sigma != 1:
         x.mul_(sigma)
 
-    values, times, numbers = table.on(device, wide)
+    on_device = table.on(device, wide)
     if uncond is not None:
         of_rows = [scales[start + step] for step in table.steps.tolist()]
-        values = values.clone()
+        values = on_device.values.clone()
         values[:, COLUMNS.index("guidance")] = values.new_tensor(of_rows)
         values[:, COLUMNS.index("rescale")] = guidance_rescale
+        on_device = on_device._replace(values=values)
     run = _Run(
         model=model,
         mode=mode,
         table=table,
-        values=values,
-        times=times,
-        numbers=numbers,
+        on_device=on_device,
         x=x,
         seeds=seeds,
         generator=generator,
@@ -203,7 +203,7 @@ def sample(
             if watched:
                 watch = Watch(
                     table,
-                    run.values,
+                    on_device,
                     first_step=start,
                     first_image=part.start,
                     callback=callback,
@@ -223,9 +223,7 @@ class _Run:
     model: Model
     mode: str
     table: Table
-    values: Tensor  # the table's, guidance set
-    times: Tensor  # likewise
-    numbers: Sequence[Tensor]  # of its rows
+    on_device: OnDevice  # the table, guidance set
     x: Tensor  # advanced in place
     seeds: Tensor | None
     generator: torch.Generator | None
@@ -260,14 +258,14 @@ class _Run:
         images, x = self.x.shape[0], self.x[part]
         arguments = classifier_free.part_of(self.cond, self.uncond, images, part)
         batch = x.shape[0] * (1 if self.uncond is None else 2)
-        per_row, arguments = model_arguments(self.model, self.times, arguments, batch)
+        per_row, arguments = model_arguments(self.model, self.on_device.timesteps, arguments, batch)
         noise = None
         if self.seeds is None and self.table.needs_noise:
             noise = torch.zeros(x.shape, device=x.device, dtype=x.dtype)
         return State(
             x=x,
-            table=self.values,
-            numbers=self.numbers,
+            table=self.on_device.values,
+            numbers=self.on_device.numbers,
             seed=None if self.seeds is None else self.seeds[part],
             noise=noise,
             per_row=per_row,

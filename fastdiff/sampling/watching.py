@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.samplers import COLUMNS, Table
+from fastdiff.samplers.table import OnDevice
 
 Callback = Callable[[int, float, Tensor], None]  # step, t, images
 
@@ -18,7 +19,7 @@ class Watch:
 
     Args:
         table: the sampler's table.
-        device_table: its coefficients as the loop uses them.
+        on_device: the same as the loop uses it, guidance set.
         first_step: number of its first step.
         first_image: number of the pass's first image.
         callback: called with x after the steps that are due.
@@ -31,7 +32,7 @@ class Watch:
     def __init__(
         self,
         table: Table,
-        device_table: Tensor,
+        on_device: OnDevice,
         *,
         first_step: int,
         first_image: int,
@@ -44,19 +45,20 @@ class Watch:
         self.steps = table.steps.tolist()
         self.ends = table.ends_step
         self.times = [_number(t) for t in table.timesteps.tolist()]
-        self.started = [self.steps.index(step) for step in self.steps]  # its step's first row
+        begins = [True, *self.ends[:-1]]
+        self.starts = [t for t, first in zip(self.times, begins, strict=True) if first]
         self.first_step, self.first_image = first_step, first_image
         self.callback, self.preview = callback, preview
-        count = self.steps[-1] + 1
+        last = table.num_steps - 1
         self.due = [
-            end and ((step + 1) % every == 0 or step == count - 1)
+            end and ((step + 1) % every == 0 or step == last)
             for end, step in zip(self.ends, self.steps, strict=True)
         ]
         self.trajectory, self.check_finite = trajectory, check_finite
         if preview is not None:
             self.before_row = torch.empty(0)
-            self.rows = torch.arange(len(self.steps), device=device_table.device).unbind()
-            self.estimate = _only_x0(device_table)
+            self.numbers = on_device.numbers
+            self.estimate = _only_x0(on_device.values)
 
     @property
     def keeps_output(self) -> bool:
@@ -79,7 +81,7 @@ class Watch:
         Raises:
             FloatingPointError: the model's output is not finite, and that was to be checked.
         """
-        step, t = self.first_step + self.steps[row], self.times[self.started[row]]
+        step, t = self.first_step + self.steps[row], self.starts[self.steps[row]]
         if self.check_finite:
             assert output is not None
             self._check(output, step, self.times[row], x.shape[0])
@@ -90,7 +92,7 @@ class Watch:
         if self.preview is not None:
             assert output is not None
             x0 = ops.sampler_step(
-                self.before_row, output, None, None, self.estimate, self.rows[row]
+                self.before_row, output, None, None, self.estimate, self.numbers[row]
             )
             self.preview(step, t, x0)
         if self.callback is not None:

@@ -45,6 +45,15 @@ SCHEDULES = {
     ),
     "flow_match": (schedules.flow(3529), {"num_train_timesteps": 3529}),
 }
+GRIDS = {  # our options and theirs
+    "leading": ({"grid": "leading"}, {"timestep_spacing": "leading"}),
+    "leading-offset": (
+        {"grid": "leading", "offset": 1},
+        {"timestep_spacing": "leading", "steps_offset": 1},
+    ),
+    "trailing": ({"grid": "trailing"}, {"timestep_spacing": "trailing"}),
+    "linspace": ({"grid": "linspace"}, {"timestep_spacing": "linspace"}),
+}
 quiet = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 steps_10_25_50 = pytest.mark.parametrize("steps", [10, 25, 50], ids="{} steps".format)
 every_spacing = pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

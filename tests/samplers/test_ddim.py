@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers_runs import assert_agree, quiet
+from diffusers_runs import GRIDS, assert_agree, quiet
 from sampler_runs import PREDICTIONS, fake_model, run_table
 
 from fastdiff import schedules
@@ -17,15 +17,6 @@ from fastdiff.samplers import DDIM, DDPM
 
 pytestmark = quiet
 T, STEPS = 1000, 10
-GRIDS = {  # our options and theirs
-    "leading": ({"grid": "leading"}, {"timestep_spacing": "leading"}),
-    "leading-offset": (
-        {"grid": "leading", "offset": 1},
-        {"timestep_spacing": "leading", "steps_offset": 1},
-    ),
-    "trailing": ({"grid": "trailing"}, {"timestep_spacing": "trailing"}),
-    "linspace": ({"grid": "linspace"}, {"timestep_spacing": "linspace"}),
-}
 CLIPS = {  # likewise, and of their step
     "unclipped": ({"clip": None}, {"clip_sample": False}, {}),
     "clipped": ({"clip": (-1.0, 1.0), "use_clipped_model_output": False}, {}, {}),

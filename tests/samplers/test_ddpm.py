@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from diffusers_runs import assert_agree, calm_model, quiet
+from diffusers_runs import GRIDS, assert_agree, calm_model, quiet
 from sampler_runs import PREDICTIONS, fake_model, run_table
 
 from fastdiff import schedules
@@ -20,15 +20,6 @@ from fastdiff.samplers import DDPM
 
 pytestmark = quiet
 T, STEPS = 1000, 10
-GRIDS = {  # our options and theirs
-    "leading": ({"grid": "leading"}, {"timestep_spacing": "leading"}),
-    "leading-offset": (
-        {"grid": "leading", "offset": 1},
-        {"timestep_spacing": "leading", "steps_offset": 1},
-    ),
-    "trailing": ({"grid": "trailing"}, {"timestep_spacing": "trailing"}),
-    "linspace": ({"grid": "linspace"}, {"timestep_spacing": "linspace"}),
-}
 CLIPS = {  # likewise
     "unclipped": ({"clip": None}, {"clip_sample": False}),
     "clipped": ({}, {}),
