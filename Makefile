@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 QUALITY := --out benchmarks/results
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: sample test bench quality lint format doctor venv clean
+.PHONY: sample test bench quality gpu-audit cuda-check lint format doctor venv clean
 
 sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
 	$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare
@@ -19,6 +19,12 @@ bench: venv  ## the benchmarks, peers side by side
 
 quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
 	$(RUN) benchmarks/sampler_quality.py $(QUALITY)
+
+gpu-audit: venv  ## compile every GPU kernel for sm_80, 90 and 100: registers, spills, access widths, bytes
+	$(RUN) -m fastdiff.kernels.audit
+
+cuda-check: venv  ## compile and link the CUDA part with nvcc, against whatever torch there is
+	$(RUN) setup.py -q cuda_check
 
 lint: $(VENV)/.lint  ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
@@ -37,7 +43,7 @@ doctor: venv  ## what runs here, and whether it is right
 venv: $(VENV)/.built  ## set up .venv and build the C++ extension
 
 clean:  ## remove what the commands above made
-	rm -rf $(VENV) build fastdiff/_C.* fastdiff.egg-info samples.png
+	rm -rf $(VENV) build fastdiff/_C.* fastdiff/_cuda.* fastdiff.egg-info samples.png
 
 $(VENV)/.torch: constraints.txt
 	@echo "setting up $(VENV)" >&2

@@ -1,12 +1,15 @@
 """Which implementation of the operations runs where.
 
 ``reference`` is plain PyTorch and runs everywhere. ``cpu`` is the C++ extension ``fastdiff._C``,
-for CPU tensors. The default, ``auto``, takes the fastest that can run for the tensors at hand.
+for CPU tensors. For CUDA tensors there are the Triton kernels, ``triton``, and those in CUDA C++,
+``cuda``, the extension ``fastdiff._cuda``. The default, ``auto``, takes what can run for the
+tensors at hand, Triton before CUDA C++.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -14,55 +17,77 @@ from typing import Any
 
 import torch
 
-NAMES = ("auto", "reference", "cpu")
-KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+GPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+KERNEL_DTYPES = GPU_DTYPES | {torch.float64}
 
 
-def _load_extension() -> tuple[Any, str | None]:
-    """The extension module and None, or None and the reason why it is not there."""
+def _load_extension(module: str, title: str) -> tuple[Any, str | None]:
+    """An extension module and None, or None and the reason why it is not there."""
     try:
-        extension = importlib.import_module("fastdiff._C")
+        extension = importlib.import_module(f"fastdiff.{module}")
     except ModuleNotFoundError as error:
-        if error.name != "fastdiff._C":
+        if error.name != f"fastdiff.{module}":
             raise
-        return None, _why_not_built()
+        return None, _why_not_built(module, title)
     except ImportError as error:
         # Typically an extension built for another torch: unresolved symbols.
-        return None, _warned(f"the C++ extension cannot be loaded: {error}")
+        return None, _warned(f"the {title} extension cannot be loaded: {error}", module)
     if extension.torch_version != torch.__version__:
         return None, _warned(
-            f"the C++ extension was built for torch {extension.torch_version}, "
-            f"this is {torch.__version__}: reinstall fastdiff"
+            f"the {title} extension was built for torch {extension.torch_version}, "
+            f"this is {torch.__version__}: reinstall fastdiff",
+            module,
         )
     return extension, None
 
 
-def _why_not_built() -> str:
-    """What setup.py left beside the missing extension; warns unless it was left out on purpose."""
-    note = Path(__file__).with_name("_C.not_built")
-    if not note.is_file():
-        return _warned("the C++ extension was not built: reinstall fastdiff to build it")
-    text = note.read_text(encoding="utf-8").strip()
-    reason = f"the C++ extension was not built: {text}"
-    return reason if text.startswith("FASTDIFF_CPU=0") else _warned(reason)
+def _why_not_built(module: str, title: str) -> str:
+    """What setup.py left beside a missing extension; warns of the CPU's unless that was wanted."""
+    note = Path(__file__).with_name(f"{module}.not_built")
+    text = "reinstall fastdiff to build it"
+    if note.is_file():
+        text = note.read_text(encoding="utf-8").strip()
+    reason = f"the {title} extension was not built: {text}"
+    # Without the CUDA extension Triton computes, and on a machine without a GPU nothing is missed.
+    quiet = module == "_cuda" or text.startswith("FASTDIFF_CPU=0")
+    return reason if quiet else _warned(reason, module)
 
 
-def _warned(reason: str) -> str:
-    warnings.warn(f"fastdiff: {reason}; running on the reference backend", stacklevel=2)
+def _warned(reason: str, module: str) -> str:
+    consequence = "; running on the reference backend" if module == "_C" else ""
+    warnings.warn(f"fastdiff: {reason}{consequence}", stacklevel=2)
     return reason
 
 
-extension, cpu_missing = _load_extension()
+def _triton_missing() -> str | None:
+    if torch.version.hip:
+        return "the kernels are written for NVIDIA GPUs, this torch is built for AMD's"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
 
+
+extension, cpu_missing = _load_extension("_C", "C++")
+cuda_extension, cuda_missing = _load_extension("_cuda", "CUDA")
+triton_missing = _triton_missing()
+
+_AUTO_ON_CUDA = (
+    "triton" if triton_missing is None else "cuda" if cuda_extension is not None else None
+)
+
+# What _current means for CPU and for CUDA tensors; read on every call.
 _current = "auto"
-_use_cpu = extension is not None  # what _current means for CPU tensors; read on every call
+_use_cpu = extension is not None
+_on_cuda: str | None = _AUTO_ON_CUDA
 
 
 class backend:  # noqa: N801 - used as a function and as a context manager
     """Set the backend, for good or for a ``with`` block. The setting is the whole process's.
 
     Args:
-        name: ``auto``, ``reference`` or ``cpu``.
+        name: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``. Each of the last three is
+            about the tensors it can take; other tensors are computed as in ``auto``.
 
     Raises:
         ValueError: unknown name.
@@ -91,13 +116,26 @@ class backend:  # noqa: N801 - used as a function and as a context manager
 
 
 def _set(name: str) -> None:
-    global _current, _use_cpu
+    global _current, _use_cpu, _on_cuda
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}, wanted one of {', '.join(NAMES)}")
-    if name == "cpu" and extension is None:
-        raise RuntimeError(f"backend 'cpu' cannot run here: {cpu_missing}")
+    reason = None if name in ("auto", "reference") else missing()[name]
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     _current = name
     _use_cpu = name != "reference" and extension is not None
+    _on_cuda = {"reference": None, "triton": "triton", "cuda": "cuda"}.get(name, _AUTO_ON_CUDA)
+
+
+def missing() -> dict[str, str | None]:
+    """Every backend by name, with the reason why it cannot run here, or None."""
+    no_gpu = None if torch.cuda.is_available() else "torch finds no CUDA device"
+    return {
+        "reference": None,
+        "cpu": cpu_missing,
+        "triton": triton_missing or no_gpu,
+        "cuda": cuda_missing or no_gpu,
+    }
 
 
 def current() -> str:
@@ -105,9 +143,16 @@ def current() -> str:
     return _current
 
 
+def on_cuda() -> str | None:
+    """What computes an operation on CUDA tensors: ``triton``, ``cuda``, or None, the reference."""
+    return _on_cuda
+
+
 def kernel_runs(x: torch.Tensor) -> bool:
     """Whether a kernel, and not the reference, computes an operation on ``x``."""
-    return _use_cpu and x.is_cpu and x.dtype in KERNEL_DTYPES
+    if x.is_cpu:
+        return _use_cpu and x.dtype in KERNEL_DTYPES
+    return _on_cuda is not None and x.is_cuda and x.dtype in GPU_DTYPES
 
 
 def isa() -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 _WORD = 0xFFFFFFFF  # the bits of a word of Philox
 
@@ -28,8 +29,15 @@ def group_norm_silu(
     shift: Tensor | None,
     residual: Tensor | None,
     silu: bool,
+    skip: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
-    """y = silu(group_norm(x + add) * (1 + scale) + shift) + residual."""
+    """y = silu(group_norm(cat(x, skip) + add) * (1 + scale) + shift) + residual.
+
+    What ``statistics`` would tell is computed, since PyTorch has no use for it.
+    """
+    if skip is not None:
+        x = torch.cat((x, skip), dim=1).contiguous(memory_format=suggest_memory_format(x))
     if add is not None:
         x = x + _per_channel(add, x)
     if weight is None and bias is not None:  # PyTorch's backward fails on this combination
@@ -61,6 +69,76 @@ def q_sample(
     signal = sqrt_alphas_cumprod[t].view(shape)
     sigma = sqrt_one_minus_alphas_cumprod[t].view(shape)
     return (signal * x0 + sigma * noise).to(x0.dtype)
+
+
+def q_sample_from_seed(
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    row: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """q_sample with the noise of ``philox_normal``, and that noise."""
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    noise = torch.empty_like(x0, memory_format=suggest_memory_format(x0))
+    noise.copy_(_normal(seed, row.reshape(1, 1), x0[:1].numel(), wide).view(x0.shape))
+    return q_sample(x0, t, noise, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod), noise
+
+
+def conv_epilogue(
+    x: Tensor, bias: Tensor | None, emb: Tensor | None, residual: Tensor | None, spans: int
+) -> tuple[Tensor, Tensor]:
+    """x + bias + emb + residual, and the statistics of each channel over spans of its pixels."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    if bias is not None:
+        y = y + _per_channel(bias.unsqueeze(0), x)
+    if emb is not None:
+        y = y + _per_channel(emb, x)
+    if residual is not None:
+        y = y + residual
+    y = y.to(x.dtype).contiguous(memory_format=suggest_memory_format(x))
+    return y, _channel_statistics(y.detach(), spans) if spans else y.new_empty(
+        0, dtype=torch.float32
+    )
+
+
+def _channel_statistics(y: Tensor, spans: int) -> Tensor:
+    """Count, mean, the mean's remainder and squared deviations, float32 [N, S, 4, C]."""
+    n, c = y.shape[:2]
+    values = y.double().reshape(n, c, math.prod(y.shape[2:]))
+    length = -(-values.shape[2] // spans)
+    parts = []
+    for span in range(spans):
+        part = values[..., span * length : (span + 1) * length]
+        count = values.new_full((n, c), part.shape[2])
+        mean = part.sum(2) / count.clamp(min=1)
+        deviation = (part - mean[..., None]).square().sum(2)
+        parts.append(torch.stack((count, mean, mean - mean.float(), deviation), dim=1))
+    return torch.stack(parts, dim=1).float()
+
+
+def upsample_nearest2x(x: Tensor) -> Tensor:
+    """Each pixel four times, in a square."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def upsample_nearest2x_backward(grad: Tensor) -> Tensor:
+    """The sum of each square of four pixels."""
+    return F.avg_pool2d(grad, 2, divisor_override=1)
+
+
+@torch.no_grad()
+def ema_update(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:
+    """a += weight (p - a) for each average and its parameter."""
+    if weight.device.type == "cpu" and all(
+        a.dtype == p.dtype for a, p in zip(averages, parameters, strict=True)
+    ):
+        torch._foreach_lerp_(list(averages), list(parameters), weight.item())
+        return
+    for a, p in zip(averages, parameters, strict=True):  # a GPU's weight is not read by the host
+        wide = torch.promote_types(a.dtype, torch.float32)
+        a.copy_(torch.lerp(a.to(wide), p.to(wide), weight.to(wide)))
 
 
 @torch.no_grad()
@@ -160,19 +238,23 @@ def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def _normal(seed: Tensor, row: Tensor | int, elements: int, wide: torch.dtype) -> Tensor:
-    """Normal values [N, elements] for ``seed`` [N, 2]; see ``ops.philox_normal``."""
+    """Normal values [N, elements] for ``seed`` [N, 2]; see ``ops.philox_normal``.
+
+    Computed in float64: in float32 the angle would be rounded, which near the zeros of the sine and
+    the cosine leaves few digits.
+    """
     group = torch.arange(-(-elements // 4), device=seed.device)
     key, image = seed[:, :1], seed[:, 1:]
     last = torch.zeros_like(image) + row
     words = philox(
         (group & _WORD, group >> 32, image & _WORD, last & _WORD), (key & _WORD, key >> 32 & _WORD)
     )
-    u0, u1, u2, u3 = ((word >> 8).to(wide) * 2.0**-24 for word in words)
+    u0, u1, u2, u3 = ((word >> 8).double() * 2.0**-24 for word in words)
     values = []
     for u, v in ((u0, u1), (u2, u3)):  # Box and Muller 1958
         radius, angle = torch.sqrt(-2 * torch.log(1 - u)), 2 * math.pi * v
         values += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(values, dim=2).flatten(1)[:, :elements]
+    return torch.stack(values, dim=2).flatten(1)[:, :elements].to(wide)
 
 
 def _quantile(values: Tensor, q: Tensor) -> Tensor:

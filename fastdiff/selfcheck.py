@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.backend import backend, describe
+from fastdiff.backend import backend, describe, on_cuda
 
 Values = dict[str, Tensor]
 
@@ -26,7 +27,7 @@ REPEATS = 5  # timed calls, of which the fastest counts
 ALLOWED = 8  # tolerance, in units in the last place of the largest value
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16)
-TABLES = ("signal", "sigma", "table", "history")  # always in float32 or wider
+TABLES = ("signal", "sigma", "table", "history", "weight_of_ema")  # always in float32 or wider
 DIFFERENTIATED = ("x", "weight", "bias", "add", "scale", "shift", "residual")
 
 
@@ -58,9 +59,13 @@ class Record:
     reason: str = ""
 
 
-def run() -> list[Record]:
-    """Check every operation in every layout and dtype on the backend that is set."""
-    wide = _values()
+def run(device: str = "cpu") -> list[Record]:
+    """Check every operation in every layout and dtype on the backend that is set.
+
+    Args:
+        device: ``cpu`` or ``cuda``, where the operations compute.
+    """
+    wide = {key: value.to(device) for key, value in _values().items()}
     return [
         _check(name, call, wide, layout, dtype)
         for name, call in CASES.items()
@@ -83,9 +88,11 @@ def _check(
     error, seconds, reason = math.inf, math.inf, ""
     try:
         error = max(map(_distance, call(values), wanted))
+        _wait_for(values["x"])
         for _ in range(REPEATS):
             begin = time.perf_counter()
             call(values)
+            _wait_for(values["x"])
             seconds = min(seconds, time.perf_counter() - begin)
     except Exception as raised:  # whatever it is, doctor reports it beside the others
         reason = f"{type(raised).__name__}: {raised}"
@@ -94,13 +101,18 @@ def _check(
         operation=name,
         layout=layout,
         dtype=str(dtype).removeprefix("torch."),
-        backend=describe()["backend"],
+        backend=on_cuda() or "reference" if values["x"].is_cuda else describe()["backend"],
         max_error=error if math.isfinite(error) else None,
         tolerance=tolerance,
         ok=error <= tolerance and not reason,
         microseconds=None if reason else seconds * 1e6,
         reason=reason,
     )
+
+
+def _wait_for(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
 
 
 def _values() -> Values:
@@ -138,6 +150,8 @@ def _values() -> Values:
         "clipping": torch.tensor(0),
         "thresholding": torch.tensor(1),
         "seed": torch.tensor([[2**40 + 1, 0], [-7, 2**33]]),
+        "row": torch.tensor(TIMESTEPS),
+        "weight_of_ema": torch.tensor(0.125),
     }
 
 
@@ -152,20 +166,21 @@ def _distance(got: Tensor, wanted: Tensor) -> float:
     """Largest difference, as a share of the largest wanted value; infinite if not finite."""
     if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
         return math.inf
-    return float((got.double() - wanted).abs().max() / wanted.abs().max())
+    got, wanted = got.detach().double(), wanted.detach()
+    return float((got - wanted).abs().max() / wanted.abs().max())
 
 
 def _group_norm_silu(v: Values) -> Sequence[Tensor]:
-    y = ops.group_norm_silu(
-        v["x"], GROUPS, v["weight"], v["bias"],
-        add=v["add"], scale=v["scale"], shift=v["shift"], residual=v["residual"],
-    )  # fmt: skip
-    return (y,)
+    options: dict[str, Any] = {key: v[key] for key in ("add", "scale", "shift", "residual")}
+    y = ops.group_norm_silu(v["x"], GROUPS, v["weight"], v["bias"], **options)
+    x, skip = v["x"].split((13, SHAPE[1] - 13), dim=1)
+    return y, ops.group_norm_silu(x, GROUPS, v["weight"], v["bias"], **options, skip=skip)
 
 
 def _group_norm_silu_backward(v: Values) -> Sequence[Tensor]:
     leaves = {key: v[key].detach().requires_grad_() for key in DIFFERENTIATED}
-    return torch.autograd.grad(_group_norm_silu(leaves), list(leaves.values()), v["grad"])
+    y = _group_norm_silu(leaves)
+    return torch.autograd.grad(y, list(leaves.values()), [v["grad"], v["noise"]])
 
 
 def _add_time_embedding(v: Values) -> Sequence[Tensor]:
@@ -176,8 +191,31 @@ def _q_sample(v: Values) -> Sequence[Tensor]:
     return (ops.q_sample(v["x"], v["t"], v["noise"], v["signal"], v["sigma"]),)
 
 
+def _q_sample_from_seed(v: Values) -> Sequence[Tensor]:
+    return ops.q_sample_from_seed(v["x"], v["t"], v["seed"], v["row"], v["signal"], v["sigma"])
+
+
 def _philox_normal(v: Values) -> Sequence[Tensor]:
     return (ops.philox_normal(v["seed"], TIMESTEPS, v["x"].shape, v["x"].dtype),)
+
+
+def _conv_epilogue(v: Values) -> Sequence[Tensor]:
+    y, statistics = ops.conv_epilogue(v["x"], v["bias"], v["add"], v["residual"], statistics=True)
+    assert statistics is not None
+    # The remainder of the mean is what float32 has no room for: with it, not beside it.
+    return y, statistics[:, :, 1] + statistics[:, :, 2], statistics[:, :, 3]
+
+
+def _upsample_nearest2x(v: Values) -> Sequence[Tensor]:
+    x = v["x"].detach().requires_grad_()
+    y = ops.upsample_nearest2x(x)
+    return y, *torch.autograd.grad(y.square().sum(), x)
+
+
+def _ema_update(v: Values) -> Sequence[Tensor]:
+    averages = [v["x"].clone(), v["bias"].clone()]
+    ops.ema_update(averages, [v["noise"], v["weight"]], v["weight_of_ema"].float())
+    return averages
 
 
 def _sampler_step(v: Values) -> Sequence[Tensor]:
@@ -193,6 +231,10 @@ CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "group_norm_silu_backward": _group_norm_silu_backward,
     "add_time_embedding": _add_time_embedding,
     "q_sample": _q_sample,
+    "q_sample_from_seed": _q_sample_from_seed,
+    "conv_epilogue": _conv_epilogue,
+    "upsample_nearest2x": _upsample_nearest2x,
+    "ema_update": _ema_update,
     "philox_normal": _philox_normal,
     "sampler_step": _sampler_step,
 }

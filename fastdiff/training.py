@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from fastdiff import checkpoint, images, process, samplers
+from fastdiff import checkpoint, images, ops, process, samplers
 from fastdiff._run import deferred_signals, loss_log
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import ImageSet, batch_indices, stream_generator, stream_seed
 from fastdiff.errors import CheckpointError, DataError, InputError, TrainingError
 from fastdiff.nn import UNet2DModel
+from fastdiff.profiling import span
 from fastdiff.recipe import LR_SCHEDULES, TrainingOptions, make_unet, recorded_options
 from fastdiff.schedules import NoiseSchedule
 
@@ -160,17 +161,28 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         torch.manual_seed(stream_seed(seed, "dropout", step))
-        loss = self.loss(*self._draw(step))
-        value = float(loss.detach())
-        _check_finite(value, "loss", step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.options.grad_clip:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip)
-            _check_finite(float(norm), "norm of the gradient", step)
-        self.optimizer.step()
-        self._average(step)
+        with span("train step"):
+            value = self._step(step)
         self.finished_steps += 1
+        return value
+
+    def _step(self, step: int) -> float:
+        with span("data"):
+            batch = self._draw(step)
+        with span("forward"):
+            loss = self.loss(*batch)
+            value = float(loss.detach())
+            _check_finite(value, "loss", step)
+        with span("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with span("optimizer"):
+            if self.options.grad_clip:
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip)
+                _check_finite(float(norm), "norm of the gradient", step)
+            self.optimizer.step()
+        with span("ema"):
+            self._average(step)
         return value
 
     def loss(self, x0: Tensor, labels: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
@@ -290,7 +302,7 @@ class Trainer:
     @torch.no_grad()
     def _average(self, step: int) -> None:
         decay = min(self.options.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        ops.ema_update(self.averages, self.parameters, 1 - decay)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds for :meth:`resume`; AdamW's moments are zero before step 1."""

@@ -158,11 +158,14 @@ def test_without_the_extension_it_runs_and_says_why(block, reason):
 def test_an_extension_left_out_on_purpose_is_no_reason_to_warn(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "backend.py"))
     (tmp_path / "_C.not_built").write_text("FASTDIFF_CPU=0 forbade it\n")
-    assert module._why_not_built() == "the C++ extension was not built: FASTDIFF_CPU=0 forbade it"
+    assert (
+        module._why_not_built("_C", "C++")
+        == "the C++ extension was not built: FASTDIFF_CPU=0 forbade it"
+    )
     assert not recwarn
     (tmp_path / "_C.not_built").write_text("no C++ compiler found\n")
     with pytest.warns(UserWarning, match="not built: no C\\+\\+ compiler found; running on the"):
-        module._why_not_built()
+        module._why_not_built("_C", "C++")
 
 
 def test_an_object_can_be_entered_again() -> None:

@@ -2,6 +2,7 @@
 // The arithmetic is in kernels/group_norm_silu.cpp and kernels/group_norm_silu_backward.cpp.
 #include "cpu/kernels/group_norm_silu.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -98,10 +99,30 @@ at::Tensor statistics(const at::Tensor& x, int64_t groups) {
   return at::empty({x.size(0), groups}, x.options().dtype(at::kDouble));
 }
 
+// x with the channels of skip behind its own.
+at::Tensor joined(const at::Tensor& x, const Optional& skip) {
+  if (!skip) return x;
+  check_floating(x, "x");
+  TORCH_CHECK_VALUE(x.dim() >= 2, "x must be [N, C, ...], got ", x.sizes());
+  auto sizes = x.sizes().vec();
+  sizes[1] = skip->dim() == x.dim() ? skip->size(1) : -1;
+  check_tensor(*skip, sizes, x.scalar_type(), "skip");
+  const auto format = layout_of(x);
+  return at::cat({x.contiguous(format), skip->contiguous(format)}, 1).contiguous(format);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_cpu(
-    const at::Tensor& input, int64_t groups, const Optional& weight, const Optional& bias,
-    double eps, const Optional& add, const Optional& scale, const Optional& shift,
-    const Optional& residual, bool silu) {
+    const at::Tensor& x, int64_t groups, const Optional& weight, const Optional& bias, double eps,
+    const Optional& add, const Optional& scale, const Optional& shift, const Optional& residual,
+    bool silu, const Optional& skip, const Optional& statistics_of_x) {
+  const auto input = joined(x, skip);
+  if (statistics_of_x) {  // checked, but taken anew: a pass over memory is all that they would save
+    TORCH_CHECK_VALUE(!skip, "statistics and skip cannot both be given");
+    TORCH_CHECK_VALUE(x.dim() >= 2 && statistics_of_x->dim() == 4,
+                      "statistics must have shape [N, S, 4, C], got ", statistics_of_x->sizes());
+    check_tensor(*statistics_of_x, {x.size(0), statistics_of_x->size(1), 4, x.size(1)}, at::kFloat,
+                 "statistics");
+  }
   Call call(input, groups, weight, bias, eps, add, scale, shift, silu);
   if (residual) check_like(*residual, input, "residual");
   auto out = empty_like(input, call.format), mean = statistics(input, groups),
@@ -119,11 +140,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_cpu(
   return {out, mean, rstd};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-group_norm_silu_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
-                             const at::Tensor& mean, const at::Tensor& rstd, int64_t groups,
-                             const Optional& weight, const Optional& bias, const Optional& add,
-                             const Optional& scale, const Optional& shift, bool silu) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+group_norm_silu_backward_cpu(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
+                             const at::Tensor& rstd, int64_t groups, const Optional& weight,
+                             const Optional& bias, const Optional& add, const Optional& scale,
+                             const Optional& shift, bool silu, const Optional& skip) {
+  const auto input = joined(x, skip);
   Call call(input, groups, weight, bias, 0, add, scale, shift, silu);
   check_like(grad, input, "grad");
   check_tensor(mean, {input.size(0), groups}, at::kDouble, "mean");
@@ -151,6 +173,11 @@ group_norm_silu_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
 
   // value = (h w + b) (1 + scale) + shift, and du is its gradient.
   const auto type = input.scalar_type();
+  auto dskip = at::empty({0}, input.options());
+  if (skip) {  // outputs may not share memory
+    dskip = dx.narrow(1, x.size(1), skip->size(1)).contiguous(call.format);
+    dx = dx.narrow(1, 0, x.size(1)).contiguous(call.format);
+  }
   auto dshift = sum_du, dscale = sum_du_h;
   if (weight) dscale = dscale.mul(*weight);
   if (bias) dscale = dscale.addcmul(sum_du, bias->to(wide));
@@ -160,6 +187,7 @@ group_norm_silu_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
     sum_du_h = sum_du_h.mul(grow);
   }
   return {dx,
+          dskip,
           sum_du_h.sum(0).to(type),
           sum_du.sum(0).to(type),
           sum_dx.to(type),

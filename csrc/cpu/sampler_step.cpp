@@ -37,13 +37,6 @@ double quantile_of(Bits* values, int64_t count, double q) {
   return value(low) + share * (value(high) - value(low));
 }
 
-// Whether each slot of `history` lies in memory as the dense tensor `x` does.
-bool slots_like(const at::Tensor& history, const at::Tensor& x) {
-  for (int64_t d = 0; d < x.dim(); ++d)
-    if (x.size(d) > 1 && history.stride(d + 1) != x.stride(d)) return false;
-  return true;
-}
-
 void sampler_step_cpu(const at::Tensor& x, const at::Tensor& model_out,
                       const std::optional<at::Tensor>& history,
                       const std::optional<at::Tensor>& noise, const at::Tensor& table,

@@ -16,10 +16,8 @@ import torch
 
 import fastdiff
 from fastdiff import checkpoint, selfcheck
-from fastdiff.backend import cpu_missing, describe, extension
+from fastdiff.backend import describe, extension, missing
 from fastdiff.cli.common import add_json_argument, print_json
-
-NOT_YET = "not part of this version"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -30,6 +28,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Print the facts and the checks, and return the exit code."""
     facts, records = _facts(), selfcheck.run()
+    for name in ("triton", "cuda"):
+        if facts["backends"].get(name, "") is None:
+            with fastdiff.backend(name):
+                records += selfcheck.run("cuda")
     passed = all(record.ok for record in records)
     if args.json:
         print_json({**facts, "ok": passed, "self_check": [asdict(record) for record in records]})
@@ -46,12 +48,7 @@ def _facts() -> dict[str, Any]:
         "torch_compiled_against": None if extension is None else extension.torch_version,
         "numpy": numpy.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
-        "backends": {  # each with the reason why it cannot run, or None
-            "reference": None,
-            "cpu": cpu_missing,
-            "triton": NOT_YET,
-            "cuda": NOT_YET,
-        },
+        "backends": missing(),  # each with the reason why it cannot run, or None
         **describe(),
         "models": list(checkpoint.shipped()),
     }
@@ -67,13 +64,13 @@ def _print(facts: dict[str, Any], records: Sequence[selfcheck.Record]) -> None:
     print("runs by default    {backend}, {isa}, {threads} threads".format(**facts))
     print(f"shipped models     {', '.join(facts['models']) or 'none'}")
     print("self-check against float64:")
-    print(f"  {'operation':<24} {'':<13} {'error':>8} {'allowed':>8} {'time':>9}")
+    print(f"  {'operation':<24} {'':<23} {'error':>8} {'allowed':>8} {'time':>9}")
     for record in records:
-        kind = f"{record.layout} {record.dtype}"
+        kind = f"{record.backend} {record.layout} {record.dtype}"
         error = "-" if record.max_error is None else f"{record.max_error:.1e}"
         spent = "-" if record.microseconds is None else f"{record.microseconds:.0f} us"
         verdict = "ok" if record.ok else f"FAILED {record.reason}".rstrip()
         print(
-            f"  {record.operation:<24} {kind:<13} {error:>8} {record.tolerance:>8.1e} {spent:>9}"
+            f"  {record.operation:<24} {kind:<23} {error:>8} {record.tolerance:>8.1e} {spent:>9}"
             f"  {verdict}"
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff import ops
+
 
 class Downsample2D(nn.Module):
     """A 3x3 convolution with stride 2.
@@ -25,6 +27,14 @@ class Downsample2D(nn.Module):
         return self.conv(x)
 
 
+class NearestUpsample2x(nn.Module):
+    """Twice the resolution by the nearest neighbour."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2 H, 2 W]."""
+        return ops.upsample_nearest2x(x)
+
+
 class Upsample2D(nn.Module):
     """Nearest-neighbour upsampling, then a 3x3 convolution.
 
@@ -38,4 +48,4 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, 2 H, 2 W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(ops.upsample_nearest2x(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastdiff.nn.norm import GroupNormSiLU
+from fastdiff.nn.resample import NearestUpsample2x
 
 
 class ResnetBlock2D(nn.Module):
@@ -52,7 +53,7 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.resample: nn.Module = nn.Identity()
         if up:
-            self.resample = nn.Upsample(scale_factor=2.0, mode="nearest")
+            self.resample = NearestUpsample2x()
         elif down:
             self.resample = nn.AvgPool2d(2)
         self.conv_shortcut: nn.Module = nn.Identity()

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from fastdiff.ops.add_time_embedding import add_time_embedding
 from fastdiff.ops.checks import check_timesteps
+from fastdiff.ops.conv_epilogue import conv_epilogue
+from fastdiff.ops.ema_update import ema_update
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.q_sample import q_sample
+from fastdiff.ops.q_sample_from_seed import q_sample_from_seed
 from fastdiff.ops.sampler_step import new_history, sampler_step, sampler_step_for
+from fastdiff.ops.upsample_nearest2x import upsample_nearest2x
 
 __all__ = [
     "add_time_embedding",
     "check_timesteps",
+    "conv_epilogue",
+    "ema_update",
     "group_norm_silu",
     "new_history",
     "philox_normal",
     "q_sample",
+    "q_sample_from_seed",
     "sampler_step",
     "sampler_step_for",
+    "upsample_nearest2x",
 ]

@@ -8,9 +8,9 @@ from torch import Tensor
 from fastdiff import reference
 from fastdiff.ops.checks import check_floating, check_same_kind
 from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
+from fastdiff.ops.gpu import on_gpu
 
 torch.library.define("fastdiff::add_time_embedding", "(Tensor x, Tensor emb) -> Tensor")
-
 
 _kernel = differentiable(torch.ops.fastdiff.add_time_embedding.default)
 
@@ -39,6 +39,9 @@ def _check(x: Tensor, emb: Tensor) -> None:
             f"x must be [N, C, ...] and emb [N, C], got {tuple(x.shape)} and {tuple(emb.shape)}"
         )
     check_same_kind(emb, x, "emb", "x")
+
+
+on_gpu("add_time_embedding", _check)
 
 
 @torch.library.register_fake("fastdiff::add_time_embedding")

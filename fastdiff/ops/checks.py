@@ -66,3 +66,15 @@ def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int) -> None:
                 f"t must lie in 0..{num_timesteps - 1} (the schedule's steps), "
                 f"got values from {low} to {high}"
             )
+
+
+def check_statistics(statistics: Tensor, x: Tensor) -> None:
+    """ValueError or TypeError unless ``statistics`` is float32 [N, S, 4, C] for x [N, C, ...]."""
+    n, channels = x.shape[:2]
+    if statistics.ndim != 4 or (*statistics.shape[::2], statistics.shape[3]) != (n, 4, channels):
+        raise ValueError(
+            f"statistics must have shape [{n}, S, 4, {channels}], got {tuple(statistics.shape)}"
+        )
+    if statistics.dtype != torch.float32:
+        raise TypeError(f"statistics must be float32, got {statistics.dtype}")
+    check_device(statistics, x, "statistics", "x")

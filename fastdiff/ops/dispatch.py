@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from fastdiff import profiling
 from fastdiff.backend import kernel_runs
 
 
@@ -19,11 +20,15 @@ def dispatch(
     check: Callable[..., None],
     *args: Any,
 ) -> Any:
-    """kernel(*args) where a kernel can run on ``x``, else reference(*args).
+    """kernel(*args) where a kernel can run on ``x``, else reference(*args), which names the range.
 
     Bad arguments raise what check(*args) raises. A kernel refuses them by itself, so there the
     check runs only afterwards, to say it better: it would take as long as a small kernel does.
     """
+    if profiling.depth:
+        check(*args)
+        with profiling.span(reference.__name__):
+            return (kernel if kernel_runs(x) else reference)(*args)
     if not kernel_runs(x):
         check(*args)
         return reference(*args)
@@ -55,13 +60,16 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
 
 
 def fake_like(x: Tensor, *others: Tensor | None) -> Tensor:
-    """An empty result like ``x`` for a fake: channels-last if ``x`` is, else contiguous.
+    """An empty result like ``x`` for a fake: channels-last if ``x`` is, else contiguous."""
+    check_devices(x, *others)
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
 
-    Raises:
-        ValueError: another tensor is on another device. Beside a meta tensor the dispatcher would
-            have the fake answer for a kernel.
+
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """ValueError for a fake if another tensor is on another device than ``x``.
+
+    Beside a meta tensor the dispatcher would have the fake answer for a kernel.
     """
     for value in others:
         if value is not None and value.device != x.device:
             raise ValueError(f"all tensors must be on {x.device}, got one on {value.device}")
-    return torch.empty_like(x, memory_format=suggest_memory_format(x))

@@ -6,21 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_floating, check_like, check_same_kind
-from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
+from fastdiff.ops.checks import (
+    check_device,
+    check_floating,
+    check_same_kind,
+    check_statistics,
+)
+from fastdiff.ops.dispatch import check_devices, differentiable, dispatch, fake_like
+from fastdiff.ops.gpu import on_gpu
 
 torch.library.define(
     "fastdiff::group_norm_silu",
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, "
-    "Tensor? scale, Tensor? shift, Tensor? residual, bool silu) -> (Tensor, Tensor, Tensor)",
+    "Tensor? scale, Tensor? shift, Tensor? residual, bool silu, Tensor? skip, "
+    "Tensor? statistics) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fastdiff::group_norm_silu_backward",
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, "
-    "Tensor? bias, Tensor? add, Tensor? scale, Tensor? shift, bool silu) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, Tensor? add, Tensor? scale, Tensor? shift, bool silu, Tensor? skip) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 _op = differentiable(torch.ops.fastdiff.group_norm_silu.default)
@@ -39,6 +47,8 @@ def group_norm_silu(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     silu: bool = True,
+    skip: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """y = silu(GroupNorm(x + add) * (1 + scale) + shift) + residual.
 
@@ -55,11 +65,16 @@ def group_norm_silu(
         add: [N, C], added to every pixel before the statistics are taken.
         scale: [N, C], the normalised value is multiplied by 1 + scale.
         shift: [N, C], added after the scale.
-        residual: like x, added to the result.
+        residual: like y, added to the result.
         silu: False leaves the activation out (the norm before attention).
+        skip: [N, C', *spatial]; the operation then works on the concatenation of x and skip along
+            the channels, C + C' of them, which a GPU kernel never writes to memory.
+        statistics: those of x (without ``add``) that ``conv_epilogue`` collected, float32
+            [N, S, 4, C]. A GPU kernel takes them in place of a pass over x; a CPU makes the pass.
 
     Returns:
-        y in x's shape, dtype and memory format. Statistics are taken in float32 or better.
+        y in the shape of x (of the concatenation), with x's dtype and memory format. Statistics are
+        taken in float32 or better.
 
     Raises:
         TypeError: dtypes differ or are not floating point.
@@ -67,7 +82,7 @@ def group_norm_silu(
     """
     return dispatch(
         x, _kernel, reference.group_norm_silu, _check,
-        x, num_groups, weight, bias, eps, add, scale, shift, residual, silu,
+        x, num_groups, weight, bias, eps, add, scale, shift, residual, silu, skip, statistics,
     )  # fmt: skip
 
 
@@ -86,11 +101,25 @@ def _check(
     shift: Tensor | None,
     residual: Tensor | None,
     silu: bool,
+    skip: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> None:
     check_floating(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x must be [N, C, ...], got {tuple(x.shape)}")
-    channels = x.shape[1]
+    if statistics is not None:
+        if skip is not None:
+            raise ValueError("statistics and skip cannot both be given")
+        check_statistics(statistics, x)
+    n, channels, *spatial = x.shape
+    if skip is not None:
+        if skip.ndim != x.ndim or skip.shape != (n, skip.shape[1], *spatial):
+            raise ValueError(
+                f"skip must have the shape of x but for its channels, {tuple(x.shape)}, "
+                f"got {tuple(skip.shape)}"
+            )
+        check_same_kind(skip, x, "skip", "x")
+        channels += skip.shape[1]
     if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise ValueError(
             f"num_groups must divide the channels: got {num_groups} groups for {channels} channels"
@@ -98,32 +127,63 @@ def _check(
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     for name, value, shape in (
-        ("weight", weight, x.shape[1:2]),
-        ("bias", bias, x.shape[1:2]),
-        ("add", add, x.shape[:2]),
-        ("scale", scale, x.shape[:2]),
-        ("shift", shift, x.shape[:2]),
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("add", add, (n, channels)),
+        ("scale", scale, (n, channels)),
+        ("shift", shift, (n, channels)),
+        ("residual", residual, (n, channels, *spatial)),
     ):
         if value is not None:
             if value.shape != shape:
-                raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
             check_same_kind(value, x, name, "x")
-    if residual is not None:
-        check_like(residual, x, "residual", "x")
+
+
+def _check_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_groups: int,
+    weight: Tensor | None, bias: Tensor | None, add: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, silu: bool, skip: Tensor | None = None,
+) -> None:  # fmt: skip
+    _check(x, num_groups, weight, bias, 0.0, add, scale, shift, grad, silu, skip)
+    for name, value in (("mean", mean), ("rstd", rstd)):
+        if value.shape != (x.shape[0], num_groups) or value.dtype != torch.float64:
+            raise ValueError(
+                f"{name} must be float64 [{x.shape[0]}, {num_groups}], "
+                f"got {value.dtype} {tuple(value.shape)}"
+            )
+        check_device(value, x, name, "x")
+
+
+on_gpu("group_norm_silu", _check)
+on_gpu("group_norm_silu_backward", _check_backward)
 
 
 @torch.library.register_fake("fastdiff::group_norm_silu")
-def _fake(x, num_groups, weight, bias, eps, add, scale, shift, residual, silu):  # type: ignore[no-untyped-def]
+def _fake(  # type: ignore[no-untyped-def]
+    x, num_groups, weight, bias, eps, add, scale, shift, residual, silu, skip, statistics
+):
+    check_devices(x, weight, bias, add, scale, shift, residual, skip, statistics)
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    shape = (x.shape[0], channels, *x.shape[2:])
+    y = x.new_empty(shape).to(memory_format=suggest_memory_format(x))
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float64)
-    y = fake_like(x, weight, bias, add, scale, shift, residual)
     return y, mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("fastdiff::group_norm_silu_backward")
-def _fake_backward(grad, x, mean, rstd, num_groups, weight, bias, add, scale, shift, silu):  # type: ignore[no-untyped-def]
-    per_channel, per_image = x.new_empty(x.shape[1]), x.new_empty(x.shape[:2])
+def _fake_backward(  # type: ignore[no-untyped-def]
+    grad, x, mean, rstd, num_groups, weight, bias, add, scale, shift, silu, skip
+):
+    dx = fake_like(x, grad, mean, rstd, weight, bias, add, scale, shift, skip)
+    dskip = x.new_empty(0)
+    if skip is not None:
+        dskip = skip.new_empty(skip.shape).to(memory_format=suggest_memory_format(x))
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    per_channel, per_image = x.new_empty(channels), x.new_empty((x.shape[0], channels))
     return (
-        fake_like(x, grad, mean, rstd, weight, bias, add, scale, shift),
+        dx,
+        dskip,
         per_channel,
         torch.empty_like(per_channel),
         per_image,
@@ -133,20 +193,20 @@ def _fake_backward(grad, x, mean, rstd, num_groups, weight, bias, add, scale, sh
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, num_groups, weight, bias, _, add, scale, shift, _, silu = inputs
+    x, num_groups, weight, bias, _, add, scale, shift, _, silu, skip, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, rstd, weight, bias, add, scale, shift)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, add, scale, shift, skip)
     ctx.num_groups, ctx.silu = num_groups, silu
 
 
 def _backward(ctx, grad, _mean_grad, _rstd_grad):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 10
-    x, mean, rstd, weight, bias, add, scale, shift = ctx.saved_tensors
-    dx, dweight, dbias, dadd, dscale, dshift = _backward_op(
-        grad, x, mean, rstd, ctx.num_groups, weight, bias, add, scale, shift, ctx.silu
+        return (None,) * 12
+    x, mean, rstd, weight, bias, add, scale, shift, skip = ctx.saved_tensors
+    dx, dskip, dweight, dbias, dadd, dscale, dshift = _backward_op(
+        grad, x, mean, rstd, ctx.num_groups, weight, bias, add, scale, shift, ctx.silu, skip
     )
     needs = ctx.needs_input_grad
 
@@ -163,6 +223,8 @@ def _backward(ctx, grad, _mean_grad, _rstd_grad):  # type: ignore[no-untyped-def
         wanted(6, dscale),
         wanted(7, dshift),
         wanted(8, grad),
+        None,
+        wanted(10, dskip),
         None,
     )
 

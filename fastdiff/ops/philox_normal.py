@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdiff import reference
 from fastdiff.ops.checks import check_device, check_floating
 from fastdiff.ops.dispatch import dispatch
+from fastdiff.ops.gpu import on_gpu
 
 torch.library.define("fastdiff::philox_normal", "(Tensor seed, int row, Tensor(a!) out) -> ()")
 
@@ -66,6 +67,9 @@ def _check(seed: Tensor, row: int, out: Tensor) -> None:
     check_seed(seed, out)
     if not 0 <= row < 2**32:
         raise ValueError(f"row must lie in 0..2^32-1, got {row}")
+
+
+on_gpu("philox_normal", _check)
 
 
 @torch.library.register_fake("fastdiff::philox_normal")

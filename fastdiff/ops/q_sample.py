@@ -14,6 +14,7 @@ from fastdiff.ops.checks import (
     wide_dtype,
 )
 from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
+from fastdiff.ops.gpu import on_gpu
 
 torch.library.define(
     "fastdiff::q_sample",
@@ -49,10 +50,11 @@ def q_sample(
         IndexError: a timestep outside 0..T-1 (CPU tensors).
     """
     tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-    return dispatch(x0, _kernel, reference.q_sample, _check, x0, t, noise, *tables)
+    return dispatch(x0, _kernel, reference.q_sample, check_q_sample, x0, t, noise, *tables)
 
 
-def _check(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> None:
+def check_q_sample(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> None:
+    """Raise unless these are arguments of :func:`q_sample`."""
     check_floating(x0, "x0")
     check_like(noise, x0, "noise", "x0")
     wide = wide_dtype(x0.dtype)
@@ -66,6 +68,9 @@ def _check(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) 
             raise TypeError(f"{name} must be {wide} for {x0.dtype} images, got {table.dtype}")
         check_device(table, x0, name, "x0")
     check_timesteps(t, x0, signal.numel())
+
+
+on_gpu("q_sample", check_q_sample)
 
 
 @torch.library.register_fake("fastdiff::q_sample")

@@ -17,7 +17,9 @@ from fastdiff.ops.checks import (
     wide_dtype,
 )
 from fastdiff.ops.dispatch import dispatch
+from fastdiff.ops.gpu import on_gpu
 from fastdiff.ops.philox_normal import check_seed
+from fastdiff.profiling import ranged
 
 COUNT = 18  # coefficients in a row before those of the history: fastdiff.samplers.table has them
 DEPTH = 8  # slots of the history, at most
@@ -90,7 +92,7 @@ def sampler_step_for(x: Tensor) -> Callable[..., None]:
         A function of x, model_out, history, noise, table, step, seed and out, in this order, with
         the backend as it is now. A kernel still refuses what does not fit.
     """
-    return _kernel if kernel_runs(x) else reference.sampler_step
+    return ranged("sampler_step", _kernel if kernel_runs(x) else reference.sampler_step)
 
 
 def new_history(x: Tensor, depth: int) -> Tensor:
@@ -160,6 +162,9 @@ def _check(
             raise ValueError("noise and seed cannot both be given")
         check_seed(seed, x)
     check_like(out, x, "out", "x")
+
+
+on_gpu("sampler_step", _check)
 
 
 @torch.library.register_fake("fastdiff::sampler_step")

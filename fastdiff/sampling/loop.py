@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.nn import UNet2DModel
+from fastdiff.profiling import ranged
 from fastdiff.samplers import COLUMNS
 from fastdiff.sampling.guidance import Arguments
 
@@ -169,6 +170,7 @@ def eager(model: Model, state: State, *, keep_output: bool = False) -> Advance:
     output, (begin, end) = Output.wanted(state), span(x)
     shape, dtype = output.shape, output.dtype
     sampler_step, index_select = ops.sampler_step_for(x), torch.index_select
+    model = ranged("model", model)
 
     def advance(row: int) -> Tensor:
         if halves is not None:

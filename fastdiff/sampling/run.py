@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastdiff import ops
+from fastdiff import ops, profiling
 from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers import COLUMNS, Sampler, Table
 from fastdiff.samplers.table import OnDevice
@@ -197,7 +197,8 @@ def sample(
     watched = bool(callback or preview or return_trajectory or check_finite)
     size = max(max_batch or images, 1)
     parts = [slice(at, min(at + size, images)) for at in range(0, max(images, 1), size)]
-    with _progress(progress, len(parts) * table.num_steps) as tick:
+    steps = len(parts) * table.num_steps
+    with profiling.span("sample"), _progress(progress, steps) as tick:
         for part in parts:
             watch = None
             if watched:
@@ -240,6 +241,8 @@ class _Run:
         with _prepared(self.mode, self.model, state, keep_output) as (x, noise, advance):
             if watch is not None:
                 watch.begin(x)
+            if profiling.depth:
+                advance = _in_steps(advance)
             for row, ends_step in enumerate(ends):
                 if draws[row] and noise is not None:
                     _draw(noise, self.generator)
@@ -273,6 +276,16 @@ class _Run:
             guided=self.uncond is not None,
             learned_variance=self.table.learned_variance,
         )
+
+
+def _in_steps(advance: Advance) -> Advance:
+    """The same with a profiler's range around each row."""
+
+    def run(row: int) -> Tensor | None:
+        with profiling.span(f"step {row}"):
+            return advance(row)
+
+    return run
 
 
 class _Prepared(NamedTuple):

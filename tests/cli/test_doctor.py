@@ -12,7 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff import checkpoint, selfcheck
-from fastdiff.backend import extension, isa
+from fastdiff.backend import extension, isa, missing
 from fastdiff.cli import doctor
 
 
@@ -21,7 +21,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> selfcheck.Record:
     """The last check fails."""
     *good, last = selfcheck.run()
     bad = replace(last, ok=False, max_error=None, microseconds=None, reason="ValueError: no luck")
-    monkeypatch.setattr(selfcheck, "run", lambda: [*good, bad])
+    monkeypatch.setattr(selfcheck, "run", lambda device="cpu": [*good, bad])
     return bad
 
 
@@ -38,7 +38,7 @@ def test_json_has_the_facts(run: Callable) -> None:
     assert facts["models"] == list(checkpoint.shipped())
     assert list(facts["backends"]) == ["reference", "cpu", "triton", "cuda"]
     assert facts["backends"]["reference"] is None
-    assert facts["backends"]["triton"] == facts["backends"]["cuda"] == "not part of this version"
+    assert facts["backends"] == missing()
     if extension is None:
         assert facts["backend"] == "reference"
         assert "extension" in facts["backends"]["cpu"]
@@ -55,7 +55,8 @@ def test_text_has_a_line_for_every_check(run: Callable) -> None:
     assert ran.code == 0
     lines = ran.out.splitlines()
     assert sum(line.endswith("  ok") for line in lines) == len(selfcheck.run())
-    assert any(line.startswith("backend triton     missing: not part of") for line in lines)
+    triton = "runs" if missing()["triton"] is None else f"missing: {missing()['triton']}"
+    assert f"backend triton     {triton}" in lines
 
 
 def test_failed_check_sets_the_exit_code(run: Callable, broken: selfcheck.Record) -> None:
@@ -71,7 +72,7 @@ def test_failed_check_sets_the_exit_code(run: Callable, broken: selfcheck.Record
 def test_missing_backend_is_shown_with_its_reason(
     run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "cpu_missing", "the compiler was on holiday")
+    monkeypatch.setattr(doctor, "missing", lambda: {"cpu": "the compiler was on holiday"})
     lines = run("doctor").out.splitlines()
     assert "backend cpu        missing: the compiler was on holiday" in lines
 

@@ -104,6 +104,30 @@ def test_each_option_alone(option, layout, silu) -> None:
     assert_as_accurate(call(4, list(values), silu), *values.values())
 
 
+@pytest.mark.parametrize("channels", [(8, 16), (5, 7), (12, 0)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_two_inputs_are_as_good_as_their_concatenation(channels, dtype, layout) -> None:
+    values = make((2, sum(channels), 5, 6), dtype, layout, OPTIONS)
+    names = [name for name in values if name != "x"]
+    x, skip = (
+        part.detach().contiguous(memory_format=layout).requires_grad_()
+        for part in values.pop("x").split(channels, dim=1)
+    )
+
+    def run(x, skip, *others):
+        options = dict(zip(names, others, strict=True))
+        y = ops.group_norm_silu(x, 4, skip=skip, **options)
+        weight = torch.arange(y.numel(), dtype=torch.float64).sin().view(y.shape).to(y.dtype)
+        return [y.detach(), *torch.autograd.grad(y, (x, skip, *others), weight)]
+
+    assert_as_accurate(run, x, skip, *values.values())
+    y = ops.group_norm_silu(x, 4, skip=skip)
+    joined = torch.cat((x, skip), dim=1).contiguous(memory_format=layout)
+    assert torch.equal(y, ops.group_norm_silu(joined, 4))
+    assert y.is_contiguous(memory_format=layout)
+
+
 @pytest.mark.parametrize("dims", [0, 1, 3], ids=["no pixels", "1d", "3d"])
 def test_other_numbers_of_dimensions(dims) -> None:
     x = torch.randn(2, 6, *range(3, 3 + dims), requires_grad=True)
@@ -200,7 +224,7 @@ def test_opcheck(layout) -> None:
     arguments = [values[name] for name in ("add", "scale", "shift", "residual")]
     torch.library.opcheck(
         torch.ops.fastdiff.group_norm_silu.default,
-        (values["x"], 4, values["weight"], values["bias"], 1e-5, *arguments, True),
+        (values["x"], 4, values["weight"], values["bias"], 1e-5, *arguments, True, None, None),
     )
 
 
@@ -240,6 +264,8 @@ REFUSED = {
     "add": lambda op, back: op(X, 3, None, None, 1e-5, X[:1, :, 0, 0], *[None] * 3, True),
     "dtype": lambda op, back: op(X, 3, torch.ones(6).half(), None, 1e-5, *[None] * 4, True),
     "residual": lambda op, back: op(X, 3, *[None] * 2, 1e-5, *[None] * 3, X[:1], True),
+    "skip": lambda op, back: op(X, 3, *[None] * 2, 1e-5, *[None] * 4, True, skip=X[:, :3, :2]),
+    "another skip": lambda op, back: op(X, 3, *[None] * 2, 1e-5, *[None] * 4, True, skip=X[0]),
     "integers": lambda op, back: op(X.long(), 3, *[None] * 2, 1e-5, *[None] * 4, True),
     "vector": lambda op, back: op(X[0, 0, 0], 3, *[None] * 2, 1e-5, *[None] * 4, True),
     "grad": lambda op, back: back(X[:1], X, STATISTICS, STATISTICS, 3, *[None] * 5, True),
@@ -253,6 +279,6 @@ def test_the_kernel_checks_for_itself(bad) -> None:
     """Whoever calls the op directly, past the Python checks, gets an exception too."""
     with pytest.raises((TypeError, ValueError)):
         bad(
-            torch.ops.fastdiff.group_norm_silu.default,
-            torch.ops.fastdiff.group_norm_silu_backward.default,
+            lambda *args, skip=None: torch.ops.fastdiff.group_norm_silu(*args, skip, None),
+            lambda *args: torch.ops.fastdiff.group_norm_silu_backward(*args, None),
         )

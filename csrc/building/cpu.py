@@ -1,0 +1,82 @@
+"""The extension ``fastdiff._C``: the CPU kernels, once per instruction set where it matters.
+
+The same kernel source in ``csrc/cpu/kernels`` is compiled for each instruction set and the running
+processor's is chosen at run time, which setuptools' one-set-of-flags extensions cannot express.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from building.tools import (
+    COMMON_FLAGS,
+    COMPILE_RULE,
+    CSRC,
+    compiler,
+    folder_for,
+    ninja_command,
+    run_ninja,
+    torch_flags,
+    torch_libraries,
+)
+
+# at::vec picks its vector width from these macros; x86 gets four variants, others the portable one.
+AVX512 = "-DCPU_CAPABILITY_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+X86_ISAS = {
+    "DEFAULT": "-DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT",
+    "AVX2": "-DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -mavx2 -mfma -mf16c",
+    "AVX512": f"-DCPU_CAPABILITY=AVX512 {AVX512}",
+    "AVX512_BF16": f"-DCPU_CAPABILITY=AVX512_BF16 {AVX512} -mavx512bf16",
+}
+
+
+def isas() -> dict[str, str]:
+    """Instruction sets to compile for on this machine's architecture, with their flags."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return X86_ISAS
+    return {"DEFAULT": X86_ISAS["DEFAULT"]}
+
+
+def build(name: str) -> Path:
+    """Build the extension as a library of that file name; CannotBuildError where that fails."""
+    folder = folder_for("ninja")
+    run_ninja(folder, build_file(folder / name))
+    return folder / name
+
+
+def check() -> None:
+    """CannotBuildError where something is missing that the build needs."""
+    ninja_command(), compiler(), torch_flags()
+
+
+def build_file(output: Path) -> list[str]:
+    """The lines of build.ninja: one edge per (source, instruction set), one link."""
+    flags = [
+        COMMON_FLAGS,
+        "-O3",
+        # at::parallel_for is serial without it. The link names no OpenMP library: the symbols
+        # come from the one that torch has loaded, and so do the threads.
+        *(["-fopenmp"] if sys.platform == "linux" else []),
+        *(f"-DFASTDIFF_HAVE_{isa}" for isa in isas()),
+        torch_flags(),
+    ]
+    lines = [
+        f"cxx = {compiler()}",
+        f"flags = {' '.join(flags)}",
+        *COMPILE_RULE,
+        "rule link",
+        f"  command = $cxx -shared $in -o $out {torch_libraries()} -ltorch_cpu -lc10",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp")):
+        objects.append(f"{source.parent.name}_{source.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    for source in sorted(CSRC.glob("cpu/kernels/*.cpp")):
+        for isa, isa_flags in isas().items():
+            objects.append(f"{source.stem}.{isa}.o")
+            lines += [f"build {objects[-1]}: compile {source}", f"  more = {isa_flags}"]
+    lines.append(f"build {output}: link {' '.join(objects)}")
+    return lines

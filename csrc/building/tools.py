@@ -1,0 +1,143 @@
+"""What every build needs: the compiler, ninja, and the facts of the torch to build against."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
+CSRC = Path(__file__).resolve().parent.parent
+BUILD = CSRC.parent / "build"
+COMMON_FLAGS = " ".join(
+    [
+        "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas",
+        # From inside the compiler's and PyTorch's own vector headers.
+        "-Wno-maybe-uninitialized -Wno-uninitialized -Wno-psabi",
+    ]
+)
+
+# Run in the target environment's own interpreter (-I leaves pip's build isolation), so that the
+# extension is built against the torch it will run with, not against a second one.
+TORCH_PROBE = """
+import json, torch
+from torch.utils.cpp_extension import include_paths, library_paths
+print(json.dumps(dict(version=torch.__version__, abi=int(torch.compiled_with_cxx11_abi()),
+                      cuda=torch.version.cuda, include=include_paths(), lib=library_paths())))
+"""
+
+
+class CannotBuildError(Exception):
+    """A part cannot be built here; the text says why."""
+
+
+@cache
+def torch_facts() -> dict:
+    """Version, ABI, CUDA's version, headers and libraries of the torch that will load it all."""
+    reasons = []
+    for flags in (["-I"], []):
+        probe = subprocess.run(
+            [sys.executable, *flags, "-c", TORCH_PROBE], capture_output=True, text=True
+        )
+        if probe.returncode == 0:
+            return json.loads(probe.stdout.splitlines()[-1])
+        reasons.append((probe.stderr.strip().splitlines() or ["no output"])[-1])
+    raise CannotBuildError(
+        f"torch is not importable by {sys.executable} ({reasons[0]}); install torch first, then "
+        "fastdiff, with --no-build-isolation if your installer builds in a separate environment"
+    )
+
+
+def compiler() -> str:
+    """The C++ compiler's command."""
+    wanted = os.environ.get("CXX")
+    for candidate in [wanted] if wanted else ["g++", "c++", "clang++"]:
+        if shutil.which(candidate.split()[0]):
+            return candidate
+    raise CannotBuildError(f"no C++ compiler found (tried {wanted or 'g++, c++, clang++'})")
+
+
+@cache
+def ninja_command() -> tuple[str, ...]:
+    """How to run ninja: the PyPI package or the system's."""
+    found = subprocess.run([sys.executable, "-m", "ninja", "--version"], capture_output=True)
+    if found.returncode == 0:
+        return (sys.executable, "-m", "ninja")
+    if shutil.which("ninja"):
+        return ("ninja",)
+    raise CannotBuildError("ninja is not installed (pip install ninja)")
+
+
+def torch_flags() -> str:
+    """What a source that includes PyTorch's or Python's headers is compiled with."""
+    facts = torch_facts()
+    includes = [*facts["include"], sysconfig.get_path("include")]
+    try:
+        import pybind11
+
+        includes.append(pybind11.get_include())
+    except ImportError:
+        pass  # PyTorch brings one of its own
+    return " ".join(
+        [
+            f"-D_GLIBCXX_USE_CXX11_ABI={facts['abi']}",
+            f'-DFASTDIFF_TORCH_VERSION=\\"{facts["version"]}\\"',
+            f"-I{CSRC}",
+            *(f"-isystem {path}" for path in includes),
+        ]
+    )
+
+
+def torch_libraries() -> str:
+    """Where the linker and the loader find PyTorch's libraries."""
+    return " ".join(f"-L{path} -Wl,-rpath,{path}" for path in torch_facts()["lib"])
+
+
+def folder_for(kind: str) -> Path:
+    """The build folder of a kind of objects, for this torch, Python and machine."""
+    tag = f"{sys.implementation.cache_tag}-torch{torch_facts()['version']}-{platform.machine()}"
+    return BUILD / f"{kind}-{tag}"
+
+
+COMPILE_RULE = (
+    "rule compile",
+    "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
+    "  depfile = $out.d",
+    "  deps = gcc",
+    "  description = compile $out",
+)
+
+
+def run_ninja(folder: Path, lines: Sequence[str], *, quiet: bool = False) -> None:
+    """Write the lines to build.ninja in ``folder`` and run it. One run at a time in a folder.
+
+    Raises:
+        CannotBuildError: a compiler failed; with ``quiet`` the text is what it said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    script, text = folder / "build.ninja", "\n".join(lines) + "\n"
+    jobs = os.environ.get("MAX_JOBS")
+    command = [*ninja_command(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+    with (folder / "lock").open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not script.exists() or script.read_text() != text:
+            script.write_text(text)
+        done = subprocess.run(command, capture_output=quiet, text=True)
+    if done.returncode:
+        raise CannotBuildError(
+            f"the compiler failed:\n{done.stdout}{done.stderr}"
+            if quiet
+            else "the compiler failed (its messages are above)"
+        )

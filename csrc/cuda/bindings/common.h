@@ -1,0 +1,122 @@
+// What the bindings share: devices, checks, and tensors made ready for the kernels.
+//
+// Nothing here or in the bindings reads a value from the device, waits for it or allocates other
+// than through PyTorch's allocator, so that every operation can be captured in a CUDA graph; what
+// is wrong with a value on the device (a timestep, a step) is the kernels' to answer, with NaN.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "tensors.h"
+
+#ifndef FASTDIFF_EMULATE
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace fastdiff::cuda {
+
+using Optional = std::optional<at::Tensor>;
+
+// Makes x's device the current one, and gives its current stream.
+#ifdef FASTDIFF_EMULATE
+constexpr auto kDevice = at::kCPU;
+struct OnDevice {
+  explicit OnDevice(const at::Tensor&) {}
+  static bool capturing() { return false; }
+  Stream stream = nullptr;
+};
+#else
+constexpr auto kDevice = at::kCUDA;
+struct OnDevice {
+  explicit OnDevice(const at::Tensor& x)
+      : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {}
+  static bool capturing() {
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  }
+  c10::cuda::CUDAGuard guard;
+  Stream stream;
+};
+#endif
+
+inline Dtype dtype_of(const at::Tensor& x, const char* name) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
+                   " must be float32, bfloat16 or float16, got ", type);
+  TORCH_CHECK_VALUE(x.device().type() == kDevice, name, " must be on ", kDevice, ", got ",
+                    x.device());
+  return type == at::kFloat      ? Dtype::Float32
+         : type == at::kBFloat16 ? Dtype::BFloat16
+                                 : Dtype::Float16;
+}
+
+// What the kernels know of a tensor [N, C, ...]; [N] counts as [N, 1].
+struct Images {
+  Dtype dtype;
+  at::MemoryFormat format;
+  bool channels_last;
+  int64_t images, channels, pixels;
+
+  Images(const at::Tensor& x, const char* name, int64_t dims = 2)
+      : dtype(dtype_of(x, name)), format(layout_of(x)) {
+    TORCH_CHECK_VALUE(x.dim() >= dims, name, " must be ", dims == 2 ? "[N, C, ...]" : "[N, ...]",
+                      ", got ", x.sizes());
+    channels_last = format != at::MemoryFormat::Contiguous;
+    images = x.size(0);
+    channels = x.dim() > 1 ? x.size(1) : 1;
+    pixels = x.numel() / std::max<int64_t>(1, images * channels);
+  }
+};
+
+// A result in x's dtype and on its device.
+inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& x,
+                        at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return at::empty(sizes, x.options().memory_format(format));
+}
+
+inline at::Tensor workspace_for(int64_t bytes, const at::Tensor& x) {
+  return at::empty({bytes}, x.options().dtype(at::kByte));
+}
+
+// Inputs made dense, and kept until the launch is done.
+class Held {
+ public:
+  const void* operator()(const Optional& value,
+                         at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+    if (!value) return nullptr;
+    return tensors_.emplace_back(value->contiguous(format)).const_data_ptr();
+  }
+  template <class T>
+  const T* as(const Optional& value) {
+    return static_cast<const T*>((*this)(value));
+  }
+
+ private:
+  std::vector<at::Tensor> tensors_;
+};
+
+inline void check_optional(const Optional& value, at::IntArrayRef sizes, const at::Tensor& x,
+                           const char* name) {
+  if (value) check_tensor(*value, sizes, x.scalar_type(), x.device(), name);
+}
+
+// The seed and the number of each image.
+inline void check_seed(const at::Tensor& seed, const at::Tensor& x) {
+  check_tensor(seed, {x.size(0), 2}, at::kLong, x.device(), "seed");
+}
+
+// A tensor of one element, which only the kernel reads.
+inline void check_scalar(const at::Tensor& value, at::ScalarType type, const at::Tensor& x,
+                         const char* name) {
+  TORCH_CHECK_TYPE(value.scalar_type() == type && value.numel() == 1, name, " must be a ", type,
+                   " tensor of one element, got ", value.scalar_type(), " ", value.sizes());
+  check_device(value, x.device(), name);
+}
+
+}  // namespace fastdiff::cuda

@@ -1,0 +1,91 @@
+// philox_normal, and the forward process with noise given or drawn, on CUDA tensors.
+#include "cuda/bindings/common.h"
+#include "cuda/bindings/operations.h"
+#include "cuda/philox_normal.h"
+#include "cuda/q_sample.h"
+
+namespace fastdiff::cuda {
+namespace {
+
+void check_forward_process(const at::Tensor& x0, const at::Tensor& t, const at::Tensor& signal,
+                           const at::Tensor& sigma) {
+  check_tensor(t, x0.sizes().slice(0, 1), at::kLong, x0.device(), "t");
+  check_tensor(signal, {signal.numel()}, at::kFloat, x0.device(), "sqrt_alphas_cumprod");
+  check_tensor(sigma, {signal.numel()}, at::kFloat, x0.device(), "sqrt_one_minus_alphas_cumprod");
+}
+
+}  // namespace
+
+at::Tensor q_sample(const at::Tensor& x0, const at::Tensor& t, const at::Tensor& noise,
+                    const at::Tensor& signal, const at::Tensor& sigma) {
+  const Images shape(x0, "x0", 1);
+  check_like(noise, x0, "noise");
+  check_forward_process(x0, t, signal, sigma);
+  const OnDevice on(x0);
+  auto out = empty(x0.sizes(), x0, shape.format);
+  if (out.numel() == 0) return out;
+  Held held;
+  q_sample_cuda({.dtype = shape.dtype,
+                 .images = shape.images,
+                 .image = shape.channels * shape.pixels,
+                 .x0 = held(x0, shape.format),
+                 .noise = held(noise, shape.format),
+                 .out = out.mutable_data_ptr(),
+                 .t = held.as<int64_t>(t),
+                 .steps = signal.numel(),
+                 .signal = held.as<float>(signal),
+                 .sigma = held.as<float>(sigma)},
+                on.stream);
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> q_sample_from_seed(const at::Tensor& x0, const at::Tensor& t,
+                                                      const at::Tensor& seed, const at::Tensor& row,
+                                                      const at::Tensor& signal,
+                                                      const at::Tensor& sigma) {
+  const Images shape(x0, "x0", 1);
+  check_forward_process(x0, t, signal, sigma);
+  check_seed(seed, x0);
+  check_scalar(row, at::kLong, x0, "row");
+  const OnDevice on(x0);
+  auto out = empty(x0.sizes(), x0, shape.format), noise = empty(x0.sizes(), x0, shape.format);
+  if (out.numel() == 0) return {out, noise};
+  Held held;
+  q_sample_from_seed_cuda({.dtype = shape.dtype,
+                           .channels_last = shape.channels_last,
+                           .images = shape.images,
+                           .channels = shape.channels,
+                           .pixels = shape.pixels,
+                           .x0 = held(x0, shape.format),
+                           .out = out.mutable_data_ptr(),
+                           .noise = noise.mutable_data_ptr(),
+                           .t = held.as<int64_t>(t),
+                           .steps = signal.numel(),
+                           .signal = held.as<float>(signal),
+                           .sigma = held.as<float>(sigma),
+                           .seed = held.as<int64_t>(seed),
+                           .row = held.as<int64_t>(row)},
+                          on.stream);
+  return {out, noise};
+}
+
+void philox_normal(const at::Tensor& seed, int64_t row, const at::Tensor& out) {
+  const Images shape(out, "out", 1);
+  check_seed(seed, out);
+  TORCH_CHECK_VALUE(row >= 0 && row <= 0xFFFFFFFF, "row must lie in 0..2^32-1, got ", row);
+  if (out.numel() == 0) return;
+  const OnDevice on(out);
+  const auto dense = out.is_contiguous() ? out : empty(out.sizes(), out);
+  Held held;
+  philox_normal_cuda({.dtype = shape.dtype,
+                      .images = shape.images,
+                      .image = shape.channels * shape.pixels,
+                      .seed = held.as<int64_t>(seed),
+                      .row = static_cast<uint32_t>(row),
+                      .out = dense.mutable_data_ptr()},
+                     on.stream);
+  if (!dense.is_same(out)) out.copy_(dense);
+  bump_version(out);
+}
+
+}  // namespace fastdiff::cuda

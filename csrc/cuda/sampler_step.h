@@ -1,0 +1,74 @@
+// fastdiff::sampler_step on CUDA: one row of a sampler's table (fastdiff/samplers/table.py).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launch.h"
+
+namespace fastdiff::cuda {
+
+// The columns of a table; those of the history follow, one a slot.
+enum SamplerColumn {
+  kGuidance,
+  kRescale,
+  kX0X,
+  kX0M,
+  kClipMin,
+  kClipMax,
+  kQuantile,
+  kOutX,
+  kOutX0,
+  kOutM,
+  kNoise,
+  kLogvar,
+  kLogvarV,
+  kKeepX,
+  kKeepX0,
+  kKeepM,
+  kKeepNoise,
+  kSlot,
+  kSamplerColumns,
+};
+
+constexpr int kSamplerDepth = 8;  // slots of the history, at most
+
+// Every image tensor is dense in one layout, that of x: [N, C, pixels] channels-first or
+// [N, pixels, C] channels-last, with C the tensor's own channels, so 2 C in a model's output that
+// has variance channels. Pointers need the alignment of an element; 16 bytes, and images of a
+// multiple of 16 bytes, give the fast path.
+//
+// What the caller prepares. Tensors of other strides are copied, and a history whose slots do not
+// lie as x does is copied in and, where depth > 0, back. `out` may be x, model_out (without
+// variance channels) or noise itself, pointer for pointer; it must not overlap them otherwise, and
+// the history must overlap nothing. No image has 2^32 elements or more.
+struct SamplerStepArgs {
+  Dtype dtype;                       // of x, model_out, noise and out; the rest is float32
+  int64_t images, channels, pixels;  // of x
+  bool channels_last;
+  bool guided;        // model_out is [2 N, ...], the unconditional images first
+  bool has_variance;  // model_out is [..., 2 C, ...], v behind m in each image (pixel)
+
+  const void* x;
+  const void* model_out;
+  const void* noise;    // or null
+  const int64_t* seed;  // [N, 2], contiguous, or null; not with noise
+  void* out;
+
+  const float* table;  // [rows, 18 + depth], of any strides, counted in elements
+  int64_t rows, row_stride, column_stride;
+  const int64_t* step;  // the row, on the device. Outside 0..rows-1, `out` becomes NaN and no slot
+                        // is written
+
+  float* history;       // or null, with depth 0
+  int depth;            // 0..8
+  int64_t slot_stride;  // elements from a slot to the next
+
+  void* workspace;  // sampler_step_workspace bytes, aligned to 8, uninitialised
+};
+
+int64_t sampler_step_workspace(const SamplerStepArgs& args);
+
+// Two launches whatever the row says: sampler_step_image.cu, then sampler_step.cu.
+void sampler_step_cuda(const SamplerStepArgs& args, Stream stream);
+
+}  // namespace fastdiff::cuda

@@ -1,0 +1,170 @@
+"""x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, one timestep an image.
+
+The images are walked flat, whatever their layout, all in the same one. Given noise: reads 2 S and
+writes 1 S for an activation of S bytes. Drawn noise: reads 1 S and writes 2 S, where drawing it
+first and reading it again would cost 4 S. Both are the least there is. The products and the sum
+are in float32, and rounded once; so is drawn noise, and x_t is made of the rounded values, to be
+just what q_sample makes of the noise that comes back.
+
+A timestep is read and judged by the program that needs it: one outside the tables reads nothing
+and makes its image NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels import philox
+from fastdiff.kernels.launch import launch
+from fastdiff.kernels.tiles import dense, tile, tile_at
+
+
+@triton.jit
+def _coefficients(t, signal, sigma, steps, image, mask):
+    """Those of each image: float32, in the shape of `image`; NaN for an unknown timestep."""
+    step = tl.load(t + image, mask, other=0)
+    known = (step >= 0) & (step < steps)
+    a = tl.load(signal + step, mask=known, other=float("nan"))
+    b = tl.load(sigma + step, mask=known, other=float("nan"))
+    return a, b
+
+
+@triton.jit
+def _q_sample(
+    x0,
+    t,
+    noise,
+    signal,
+    sigma,
+    out,
+    images,
+    units,
+    steps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    elements = units * UNIT
+    image, first = tile_at(elements, ROWS, COLUMNS, WIDE)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    offset = image.to(tl.int64) * elements + column
+    inside = (image < images) & (column < elements)
+    x = tl.load(x0 + offset, inside, other=0).to(tl.float32)
+    z = tl.load(noise + offset, inside, other=0).to(tl.float32)
+    a, b = _coefficients(t, signal, sigma, steps, image, image < images)
+    tl.store(out + offset, (a * x + b * z).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _q_sample_from_seed(
+    x0,
+    t,
+    seed,
+    row,
+    signal,
+    sigma,
+    out,
+    noise,
+    images,
+    units,
+    steps,
+    pixels,
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    elements = units * UNIT
+    image, first = tile_at(elements, ROWS, COLUMNS, WIDE)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    offset = image.to(tl.int64) * elements + column
+    inside = (image < images) & (column < elements)
+    x = tl.load(x0 + offset, inside, other=0).to(tl.float32)
+    a, b = _coefficients(t, signal, sigma, steps, image, image < images)
+    key_low, key_high, number = philox.stream(seed, image, image < images)
+    z = philox.normal_tile(
+        first, key_low, key_high, number, tl.load(row), pixels, CHANNELS, COLUMNS, CHANNELS_LAST
+    ).to(noise.dtype.element_ty)
+    tl.store(noise + offset, z, inside)
+    tl.store(out + offset, (a * x + b * z.to(tl.float32)).to(out.dtype.element_ty), inside)
+
+
+def q_sample(
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+) -> Tensor:
+    """``fastdiff.ops.q_sample``; a timestep outside the tables makes its image NaN."""
+    x0, memory_format = dense(x0)
+    out = torch.empty_like(x0, memory_format=memory_format)
+    if out.numel() == 0:
+        return out
+    images = x0.shape[0]
+    elements = x0.numel() // images
+    tiles = tile(images, elements, x0.element_size())
+    launch(
+        _q_sample,
+        tiles.grid,
+        x0,
+        t.contiguous(),
+        noise.contiguous(memory_format=memory_format),
+        sqrt_alphas_cumprod.contiguous(),
+        sqrt_one_minus_alphas_cumprod.contiguous(),
+        out,
+        images,
+        elements // tiles.unit,
+        sqrt_alphas_cumprod.numel(),
+        **tiles.constants,
+    )
+    return out
+
+
+def q_sample_from_seed(
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    row: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x_t and the noise that it is made of: that of ``fastdiff.ops.philox_normal`` at ``row``."""
+    x0, memory_format = dense(x0)
+    out, noise = (
+        torch.empty_like(x0, memory_format=memory_format),
+        torch.empty_like(x0, memory_format=memory_format),
+    )
+    if out.numel() == 0:
+        return out, noise
+    images = x0.shape[0]
+    elements = x0.numel() // images
+    channels_last = memory_format != torch.contiguous_format
+    channels = x0.shape[1] if channels_last else 1
+    tiles = tile(images, elements, x0.element_size(), narrowest=4)
+    launch(
+        _q_sample_from_seed,
+        tiles.grid,
+        x0,
+        t.contiguous(),
+        seed.contiguous(),
+        row,
+        sqrt_alphas_cumprod.contiguous(),
+        sqrt_one_minus_alphas_cumprod.contiguous(),
+        out,
+        noise,
+        images,
+        elements // tiles.unit,
+        sqrt_alphas_cumprod.numel(),
+        elements // channels,
+        CHANNELS=channels,
+        CHANNELS_LAST=channels_last,
+        **tiles.constants,
+    )
+    return out, noise

@@ -1,0 +1,151 @@
+"""Builds the CUDA sources for the host and loads them: the kernels without a GPU, for tests.
+
+``load()`` gives the operations of csrc/cuda/binding.cpp for CPU tensors, ``traffic()`` what their
+kernels read and write, ``build_driver()`` a program that runs them under a sanitizer. Everything
+is built by ninja in build/, once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent / "csrc"))
+
+from building import tools  # noqa: E402
+
+SHARED = HERE / "shared.ld"
+WIDTHS = (1, 2, 4, 8, 16)  # of an access, in bytes
+SANITIZERS = {
+    "none": "",
+    "thread": "-DFASTDIFF_EMULATE_THREADS -fsanitize=thread",
+    "address": "-DFASTDIFF_EMULATE_THREADS -fsanitize=address,undefined -fno-sanitize-recover=all",
+}
+
+
+@cache
+def load() -> Any:
+    """``torch.ops.fastdiff_emulated``: the CUDA operations by name, for CPU tensors."""
+    torch.ops.load_library(str(_library()))
+    return torch.ops.fastdiff_emulated
+
+
+@dataclass
+class Traffic:
+    """Accesses to global memory by their width in bytes, and launches."""
+
+    reads: dict[int, int] = field(default_factory=dict)
+    writes: dict[int, int] = field(default_factory=dict)
+    launches: int = 0
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(width * count for width, count in self.reads.items())
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(width * count for width, count in self.writes.items())
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Counts what emulated kernels do within the block; complete when it ends."""
+    load()
+    library = ctypes.CDLL(str(_library()))
+    found = Traffic()
+    library.fastdiff_emulation_reset()
+    try:
+        yield found
+    finally:
+        counts = (ctypes.c_uint64 * 11)()
+        library.fastdiff_emulation_traffic(counts)
+        found.reads = {w: n for w, n in zip(WIDTHS, counts[:5], strict=True) if n}
+        found.writes = {w: n for w, n in zip(WIDTHS, counts[5:10], strict=True) if n}
+        found.launches = counts[10]
+
+
+def build_driver(
+    sanitizer: str, *, source: str = "driver.cpp", changed: Path | None = None
+) -> Path:
+    """A program of ``source`` and the kernels, with a sanitizer in it.
+
+    Args:
+        sanitizer: ``none``, ``thread`` or ``address`` (with that for undefined behaviour).
+        source: a file of tests/emulation; a .cu file stands alone, without the kernels.
+        changed: a changed copy of a kernel's file, to be used in its place. The program is built
+            beside it, from the other objects of the program without it.
+    """
+    name = f"{Path(source).stem}-{sanitizer}"
+    folder = tools.BUILD / f"emulation-{name}"
+    # -g1: lines for a sanitizer's report.
+    rules = _rules(f"{SANITIZERS[sanitizer]} -g1 -fno-omit-frame-pointer", "$cxx $in -o $out")
+    sources = [HERE / source, HERE / "emulation.cpp"]
+    if not source.endswith(".cu"):
+        sources += _kernels()
+    program = _build(rules, sources, folder / name)
+    if changed is None:
+        return program
+    others = [folder / _object(path) for path in sources if path.name != changed.name]
+    return _build(rules, [changed], changed.parent / name / "changed", others)
+
+
+@cache
+def _library() -> Path:
+    folder = tools.folder_for("emulation")
+    link = f"$cxx -shared $in -o $out {tools.torch_libraries()} -ltorch_cpu -lc10"
+    cuda = tools.CSRC / "cuda"
+    with_torch = [cuda / "binding.cpp", *sorted(cuda.glob("bindings/*.cpp"))]
+    sources = [HERE / "emulation.cpp", *_kernels(), *with_torch]
+    more = dict.fromkeys(with_torch, tools.torch_flags())
+    return _build(_rules("", link), sources, folder / "fastdiff_emulated.so", more=more)
+
+
+def _kernels() -> list[Path]:
+    return sorted((tools.CSRC / "cuda").glob("*.cu"))
+
+
+def _rules(flags: str, link: str) -> list[str]:
+    return [
+        f"cxx = {tools.compiler()}",
+        f"flags = {tools.COMMON_FLAGS} -O1 -DFASTDIFF_EMULATE -I{HERE} -I{tools.CSRC} {flags}",
+        *tools.COMPILE_RULE,
+        "rule link",
+        f"  command = {link} {flags} -pthread -Wl,-T,{SHARED}",
+        "  description = link $out",
+    ]
+
+
+def _object(source: Path) -> str:
+    """The object's name, by which shared.ld knows those of kernels."""
+    return f"{source.stem}.cu.o" if source.suffix == ".cu" else f"{source.stem}.o"
+
+
+def _build(
+    rules: list[str],
+    sources: list[Path],
+    output: Path,
+    others: Sequence[Path] = (),
+    more: dict[Path, str] | None = None,
+) -> Path:
+    """Compile the sources, each with ``more`` flags, and link them with the other objects."""
+    if platform.system() != "Linux":
+        pytest.skip("the emulation is built with Linux's tools")
+    lines = list(rules)
+    for source in sources:
+        flags = "-x c++" if source.suffix == ".cu" else (more or {}).get(source, "")
+        lines += [f"build {_object(source)}: compile {source}", f"  more = {flags}"]
+    objects = " ".join([*map(_object, sources), *map(str, others)])
+    lines.append(f"build {output}: link {objects} | {SHARED}")
+    tools.run_ninja(output.parent, lines, quiet=True)
+    return output

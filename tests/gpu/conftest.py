@@ -1,0 +1,104 @@
+"""The four ways in which the GPU kernels run: two of them need no GPU.
+
+``triton-interpreted`` is Triton's interpreter, ``cuda-emulated`` the CUDA sources compiled for the
+host (tests/emulation); both take CPU tensors. ``triton`` and ``cuda`` are a real device's.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.backend import missing
+from fastdiff.ops.gpu import gpu_kernel
+
+OPERATIONS = (
+    "add_time_embedding", "conv_epilogue", "ema_update", "group_norm_silu",
+    "group_norm_silu_backward", "philox_normal", "q_sample", "q_sample_from_seed", "sampler_step",
+    "upsample_nearest2x", "upsample_nearest2x_backward",
+)  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_IDS = ("f32", "bf16", "f16")
+
+
+@dataclass(frozen=True)
+class Realisation:
+    """One of the ways; while it is active ``fastdiff.ops`` computes with it on ``device``."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def is_triton(self) -> bool:
+        return self.name.startswith("triton")
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            with fastdiff.backend(self.name):
+                yield
+            return
+        kernels = triton_kernels() if self.is_triton else emulated_kernels()
+        with in_place_of_the_cpus(kernels), fastdiff.backend("cpu"):
+            yield
+
+
+def triton_kernels() -> dict[str, Callable[..., Any]]:
+    return {name: gpu_kernel(name, "triton") for name in OPERATIONS}
+
+
+def emulated_kernels() -> dict[str, Callable[..., Any]]:
+    import emulated
+
+    operations = emulated.load()
+    return {name: getattr(operations, name) for name in OPERATIONS}
+
+
+@contextmanager
+def in_place_of_the_cpus(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Other kernels for CPU tensors, beneath the operations' own checks, fakes and autograd."""
+    library = torch.library.Library("fastdiff", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced
+            for name, kernel in kernels.items():
+                library.impl(name, kernel, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def _realisation(name: str) -> Realisation:
+    if name == "triton-interpreted" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton compiles here; TRITON_INTERPRET=1 has it interpret")
+    if name in ("triton", "cuda"):
+        reason = missing()[name]
+        if reason is None and name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            reason = "TRITON_INTERPRET=1 is set"
+        if reason is not None:
+            pytest.skip(reason)
+        return Realisation(name, torch.device("cuda"))
+    return Realisation(name, torch.device("cpu"))
+
+
+@pytest.fixture(
+    params=[
+        "triton-interpreted",
+        "cuda-emulated",
+        pytest.param("triton", marks=pytest.mark.gpu),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def gpu(request) -> Iterator[Realisation]:
+    """A realisation, active during the test."""
+    found = _realisation(request.param)
+    with found.active():
+        yield found
