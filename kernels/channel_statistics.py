@@ -39,11 +39,12 @@ def span_statistics(tile, mask, count, axis: tl.constexpr):
     """Count, mean, remainder and M2 of a tile along an axis, one value for each channel.
 
     Args:
-        tile: float32 (and rounded to the stored dtype already, if that is what it is to describe).
+        tile: of any dtype; the statistics are those of its values as they are.
         mask: which elements count; broadcasts to the tile. The others may hold anything.
         count: how many those are in each channel, a scalar; 0 gives all zeros.
         axis: that of the pixels.
     """
+    tile = tile.to(tl.float32)
     count = count + 0.0
     share = 1.0 / tl.maximum(count, 1.0)
     mean = tl.sum(tl.where(mask, tile, 0.0), axis) * share

@@ -110,10 +110,10 @@ def load_tile(
     x, skip, image, channels, skip_channels, pixels, first_channel, first_pixel, j, i, mask,
     NHWC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x and skip (or None) as float32, 0 outside the mask."""
+    """A tile of x and skip (or None) as it is stored, 0 outside the mask."""
     at = addresses(x, image, channels, pixels, first_channel, first_pixel, j, i, NHWC)
     if skip is None:
-        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(at, mask=mask, other=0.0)
     else:
         first = (first_channel + j < channels)[:, None]
         behind = addresses(
@@ -121,7 +121,7 @@ def load_tile(
         )
         a = tl.load(at, mask=mask & first, other=0.0)
         b = tl.load(behind, mask=mask & (first == 0), other=0.0)
-        return tl.where(first, a, b).to(tl.float32)
+        return tl.where(first, a, b)
 
 
 @triton.jit
@@ -154,12 +154,12 @@ def load_row(pointer, start, c, mask, DEFAULT: tl.constexpr):
 
 @triton.jit
 def centred(tile, low, lower, x):
-    """x - mean for channels whose mean is ``low`` + ``lower``.
+    """x - mean in float32, for channels whose mean is ``low`` + ``lower``.
 
     The second number is for float32. In data of 16 bits a deviation is no smaller than the data's
     own steps, and beside these what float32 cuts off a mean is nothing.
     """
-    tile = tile - low[:, None]
+    tile = tile.to(tl.float32) - low[:, None]
     if x.dtype.element_ty == tl.float32:
         tile -= lower[:, None]
     return tile

@@ -144,22 +144,23 @@ def plan(
     A tile is at most 8 warps of four vectors of 16 bytes a thread, few enough registers for two
     programs an SM. Channels-last it is 128 bytes of channels wide, a cache line, or the power of
     two that divides the channels; otherwise it is as much of a span as fits, and the channels that
-    there is room for. Where that makes fewer programs than 264 it has fewer channels, down to 32
-    bytes, which is what memory gives at least.
+    there is room for. Where that makes fewer programs than 264 it has fewer channels, as long as a
+    warp has a vector for each thread, and channels-last down to 32 bytes, which is what memory
+    gives at least.
     """
     vector = 16 // itemsize
     size = 1024 * vector
+    longest = ceil_power(length)
     if channels_last:
         wide, least = min(ceil_power(channels), 8 * vector), 2 * vector
         divisor = channels & -channels
         if 4 * vector <= divisor < wide:
             wide = divisor
     else:
-        pixels = min(ceil_power(length), size)
-        wide, least = min(ceil_power(channels), size // pixels), 1
-    while wide > least and images * spans * -(-channels // wide) < 264:
+        wide, least = min(ceil_power(channels), max(size // longest, 1)), 1
+    while wide > max(least, 32 * vector // longest) and images * spans * -(-channels // wide) < 264:
         wide //= 2
-    pixels = min(ceil_power(length), size // wide)
+    pixels = min(longest, size // wide)
     return Plan(wide, pixels, max(1, min(8, wide * pixels // (64 * vector))))
 
 

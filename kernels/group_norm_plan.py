@@ -89,9 +89,12 @@ def one_pass(a: Activation, num_groups: int, tensors: int) -> Plan:
     held = _held(tensors)
     if tensors > 1 and not a.nhwc and channels * pixels <= 2 * held * THREADS:
         held *= 2  # without a loop, and with few channels a thread, there are registers for that
-    pixels = max(min(pixels, held * THREADS // channels), 1)
-    steps = -(-a.pixels // pixels)
-    return Plan(groups, channels, pixels, steps, 0, _warps(channels * pixels, held))
+    if channels * pixels > held * THREADS:
+        held = min(held, 64 // a.itemsize)  # in a loop, addresses take registers too
+        pixels = max(held * THREADS // channels, 1)
+    return Plan(
+        groups, channels, pixels, -(-a.pixels // pixels), 0, _warps(channels * pixels, held)
+    )
 
 
 def split(a: Activation, tensors: int) -> Plan:

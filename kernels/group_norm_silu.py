@@ -349,7 +349,7 @@ def group_norm_silu(
         (a.images * num_groups,),
         statistics, *small, mean, rstd, coefficients,
         channels, spans, num_groups, group_size, *strides, eps,
-        CHANNELS=side, SPANS=max(min(power_of_two(spans), 1024 // side), 1), num_warps=4,
+        CHANNELS=side, SPANS=max(min(power_of_two(spans), 512 // side), 1), num_warps=4,
     )  # fmt: skip
     tall = -(-a.pixels // tiles.pixels)
     launch(

@@ -55,14 +55,14 @@ def _load(
     grad, x, skip, image, channels, skip_channels, pixels, first_channel, first, end, j, i, inside,
     NHWC: tl.constexpr,
 ):  # fmt: skip
-    """Mask, x and grad of a tile, up to the pixel ``end``."""
+    """Mask, x and grad of a tile as they are stored, up to the pixel ``end``."""
     mask = inside[:, None] & ((first + i < pixels) & (first + i < end))[None, :]
     tile = load_tile(
         x, skip, image, channels, skip_channels, pixels, first_channel, first, j, i, mask, NHWC
     )
     total = channels + skip_channels
     at = addresses(grad, image, total, pixels, first_channel, first, j, i, NHWC)
-    return mask, tile, tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return mask, tile, tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -84,11 +84,12 @@ def _coefficients(
 def _differentiate(tile, grad, mask, low, lower, gain, offset, x, SILU: tl.constexpr):
     """v - mean, 0 outside the mask, and dz."""
     u = tl.where(mask, centred(tile, low, lower, x), 0.0)
+    dz = grad.to(tl.float32)
     if SILU:
         z = u * gain[:, None] + offset[:, None]
         s = 1.0 / (1.0 + tl.exp(-z))
-        grad *= s + s * (1.0 - s) * z
-    return u, grad
+        dz *= s + s * (1.0 - s) * z
+    return u, dz
 
 
 @triton.jit

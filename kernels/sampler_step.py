@@ -30,6 +30,10 @@ the limit, mostly from the caches. It costs other rows one branch.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch._subclasses.functional_tensor import FunctionalTensor
+
 from fastdiff.kernels.launch import launch
 from fastdiff.kernels.philox import normal_at, normal_run, stream
 from fastdiff.kernels.sampler_step_image import (
@@ -41,8 +45,6 @@ from fastdiff.kernels.sampler_step_image import (
     rescale_factor,
     threshold,
 )
-from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 COLUMNS = tl.constexpr(18)  # before those of the history
 GUIDANCE = tl.constexpr(0)
@@ -295,6 +297,18 @@ def plan(walked: int, total: int, vector: int, by_image: bool) -> tuple[int, int
     return warps * 32 * each, warps * 32 * vector, warps
 
 
+def registers(length: int, vector: int, by_image: bool, more: bool, depth: int) -> int:
+    """The most registers of a thread; ``more``: guidance or a noise tensor is there.
+
+    Without a limit the assembler sets one itself and spills a few to reach it. At 80, three
+    programs share a multiprocessor, at 128 two. Images that are not whole vectors are loaded by
+    elements, which takes more.
+    """
+    if by_image or length % 16 or depth > (3 if vector == 4 else 0):
+        return 255
+    return 128 if depth or more else 80
+
+
 def _overlap(a: Tensor, b: Tensor | None) -> bool:
     """Whether the stretches of memory of two tensors meet; from their metadata."""
     if b is None or not torch._C._is_alias_of(a, b):
@@ -370,6 +384,8 @@ def sampler_step(
     vector = 4 if variance and nhwc else 16 // x.element_size()
     tile, sweep, warps = plan(walked, x.numel(), vector, by_image)
     tiles = triton.cdiv(walked, tile)
+    more = guided_output or noise is not None
+    limit = {"maxnreg": registers(length, vector, by_image, more, depth)}
     launch(
         _sampler_step,
         (tiles * images if by_image else tiles,),
@@ -379,6 +395,7 @@ def sampler_step(
         0 if slots is None else slots.stride(0),
         GUIDED=guided_output, VARIANCE=variance, NHWC=nhwc, DEPTH=depth,
         VECTOR=vector, TILE=tile, SWEEP=sweep, num_warps=warps,
+        **({} if isinstance(x, FunctionalTensor) else limit),  # torch.compile knows no such limit
     )  # fmt: skip
     if not direct:
         out.copy_(result)

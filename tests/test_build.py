@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("fastdiff", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-CLEAN = ("CXX", "FASTDIFF_CPU", "FASTDIFF_CUDA", "MAX_JOBS", "PYTHONPATH")
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from building import cuda  # noqa: E402
+from building.tools import CannotBuildError  # noqa: E402
+
+PARTS = (
+    "fastdiff",
+    "kernels",
+    "csrc",
+    "setup.py",
+    "MANIFEST.in",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
+CLEAN = (
+    "CUDA_HOME", "CXX", "FASTDIFF_CPU", "FASTDIFF_CUDA", "MAX_JOBS", "PYTHONPATH",
+    "TORCH_CUDA_ARCH_LIST",
+)  # fmt: skip
 PIP_WHEEL = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", ".")
 
 
@@ -40,7 +60,7 @@ def source(tmp_path):
     for part in PARTS:
         target = tmp_path / part
         if (ROOT / part).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.so", "_C.not_built")
+            ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.not_built")
             shutil.copytree(ROOT / part, target, ignore=ignored)
         else:
             shutil.copyfile(ROOT / part, target)
@@ -106,7 +126,10 @@ FORCED = {
         {"FASTDIFF_CPU": "1", "CXX": "no-such-compiler"},
         "FASTDIFF_CPU=1, but no C++ compiler found",
     ),
-    "cuda": ({"FASTDIFF_CUDA": "1"}, "FASTDIFF_CUDA=1, but this version has no CUDA part"),
+    "cuda with a torch for CPUs": (
+        {"FASTDIFF_CUDA": "1"},
+        f"FASTDIFF_CUDA=1, but torch {torch.__version__} is a build without CUDA",
+    ),
     "neither 0 nor 1": ({"FASTDIFF_CPU": "yes"}, "FASTDIFF_CPU is 'yes', wanted 0, 1 or unset"),
 }
 
@@ -117,6 +140,89 @@ def test_forced_and_impossible_is_an_error(source, environment, message) -> None
     assert done.returncode != 0
     assert message in done.stderr
     assert not list(source.rglob("*.so"))
+
+
+def test_what_was_left_out_has_its_reason_beside_the_package(source) -> None:
+    done = run(["setup.py", "build_ext", "--inplace"], source, FASTDIFF_CPU="0", FASTDIFF_CUDA="0")
+    assert done.returncode == 0
+    notes = {note.name: note.read_text() for note in (source / "fastdiff").glob("*.not_built")}
+    assert notes == {
+        "_C.not_built": "FASTDIFF_CPU=0 forbade it\n",
+        "_cuda.not_built": "FASTDIFF_CUDA=0 forbade it\n",
+    }
+    assert "without the CUDA extension" not in done.stderr  # it was asked for
+
+
+def test_a_source_distribution_can_build(source) -> None:
+    script = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+    done = run(["-c", script], source)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    for part in ("csrc", "kernels"):
+        sources = (path for path in (source / part).rglob("*") if path.is_file())
+        assert {path.relative_to(source).as_posix() for path in sources} <= names
+    assert "setup.py" in names
+
+
+CODES = frozenset({75, 80, 86, 90, 100, 103, 120})
+LISTED = {
+    "nothing": (None, "8.0;9.0;10.0+PTX"),
+    "semicolons": ("8.0;9.0+PTX", "8.0;9.0+PTX"),
+    "spaces": ("8.6 10.3", "8.6;10.3"),
+    "specific": ("9.0a", "9.0a"),
+    "some too old": ("7.0 7.5 8.0+PTX", "8.0+PTX"),
+}
+
+
+@pytest.mark.parametrize(("listed", "expected"), LISTED.values(), ids=LISTED)
+def test_the_devices_to_compile_for(listed, expected) -> None:
+    found = cuda.architectures(listed, CODES)
+    assert ";".join(map(cuda.capability, found)) == expected
+
+
+def test_by_default_the_devices_are_those_that_nvcc_knows() -> None:
+    found = cuda.architectures(None, frozenset({75, 80, 86, 90}))
+    assert list(map(cuda.capability, found)) == ["8.0", "9.0+PTX"]
+    flags = cuda.nvcc_flags(found)
+    assert "arch=compute_80,code=sm_80" in flags
+    assert "arch=compute_80,code=compute_80" not in flags
+    assert "arch=compute_90,code=compute_90" in flags
+
+
+UNLISTED = {
+    "a name": ("Hopper", "TORCH_CUDA_ARCH_LIST has 'Hopper', wanted compute capabilities like 8.0"),
+    "unknown": ("13.0", "nvcc does not compile for compute capability 13.0"),
+    "too old": ("7.0;7.5", "none of the compute capabilities '7.0;7.5' is 8.0 or newer"),
+}
+
+
+@pytest.mark.parametrize(("listed", "message"), UNLISTED.values(), ids=UNLISTED)
+def test_devices_that_cannot_be_compiled_for(listed, message) -> None:
+    with pytest.raises(CannotBuildError, match=re.escape(message)):
+        cuda.architectures(listed, CODES)
+
+
+NO_TOOLKIT = {
+    "none": ({"nvcc": None}, "nvcc was not found (tried nvcc, /usr/local/cuda/bin/nvcc)"),
+    "of another version": (
+        {"nvcc": "12.4"}, "nvcc is of CUDA 12.4, torch is built for CUDA 13.0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "message"), NO_TOOLKIT.values(), ids=NO_TOOLKIT)
+def test_a_torch_for_gpus_without_its_toolkit(monkeypatch, found, message) -> None:
+    def toolkit():
+        if found["nvcc"] is None:
+            raise CannotBuildError("nvcc was not found (tried nvcc, /usr/local/cuda/bin/nvcc)")
+        return cuda.Toolkit("nvcc", found["nvcc"], (), (), CODES)
+
+    monkeypatch.setattr(cuda, "torch_facts", lambda: {"version": "2.13.0+cu130", "cuda": "13.0"})
+    monkeypatch.setattr(cuda, "toolkit", toolkit)
+    with pytest.raises(CannotBuildError, match=re.escape(message)):
+        cuda.check()
 
 
 def test_a_stale_extension_is_not_packed(source, installed) -> None:

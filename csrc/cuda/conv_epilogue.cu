@@ -90,6 +90,20 @@ __device__ __forceinline__ void add_and_store(const ConvEpilogueArgs& a, int64_t
     }
 }
 
+// Those of a channel that rows hold. Its first sum goes over as many terms as there are rows, so
+// what it lost is found from the mean that it gave; the squares lack too little to matter.
+__device__ __forceinline__ Moments merge_rows(const RowMoments& held, int channel) {
+  Moments m = held.merge(channel);
+  const int pitch = held.rows | 1, plane = pitch * held.channels;
+  const float* means = held.shared + pitch * channel;
+  const float* counts = held.shared + 3 * plane;
+  float lost = 0;
+  for (int r = 0; r < held.rows; ++r)
+    lost += counts[r] * ((means[r] - m.mean) + (means[plane + r] - m.rest));
+  m.rest += lost / m.count;
+  return m;
+}
+
 __device__ __forceinline__ float* planes(const ConvEpilogueArgs& a, int64_t n, int64_t s) {
   return a.statistics + (n * a.spans + s) * 4 * a.channels;
 }
@@ -141,7 +155,8 @@ template <class T, int W, bool Statistics>
 __global__ void __launch_bounds__(kThreads, 2)
     channels_last_kernel(ConvEpilogueArgs a, int64_t length, unsigned tiles) {
   const int rows = static_cast<int>(blockDim.y), width = static_cast<int>(blockDim.x) * W;
-  const int64_t s = blockIdx.x / tiles, tile = static_cast<int64_t>(blockIdx.x % tiles) * width;
+  const unsigned s = blockIdx.x / tiles;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x % tiles) * width;
   const int64_t c = tile + threadIdx.x * W;
   const bool inside = c < a.channels;
   const Span span(s, length, a.pixels);
@@ -152,13 +167,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (inside) {
       float added[W];
       load_added<W, T>(a, n, c, added);
+      const int64_t stride = rows * a.channels;
+      int64_t at = (n * a.pixels + span.begin + threadIdx.y) * a.channels + c;
 #pragma unroll 1
       for (int64_t p = span.begin + threadIdx.y; p < span.end; p += kBatch * rows) {
         const int count = steps_before(p, rows, span.end);
         Pack<T, W> stored[kBatch];
-        add_and_store<W, T>(
-            a, (n * a.pixels + p) * a.channels + c, rows * a.channels, count,
-            [&](int e) { return added[e]; }, stored);
+        add_and_store<W, T>(a, at, stride, count, [&](int e) { return added[e]; }, stored);
+        at += kBatch * stride;
         if constexpr (Statistics) {
 #pragma unroll
           for (int e = 0; e < W; ++e) {
@@ -184,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2)
            k += threads)
         if (tile + k < a.channels)
           store_moments(planes(a, n, s), a.channels, tile + k,
-                        span.begin < span.end ? held.merge(k) : Moments{});
+                        span.begin < span.end ? merge_rows(held, k) : Moments{});
     }
   }
 }

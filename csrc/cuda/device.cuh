@@ -85,7 +85,10 @@ __device__ __forceinline__ void store(T* at, Pack<T, N> pack) {
   using Word = typename WordOf<sizeof(pack)>::type;
   Word word;
   memcpy(&word, &pack, sizeof(pack));
-  *reinterpret_cast<Word*>(at) = word;
+  if constexpr (sizeof(pack) > 4)
+    __stwb(reinterpret_cast<Word*>(at), word);
+  else
+    *reinterpret_cast<Word*>(at) = word;
 #endif
 }
 

@@ -1,7 +1,8 @@
-// average = lerp(average, parameter, 1 - decay) for a whole list of pairs, in one launch.
+// average = lerp(average, parameter, weight) for a whole list of pairs, in one launch.
 //
-// With w = 1 - decay, in float32: average + w (parameter - average) where |w| < 1/2, else
-// parameter - (parameter - average) (1 - w), as torch.lerp does, so that w = 1 gives the parameter.
+// In float32: average + weight (parameter - average) where |weight| < 1/2, else
+// parameter - (parameter - average) (1 - weight), as torch.lerp does, so that a weight of 0 leaves
+// the average and a weight of 1 gives the parameter.
 // Reads 2 S and writes 1 S for averages and parameters of S bytes each, which is the least there
 // is, and 24 bytes for each 4096 elements for the table, whose row tells a block its chunk: no
 // search, and thousands of small tensors cost what their bytes cost. A chunk whose two addresses
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) ema_update_kernel(EmaUpdateArgs args
   A* average = reinterpret_cast<A*>(load_one(row));
   const P* parameter = reinterpret_cast<const P*>(load_one(row + 1));
   const auto count = static_cast<int>(load_one(row + 2));
-  const float weight = 1 - load_one(args.decay);
+  const float weight = load_one(args.weight);
   const auto addresses =
       reinterpret_cast<uintptr_t>(average) | reinterpret_cast<uintptr_t>(parameter);
   const int whole = addresses % 16 == 0 ? count / V * V : 0;

@@ -28,7 +28,7 @@ struct EmaUpdateArgs {
   Dtype average, parameter;  // of all rows of the table
   int64_t chunks;            // rows of the table; none: nothing is launched
   const int64_t* table;      // on the device
-  const float* decay;        // one element on the device
+  const float* weight;       // one element on the device
 };
 
 // One launch for the whole list.

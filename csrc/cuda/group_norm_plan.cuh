@@ -13,7 +13,7 @@
 
 namespace fastdiff::cuda {
 
-constexpr int kEnoughBlocks = 128;     // about one for a multiprocessor
+constexpr int kEnoughBlocks = 128;              // about one for a multiprocessor
 constexpr int kTileChannels = 512;              // at most, in a tile that is kept on the chip
 constexpr int64_t kLargest = int64_t{1} << 30;  // what is counted in 32 bits
 constexpr int64_t kFewestBytes = 32;            // of a pixel in such a tile: a sector of memory

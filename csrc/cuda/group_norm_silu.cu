@@ -81,8 +81,6 @@ __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile
                                       int first) {
   constexpr int kBatch = kSlots * kPieces > 8 ? 1 : kSlots < 4 ? kSlots : 4;  // residuals ahead
   constexpr int kCount = Tile::kCoefficients;
-  const Joined<T> y{static_cast<T*>(a.y), nullptr, t.channels, 0};
-  const Joined<const T> residual{static_cast<const T*>(a.residual), nullptr, t.channels, 0};
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const Piece& piece = tile.pieces[i];
@@ -91,8 +89,8 @@ __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile
     read_floats<kGlobal>(center + (piece.channel - first), m);
     read_floats<kGlobal>(gain + (piece.channel - first), g);
     read_floats<kGlobal>(offset + (piece.channel - first), o);
-    const auto to = piece.in<Tile::kLast>(y, image, t.pixels);
-    const auto from = piece.in<Tile::kLast>(residual, image, t.pixels);
+    const auto to = piece.in<Tile::kLast>(static_cast<T*>(a.y), image, t);
+    const auto from = piece.in<Tile::kLast>(static_cast<const T*>(a.residual), image, t);
 #pragma unroll
     for (int batch = 0; batch < kSlots; batch += kBatch) {
       Pack<T, W> r[kBatch] = {};
@@ -104,15 +102,21 @@ __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile
       for (int k = 0; k < kBatch; ++k) {
         const int j = batch + k;
         if (j >= piece.count) continue;
-        Pack<T, W> out;
+        float v[W];
 #pragma unroll
         for (int e = 0; e < W; ++e) {
           const int c = Tile::kLast ? e : 0;
-          float v = (to_float(x[i][j].value[e]) - m[c]) * g[c] + o[c];
-          if (a.silu) v *= sigmoid(v);
-          if (a.residual) v += to_float(r[k].value[e]);
-          out.value[e] = from_float<T>(v);
+          v[e] = (to_float(x[i][j].value[e]) - m[c]) * g[c] + o[c];
         }
+        if (a.silu)
+#pragma unroll
+          for (int e = 0; e < W; ++e) v[e] *= sigmoid(v[e]);
+        if (a.residual)
+#pragma unroll
+          for (int e = 0; e < W; ++e) v[e] += to_float(r[k].value[e]);
+        Pack<T, W> out;
+#pragma unroll
+        for (int e = 0; e < W; ++e) out.value[e] = from_float<T>(v[e]);
         store(to.base + j * to.step, out);
       }
     }
@@ -294,7 +298,7 @@ __global__ void __launch_bounds__(kSplitThreads)
 
 // The third: the result. The last blocks of the first kernel come first.
 template <class T, int W, int kSlots, bool kLast>
-__global__ void __launch_bounds__(kSplitThreads)
+__global__ void __launch_bounds__(kSplitThreads, 2)
     apply(Args a, Tiling t, const float* coefficients) {
   using Tile = Tile<T, W, 1, kSlots, kLast>;
   const Part part(t, kLast, W, gridDim.x - 1 - blockIdx.x);

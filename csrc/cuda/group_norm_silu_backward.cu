@@ -42,11 +42,6 @@ __device__ __forceinline__ Joined<const T> inputs(const Args& a) {
   return {static_cast<const T*>(a.x), static_cast<const T*>(a.skip), a.channels, a.skip_channels};
 }
 
-template <class T>
-__device__ __forceinline__ Joined<const T> grads(const Args& a, const Tiling& t) {
-  return {static_cast<const T*>(a.grad), nullptr, t.channels, 0};
-}
-
 // grad s'(z), with s'(z) = s + z s (1 - s) for the sigmoid s.
 __device__ __forceinline__ float before_silu(float grad, float z, bool silu) {
   if (!silu) return grad;
@@ -163,7 +158,7 @@ __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile
 #pragma unroll
     for (int k = 0; k < kPlanes; ++k)
       read_floats<kGlobal>(planes + int64_t{k} * plane + (piece.channel - first), f[k]);
-    const auto to = piece.in<Tile::kLast>(dx, image, t.pixels);
+    const auto to = piece.in<Tile::kLast>(dx, image, t);
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
       if (j >= piece.count) continue;
@@ -198,7 +193,7 @@ __global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast>(2 * kPi
   const Tile tile(t, first, channels, 0, 0);
   typename Tile::Packs x, grad;
   tile.read(inputs<T>(a), image, t, x);
-  tile.read(grads<T>(a, t), image, t, grad);
+  tile.read(static_cast<const T*>(a.grad), image, t, grad);
 
   float* planes = dynamic_shared<float>();
   float* sums = planes + kPlanes * channels;
@@ -271,7 +266,7 @@ __global__ void __launch_bounds__(kSplitThreads, 2) take_sums(Args a, Tiling t, 
   const Tile tile(t, part.first, part.channels, part.piece, part.begin);
   typename Tile::Packs x, grad;
   tile.read(inputs<T>(a), part.image, t, x);
-  tile.read(grads<T>(a, t), part.image, t, grad);
+  tile.read(static_cast<const T*>(a.grad), part.image, t, grad);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   sums += part.image * t.spans * kSums * t.channels;
   if constexpr (kLast) {
@@ -374,7 +369,7 @@ __global__ void __launch_bounds__(kSplitThreads, 2)
   const Tile tile(t, part.first, part.channels, part.piece, part.begin);
   typename Tile::Packs x, grad;
   tile.read(inputs<T>(a), part.image, t, x);
-  tile.read(grads<T>(a, t), part.image, t, grad);
+  tile.read(static_cast<const T*>(a.grad), part.image, t, grad);
   write<true>(a, t, tile, part.image, x, grad, coefficients + part.image * kPlanes * t.channels,
               t.channels, 0);
 }

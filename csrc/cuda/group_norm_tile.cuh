@@ -52,15 +52,32 @@ struct Piece {
   int channel, pixel, step, count;
   int part;  // channels-first: which of the channel's pieces
 
+  // Its places in a tensor of all channels, and in two joined ones.
+  template <bool kLast, class T>
+  __device__ __forceinline__ Places<T, kLast> in(T* x, int64_t image, const Tiling& t) const {
+    return in<kLast>(x, image, t, t.channels, channel);
+  }
   template <bool kLast, class T>
   __device__ __forceinline__ Places<T, kLast> in(const Joined<T>& x, int64_t image,
-                                                 int64_t pixels) const {
+                                                 const Tiling& t) const {
     const bool second = channel >= x.first_channels;
-    const int64_t channels = second ? x.second_channels : x.first_channels;
-    const int64_t c = channel - (second ? x.first_channels : 0);
-    T* base = second ? x.second : x.first;
-    if constexpr (kLast) return {base + (image * pixels + pixel) * channels + c, step * channels};
-    return {base + (image * channels + c) * pixels + pixel, step};
+    T* from = second ? x.second : x.first;
+#ifndef FASTDIFF_EMULATE
+    __builtin_assume(__isGlobal(from));  // which the compiler loses sight of in the choice
+#endif
+    return in<kLast>(from, image, t, second ? x.second_channels : x.first_channels,
+                     channel - (second ? x.first_channels : 0));
+  }
+
+ private:
+  template <bool kLast, class T>
+  __device__ __forceinline__ Places<T, kLast> in(T* x, int64_t image, const Tiling& t,
+                                                 int64_t channels, int64_t c) const {
+    if constexpr (kLast) {
+      return {x + (image * t.pixels + pixel) * channels + c, step * channels};
+    } else {
+      return {x + (image * channels + c) * t.pixels + pixel, step};
+    }
   }
 };
 
@@ -153,11 +170,13 @@ struct Tile {
     return piece(run).count * (kLast ? 1 : W);
   }
 
-  __device__ __forceinline__ void read(const Joined<const T>& x, int64_t image, const Tiling& t,
+  // x is two tensors joined, or one of all channels.
+  template <class X>
+  __device__ __forceinline__ void read(const X& x, int64_t image, const Tiling& t,
                                        Packs& packs) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const auto at = pieces[i].template in<kLast>(x, image, t.pixels);
+      const auto at = pieces[i].template in<kLast>(x, image, t);
 #pragma unroll
       for (int j = 0; j < kSlots; ++j) {
         packs[i][j] = {};

@@ -2,8 +2,8 @@
 //
 // out [N, image] contiguous. Writes S for noise of S bytes, which is the least there is, and reads
 // two numbers an image. A thread computes as many values as a 16-byte store holds, one counter for
-// each four, so nothing is computed twice. Bound by arithmetic in float16 and bfloat16 (about 35
-// instructions a value), near the memory's limit in float32.
+// each four, so nothing is computed twice; a value takes about 55 instructions, so that arithmetic
+// is as likely a limit as the memory.
 #include "cuda/access.cuh"
 #include "cuda/philox.cuh"
 #include "cuda/philox_normal.h"

@@ -11,8 +11,8 @@
 // Bytes: reads x, m (m_u and m_c), v, z and the slots with a coefficient once, and writes x' and
 // the slot. Of images of L bytes: 3 L, guided 4 L, and 1 L for each of v and z where they have a
 // coefficient, and 4 bytes an element for each slot read or written. That is the least there is.
-// What images as a whole need (sampler_step_image.cu) comes on top where the row asks for it. Noise
-// from a seed is drawn in registers or shared memory and never goes to memory.
+// Each block reads the row, too. What images as a whole need (sampler_step_image.cu) comes on top
+// where the row asks for it. Noise from a seed is drawn on the chip and never goes to memory.
 //
 // Why so: everything that depends on the row is decided here, by branches that all threads of the
 // launch take alike, so that the host never waits for a step that the device counts. The first
@@ -38,8 +38,7 @@ constexpr int64_t kManyPacks = 65536;
 //
 // If 4 divides the pixels, a counter's values are of one channel and pixels 4 g .. 4 g + 3, which
 // lie C elements apart: where the range holds that many, each counter is drawn once, and gives what
-// of it lies in the range.
-// streams[n - first_image] is that of image n.
+// of it lies in the range. streams[n - first_image] is that of image n.
 __device__ __forceinline__ void draw_shared(const SamplerStepArgs& a, const PhiloxStream* streams,
                                             int64_t first_image, int64_t first, int64_t end,
                                             float* z) {

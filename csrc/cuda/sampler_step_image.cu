@@ -6,14 +6,14 @@
 // Layout: as in sampler_step.cu; factor and s of an image stand side by side in the workspace.
 //
 // Bytes: of an image of L bytes, guided ones in brackets: nothing where the row asks for neither,
-// (2 L) for the factor, and 3 x 2 L (3 L) for the quantile; 4 or 8 bytes are written. Ideal would
-// be one reading, 2 L (3 L): an image of a few thousand elements is read again from the cache.
+// (2 L) for the factor, and 3 times 2 L (3 L) for the quantile; 4 or 8 bytes are written. Ideal
+// would be one reading, 2 L (3 L): a small image is read again from the nearest cache.
 //
 // Why so: one block an image, since a block can wait for itself and so needs one launch for any
-// number of sweeps. Only few rows ask for this, but every step pays for the launch: it is one, of
-// few blocks, which read the row and leave. The step itself may write over x, so it cannot be where
-// other blocks still read x for their statistics. That makes a large image slow, about 10 us a
-// sweep of a megabyte, which is still little beside the network that such an image went through.
+// number of sweeps. Few rows ask for this, but every step pays for the launch: it is one, of few
+// blocks, which read the row and leave. The step itself may write over x, so it cannot be where
+// other blocks still read x for their statistics. The price is that one processor alone reads an
+// image, however large, where a row does ask.
 //
 // Deviations are summed a pack at a time and combined by the formula of Chan et al. (1979), all
 // less the image's first value: no digits are lost to a mean, and a constant image deviates by

@@ -33,7 +33,8 @@ class Case(NamedTuple):
         unit: S, bytes of one activation.
         split: bytes more that it may move where it takes more than two launches.
         cached: bytes more that a CUDA kernel may ask the cache for, channels-last, by reading
-            parameters of channels with each vector of the activation.
+            parameters of channels with each vector of the activation; where there is a ``split``,
+            only then.
         addresses: it puts the addresses of its tensors into a table, so they are never on meta.
     """
 
@@ -118,6 +119,15 @@ def cases(
                         yield case, source
 
 
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+
+
 def _case(
     operation: str,
     shape: Sequence[int],
@@ -156,21 +166,21 @@ def _case(
 
 
 def _group_norm_silu(shapes: Shapes, kind: Kind) -> Iterator[Case]:
-    name = "group_norm_silu"
+    name, planes = "group_norm_silu", 12 / kind[0].itemsize  # 3 coefficients a channel, float32
     for shape in shapes.features:
-        n, c, h, w = shape
 
         def plain(s: Source, shape: Any = shape) -> Sequence[Any]:
-            x, w, b = s.image(*shape), s.values(shape[1]), s.values(shape[1])
-            return x, 32, w, b, 1e-5, None, None, None, None, True, None, None
+            x, weight, bias = s.image(*shape), s.values(shape[1]), s.values(shape[1])
+            return x, 32, weight, bias, 1e-5, None, None, None, None, True, None, None
 
         def full(s: Source, shape: Any = shape) -> Sequence[Any]:
             x, residual, (n, c) = s.image(*shape), s.image(*shape), shape[:2]
-            w, b, add, scale, shift = s.values(c), s.values(c), *(s.values(n, c) for _ in "asb")
-            return x, 32, w, b, 1e-5, add, scale, shift, residual, True, None, None
+            weight, bias, more = s.values(c), s.values(c), [s.values(n, c) for _ in range(3)]
+            return x, 32, weight, bias, 1e-5, *more, residual, True, None, None
 
-        yield _case(name, shape, kind, plain, 2, split=1)
-        yield _case(name, shape, kind, full, 3, "add, scale, shift, residual", split=1)
+        options = "add, scale, shift, residual"
+        yield _case(name, shape, kind, plain, 2, split=1, cached=planes)
+        yield _case(name, shape, kind, full, 3, options, split=1, cached=planes)
 
     for shape in shapes.features[-2:]:
         n, c, h, w = shape
@@ -189,13 +199,13 @@ def _group_norm_silu(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             return x, 32, weight, bias, 1e-5, None, None, None, None, True, None, statistics
 
         half = n * c * h * w // 2
-        yield _case(name, shape, kind, skip, 2, "skip", activation=half, split=1)
-        yield _case(name, shape, kind, given, 2, "statistics")
+        yield _case(name, shape, kind, skip, 2, "skip", activation=half, split=1, cached=planes)
+        yield _case(name, shape, kind, given, 2, "statistics", cached=planes)
 
 
 def _group_norm_silu_backward(shapes: Shapes, kind: Kind) -> Iterator[Case]:
-    name = "group_norm_silu_backward"
-    wide = torch.float64
+    name, wide = "group_norm_silu_backward", torch.float64
+    planes = 10 / kind[0].itemsize  # 5 coefficients a channel, float32, for each second vector
     for shape in shapes.features:
 
         def plain(s: Source, shape: Any = shape) -> Sequence[Any]:
@@ -208,8 +218,8 @@ def _group_norm_silu_backward(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             more = [s.values(*shape[:2]) for _ in range(3)]
             return grad, x, mean, rstd, 32, weight, bias, *more, True, None
 
-        yield _case(name, shape, kind, plain, 3, split=2)
-        yield _case(name, shape, kind, full, 3, "add, scale, shift", split=2)
+        yield _case(name, shape, kind, plain, 3, split=2, cached=planes)
+        yield _case(name, shape, kind, full, 3, "add, scale, shift", split=2, cached=planes)
 
     for shape in shapes.features[-2:]:
         n, c, h, w = shape
@@ -221,7 +231,7 @@ def _group_norm_silu_backward(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             return grad, x, mean, rstd, 32, weight, bias, None, None, None, True, other
 
         half = n * c * h * w // 2
-        yield _case(name, shape, kind, skip, 3, "skip", activation=half, split=2)
+        yield _case(name, shape, kind, skip, 3, "skip", activation=half, split=2, cached=planes)
 
 
 def _add_time_embedding(shapes: Shapes, kind: Kind) -> Iterator[Case]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastdiff.kernels.audit.occupancy import occupancy
@@ -54,48 +54,84 @@ class Measured:
         return f"{self.language} {self.operation} {self.kernel} sm_{self.arch}"
 
 
+@dataclass(frozen=True)
 class Exemption:
-    """Why a kernel has no wide loads, no wide stores or neither."""
+    """Why not all of a kernel's accesses are 128 bits wide, though tensors are aligned.
 
-    def __init__(self, reason: str, loads: bool = True, stores: bool = True):
-        self.reason, self.loads, self.stores = reason, loads, stores
+    Attributes:
+        reason: why.
+        loads, stores: whether there need be no wide ones.
+        tails: whether there are narrow ones beside the wide ones (Triton).
+    """
+
+    reason: str
+    loads: bool = False
+    stores: bool = False
+    tails: bool = False
 
 
-PARAMETERS = Exemption("works on statistics and parameters, no activation")
-SUMS = Exemption("writes sums of channels, no activation", loads=False)
-FILLS = Exemption("reads seeds, no activation", stores=False)
+PARAMETERS = Exemption("works on statistics and parameters, no activation", loads=True, stores=True)
+SUMS = Exemption("writes sums over pixels, no activation", stores=True)
+FILLS = Exemption("reads seeds, no activation", loads=True)
 
-# A kernel that touches no activation in one direction or both has to be here, by language,
-# operation and name.
-EXEMPTIONS: dict[tuple[str, str, str], Exemption] = {}
+UNALIGNED = Exemption(
+    "serves tensors that are not aligned, and has a wide sibling", loads=True, stores=True
+)
+
+# By language, operation and name. A Triton kernel that touches no activation has to be here, and so
+# has a CUDA kernel whose widest load or store is narrow.
+EXEMPTIONS = {
+    ("triton", "group_norm_silu", "_combine"): PARAMETERS,
+    ("triton", "group_norm_silu_backward", "_combine"): PARAMETERS,
+    ("triton", "group_norm_silu_backward", "_parameters"): PARAMETERS,
+    ("triton", "ema_update", "_ema_update"): Exemption(
+        "a tensor's last elements, fewer than 16, move one by one", tails=True
+    ),
+    ("cuda", "group_norm_silu", "combine"): PARAMETERS,
+    ("cuda", "group_norm_silu", "take_statistics"): SUMS,
+    ("cuda", "group_norm_silu_backward", "combine"): PARAMETERS,
+    ("cuda", "group_norm_silu_backward", "sum_images"): PARAMETERS,
+    ("cuda", "group_norm_silu_backward", "take_sums"): SUMS,
+    ("cuda", "philox_normal", "philox_normal_kernel"): FILLS,
+    ("cuda", "q_sample", "from_seed_pixels_kernel"): UNALIGNED,
+    ("cuda", "upsample_nearest2x", "channels_first_narrow_kernel"): UNALIGNED,
+}
+NONE = Exemption("")
+
+
+def exemption(language: str, operation: str, kernel: str) -> Exemption:
+    """What a kernel is exempt from."""
+    return EXEMPTIONS.get((language, operation, kernel), NONE)
 
 
 def problems(found: Sequence[Measured]) -> list[str]:
     """What is wrong: registers that spill, activations that move in less than 128 bits."""
-    return [*_spills(found), *_narrow_in_triton(found), *_narrow_in_cuda(found)]
-
-
-def _spills(found: Iterable[Measured]) -> Iterable[str]:
+    groups: dict[str, list[str]] = {}
     for one in found:
-        if one.stack or one.spills:
-            yield (
-                f"{one.who} ({one.configuration}): {one.stack} bytes of local memory, "
-                f"{one.spills} accesses to it"
-            )
+        for problem in (*_spills(one), *_narrow_in_triton(one)):
+            groups.setdefault(f"{one.who}: {problem}", []).append(one.configuration)
+    several = (
+        f"{problem} ({where[0]}{f', and {len(where) - 1} more' if where[1:] else ''})"
+        for problem, where in groups.items()
+    )
+    return [*several, *_narrow_in_cuda(found)]
 
 
-def _narrow_in_triton(found: Iterable[Measured]) -> Iterable[str]:
-    for one in found:
-        if one.language != "triton":
-            continue
-        for name in one.narrow:
-            yield f"{one.who} ({one.configuration}): {name} bits"
-        exempt = EXEMPTIONS.get((one.language, one.operation, one.kernel))
-        if not one.load and not one.store and not (exempt and exempt.loads and exempt.stores):
-            yield f"{one.who} ({one.configuration}): touches no activation, and is not exempt"
+def _spills(one: Measured) -> Iterator[str]:
+    if one.stack or one.spills:
+        yield f"{one.stack} bytes of local memory, {one.spills} accesses to it"
 
 
-def _narrow_in_cuda(found: Iterable[Measured]) -> Iterable[str]:
+def _narrow_in_triton(one: Measured) -> Iterator[str]:
+    for name in one.narrow:
+        yield f"{name} bits"
+    exempt = exemption(one.language, one.operation, one.kernel)
+    touches = one.language != "triton" or one.load or one.store
+    if not touches and not (exempt.loads and exempt.stores):
+        yield "touches no activation, and is not exempt"
+
+
+def _narrow_in_cuda(found: Sequence[Measured]) -> Iterator[str]:
     """A kernel is there in every width, a number among its arguments: the widest one counts."""
     widest: dict[tuple[str, ...], tuple[Measured, int, int]] = {}
     for one in found:
@@ -105,10 +141,10 @@ def _narrow_in_cuda(found: Iterable[Measured]) -> Iterable[str]:
             _, load, store = widest.get(key, (one, 0, 0))
             widest[key] = one, max(load, one.load), max(store, one.store)
     for (who, *kinds), (one, load, store) in widest.items():
-        exempt = EXEMPTIONS.get((one.language, one.operation, one.kernel))
+        exempt = exemption(one.language, one.operation, one.kernel)
         for what, width, fine in (
-            ("load", load, exempt and exempt.loads),
-            ("store", store, exempt and exempt.stores),
+            ("load", load, exempt.loads),
+            ("store", store, exempt.stores),
         ):
             if width < WIDE and not fine:
                 yield f"{who} <{', '.join(kinds)}>: its widest {what} has {width} bits"

@@ -1,11 +1,13 @@
 """Counts the bytes that the kernels read and write, and compares them with the least there is.
 
 Triton's kernels are run by its interpreter, in a process of its own where TRITON_INTERPRET=1. A
-load or a store counts the elements that its mask lets through, and an element that one load names
-several times once: neighbouring lanes get it in one access. The CUDA kernels are run by the tests'
-emulation (tests/emulation), where each thread's access counts by itself. There only those 128 bits
-wide are counted, which is how activations move. Channels-last, per-channel parameters do too, once
-for each vector of the activation; those reads end in the cache, and Case.cached allows for them.
+load or a store counts the elements that its mask lets through: of an activation each time, of
+anything else once a launch, for what many programs read of parameters comes from the cache.
+
+The CUDA kernels are run by the tests' emulation (tests/emulation), where each thread's access
+counts by itself. There only those 128 bits wide are counted, which is how activations move.
+Channels-last, parameters of channels do too, once for each vector of the activation; they come from
+the cache as well, and Case.cached allows for them.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.kernels.audit.cases import COUNTED, Case, Source, cases
+from fastdiff.kernels.audit.cases import COUNTED, Case, Source, cases, tensors
 from fastdiff.kernels.audit.sass import NotCheckedError
 
 EMULATION = Path(__file__).resolve().parents[2] / "tests" / "emulation"
@@ -59,66 +61,93 @@ class Traffic:
         )
 
 
-def count(
-    language: str, case: Case, source: Source, kernel: Callable[..., Any], counter: Any
-) -> Traffic:
-    """Run one case. ``counter()`` is a context that yields [bytes read, written, launches]."""
-    from fastdiff.kernels.audit.triton_kernels import tensors
+# Bytes read, bytes written and launches, given where the activations lie: [begin, end) each.
+Moved = Callable[[Sequence[tuple[int, int]]], tuple[int, int, int]]
 
+
+def count(
+    language: str,
+    case: Case,
+    source: Source,
+    kernel: Callable[..., Any],
+    counter: Callable[[], AbstractContextManager[Moved]],
+) -> Traffic:
+    """Run one case and count what it moves."""
     torch.manual_seed(0)
     args = case.make(source)
     with counter() as moved:
         results = kernel(*args)
-    read, written, launches = moved
-    parameters = sum(
-        value.numel() * value.itemsize
-        for value in tensors((args, results))
-        if value.numel() < case.activation
+    own = {value.data_ptr(): value for value in tensors((args, results))}
+    activations = [value for value in own.values() if value.numel() >= case.activation]
+    read, written, launches = moved(
+        [(value.data_ptr(), value.data_ptr() + value.nbytes) for value in activations]
     )
+    parameters = sum(value.nbytes for value in own.values() if value.numel() < case.activation)
     return Traffic(
         language=language,
         operation=case.operation,
         case=case.name,
         read=read,
         written=written,
-        least=case.ideal
-        + parameters
-        + (case.split if launches > 2 else 0)
-        + (case.cached if language == "cuda" else 0),
+        least=case.ideal + parameters + _more(language, case, launches),
         unit=case.unit,
         launches=launches,
     )
 
 
+def _more(language: str, case: Case, launches: int) -> int:
+    """What a case may move beyond its ideal, for the launches that it took."""
+    on_chip = launches <= 2 and case.split
+    return (0 if on_chip or language != "cuda" else case.cached) + (
+        case.split if launches > 2 else 0
+    )
+
+
 @contextmanager
-def interpreted() -> Iterator[list[int]]:
-    """Counts what Triton's interpreter reads, writes and launches, within the block."""
+def interpreted() -> Iterator[Moved]:
+    """Counts what Triton's interpreter reads, writes and launches within the block."""
     import numpy as np
     from triton.runtime import interpreter
 
-    moved = [0, 0, 0]
+    accesses: list[tuple[str, int, Any, int]] = []
+    launches = 0
     builder = type(interpreter.interpreter_builder)
     load, store = builder.create_masked_load, builder.create_masked_store
     call = interpreter.GridExecutor.__call__
 
-    def size(pointers: Any, mask: Any) -> int:
+    def note(kind: str, pointers: Any, mask: Any) -> None:
         named = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
-        return np.unique(named).size * pointers.get_element_ty().primitive_bitwidth // 8
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        accesses.append((kind, launches, np.unique(named), size))
 
-    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
-        moved[0] += size(pointers, mask)
+    def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
+        note("read", pointers, mask)
         return load(self, pointers, mask, *rest, **more)
 
-    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        moved[1] += size(pointers, mask)
+    def noted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note("written", pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
-    def counted_call(self: Any, *args: Any, **more: Any) -> Any:
-        moved[2] += 1
+    def noted_call(self: Any, *args: Any, **more: Any) -> Any:
+        nonlocal launches
+        launches += 1
         return call(self, *args, **more)
 
-    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
-    interpreter.GridExecutor.__call__ = counted_call
+    def moved(activations: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+        total = {"read": 0, "written": 0}
+        once: dict[tuple[str, int, int], list[Any]] = {}
+        for kind, launch, addresses, size in accesses:
+            inside = np.zeros(addresses.shape, bool)
+            for begin, end in activations:
+                inside |= (addresses >= begin) & (addresses < end)
+            total[kind] += int(inside.sum()) * size
+            once.setdefault((kind, launch, size), []).append(addresses[~inside])
+        for (kind, _, size), addresses in once.items():
+            total[kind] += np.unique(np.concatenate(addresses)).size * size
+        return total["read"], total["written"], launches
+
+    builder.create_masked_load, builder.create_masked_store = noted_load, noted_store
+    interpreter.GridExecutor.__call__ = noted_call
     try:
         yield moved
     finally:
@@ -145,12 +174,14 @@ def cuda_traffic(operations: Sequence[str] | None) -> Iterator[Traffic]:
         raise NotCheckedError(f"the emulation cannot be built: {reason}") from None
 
     @contextmanager
-    def counter() -> Iterator[list[int]]:
-        moved = [0, 0, 0]
-        with emulated.traffic() as found:
-            yield moved
+    def counter() -> Iterator[Moved]:
         wide = max(emulated.WIDTHS)
-        moved[:] = found.reads.get(wide, 0) * wide, found.writes.get(wide, 0) * wide, found.launches
+        with emulated.traffic() as found:
+            yield lambda _: (
+                found.reads.get(wide, 0) * wide,
+                found.writes.get(wide, 0) * wide,
+                found.launches,
+            )
 
     for case, source in cases(COUNTED, operations, "cpu"):
         yield count("cuda", case, source, getattr(kernels, case.operation), counter)

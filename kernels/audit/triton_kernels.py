@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.audit.cases import Case, Source
-from fastdiff.kernels.audit.measured import WIDE, Measured
+from fastdiff.kernels.audit.cases import Case, Source, tensors
+from fastdiff.kernels.audit.measured import WIDE, Measured, exemption
 from fastdiff.kernels.audit.sass import NotCheckedError
 
 
@@ -76,15 +76,6 @@ def _launches(case: Case, source: Source) -> Iterator[tuple[Any, Any, Any, tuple
 def storage(tensor: Tensor) -> int:
     """What two tensors have in common that share memory."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested sequences."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
 
 
 def _compilation(
@@ -174,6 +165,15 @@ def measure(todo: Compilation) -> Measured:
     activations = {
         name: found for name, found in arguments.items() if name in (*todo.activations, "unknown")
     }
+    worst = max if exemption("triton", todo.operation, todo.kernel).tails else min
+    load, store = (
+        # The machine code cannot have widened what the PTX has.
+        min(worst(widths, default=0), max(in_machine_code, default=0))
+        for widths, in_machine_code in (
+            (set().union(*(found.loads for found in activations.values())), code.loads),
+            (set().union(*(found.stores for found in activations.values())), code.stores),
+        )
+    )
     return Measured(
         language="triton",
         operation=todo.operation,
@@ -185,21 +185,15 @@ def measure(todo: Compilation) -> Measured:
         shared=code.shared + compiled.metadata.shared,
         stack=code.stack,
         spills=code.spills,
-        load=_narrowest((found.loads for found in activations.values()), code.loads),
-        store=_narrowest((found.stores for found in activations.values()), code.stores),
+        load=load,
+        store=store,
         narrow=tuple(
-            f"{what} of {name}: {min(widths)}"
+            f"{what} of {name}: {worst(widths)}"
             for name, found in activations.items()
             for what, widths in (("load", found.loads), ("store", found.stores))
-            if widths and min(widths) < WIDE
+            if widths and worst(widths) < WIDE
         ),
     )
-
-
-def _narrowest(of_activations: Iterable[set[int]], in_machine_code: dict[int, int]) -> int:
-    """The narrowest of the accesses in the PTX, which the machine code cannot have widened."""
-    found = set().union(*of_activations)
-    return min(min(found), max(in_machine_code, default=0)) if found else 0
 
 
 def refuse_the_interpreter() -> None:

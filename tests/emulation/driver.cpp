@@ -122,14 +122,19 @@ class Memory {
 
 int failures = 0;
 
-// Runs a case in the forms: all layouts in every dtype, and one off alignment in one of them.
+const std::vector<Form> kOne{{Dtype::Float32, false, 0}};
+// Forms that differ in everything from one to the next.
+const std::vector<Form> kFew{{Dtype::Float32, false, 0},
+                             {Dtype::BFloat16, true, 0},
+                             {Dtype::BFloat16, false, 1},
+                             {Dtype::Float32, true, 1}};
+const std::vector<Form> kMany{{Dtype::Float32, false, 0},  {Dtype::Float32, true, 0},
+                              {Dtype::BFloat16, false, 0}, {Dtype::BFloat16, true, 0},
+                              {Dtype::Float16, false, 0},  {Dtype::BFloat16, false, 1},
+                              {Dtype::BFloat16, true, 1}};
+
 template <class F>
-void in_forms(const std::string& name, F run) {
-  std::vector<Form> forms;
-  for (const bool last : {false, true}) {
-    for (const Dtype dtype : kDtypes) forms.push_back({dtype, last, 0});
-    forms.push_back({Dtype::BFloat16, last, 1});
-  }
+void in_forms(const std::string& name, F run, const std::vector<Form>& forms = kMany) {
   for (const Form& form : forms) {
     Memory memory(form);
     run(form, memory);
@@ -225,115 +230,125 @@ void group_norm_silu() {
                         Norm{1, 520, 0, 8, 1, true, false}, Norm{1, 515, 0, 3, 1, false, false},
                         Norm{2, 16, 0, 16, 4, true, true}, Norm{1, 16, 8, 16, 3, true, false},
                         Norm{1, 520, 8, 8, 1, false, false}})
-    in_forms("group_norm_silu", [&](Form form, Memory& m) {
-      const int64_t c = s.c + s.skip, all = s.n * c * s.pixels;
-      const auto maybe = [&](int64_t count) { return s.all_inputs ? m.values(count) : nullptr; };
-      const void *x = m.values(s.n * s.c * s.pixels),
-                 *skip = s.skip ? m.values(s.n * s.skip * s.pixels) : nullptr, *weight = maybe(c),
-                 *bias = maybe(c), *add = maybe(s.n * c), *scale = maybe(s.n * c),
-                 *shift = maybe(s.n * c), *residual = maybe(all);
-      std::vector<float> statistics;
-      for (int64_t i = 0; s.statistics && i < s.n * 4 * c; ++i)
-        statistics.push_back(i / c % 4 == 0   ? static_cast<float>(s.pixels)
-                             : i / c % 4 == 3 ? 5.0f
-                                              : 0.0f);
-      std::vector<double> mean(s.n * s.groups), rstd(s.n * s.groups);
-      GroupNormSiluArgs args{form.dtype,
-                             form.channels_last,
-                             s.all_inputs,
-                             s.n,
-                             s.c,
-                             s.skip,
-                             s.pixels,
-                             s.groups,
-                             1e-5,
-                             x,
-                             skip,
-                             weight,
-                             bias,
-                             add,
-                             scale,
-                             shift,
-                             residual,
-                             s.statistics ? m.floats(statistics) : nullptr,
-                             s.statistics ? 1 : 0,
-                             nullptr,
-                             m.result(all),
-                             mean.data(),
-                             rstd.data()};
-      args.workspace = m.workspace(group_norm_silu_workspace(args));
-      group_norm_silu_cuda(args, kStream);
-      GroupNormSiluBackwardArgs back{form.dtype,
-                                     form.channels_last,
-                                     s.all_inputs,
-                                     s.n,
-                                     s.c,
-                                     s.skip,
-                                     s.pixels,
-                                     s.groups,
-                                     m.values(all),
-                                     x,
-                                     skip,
-                                     mean.data(),
-                                     rstd.data(),
-                                     weight,
-                                     bias,
-                                     add,
-                                     scale,
-                                     shift,
-                                     nullptr,
-                                     m.result(s.n * s.c * s.pixels),
-                                     s.skip ? m.result(s.n * s.skip * s.pixels) : nullptr,
-                                     m.result(c),
-                                     m.result(c),
-                                     m.result(s.n * c),
-                                     m.result(s.n * c),
-                                     m.result(s.n * c)};
-      back.workspace = m.workspace(group_norm_silu_backward_workspace(back));
-      group_norm_silu_backward_cuda(back, kStream);
-    });
+    in_forms(
+        "group_norm_silu",
+        [&](Form form, Memory& m) {
+          const int64_t c = s.c + s.skip, all = s.n * c * s.pixels;
+          const auto maybe = [&](int64_t count) {
+            return s.all_inputs ? m.values(count) : nullptr;
+          };
+          const void *x = m.values(s.n * s.c * s.pixels),
+                     *skip = s.skip ? m.values(s.n * s.skip * s.pixels) : nullptr,
+                     *weight = maybe(c), *bias = maybe(c), *add = maybe(s.n * c),
+                     *scale = maybe(s.n * c), *shift = maybe(s.n * c), *residual = maybe(all);
+          std::vector<float> statistics;
+          for (int64_t i = 0; s.statistics && i < s.n * 4 * c; ++i)
+            statistics.push_back(i / c % 4 == 0   ? static_cast<float>(s.pixels)
+                                 : i / c % 4 == 3 ? 5.0f
+                                                  : 0.0f);
+          std::vector<double> mean(s.n * s.groups), rstd(s.n * s.groups);
+          GroupNormSiluArgs args{form.dtype,
+                                 form.channels_last,
+                                 s.all_inputs,
+                                 s.n,
+                                 s.c,
+                                 s.skip,
+                                 s.pixels,
+                                 s.groups,
+                                 1e-5,
+                                 x,
+                                 skip,
+                                 weight,
+                                 bias,
+                                 add,
+                                 scale,
+                                 shift,
+                                 residual,
+                                 s.statistics ? m.floats(statistics) : nullptr,
+                                 s.statistics ? 1 : 0,
+                                 nullptr,
+                                 m.result(all),
+                                 mean.data(),
+                                 rstd.data()};
+          args.workspace = m.workspace(group_norm_silu_workspace(args));
+          group_norm_silu_cuda(args, kStream);
+          GroupNormSiluBackwardArgs back{form.dtype,
+                                         form.channels_last,
+                                         s.all_inputs,
+                                         s.n,
+                                         s.c,
+                                         s.skip,
+                                         s.pixels,
+                                         s.groups,
+                                         m.values(all),
+                                         x,
+                                         skip,
+                                         mean.data(),
+                                         rstd.data(),
+                                         weight,
+                                         bias,
+                                         add,
+                                         scale,
+                                         shift,
+                                         nullptr,
+                                         m.result(s.n * s.c * s.pixels),
+                                         s.skip ? m.result(s.n * s.skip * s.pixels) : nullptr,
+                                         m.result(c),
+                                         m.result(c),
+                                         m.result(s.n * c),
+                                         m.result(s.n * c),
+                                         m.result(s.n * c)};
+          back.workspace = m.workspace(group_norm_silu_backward_workspace(back));
+          group_norm_silu_backward_cuda(back, kStream);
+        },
+        s.c < 100 ? kMany : kFew);
 }
 
 void sampler_step() {
   struct Case {
     bool guided, has_variance, noise, seed, per_image;
     int depth;
-    int64_t channels, pixels;
+    int64_t channels, pixels, images = 2;
   };
   for (const Case& s : {Case{false, false, false, false, false, 0, 4, 16},
                         Case{true, false, false, true, true, 2, 4, 16},
                         Case{false, true, true, false, true, 1, 8, 8},
-                        Case{true, true, false, true, false, 1, 3, 7}})
-    in_forms("sampler_step", [&](Form form, Memory& m) {
-      const int64_t n = 2, all = n * s.channels * s.pixels;
-      std::vector<float> row(kSamplerColumns + s.depth, .3f);
-      row[kGuidance] = 2;
-      row[kRescale] = s.per_image && s.guided ? .5f : 0;
-      row[kClipMin] = -1, row[kClipMax] = 1.5f;
-      row[kQuantile] = s.per_image ? .9f : 0;
-      row[kSlot] = s.depth ? 0 : -1;
-      std::vector<float> history(s.depth * all, .25f);
-      SamplerStepArgs args{};
-      args.dtype = form.dtype;
-      args.images = n, args.channels = s.channels, args.pixels = s.pixels;
-      args.channels_last = form.channels_last;
-      args.guided = s.guided, args.has_variance = s.has_variance;
-      args.x = m.values(all);
-      args.model_out = m.values(all * (s.guided ? 2 : 1) * (s.has_variance ? 2 : 1));
-      args.noise = s.noise ? m.values(all) : nullptr;
-      args.seed = s.seed ? m.integers({5, 0, 5, 1}) : nullptr;
-      args.out = m.result(all);
-      args.table = m.floats(row);
-      args.rows = 1;
-      args.row_stride = static_cast<int64_t>(row.size());
-      args.column_stride = 1;
-      args.step = m.integers({0});
-      args.history = s.depth ? m.floats(history) : nullptr;
-      args.depth = s.depth;
-      args.slot_stride = all;
-      args.workspace = m.workspace(sampler_step_workspace(args));
-      sampler_step_cuda(args, kStream);
-    });
+                        Case{true, true, false, true, false, 1, 3, 7},
+                        // More images than blocks take one each.
+                        Case{false, false, false, false, true, 0, 1, 2, 265}})
+    in_forms(
+        "sampler_step",
+        [&](Form form, Memory& m) {
+          const int64_t n = s.images, all = n * s.channels * s.pixels;
+          std::vector<float> row(kSamplerColumns + s.depth, .3f);
+          row[kGuidance] = 2;
+          row[kRescale] = s.per_image && s.guided ? .5f : 0;
+          row[kClipMin] = -1, row[kClipMax] = 1.5f;
+          row[kQuantile] = s.per_image ? .9f : 0;
+          row[kSlot] = s.depth ? 0 : -1;
+          std::vector<float> history(s.depth * all, .25f);
+          SamplerStepArgs args{};
+          args.dtype = form.dtype;
+          args.images = n, args.channels = s.channels, args.pixels = s.pixels;
+          args.channels_last = form.channels_last;
+          args.guided = s.guided, args.has_variance = s.has_variance;
+          args.x = m.values(all);
+          args.model_out = m.values(all * (s.guided ? 2 : 1) * (s.has_variance ? 2 : 1));
+          args.noise = s.noise ? m.values(all) : nullptr;
+          args.seed = s.seed ? m.integers({5, 0, 5, 1}) : nullptr;
+          args.out = m.result(all);
+          args.table = m.floats(row);
+          args.rows = 1;
+          args.row_stride = static_cast<int64_t>(row.size());
+          args.column_stride = 1;
+          args.step = m.integers({0});
+          args.history = s.depth ? m.floats(history) : nullptr;
+          args.depth = s.depth;
+          args.slot_stride = all;
+          args.workspace = m.workspace(sampler_step_workspace(args));
+          sampler_step_cuda(args, kStream);
+        },
+        s.images == 2 ? kMany : kOne);
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <deque>
 #include <thread>
 #else
 #include <setjmp.h>
@@ -162,17 +163,16 @@ void record(const std::string& what) {
   machine->stop.store(true, kRelaxed);
 }
 
+// Not memset: AddressSanitizer guards the gaps between the section's variables.
+__attribute__((no_sanitize("address"))) void fill_with_nan(char* begin, const char* end) {
+  volatile char* at = begin;
+  for (; end - at >= 8; at += 8) *reinterpret_cast<volatile uint64_t*>(at) = ~uint64_t{0};
+  for (; at < end; ++at) *at = -1;
+}
+
 void fill_shared() {
-  const auto fill = [](char* begin, char* end) {
-    // Not memset: in a sanitized program the section has guarded gaps.
-    for (volatile char* at = begin; at < end; at += 8)
-      if (end - at >= 8)
-        *reinterpret_cast<volatile uint64_t*>(at) = ~uint64_t{0};
-      else
-        for (; at < end; ++at) *at = -1;
-  };
-  fill(fastdiff_shared_begin, fastdiff_shared_end);
-  fill(machine->dynamic, machine->dynamic + machine->dynamic_bytes);
+  fill_with_nan(fastdiff_shared_begin, fastdiff_shared_end);
+  fill_with_nan(machine->dynamic, machine->dynamic + machine->dynamic_bytes);
 }
 
 void place_block(uint64_t index) {
@@ -191,13 +191,17 @@ uint64_t blocks() { return uint64_t{machine->grid.x} * machine->grid.y * machine
 
 struct Stopped {};  // another thread failed
 
-// Asleep until the meeting is past `round`. The system's call itself, which no sanitizer takes
-// for a synchronisation; the time limit is for a wake-up between the test and the sleep of others.
+// The system's call itself, which no sanitizer takes for a synchronisation.
+void futex(std::atomic<uint32_t>& word, int what, uint32_t value, const timespec* limit = nullptr) {
+  syscall(SYS_futex, &word, what, value, limit, nullptr, 0);
+}
+
+// Asleep until the meeting is past `round`, or another thread failed.
 void sleep_in(Meeting& meeting, uint32_t round, std::memory_order order) {
   const timespec limit{0, 20'000'000};
   while (meeting.round.load(order) == round) {
     if (machine->stop.load(kRelaxed)) throw Stopped{};
-    syscall(SYS_futex, &meeting.round, FUTEX_WAIT_PRIVATE, round, &limit, nullptr, 0);
+    futex(meeting.round, FUTEX_WAIT_PRIVATE, round, &limit);
   }
 }
 
@@ -206,9 +210,7 @@ void wait(Meeting& meeting, uint32_t round, std::memory_order order) {
   sleep_in(meeting, round, order);
 }
 
-void wake(Meeting& meeting) {
-  syscall(SYS_futex, &meeting.round, FUTEX_WAKE_PRIVATE, kMaxThreads, nullptr, nullptr, 0);
-}
+void wake(Meeting& meeting) { futex(meeting.round, FUTEX_WAKE_PRIVATE, kMaxThreads); }
 
 void released(int others) { machine->blocked.fetch_sub(others, kNoOrder); }
 
@@ -327,10 +329,49 @@ void run_blocks(Worker* worker) {
   }
 }
 
+// Threads that stay for the next launch: to make one takes longer than a small kernel.
+class Pool {
+ public:
+  ~Pool() {
+    machine.reset();
+    run(static_cast<int>(threads_.size()));
+    for (auto& thread : threads_) thread.join();
+  }
+
+  // run_blocks in `size` threads; without a machine, their end.
+  void run(int size) {
+    left_.store(size, kRelaxed);
+    for (int i = 0; i < size; ++i) {
+      if (i == static_cast<int>(threads_.size())) {
+        turns_.emplace_back(0);
+        threads_.emplace_back([this, i, &turn = turns_.back()] { work(i, turn); });
+      }
+      turns_[i].fetch_add(1, std::memory_order_release);
+      futex(turns_[i], FUTEX_WAKE_PRIVATE, 1);
+    }
+    while (const uint32_t left = left_.load(std::memory_order_acquire))
+      futex(left_, FUTEX_WAIT_PRIVATE, left);
+  }
+
+ private:
+  void work(int index, std::atomic<uint32_t>& turn) {
+    for (uint32_t seen = 0;; ++seen) {
+      while (turn.load(std::memory_order_acquire) == seen) futex(turn, FUTEX_WAIT_PRIVATE, seen);
+      const bool last = !machine;
+      if (!last) run_blocks(&machine->workers[index]);
+      if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) futex(left_, FUTEX_WAKE_PRIVATE, 1);
+      if (last) return;
+    }
+  }
+
+  std::atomic<uint32_t> left_{0};
+  std::deque<std::atomic<uint32_t>> turns_;  // how often each thread was asked to run
+  std::vector<std::thread> threads_;
+};
+
 void run_grid() {
-  std::vector<std::thread> threads;
-  for (int i = 0; i < machine->size; ++i) threads.emplace_back(run_blocks, &machine->workers[i]);
-  for (auto& thread : threads) thread.join();
+  static Pool pool;
+  pool.run(machine->size);
 }
 
 #else

@@ -6,6 +6,7 @@ host (tests/emulation); both take CPU tensors. ``triton`` and ``cuda`` are a rea
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,6 +50,11 @@ class Realisation:
         kernels = triton_kernels() if self.is_triton else emulated_kernels()
         with in_place_of_the_cpus(kernels), fastdiff.backend("cpu"):
             yield
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    with contextlib.suppress(ImportError):  # without Triton there is nothing to repair
+        import interpreter_rounding  # noqa: F401
 
 
 def triton_kernels() -> dict[str, Callable[..., Any]]:

@@ -16,7 +16,7 @@ SHAPES = {
     "short rows": (1, 24, 2, 4),
     "one pixel": (2, 13, 1, 1),
     "one channel": (2, 1, 6, 6),
-    "latent": (1, 4, 20, 16),
+    "latent": (1, 4, 12, 8),
 }
 OPTIONS = {
     "bias": (1, 0, 0),
@@ -76,7 +76,7 @@ def test_values_and_gradients(gpu, shape, dtype, layout) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_and_one_rounding(gpu, options, dtype, layout) -> None:
     """With statistics or without, to the last bit the same, half a unit from the exact sum."""
-    x, bias, emb, residual = make(gpu, (2, 20, 4, 6), dtype, layout, options)
+    x, bias, emb, residual = make(gpu, (2, 20, 3, 4), dtype, layout, options)
     y, nothing = epilogue(x, bias, emb, residual, 0)
     assert nothing.shape == (0,)
     assert y.stride() == x.stride()
@@ -90,14 +90,13 @@ def test_options_and_one_rounding(gpu, options, dtype, layout) -> None:
             exact, size = exact + value.double(), size + value.double().abs()
     bound = 0.5 * torch.finfo(dtype).eps * exact.abs() + 3 * 2.0**-24 * size
     assert ((y.double() - exact).abs() <= bound).all()
-    for spans in (1, 3):
-        again, statistics = epilogue(x, bias, emb, residual, spans)
-        assert torch.equal(again, y)
-        assert_statistics_of(y, statistics, spans)
+    again, statistics = epilogue(x, bias, emb, residual, 1)
+    assert torch.equal(again, y)
+    assert_statistics_of(y, statistics, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
-@pytest.mark.parametrize("spans", [1, 2, 5, 11])
+@pytest.mark.parametrize("spans", [2, 11])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_spans(gpu, shape, spans, layout) -> None:
     """Even ones and odd ones, more than there are pixels, and empty ones at the end."""
@@ -143,9 +142,9 @@ def test_other_numbers_of_dimensions(gpu, shape, spans) -> None:
 def test_strides(gpu) -> None:
     x, bias, emb, residual = make(gpu, (2, 12, 5, 6), torch.float32, torch.channels_last)
     parts = (x[:, ::2], bias[::2], emb[:, ::2], residual.contiguous()[:, ::2])
-    wanted = epilogue(*(part.contiguous() for part in parts), 2)
-    for found, same in zip(epilogue(*parts, 2), wanted, strict=True):
-        assert torch.equal(found, same)
+    y, statistics = epilogue(*parts, 2)
+    assert torch.equal(y, epilogue(*(part.contiguous() for part in parts), 0)[0])
+    assert_statistics_of(y, statistics, 2)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)], ids=str)

@@ -19,20 +19,17 @@ OPTIONS = ("weight", "bias", "add", "scale", "shift", "residual")
 SHAPES = {
     "vector tails": ((3, 12, 5, 7), 3),
     "one pixel": ((2, 8, 1, 1), 2),
-    "one channel a group": ((2, 40, 9, 3), 40),
+    "one channel a group": ((1, 20, 9, 3), 20),
     "one group": ((2, 24, 6, 6), 1),
     "groups across vectors": ((2, 40, 8, 8), 8),
-    "stable diffusion's 10 a group": ((1, 320, 8, 8), 32),
-    "ddpm's block": ((2, 128, 16, 16), 32),
-    "one image, wide": ((1, 512, 4, 4), 32),
+    "stable diffusion's 10 a group": ((1, 80, 8, 8), 8),
+    "ddpm's block": ((2, 32, 16, 16), 8),
+    "one image, wide": ((1, 256, 4, 4), 8),
 }
 
-# Shapes that go each way in either layout, with the way that Triton's plan takes forward.
-WAYS = {
-    "resident": ((2, 64, 16, 16), 16),
-    "read again from a cache": ((1, 10, 48, 48), 1),
-    "split": ((1, 32, 66, 66), 2),
-}
+# In Triton the first stays in the registers; the second is split in float32, and in 16 bits it is
+# one program's, too large for the registers, and so read twice.
+WAYS = {"small": ((2, 16, 16, 16), 4), "large": ((1, 8, 48, 48), 1)}
 
 DATA = {
     "mean 100 deviations": lambda x: x * 0.5 + 50,
@@ -92,24 +89,25 @@ def test_every_way_to_divide_the_work(gpu, shape, groups, dtype, layout) -> None
     assert_close_to_oracle(call(groups, list(values)), *values.values())
 
 
-def test_the_shapes_go_every_way() -> None:
-    """Of the plans for Triton; forward and backward, in either layout."""
+@pytest.mark.parametrize("tensors", [1, 2], ids=["forward", "backward"])
+@pytest.mark.parametrize("nhwc", [False, True], ids=LAYOUT_IDS)
+def test_the_shapes_go_every_way(nhwc, tensors) -> None:
     pytest.importorskip("triton")
     from fastdiff.kernels.channel_tiles import Activation
     from fastdiff.kernels.group_norm_plan import plan
 
-    for nhwc, tensors in itertools.product((False, True), (1, 2)):
-        found = set()
-        for (n, c, h, w), groups in (*SHAPES.values(), *WAYS.values()):
-            a = Activation(n, c, 0, h * w, 2, nhwc)
-            p = plan(a, groups, tensors)
-            found.add("split" if not p.groups else "resident" if p.steps == 1 else "again")
-        assert found == {"split", "resident", "again"}, (nhwc, tensors)
+    def way(name: str, itemsize: int) -> str:
+        (n, c, h, w), groups = WAYS[name]
+        found = plan(Activation(n, c, 0, h * w, itemsize, nhwc), groups, tensors)
+        return "split" if not found.groups else "resident" if found.steps == 1 else "again"
+
+    assert way("small", 2) == way("small", 4) == "resident"
+    assert (way("large", 2), way("large", 4)) == ("again", "split")
 
 
 @pytest.mark.parametrize("data", DATA.values(), ids=DATA)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
-@pytest.mark.parametrize(("shape", "groups"), [WAYS["resident"], WAYS["split"]], ids=str)
+@pytest.mark.parametrize(("shape", "groups"), WAYS.values(), ids=WAYS)
 def test_ill_scaled_data(gpu, shape, groups, data, layout) -> None:
     values = make(gpu, shape, torch.float32, layout, ("weight", "bias", "add"), data)
     assert_close_to_oracle(call(groups, list(values)), *values.values())
@@ -127,7 +125,7 @@ def test_a_mean_of_ten_thousand_beside_a_deviation_of_a_tenth(gpu, shape, groups
 
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "identity"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
-@pytest.mark.parametrize("option", (None, *OPTIONS))
+@pytest.mark.parametrize("option", [None, *OPTIONS])
 def test_each_option_alone(gpu, option, layout, silu) -> None:
     options = () if option is None else (option,)
     values = make(gpu, (2, 24, 5, 6), torch.float32, layout, options)
@@ -155,18 +153,18 @@ def test_two_inputs(gpu, channels, dtype, layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
 def test_two_large_inputs(gpu, layout) -> None:
-    values = make(gpu, (1, 32, 66, 66), torch.float32, layout, ("weight", "add"))
+    values = make(gpu, (1, 8, 48, 48), torch.float32, layout, ("weight", "add"))
     x, skip = (
         part.detach().contiguous(memory_format=layout).requires_grad_()
-        for part in values.pop("x").split((20, 12), dim=1)
+        for part in values.pop("x").split((5, 3), dim=1)
     )
-    run = call(2, ["x", "skip", *values])
+    run = call(1, ["x", "skip", *values])
     assert_close_to_oracle(run, x, skip, *values.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", [(2, 24, 17, 19), (1, 40, 4, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 17, 19), (1, 40, 4, 4)], ids=str)
 def test_statistics_that_a_convolution_left(gpu, shape, dtype, layout) -> None:
     values = make(gpu, shape, dtype, layout, ("weight", "bias", "add", "residual"))
     x, others = values["x"].detach(), [value.detach() for value in list(values.values())[1:]]

@@ -59,7 +59,7 @@ def test_the_gradient_is_the_sum_of_four(gpu, shape, layout, dtype) -> None:
 
     assert_close_to_oracle(gradient, x, factor)
     (found,) = gradient(x, factor)
-    assert found.stride() == x.stride()
+    assert found.is_contiguous(memory_format=layout) or shape[2:] == (1, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)

@@ -52,7 +52,7 @@ static FASTDIFF_INLINE void box_muller(const uint32_t (&u)[kPhiloxLanes],
     float sine = -0.004601659441119196f;
     sine = sine * s + 0.0796800334531243f;
     sine = sine * s - 0.6459634603196706f;
-    sine = (sine * s + 1.5707963217110894f) * t * radius[i];
+    sine = ((sine * s + 0.0707963217110894f) * t + 1.5f * t) * radius[i];  // 1.5 t is exact
     float cosine = 0.000903766543869096f;
     cosine = cosine * s - 0.02086016511192402f;
     cosine = cosine * s + 0.2536692259655934f;
