@@ -86,15 +86,16 @@ def one_pass(a: Activation, num_groups: int, tensors: int) -> Plan:
             groups *= 2
     channels = power_of_two(groups * group_size)
     pixels = power_of_two(a.pixels)
-    held = _held(tensors)
-    if tensors > 1 and not a.nhwc and channels * pixels <= 2 * held * THREADS:
+    held, threads = _held(tensors), THREADS
+    if tensors > 1 and not a.nhwc and channels * pixels <= 2 * held * threads:
         held *= 2  # without a loop, and with few channels a thread, there are registers for that
-    if channels * pixels > held * THREADS:
+    if channels * pixels > held * threads:
         held = min(held, 64 // a.itemsize)  # in a loop, addresses take registers too
-        pixels = max(held * THREADS // channels, 1)
-    return Plan(
-        groups, channels, pixels, -(-a.pixels // pixels), 0, _warps(channels * pixels, held)
-    )
+        if tensors > 1 and a.nhwc and a.itemsize == 2:
+            threads //= 2  # so do sums of 8 channels, and their coefficients
+        pixels = max(held * threads // channels, 1)
+    steps = -(-a.pixels // pixels)
+    return Plan(groups, channels, pixels, steps, 0, _warps(channels * pixels, held))
 
 
 def split(a: Activation, tensors: int) -> Plan:

@@ -24,7 +24,8 @@ result may replace. So in such a row a program does whole images by itself, quan
 programs that find no image left for them stop. That keeps one launch, needs no workspace, computes
 nothing twice and cannot race when `out` is x; the price is that an image then has one
 multiprocessor. Such a row reads m_u and m_c once more for the factor, x and m five times more for
-the limit, mostly from the caches. It costs other rows one branch.
+the limit, mostly from the caches. Other rows move no byte for it; it costs them a branch, and the
+kernel the registers of its longest path.
 """
 
 import torch
@@ -297,14 +298,14 @@ def plan(walked: int, total: int, vector: int, by_image: bool) -> tuple[int, int
     return warps * 32 * each, warps * 32 * vector, warps
 
 
-def registers(length: int, vector: int, by_image: bool, more: bool, depth: int) -> int:
+def registers(whole: bool, vector: int, by_image: bool, more: bool, depth: int) -> int:
     """The most registers of a thread; ``more``: guidance or a noise tensor is there.
 
     Without a limit the assembler sets one itself and spills a few to reach it. At 80, three
-    programs share a multiprocessor, at 128 two. Images that are not whole vectors are loaded by
+    programs share a multiprocessor, at 128 two. What is not ``whole`` vectors is loaded by
     elements, which takes more.
     """
-    if by_image or length % 16 or depth > (3 if vector == 4 else 0):
+    if by_image or not whole or depth > (3 if vector == 4 else 0):
         return 255
     return 128 if depth or more else 80
 
@@ -381,11 +382,15 @@ def sampler_step(
     result = out if direct else torch.empty_like(x_t)
     by_image = variance or seed is not None
     walked = length if by_image else x.numel()
-    vector = 4 if variance and nhwc else 16 // x.element_size()
+    # What Triton knows to be whole vectors. Threads hold fewer elements where there are none, and
+    # where those of a deep history and a scattered variance would not fit into registers.
+    whole = length % 16 == 0
+    spread = not whole or (variance and nhwc and depth > 3)
+    vector = 4 if spread else 16 // x.element_size()
     tile, sweep, warps = plan(walked, x.numel(), vector, by_image)
     tiles = triton.cdiv(walked, tile)
     more = guided_output or noise is not None
-    limit = {"maxnreg": registers(length, vector, by_image, more, depth)}
+    limit = {"maxnreg": registers(whole, vector, by_image, more, depth)}
     launch(
         _sampler_step,
         (tiles * images if by_image else tiles,),

@@ -91,12 +91,14 @@ def rescale_factor(
 
     `model_out` and `conditional` point to the image's m_u and m_c.
     """
-    one = tl.arange(0, 1)
-    origin, origin_c = model(model_out, conditional, one, one < 1, guidance, True)
-    origin, origin_c = tl.sum(origin, 0), tl.sum(origin_c, 0)
+    lane = tl.arange(0, SWEEP)
+    start = tl.full((), 0, tl.int64)
+    mask, place = inside(start, length, lane, SWEEP), places(start, lane, channels, INTERLEAVED)
+    m, m_c = model(model_out, conditional, place, mask, guidance, True)
+    origin = tl.sum(tl.where(lane == 0, m, 0.0), 0)
+    origin_c = tl.sum(tl.where(lane == 0, m_c, 0.0), 0)
     count = tl.full((), 0, tl.float64)
     mean, square, mean_c, square_c = count, count, count, count
-    lane = tl.arange(0, SWEEP)
     for tile in range(tl.cdiv(length, SWEEP)):
         first = tl.cast(tile, tl.int64) * SWEEP
         mask = inside(first, length, lane, SWEEP)

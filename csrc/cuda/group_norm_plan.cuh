@@ -50,6 +50,11 @@ int access_width(const Args& a, std::initializer_list<const void*> pointers) {
 }
 
 template <class Args>
+bool has_elements(const Args& a) {
+  return a.images > 0 && a.channels + a.skip_channels > 0 && a.pixels > 0;
+}
+
+template <class Args>
 Tiling whole_image(const Args& a) {
   const int64_t channels = a.channels + a.skip_channels, limit = kLargest;
   if (a.pixels > limit || channels > limit || a.images > limit)
@@ -126,36 +131,29 @@ inline int64_t split_blocks(const Tiling& t, bool last, int64_t images) {
   return images * t.tiles;
 }
 
-// Packs a thread of a split kernel holds at most, and at least: what is written for each span must
-// stay little beside what is read.
-struct Slots {
-  int most, least;
-};
-
-// Split: pieces or rows of up to slots.most packs a thread, fewer where that leaves too few blocks.
-// Channels-first a piece is a span; a block takes as many pieces as it has teams. Channels-last a
-// block takes up to a cache line of channels of `rows * slots` pixels, a span.
-inline Tiling split(const Tiling& image, bool last, int64_t images, int width, Slots slots) {
+// Split: pieces or rows of `slots` packs a thread. Channels-first a piece is a span; a block takes
+// as many pieces as it has teams. Channels-last a block takes up to a cache line of channels of
+// `rows * slots` pixels, a span. The more slots, the less is written for spans beside what is read.
+inline Tiling split(const Tiling& image, bool last, int width, int slots) {
   Tiling t = image;
-  for (t.slots = slots.most;; t.slots /= 2) {
-    if (last) {
-      const int packs = ceil_div(t.channels, width), most = width == 1 ? 32 : 8;
-      t.tiles = ceil_div(packs, most);
-      t.lanes = ceil_div(packs, t.tiles);
-      t.rows = std::min(kSplitThreads / t.lanes, t.pixels);
-      t.spans = ceil_div(t.pixels, int64_t{t.rows} * t.slots);
-    } else {
-      const int packs = ceil_div(t.pixels, width);
-      t.lanes = std::min(32, power_of_two_from(ceil_div(packs, t.slots)));
-      t.rows = t.spans = ceil_div(packs, int64_t{t.lanes} * t.slots);
-      if (int64_t{t.channels} * t.rows > kLargest)
-        throw std::runtime_error("group_norm_silu: an image of " + std::to_string(t.channels) +
-                                 " channels and " + std::to_string(t.pixels) +
-                                 " pixels is too large");
-      t.tiles = ceil_div(int64_t{t.channels} * t.rows, kSplitThreads / t.lanes);
-    }
-    if (t.slots == slots.least || split_blocks(t, last, images) >= kEnoughBlocks) return t;
+  t.slots = slots;
+  if (last) {
+    const int packs = ceil_div(t.channels, width), most = width == 1 ? 32 : 8;
+    t.tiles = ceil_div(packs, most);
+    t.lanes = ceil_div(packs, t.tiles);
+    t.rows = std::min(kSplitThreads / t.lanes, t.pixels);
+    t.spans = ceil_div(t.pixels, int64_t{t.rows} * slots);
+  } else {
+    const int packs = ceil_div(t.pixels, width);
+    t.lanes = std::min(32, power_of_two_from(ceil_div(packs, slots)));
+    t.rows = t.spans = ceil_div(packs, int64_t{t.lanes} * slots);
+    if (int64_t{t.channels} * t.rows > kLargest)
+      throw std::runtime_error("group_norm_silu: an image of " + std::to_string(t.channels) +
+                               " channels and " + std::to_string(t.pixels) +
+                               " pixels is too large");
+    t.tiles = ceil_div(int64_t{t.channels} * t.rows, kSplitThreads / t.lanes);
   }
+  return t;
 }
 
 }  // namespace fastdiff::cuda

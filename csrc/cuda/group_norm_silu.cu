@@ -25,11 +25,6 @@ namespace {
 
 using Args = GroupNormSiluArgs;
 
-template <class T>
-__device__ __forceinline__ Joined<const T> inputs(const Args& a) {
-  return {static_cast<const T*>(a.x), static_cast<const T*>(a.skip), a.channels, a.skip_channels};
-}
-
 // Sums v[run] over all threads, group by group of the tile that starts at channel `first`, and
 // calls f(group, sums) in one thread for each group. All threads see what f wrote.
 template <int kValues, class Tile, class F>
@@ -74,7 +69,7 @@ __device__ __forceinline__ void sum_groups(const Tile& tile, const Tiling& t, in
 }
 
 // The tile's result. The three planes hold the coefficients of channels `first` and following.
-template <bool kGlobal, class T, int W, class Tile, int kPieces, int kSlots>
+template <class T, int W, class Tile, int kPieces, int kSlots>
 __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile& tile,
                                       int64_t image, const Pack<T, W> (&x)[kPieces][kSlots],
                                       const float* center, const float* gain, const float* offset,
@@ -86,9 +81,9 @@ __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile
     const Piece& piece = tile.pieces[i];
     if (piece.count == 0) continue;
     float m[kCount], g[kCount], o[kCount];
-    read_floats<kGlobal>(center + (piece.channel - first), m);
-    read_floats<kGlobal>(gain + (piece.channel - first), g);
-    read_floats<kGlobal>(offset + (piece.channel - first), o);
+    read_floats(center + (piece.channel - first), m);
+    read_floats(gain + (piece.channel - first), g);
+    read_floats(offset + (piece.channel - first), o);
     const auto to = piece.in<Tile::kLast>(static_cast<T*>(a.y), image, t);
     const auto from = piece.in<Tile::kLast>(static_cast<const T*>(a.residual), image, t);
 #pragma unroll
@@ -144,7 +139,7 @@ size_t shared_on_chip(const Tiling& t) {
 }
 
 template <class T, int W, int kPieces, int kSlots, bool kLast>
-__global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast>(kPieces* kSlots))
+__global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast, kPieces * kSlots>())
     on_chip(Args a, Tiling t) {
   using Tile = Tile<T, W, kPieces, kSlots, kLast>;
   const int image = static_cast<int>(blockIdx.x) / t.tiles;
@@ -209,7 +204,7 @@ __global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast>(kPieces
   }
   __syncthreads();
   unpack_anew(x);
-  write<false>(a, t, Tile(t, first, channels, 0, 0), image, x, center, gain, offset, first);
+  write(a, t, Tile(t, first, channels, 0, 0), image, x, center, gain, offset, first);
 }
 
 // The first split kernel: statistics [N, S, 4, C] of x and skip.
@@ -305,11 +300,17 @@ __global__ void __launch_bounds__(kSplitThreads, 2)
   const Tile tile(t, part.first, part.channels, part.piece, part.begin);
   typename Tile::Packs x;
   tile.read(inputs<T>(a), part.image, t, x);
-  const float* center = coefficients + part.image * 3 * t.channels;
-  write<true>(a, t, tile, part.image, x, center, center + t.channels, center + 2 * t.channels, 0);
+  const SplitCoefficients shared(tile, t, part);
+  coefficients += part.image * 3 * t.channels;
+  shared.fill(tile, t, part, [&](int channel, float* at) {
+    for (int k = 0; k < 3; ++k)
+      at[k * shared.stride] = load_one(coefficients + k * int64_t{t.channels} + channel);
+  });
+  write(a, t, tile, part.image, x, shared.planes, shared.planes + shared.stride,
+        shared.planes + 2 * shared.stride, shared.first);
 }
 
-constexpr Slots kStatisticsSlots{8, 4}, kApplySlots{4, 1};
+constexpr int kStatisticsSlots = 8, kApplySlots = 4;
 
 Plan plan_of(const Args& a, int width) {
   const Tiling image = whole_image(a);
@@ -343,10 +344,10 @@ void launch_split(const Args& a, Stream stream) {
   const float* statistics = a.statistics;
   int64_t spans = a.spans;
   if (!statistics) {
-    const Tiling t = split(image, kLast, a.images, W, kStatisticsSlots);
+    const Tiling t = split(image, kLast, W, kStatisticsSlots);
     float* taken = coefficients + a.images * 3 * channels;
     const size_t shared = kLast ? RowMoments::size(t.rows, t.lanes * W) * sizeof(float) : 0;
-    FASTDIFF_LAUNCH(take_statistics<T, W, kStatisticsSlots.most, kLast>,
+    FASTDIFF_LAUNCH(take_statistics<T, W, kStatisticsSlots, kLast>,
                     grid_of(split_blocks(t, kLast, a.images)), dim3(kSplitThreads), shared, stream,
                     a, t, taken);
     statistics = taken;
@@ -354,9 +355,10 @@ void launch_split(const Args& a, Stream stream) {
   }
   FASTDIFF_LAUNCH(combine<T>, grid_of(a.images * a.groups), dim3(kSplitThreads), 0, stream, a,
                   image, statistics, static_cast<int>(spans), coefficients);
-  const Tiling t = split(image, kLast, a.images, W, kApplySlots);
-  FASTDIFF_LAUNCH(apply<T, W, kApplySlots.most, kLast>, grid_of(split_blocks(t, kLast, a.images)),
-                  dim3(kSplitThreads), 0, stream, a, t, coefficients);
+  const Tiling t = split(image, kLast, W, kApplySlots);
+  FASTDIFF_LAUNCH(apply<T, W, kApplySlots, kLast>, grid_of(split_blocks(t, kLast, a.images)),
+                  dim3(kSplitThreads), SplitCoefficients::bytes(t, kLast, W, 3), stream, a, t,
+                  coefficients);
 }
 
 // Runs the instance for what a thread holds; the cases are those of plan_of.
@@ -381,10 +383,6 @@ void launch(const Args& a, const Plan& plan, Stream stream) {
   }
 }
 
-bool has_elements(const Args& a) {
-  return a.images > 0 && a.channels + a.skip_channels > 0 && a.pixels > 0;
-}
-
 }  // namespace
 
 int64_t group_norm_silu_workspace(const Args& a) {
@@ -394,7 +392,7 @@ int64_t group_norm_silu_workspace(const Args& a) {
   const Tiling image = whole_image(a);
   int64_t planes = 3;
   if (!a.statistics)
-    planes += 4 * int64_t{split(image, a.channels_last, a.images, width, kStatisticsSlots).spans};
+    planes += 4 * int64_t{split(image, a.channels_last, width, kStatisticsSlots).spans};
   return planes * a.images * image.channels * static_cast<int64_t>(sizeof(float));
 }
 

@@ -37,11 +37,6 @@ using Args = GroupNormSiluBackwardArgs;
 constexpr int kSums = 3;    // of a channel: dz, dz (x - center), x - center
 constexpr int kPlanes = 5;  // of coefficients: center, gain, offset, curve, base
 
-template <class T>
-__device__ __forceinline__ Joined<const T> inputs(const Args& a) {
-  return {static_cast<const T*>(a.x), static_cast<const T*>(a.skip), a.channels, a.skip_channels};
-}
-
 // grad s'(z), with s'(z) = s + z s (1 - s) for the sigmoid s.
 __device__ __forceinline__ float before_silu(float grad, float z, bool silu) {
   if (!silu) return grad;
@@ -143,7 +138,7 @@ struct Slope {
 };
 
 // The tile's dx. The planes hold the coefficients of channels `first` and following.
-template <bool kGlobal, class T, int W, class Tile, int kPieces, int kSlots>
+template <class T, int W, class Tile, int kPieces, int kSlots>
 __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile& tile,
                                       int64_t image, const Pack<T, W> (&x)[kPieces][kSlots],
                                       const Pack<T, W> (&grad)[kPieces][kSlots],
@@ -157,7 +152,7 @@ __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile
     float f[kPlanes][kCount];
 #pragma unroll
     for (int k = 0; k < kPlanes; ++k)
-      read_floats<kGlobal>(planes + int64_t{k} * plane + (piece.channel - first), f[k]);
+      read_floats(planes + k * plane + (piece.channel - first), f[k]);
     const auto to = piece.in<Tile::kLast>(dx, image, t);
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
@@ -183,7 +178,7 @@ size_t shared_on_chip(const Tiling& t) {
 }
 
 template <class T, int W, int kPieces, int kSlots, bool kLast>
-__global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast>(2 * kPieces * kSlots))
+__global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast, 2 * kPieces * kSlots>())
     on_chip(Args a, Tiling t, float* parameters) {
   using Tile = Tile<T, W, kPieces, kSlots, kLast>;
   const int image = static_cast<int>(blockIdx.x) / t.tiles;
@@ -255,7 +250,7 @@ __global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast>(2 * kPi
   __syncthreads();
   unpack_anew(x);
   unpack_anew(grad);
-  write<false>(a, t, Tile(t, first, channels, 0, 0), image, x, grad, planes, channels, first);
+  write(a, t, Tile(t, first, channels, 0, 0), image, x, grad, planes, channels, first);
 }
 
 // The first split kernel: sums [N, S, 3, C].
@@ -267,24 +262,25 @@ __global__ void __launch_bounds__(kSplitThreads, 2) take_sums(Args a, Tiling t, 
   typename Tile::Packs x, grad;
   tile.read(inputs<T>(a), part.image, t, x);
   tile.read(static_cast<const T*>(a.grad), part.image, t, grad);
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const SplitCoefficients shared(tile, t, part);
+  shared.fill(tile, t, part, [&](int channel, float* at) {
+    const Coefficients f = coefficients_of<T>(a, t, part.image, channel);
+    at[0] = f.center, at[shared.stride] = f.gain, at[2 * shared.stride] = f.offset;
+  });
   sums += part.image * t.spans * kSums * t.channels;
+  const auto sum_of = [&](int run, float (&sum)[kSums]) {
+    const float* f = shared.planes + (tile.channel(run) - shared.first);
+    sum_run(tile, run, a.silu, f[0], f[shared.stride], f[2 * shared.stride], x, grad, sum);
+  };
   if constexpr (kLast) {
     const int channels = t.lanes * W;  // of which the last tile may have fewer
-    float* planes = dynamic_shared<float>();
-    float* room = planes + 3 * channels;
-    for (int c = thread; c < part.channels; c += threads) {
-      const Coefficients f = coefficients_of<T>(a, t, part.image, part.first + c);
-      planes[c] = f.center, planes[channels + c] = f.gain, planes[2 * channels + c] = f.offset;
-    }
-    __syncthreads();
+    float* room = shared.planes + 3 * channels;
     if (tile.row >= 0)
 #pragma unroll
       for (int run = 0; run < W; ++run) {
-        const int c = tile.channel(run) - part.first;
         float sum[kSums];
-        sum_run(tile, run, a.silu, planes[c], planes[channels + c], planes[2 * channels + c], x,
-                grad, sum);
+        sum_of(run, sum);
+        const int c = tile.channel(run) - part.first;
         for (int k = 0; k < kSums; ++k) room[(k * channels + c) * (t.rows | 1) + tile.row] = sum[k];
       }
     __syncthreads();
@@ -295,11 +291,10 @@ __global__ void __launch_bounds__(kSplitThreads, 2) take_sums(Args a, Tiling t, 
     });
   } else {
     const Piece& piece = tile.pieces[0];
-    const Coefficients f = coefficients_of<T>(a, t, part.image, piece.channel);
     float sum[kSums];
-    sum_run(tile, 0, a.silu, f.center, f.gain, f.offset, x, grad, sum);
+    sum_of(0, sum);
     for (float& value : sum) value = lanes_sum(value, t.lanes);
-    if (thread % t.lanes == 0 && piece.count > 0)
+    if (static_cast<int>(threadIdx.x) % t.lanes == 0 && piece.count > 0)
       for (int k = 0; k < kSums; ++k)
         store_one(sums + (int64_t{piece.part} * kSums + k) * t.channels + piece.channel, sum[k]);
   }
@@ -370,8 +365,13 @@ __global__ void __launch_bounds__(kSplitThreads, 2)
   typename Tile::Packs x, grad;
   tile.read(inputs<T>(a), part.image, t, x);
   tile.read(static_cast<const T*>(a.grad), part.image, t, grad);
-  write<true>(a, t, tile, part.image, x, grad, coefficients + part.image * kPlanes * t.channels,
-              t.channels, 0);
+  const SplitCoefficients shared(tile, t, part);
+  coefficients += part.image * kPlanes * t.channels;
+  shared.fill(tile, t, part, [&](int channel, float* at) {
+    for (int k = 0; k < kPlanes; ++k)
+      at[k * shared.stride] = load_one(coefficients + k * int64_t{t.channels} + channel);
+  });
+  write(a, t, tile, part.image, x, grad, shared.planes, shared.stride, shared.first);
 }
 
 // Last: the parameters' gradients, from [N, 2, C]. A block takes 32 channels, a warp some images.
@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(kSplitThreads) sum_images(Args a, Tiling t, co
   }
 }
 
-constexpr Slots kSplitSlots{4, 2};
+constexpr int kSumSlots = 8, kApplySlots = 4;
 
 Plan plan_of(const Args& a, int width) {
   const Tiling image = whole_image(a);
@@ -422,8 +422,7 @@ struct Workspace {
     parameters = 2 * channels;
     if (plan_of(a, width).on_chip) return;
     coefficients = kPlanes * channels;
-    sums = kSums * channels *
-           split(whole_image(a), a.channels_last, a.images, width, kSplitSlots).spans;
+    sums = kSums * channels * split(whole_image(a), a.channels_last, width, kSumSlots).spans;
     totals = kSums * channels;
   }
 
@@ -443,14 +442,16 @@ void launch_split(const Args& a, Stream stream) {
   float* coefficients = static_cast<float*>(a.workspace);
   float* sums = coefficients + sizes.coefficients;
   float* totals = sums + sizes.sums;
-  const Tiling t = split(whole_image(a), kLast, a.images, W, kSplitSlots);
-  const dim3 grid = grid_of(split_blocks(t, kLast, a.images)), block(kSplitThreads);
-  const size_t shared = kLast ? t.lanes * W * (3 + kSums * (t.rows | 1)) * sizeof(float) : 0;
-  FASTDIFF_LAUNCH(take_sums<T, W, kSplitSlots.most, kLast>, grid, block, shared, stream, a, t,
-                  sums);
+  const dim3 block(kSplitThreads);
+  Tiling t = split(whole_image(a), kLast, W, kSumSlots);
+  const size_t room = kLast ? t.lanes * W * kSums * (t.rows | 1) * sizeof(float) : 0;
+  FASTDIFF_LAUNCH(take_sums<T, W, kSumSlots, kLast>, grid_of(split_blocks(t, kLast, a.images)),
+                  block, SplitCoefficients::bytes(t, kLast, W, 3) + room, stream, a, t, sums);
   FASTDIFF_LAUNCH(combine<T>, grid_of(a.images * a.groups), block, 0, stream, a, t, sums, t.spans,
                   totals, coefficients, totals + sizes.totals);
-  FASTDIFF_LAUNCH(apply<T, W, kSplitSlots.most, kLast>, grid, block, 0, stream, a, t, coefficients);
+  t = split(whole_image(a), kLast, W, kApplySlots);
+  FASTDIFF_LAUNCH(apply<T, W, kApplySlots, kLast>, grid_of(split_blocks(t, kLast, a.images)), block,
+                  SplitCoefficients::bytes(t, kLast, W, kPlanes), stream, a, t, coefficients);
 }
 
 // Runs the instance for what a thread holds; the cases are those of plan_of.
@@ -467,10 +468,6 @@ void launch(const Args& a, const Plan& plan, Stream stream) {
     }
   }
   launch_on_chip<T, W, 1, 4, kLast>(a, plan, stream);
-}
-
-bool has_elements(const Args& a) {
-  return a.images > 0 && a.channels + a.skip_channels > 0 && a.pixels > 0;
 }
 
 }  // namespace

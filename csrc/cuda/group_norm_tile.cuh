@@ -39,6 +39,11 @@ struct Joined {
   int64_t first_channels, second_channels;
 };
 
+template <class T, class Args>
+__device__ __forceinline__ Joined<const T> inputs(const Args& a) {
+  return {static_cast<const T*>(a.x), static_cast<const T*>(a.skip), a.channels, a.skip_channels};
+}
+
 // Where a thread's packs lie: that of slot j at base + j * step.
 template <class T, bool kLast>
 struct Places {
@@ -110,11 +115,11 @@ __device__ __forceinline__ void unpack_anew(Pack<T, W> (&packs)[kPieces][kSlots]
 #endif
 }
 
-// Blocks of kTileThreads that a multiprocessor is to hold at once, for `packs` packs a thread. What
+// Blocks of kTileThreads that a multiprocessor is to hold at once, for kPacks packs a thread. What
 // decides is the registers; channels-last 16-bit packs have eight channels' coefficients beside.
-template <class T, bool kLast>
-constexpr int blocks_at_once(int packs) {
-  return packs <= 4 && !(kLast && sizeof(T) == 2) ? 2 : 1;
+template <class T, bool kLast, int kPacks>
+constexpr int blocks_at_once() {
+  return kPacks <= 4 && !(kLast && sizeof(T) == 2) ? 2 : 1;
 }
 
 template <class T, int W, int kPieces, int kSlots, bool kChannelsLast>
@@ -223,22 +228,55 @@ struct Part {
   }
 };
 
-// The kCount neighbouring values at `from`, in shared memory or (kGlobal) global memory.
-template <bool kGlobal, int kCount>
+// The kCount neighbouring values at `from` in shared memory.
+template <int kCount>
 __device__ __forceinline__ void read_floats(const float* from, float (&value)[kCount]) {
   constexpr int kPack = kCount % 4 == 0 ? 4 : 1;
 #pragma unroll
   for (int i = 0; i < kCount; i += kPack) {
-    Pack<float, kPack> pack;
-    if constexpr (kGlobal) {
-      pack = load<kPack>(from + i);
-    } else {
-      pack = *reinterpret_cast<const Pack<float, kPack>*>(from + i);
-    }
+    const auto pack = *reinterpret_cast<const Pack<float, kPack>*>(from + i);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) value[i + k] = pack.value[k];
   }
 }
+
+// Coefficients of the channels that a block of a split kernel works on, plane by plane in shared
+// memory: channels-last of the tile's channels, channels-first of each team's one. So they are read
+// once a block or team, not by each of its threads.
+struct SplitCoefficients {
+  float* planes;
+  int stride;  // from one plane to the next
+  int first;   // channel c of this thread's piece is at c - first
+
+  template <class Tile>
+  __device__ __forceinline__ SplitCoefficients(const Tile& tile, const Tiling& t, const Part& part)
+      : planes(dynamic_shared<float>()), stride(size(t, Tile::kLast, Tile::kCoefficients)) {
+    const int team = static_cast<int>(threadIdx.x) / t.lanes;
+    first = Tile::kLast ? part.first : tile.pieces[0].channel - team;
+  }
+
+  // put(channel, at) for each of the channels, in one thread each; `at` is where its values go.
+  template <class Tile, class Put>
+  __device__ __forceinline__ void fill(const Tile& tile, const Tiling& t, const Part& part,
+                                       Put&& put) const {
+    if constexpr (Tile::kLast) {
+      for (int c = static_cast<int>(threadIdx.x); c < part.channels;
+           c += static_cast<int>(blockDim.x))
+        put(first + c, planes + c);
+    } else {
+      const int channel = tile.pieces[0].channel;
+      if (static_cast<int>(threadIdx.x) % t.lanes == 0) put(channel, planes + (channel - first));
+    }
+    __syncthreads();
+  }
+
+  __host__ __device__ static int size(const Tiling& t, bool last, int width) {  // of a plane
+    return last ? t.lanes * width : kSplitThreads / t.lanes;
+  }
+  static size_t bytes(const Tiling& t, bool last, int width, int count) {  // of `count` planes
+    return count * size(t, last, width) * sizeof(float);
+  }
+};
 
 // The sum over `lanes` neighbouring lanes (a power of two), to all of them.
 template <class T>

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastdiff import samplers
-from fastdiff.backend import NAMES, backend, describe
+from fastdiff.backend import NAMES, backend, describe, on_cuda
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.errors import InputError
 
@@ -150,7 +150,8 @@ def what_runs(device: torch.device) -> dict[str, Any]:
     """Backend, instruction set and threads of fastdiff's operations on ``device``."""
     if device.type == "cpu":
         return describe()
-    return {"backend": "reference", "isa": device.type, "threads": torch.get_num_threads()}
+    name = (on_cuda() if device.type == "cuda" else None) or "reference"
+    return {"backend": name, "isa": device.type, "threads": torch.get_num_threads()}
 
 
 def process_seconds() -> float:

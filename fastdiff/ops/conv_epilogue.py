@@ -12,7 +12,8 @@ from fastdiff.ops.checks import check_floating, check_like, check_same_kind
 from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
 from fastdiff.ops.gpu import on_gpu
 
-SPAN = 256  # pixels that a GPU's block takes the statistics of
+SPANS = (256, 128, 64, 32)  # pixels that a GPU's block takes the statistics of
+BLOCKS = 264  # that keep a GPU busy: two for each multiprocessor of an H100
 
 torch.library.define(
     "fastdiff::conv_epilogue",
@@ -50,11 +51,22 @@ def conv_epilogue(
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit.
     """
-    spans = 0
-    if statistics and x.ndim > 1:
-        spans = max(1, math.ceil(math.prod(x.shape[2:]) / SPAN))
+    spans = _spans(x) if statistics and x.ndim > 1 else 0
     y, found = dispatch(x, _kernel, reference.conv_epilogue, _check, x, bias, emb, residual, spans)
     return y, found if statistics else None
+
+
+def _spans(x: Tensor) -> int:
+    """How many spans: the longest that give enough blocks, which take 128 bytes of channels each.
+
+    By shape alone, so that results are the same on any device.
+    """
+    pixels, across = math.prod(x.shape[2:]), math.ceil(x.shape[1] * x.element_size() / 128)
+    for length in SPANS:
+        spans = max(1, math.ceil(pixels / length))
+        if x.shape[0] * spans * across >= BLOCKS:
+            break
+    return spans
 
 
 def _check(

