@@ -104,22 +104,27 @@ def split(a: Activation, tensors: int) -> Plan:
     Rows of 128 bytes channels-last, of up to 1024 pixels channels-first: long enough for whole
     cache lines, short enough that little of a last tile is cut off. Small tensors get smaller
     tiles, until every SM has two programs; in large ones a span is several tiles, which leaves four
-    programs an SM, and less statistics to write and read.
+    programs an SM, and less statistics to write and read. Channels-last a span is at least so long
+    that these are a twentieth of all that is moved.
     """
     held = _held(tensors)
-    elements = 256 * held
+    largest = 256 * held
+    elements = largest
     total = a.images * a.all_channels * a.pixels
     while elements > 64 * held and total < 2 * SMS * elements:
         elements //= 2
+    shortest = 1
     if a.nhwc:
+        shortest = 128 // tensors
         channels = min(power_of_two(a.all_channels), 128 // a.itemsize)
+        elements = max(elements, min(channels * shortest, largest))
         pixels = elements // channels
     else:
         pixels = min(power_of_two(a.pixels), 1024, elements)
         channels = elements // pixels
     tiles = -(-a.pixels // pixels)
     programs = a.images * -(-a.all_channels // channels) * tiles
-    steps = min(max(programs // (4 * SMS), 1), 8)
+    steps = min(max(programs // (4 * SMS), -(-shortest // pixels), 1), 8)
     spans = -(-tiles // steps)
     return Plan(0, channels, pixels, steps, spans, _warps(elements, held))
 

@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(kSplitThreads) sum_images(Args a, Tiling t, co
   }
 }
 
-constexpr int kSumSlots = 8, kApplySlots = 4;
+constexpr int kSplitSlots = 4;
 
 Plan plan_of(const Args& a, int width) {
   const Tiling image = whole_image(a);
@@ -422,7 +422,7 @@ struct Workspace {
     parameters = 2 * channels;
     if (plan_of(a, width).on_chip) return;
     coefficients = kPlanes * channels;
-    sums = kSums * channels * split(whole_image(a), a.channels_last, width, kSumSlots).spans;
+    sums = kSums * channels * split(whole_image(a), a.channels_last, width, kSplitSlots).spans;
     totals = kSums * channels;
   }
 
@@ -443,14 +443,13 @@ void launch_split(const Args& a, Stream stream) {
   float* sums = coefficients + sizes.coefficients;
   float* totals = sums + sizes.sums;
   const dim3 block(kSplitThreads);
-  Tiling t = split(whole_image(a), kLast, W, kSumSlots);
+  const Tiling t = split(whole_image(a), kLast, W, kSplitSlots);
   const size_t room = kLast ? t.lanes * W * kSums * (t.rows | 1) * sizeof(float) : 0;
-  FASTDIFF_LAUNCH(take_sums<T, W, kSumSlots, kLast>, grid_of(split_blocks(t, kLast, a.images)),
+  FASTDIFF_LAUNCH(take_sums<T, W, kSplitSlots, kLast>, grid_of(split_blocks(t, kLast, a.images)),
                   block, SplitCoefficients::bytes(t, kLast, W, 3) + room, stream, a, t, sums);
   FASTDIFF_LAUNCH(combine<T>, grid_of(a.images * a.groups), block, 0, stream, a, t, sums, t.spans,
                   totals, coefficients, totals + sizes.totals);
-  t = split(whole_image(a), kLast, W, kApplySlots);
-  FASTDIFF_LAUNCH(apply<T, W, kApplySlots, kLast>, grid_of(split_blocks(t, kLast, a.images)), block,
+  FASTDIFF_LAUNCH(apply<T, W, kSplitSlots, kLast>, grid_of(split_blocks(t, kLast, a.images)), block,
                   SplitCoefficients::bytes(t, kLast, W, kPlanes), stream, a, t, coefficients);
 }
 

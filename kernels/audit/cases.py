@@ -32,10 +32,8 @@ class Case(NamedTuple):
         ideal: bytes of activations that it may read and write.
         unit: S, bytes of one activation.
         split: bytes more that it may move where it takes more than two launches.
-        cached: bytes more that a CUDA kernel may ask the cache for, channels-last, by reading
-            parameters of channels with each vector of the activation; where there is a ``split``,
-            only then.
         addresses: it puts the addresses of its tensors into a table, so they are never on meta.
+        interleaved: arguments whose elements lie too far apart for wide accesses.
     """
 
     operation: str
@@ -45,8 +43,8 @@ class Case(NamedTuple):
     ideal: int
     unit: int
     split: int = 0
-    cached: int = 0
     addresses: bool = False
+    interleaved: tuple[str, ...] = ()
 
 
 class Source:
@@ -137,10 +135,10 @@ def _case(
     *options: str,
     activation: int | None = None,
     split: float = 0,
-    cached: float = 0,
     addresses: bool = False,
+    interleaved: tuple[str, ...] = (),
 ) -> Case:
-    """``ideal``, ``split`` and ``cached`` in S, an activation of ``shape``."""
+    """``ideal`` and ``split`` in S, an activation of ``shape``."""
     dtype, channels_last = kind
     elements = math.prod(shape)
     unit = elements * dtype.itemsize
@@ -160,13 +158,13 @@ def _case(
         ideal=round(ideal * unit),
         unit=unit,
         split=round(split * unit),
-        cached=round(cached * unit) if channels_last else 0,
         addresses=addresses,
+        interleaved=interleaved,
     )
 
 
 def _group_norm_silu(shapes: Shapes, kind: Kind) -> Iterator[Case]:
-    name, planes = "group_norm_silu", 12 / kind[0].itemsize  # 3 coefficients a channel, float32
+    name = "group_norm_silu"
     for shape in shapes.features:
 
         def plain(s: Source, shape: Any = shape) -> Sequence[Any]:
@@ -179,8 +177,8 @@ def _group_norm_silu(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             return x, 32, weight, bias, 1e-5, *more, residual, True, None, None
 
         options = "add, scale, shift, residual"
-        yield _case(name, shape, kind, plain, 2, split=1, cached=planes)
-        yield _case(name, shape, kind, full, 3, options, split=1, cached=planes)
+        yield _case(name, shape, kind, plain, 2, split=1)
+        yield _case(name, shape, kind, full, 3, options, split=1)
 
     for shape in shapes.features[-2:]:
         n, c, h, w = shape
@@ -199,13 +197,12 @@ def _group_norm_silu(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             return x, 32, weight, bias, 1e-5, None, None, None, None, True, None, statistics
 
         half = n * c * h * w // 2
-        yield _case(name, shape, kind, skip, 2, "skip", activation=half, split=1, cached=planes)
-        yield _case(name, shape, kind, given, 2, "statistics", cached=planes)
+        yield _case(name, shape, kind, skip, 2, "skip", activation=half, split=1)
+        yield _case(name, shape, kind, given, 2, "statistics")
 
 
 def _group_norm_silu_backward(shapes: Shapes, kind: Kind) -> Iterator[Case]:
     name, wide = "group_norm_silu_backward", torch.float64
-    planes = 10 / kind[0].itemsize  # 5 coefficients a channel, float32, for each second vector
     for shape in shapes.features:
 
         def plain(s: Source, shape: Any = shape) -> Sequence[Any]:
@@ -218,8 +215,8 @@ def _group_norm_silu_backward(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             more = [s.values(*shape[:2]) for _ in range(3)]
             return grad, x, mean, rstd, 32, weight, bias, *more, True, None
 
-        yield _case(name, shape, kind, plain, 3, split=2, cached=planes)
-        yield _case(name, shape, kind, full, 3, "add, scale, shift", split=2, cached=planes)
+        yield _case(name, shape, kind, plain, 3, split=2)
+        yield _case(name, shape, kind, full, 3, "add, scale, shift", split=2)
 
     for shape in shapes.features[-2:]:
         n, c, h, w = shape
@@ -231,7 +228,7 @@ def _group_norm_silu_backward(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             return grad, x, mean, rstd, 32, weight, bias, None, None, None, True, other
 
         half = n * c * h * w // 2
-        yield _case(name, shape, kind, skip, 3, "skip", activation=half, split=2, cached=planes)
+        yield _case(name, shape, kind, skip, 3, "skip", activation=half, split=2)
 
 
 def _add_time_embedding(shapes: Shapes, kind: Kind) -> Iterator[Case]:
@@ -240,7 +237,7 @@ def _add_time_embedding(shapes: Shapes, kind: Kind) -> Iterator[Case]:
         def make(s: Source, shape: Any = shape) -> Sequence[Any]:
             return s.image(*shape), s.values(*shape[:2])
 
-        yield _case("add_time_embedding", shape, kind, make, 2, cached=1)
+        yield _case("add_time_embedding", shape, kind, make, 2)
 
 
 def _schedule(s: Source) -> tuple[Tensor, Tensor]:
@@ -333,7 +330,10 @@ def _sampler_step(shapes: Shapes, kind: Kind) -> Iterator[Case]:
         text = ", ".join(
             key if value is True else f"{key} {value}" for key, value in options.items()
         )
-        yield _case("sampler_step", shape, kind, make(shape, **options), ideal, text)
+        # Channels-last, a pixel's variances lie behind its means: C values of each, few.
+        interleaved = ("model_out",) if kind[1] and "variance" in options else ()
+        step = make(shape, **options)
+        yield _case("sampler_step", shape, kind, step, ideal, text, interleaved=interleaved)
 
 
 def _ema_update(shapes: Shapes, kind: Kind) -> Iterator[Case]:
@@ -388,9 +388,9 @@ def _conv_epilogue(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             (n, c, h, w), x, residual = shape, s.image(*shape), s.image(*shape)
             return x, s.values(c), s.values(n, c), residual, math.ceil(h * w / SPAN)
 
-        yield _case("conv_epilogue", shape, kind, bias, 2, "bias", cached=1)
+        yield _case("conv_epilogue", shape, kind, bias, 2, "bias")
         options = "bias, emb, residual, statistics"
-        yield _case("conv_epilogue", shape, kind, full, 3, options, cached=2)
+        yield _case("conv_epilogue", shape, kind, full, 3, options)
 
 
 OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {

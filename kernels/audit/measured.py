@@ -72,6 +72,7 @@ class Exemption:
 
 PARAMETERS = Exemption("works on statistics and parameters, no activation", loads=True, stores=True)
 SUMS = Exemption("writes sums over pixels, no activation", stores=True)
+IMAGES = Exemption("writes two values an image", stores=True)
 FILLS = Exemption("reads seeds, no activation", loads=True)
 
 UNALIGNED = Exemption(
@@ -94,6 +95,7 @@ EXEMPTIONS = {
     ("cuda", "group_norm_silu_backward", "take_sums"): SUMS,
     ("cuda", "philox_normal", "philox_normal_kernel"): FILLS,
     ("cuda", "q_sample", "from_seed_pixels_kernel"): UNALIGNED,
+    ("cuda", "sampler_step", "sampler_step_image_kernel"): IMAGES,
     ("cuda", "upsample_nearest2x", "channels_first_narrow_kernel"): UNALIGNED,
 }
 NONE = Exemption("")

@@ -1,13 +1,11 @@
 """Counts the bytes that the kernels read and write, and compares them with the least there is.
 
-Triton's kernels are run by its interpreter, in a process of its own where TRITON_INTERPRET=1. A
-load or a store counts the elements that its mask lets through: of an activation each time, of
-anything else once a launch, for what many programs read of parameters comes from the cache.
+Triton's kernels are run by its interpreter, in a process of its own where TRITON_INTERPRET=1; a
+load or a store counts the elements that its mask lets through. The CUDA kernels are run by the
+tests' emulation (tests/emulation), where each thread's access counts.
 
-The CUDA kernels are run by the tests' emulation (tests/emulation), where each thread's access
-counts by itself. There only those 128 bits wide are counted, which is how activations move.
-Channels-last, parameters of channels do too, once for each vector of the activation; they come from
-the cache as well, and Case.cached allows for them.
+Of an activation every access counts. What else there is, parameters and the workspaces that
+launches hand on, counts once a launch: what many blocks read of it comes from the cache.
 """
 
 from __future__ import annotations
@@ -17,11 +15,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,7 +39,7 @@ class Traffic:
     case: str
     read: int
     written: int
-    least: int  # of activations and parameters, each once, and of what the cache serves
+    least: int  # of activations, as often as the case says, and of parameters, each once
     unit: int  # S
     launches: int
 
@@ -89,18 +87,38 @@ def count(
         case=case.name,
         read=read,
         written=written,
-        least=case.ideal + parameters + _more(language, case, launches),
+        least=case.ideal + parameters + (case.split if launches > 2 else 0),
         unit=case.unit,
         launches=launches,
     )
 
 
-def _more(language: str, case: Case, launches: int) -> int:
-    """What a case may move beyond its ideal, for the launches that it took."""
-    on_chip = launches <= 2 and case.split
-    return (0 if on_chip or language != "cuda" else case.cached) + (
-        case.split if launches > 2 else 0
-    )
+class _Accesses(NamedTuple):
+    """Accesses of one kind and size, by one launch, at these addresses."""
+
+    written: bool
+    launch: int
+    addresses: Any
+    size: int
+
+
+def _moved(
+    accesses: Iterable[_Accesses], activations: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """Bytes read and written."""
+    import numpy as np
+
+    total = [0, 0]
+    others: dict[tuple[bool, int, int], list[Any]] = {}
+    for written, launch, addresses, size in accesses:
+        inside = np.zeros(addresses.shape, bool)
+        for begin, end in activations:
+            inside |= (addresses >= begin) & (addresses < end)
+        total[written] += int(inside.sum()) * size
+        others.setdefault((written, launch, size), []).append(addresses[~inside])
+    for (written, _, size), found in others.items():
+        total[written] += np.unique(np.concatenate(found)).size * size
+    return total[0], total[1]
 
 
 @contextmanager
@@ -109,23 +127,23 @@ def interpreted() -> Iterator[Moved]:
     import numpy as np
     from triton.runtime import interpreter
 
-    accesses: list[tuple[str, int, Any, int]] = []
+    accesses: list[_Accesses] = []
     launches = 0
     builder = type(interpreter.interpreter_builder)
     load, store = builder.create_masked_load, builder.create_masked_store
     call = interpreter.GridExecutor.__call__
 
-    def note(kind: str, pointers: Any, mask: Any) -> None:
+    def note(written: bool, pointers: Any, mask: Any) -> None:
         named = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
         size = pointers.get_element_ty().primitive_bitwidth // 8
-        accesses.append((kind, launches, np.unique(named), size))
+        accesses.append(_Accesses(written, launches, np.unique(named), size))
 
     def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
-        note("read", pointers, mask)
+        note(False, pointers, mask)
         return load(self, pointers, mask, *rest, **more)
 
     def noted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        note("written", pointers, mask)
+        note(True, pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
     def noted_call(self: Any, *args: Any, **more: Any) -> Any:
@@ -133,23 +151,10 @@ def interpreted() -> Iterator[Moved]:
         launches += 1
         return call(self, *args, **more)
 
-    def moved(activations: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
-        total = {"read": 0, "written": 0}
-        once: dict[tuple[str, int, int], list[Any]] = {}
-        for kind, launch, addresses, size in accesses:
-            inside = np.zeros(addresses.shape, bool)
-            for begin, end in activations:
-                inside |= (addresses >= begin) & (addresses < end)
-            total[kind] += int(inside.sum()) * size
-            once.setdefault((kind, launch, size), []).append(addresses[~inside])
-        for (kind, _, size), addresses in once.items():
-            total[kind] += np.unique(np.concatenate(addresses)).size * size
-        return total["read"], total["written"], launches
-
     builder.create_masked_load, builder.create_masked_store = noted_load, noted_store
     interpreter.GridExecutor.__call__ = noted_call
     try:
-        yield moved
+        yield lambda activations: (*_moved(accesses, activations), launches)
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
         interpreter.GridExecutor.__call__ = call
@@ -175,16 +180,23 @@ def cuda_traffic(operations: Sequence[str] | None) -> Iterator[Traffic]:
 
     @contextmanager
     def counter() -> Iterator[Moved]:
-        wide = max(emulated.WIDTHS)
-        with emulated.traffic() as found:
-            yield lambda _: (
-                found.reads.get(wide, 0) * wide,
-                found.writes.get(wide, 0) * wide,
+        with emulated.traffic(trace=True) as found:
+            yield lambda activations: (
+                *_moved(_by_kind(found.accesses), activations),
                 found.launches,
             )
 
     for case, source in cases(COUNTED, operations, "cpu"):
         yield count("cuda", case, source, getattr(kernels, case.operation), counter)
+
+
+def _by_kind(accesses: Any) -> Iterator[_Accesses]:
+    """The accesses of a trace, those of one kind together."""
+    import numpy as np
+
+    kinds, number = np.unique(accesses[["written", "launch", "bytes"]], return_inverse=True)
+    for index, (written, launch, size) in enumerate(kinds.tolist()):
+        yield _Accesses(bool(written), launch, accesses["address"][number == index], size)
 
 
 def triton_traffic(operations: Sequence[str] | None) -> Iterator[Traffic]:

@@ -67,7 +67,9 @@ def _launches(case: Case, source: Source) -> Iterator[tuple[Any, Any, Any, tuple
             for name, value in zip(launch.kernel.arg_names, launch.args, strict=False)
             if isinstance(value, Tensor)
         ]
-        names = tuple(name for name, value in named if storage(value) in own)
+        names = tuple(
+            name for name, value in named if storage(value) in own and name not in case.interleaved
+        )
         if case.addresses:  # the activations are behind a table of addresses
             names = tuple(name for name, value in named if value.dtype == torch.int64)
         yield launch.kernel, launch.args, launch.constants, names

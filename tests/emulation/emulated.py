@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,9 @@ from building import tools  # noqa: E402
 
 SHARED = HERE / "shared.ld"
 WIDTHS = (1, 2, 4, 8, 16)  # of an access, in bytes
+ACCESS = np.dtype(
+    [("address", "u8"), ("bytes", "u4"), ("written", "u4"), ("launch", "u4"), ("unused", "u4")]
+)
 SANITIZERS = {
     "none": "",
     "thread": "-DFASTDIFF_EMULATE_THREADS -fsanitize=thread",
@@ -43,11 +47,15 @@ def load() -> Any:
 
 @dataclass
 class Traffic:
-    """Accesses to global memory by their width in bytes, and launches."""
+    """Accesses to global memory by their width in bytes, and launches.
+
+    ``accesses`` are those of a trace, each by itself, of dtype ACCESS.
+    """
 
     reads: dict[int, int] = field(default_factory=dict)
     writes: dict[int, int] = field(default_factory=dict)
     launches: int = 0
+    accesses: np.ndarray = field(default_factory=lambda: np.empty(0, ACCESS))
 
     @property
     def bytes_read(self) -> int:
@@ -59,12 +67,13 @@ class Traffic:
 
 
 @contextmanager
-def traffic() -> Iterator[Traffic]:
+def traffic(trace: bool = False) -> Iterator[Traffic]:
     """Counts what emulated kernels do within the block; complete when it ends."""
     load()
     library = ctypes.CDLL(str(_library()))
+    library.fastdiff_emulation_accesses.restype = ctypes.c_void_p
     found = Traffic()
-    library.fastdiff_emulation_reset()
+    library.fastdiff_emulation_reset(trace)
     try:
         yield found
     finally:
@@ -73,6 +82,13 @@ def traffic() -> Iterator[Traffic]:
         found.reads = {w: n for w, n in zip(WIDTHS, counts[:5], strict=True) if n}
         found.writes = {w: n for w, n in zip(WIDTHS, counts[5:10], strict=True) if n}
         found.launches = counts[10]
+        traced = ctypes.c_uint64()
+        first = library.fastdiff_emulation_accesses(ctypes.byref(traced))
+        if traced.value:
+            found.accesses = np.frombuffer(
+                ctypes.string_at(first, traced.value * ACCESS.itemsize), ACCESS
+            )
+        library.fastdiff_emulation_reset(False)
 
 
 def build_driver(

@@ -135,6 +135,14 @@ std::mutex launch_lock;
 // By the accesses' width: 1, 2, 4, 8, 16 bytes.
 std::atomic<uint64_t> reads[5], writes[5], launches;
 
+// Every access by itself, where traced.
+struct Access {
+  uint64_t address;
+  uint32_t bytes, written, launch, unused;
+};
+bool tracing = false;
+std::vector<Access> accesses;
+
 Worker& me() { return static_cast<Worker&>(*self); }
 
 [[noreturn]] void fail(const std::string& what) {
@@ -435,6 +443,9 @@ void count(std::atomic<uint64_t>* counters, const void* at, size_t bytes, const 
   counter.fetch_add(1, kRelaxed);
 #else
   counter.store(counter.load(kRelaxed) + 1, kRelaxed);
+  if (tracing)
+    accesses.push_back({reinterpret_cast<uintptr_t>(at), static_cast<uint32_t>(bytes),
+                        counters == writes, static_cast<uint32_t>(launches.load(kRelaxed)), 0});
 #endif
 }
 
@@ -530,10 +541,19 @@ void fastdiff_emulation_traffic(uint64_t* counts) {
   counts[10] = emulation::launches;
 }
 
-void fastdiff_emulation_reset() {
+void fastdiff_emulation_reset(bool trace) {
   namespace emulation = fastdiff::cuda::emulation;
   for (int i = 0; i < 5; ++i) emulation::reads[i] = emulation::writes[i] = 0;
   emulation::launches = 0;
+  emulation::tracing = trace;
+  emulation::accesses.clear();
+}
+
+// The accesses since the last reset, if that asked for a trace, and how many.
+const void* fastdiff_emulation_accesses(uint64_t* count) {
+  namespace emulation = fastdiff::cuda::emulation;
+  *count = emulation::accesses.size();
+  return emulation::accesses.data();
 }
 }
 #pragma GCC visibility pop

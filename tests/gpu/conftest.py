@@ -104,7 +104,8 @@ def _realisation(name: str) -> Realisation:
     ]
 )
 def gpu(request) -> Iterator[Realisation]:
-    """A realisation, active during the test."""
+    """A realisation, active during the test, whose random numbers are the same in every run."""
+    torch.manual_seed(0)
     found = _realisation(request.param)
     with found.active():
         yield found

@@ -66,9 +66,9 @@ def call(groups, names, silu=True):
     def run(*tensors):
         values = dict(zip(names, tensors, strict=True))
         y = ops.group_norm_silu(num_groups=groups, silu=silu, **values)
-        ramp = torch.arange(y.numel(), dtype=torch.float64, device=y.device)
-        weight = ramp.sin().view(y.shape).to(y.dtype)
-        return [y.detach(), *torch.autograd.grad(y, tensors, weight)]
+        # Normal numbers, for a smooth wave's sums over an image cancel to almost nothing.
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        return [y.detach(), *torch.autograd.grad(y, tensors, grad.to(y.device, y.dtype))]
 
     return run
 
@@ -132,7 +132,7 @@ def test_each_option_alone(gpu, option, layout, silu) -> None:
     assert_close_to_oracle(call(4, list(values), silu), *values.values())
 
 
-@pytest.mark.parametrize("channels", [(8, 16), (5, 7), (12, 0), (16, 48)], ids=str)
+@pytest.mark.parametrize("channels", [(8, 16), (5, 7), (12, 0), (0, 12), (16, 48)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_two_inputs(gpu, channels, dtype, layout) -> None:
@@ -145,7 +145,8 @@ def test_two_inputs(gpu, channels, dtype, layout) -> None:
     )
     run = call(4, ["x", "skip", *names])
     assert_close_to_oracle(run, x, skip, *values.values())
-    assert ops.group_norm_silu(x, 4, skip=skip).is_contiguous(memory_format=layout)
+    y = ops.group_norm_silu(x, 4, skip=skip)
+    assert y.is_contiguous(memory_format=layout) or not x.numel()  # y is laid out like x
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
@@ -187,7 +188,9 @@ def test_statistics_are_taken_in_place_of_x(gpu) -> None:
 
 @pytest.mark.parametrize("dims", [0, 1, 3], ids=["no pixels", "1d", "3d"])
 def test_other_numbers_of_dimensions(gpu, dims) -> None:
-    x = torch.randn(2, 6, *range(3, 3 + dims), device=gpu.device, requires_grad=True)
+    # Groups of 8 channels: without pixels, those of 2 elements have gradients that all but vanish.
+    x = torch.randn(2, 24, *range(3, 3 + dims), generator=torch.Generator().manual_seed(0))
+    x = x.to(gpu.device).requires_grad_()
     assert_close_to_oracle(call(3, ["x"]), x)
 
 

@@ -18,11 +18,10 @@ struct GroupNorm : Images {
       : Images(x, "x"), sizes(x.sizes()) {
     if (skip) {
       skip_channels = skip->dim() == x.dim() ? skip->size(1) : 0;
-      TORCH_CHECK_VALUE(channels >= 1 && skip_channels >= 1, "x and skip must have channels, got ",
-                        x.sizes(), " and ", skip->sizes());
       sizes[1] = skip_channels;
       check_tensor(*skip, sizes, x.scalar_type(), x.device(), "skip");
       sizes[1] = channels + skip_channels;
+      pixels = c10::multiply_integers(sizes.begin() + 2, sizes.end());  // x may have no channels
     }
     TORCH_CHECK_VALUE(groups >= 1 && sizes[1] >= 1 && sizes[1] % groups == 0,
                       "num_groups must divide the channels: got ", groups, " groups for ", sizes[1],
