@@ -136,7 +136,7 @@ def _cuda(options: argparse.Namespace) -> Iterator[Measured]:
 
 
 def _triton_bytes(options: argparse.Namespace) -> Iterator[traffic.Traffic]:
-    counted = traffic.triton_traffic(options.ops)
+    counted = traffic.triton_traffic(options.ops, options.jobs)
     yield from tqdm(counted, "bytes in Triton", leave=False, disable=None)
 
 

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdiff.kernels.audit.cases import COUNTED, Case, Source, cases, tensors
+from fastdiff.kernels.audit.cases import COUNTED, OPERATIONS, Case, Source, cases, tensors
 from fastdiff.kernels.audit.sass import NotCheckedError
 
 EMULATION = Path(__file__).resolve().parents[2] / "tests" / "emulation"
@@ -199,22 +200,26 @@ def _by_kind(accesses: Any) -> Iterator[_Accesses]:
         yield _Accesses(bool(written), launch, accesses["address"][number == index], size)
 
 
-def triton_traffic(operations: Sequence[str] | None) -> Iterator[Traffic]:
-    """Count every case, in a process that interprets."""
-    command = [sys.executable, "-m", "fastdiff.kernels.audit.traffic", *(operations or ())]
+def triton_traffic(operations: Sequence[str] | None, processes: int) -> Iterator[Traffic]:
+    """Count every case, in processes that interpret: one an operation, ``processes`` at a time."""
+    with ThreadPoolExecutor(processes) as pool:
+        for found in pool.map(_interpreted_operation, operations or OPERATIONS):
+            yield from found
+
+
+def _interpreted_operation(operation: str) -> list[Traffic]:
+    command = [sys.executable, "-m", "fastdiff.kernels.audit.traffic", operation]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            yield Traffic(**json.loads(line))
-    if child.returncode:
-        raise NotCheckedError("the interpreter failed (see above)")
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise NotCheckedError(f"the interpreter failed with {operation} (see above)")
+    return [Traffic(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def _main() -> None:
     from fastdiff.ops.gpu import gpu_kernel
 
-    for case, source in cases(COUNTED, sys.argv[1:] or None, "cpu"):
+    for case, source in cases(COUNTED, sys.argv[1:], "cpu"):
         kernel = gpu_kernel(case.operation, "triton")
         print(json.dumps(asdict(count("triton", case, source, kernel, interpreted))), flush=True)
 
