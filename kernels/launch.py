@@ -28,11 +28,12 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants), ``constants`` being constexprs, num_warps, num_stages."""
+    """kernel[grid](*args, **constants): constexprs, num_warps, and maxnreg, registers at most."""
     found = _recorded.get()
     if found is not None:
         found.append(Launch(kernel, grid, args, constants))
     elif _tracing.get():
+        constants.pop("maxnreg", None)  # torch.compile knows no such limit
         torch.library.wrap_triton(kernel)[grid](*args, **constants)
     elif 0 not in grid:
         kernel[grid](*args, **constants)

@@ -33,7 +33,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastdiff.kernels.launch import launch
 from fastdiff.kernels.philox import normal_at, normal_run, stream
@@ -390,7 +389,6 @@ def sampler_step(
     tile, sweep, warps = plan(walked, x.numel(), vector, by_image)
     tiles = triton.cdiv(walked, tile)
     more = guided_output or noise is not None
-    limit = {"maxnreg": registers(whole, vector, by_image, more, depth)}
     launch(
         _sampler_step,
         (tiles * images if by_image else tiles,),
@@ -400,7 +398,7 @@ def sampler_step(
         0 if slots is None else slots.stride(0),
         GUIDED=guided_output, VARIANCE=variance, NHWC=nhwc, DEPTH=depth,
         VECTOR=vector, TILE=tile, SWEEP=sweep, num_warps=warps,
-        **({} if isinstance(x, FunctionalTensor) else limit),  # torch.compile knows no such limit
+        maxnreg=registers(whole, vector, by_image, more, depth),
     )  # fmt: skip
     if not direct:
         out.copy_(result)

@@ -71,7 +71,7 @@ def run() -> bool:
     return not faults
 
 
-def compiled(chosen: list) -> tuple[Path, Path]:
+def compiled(chosen: list, *, quiet: bool = False) -> tuple[Path, Path]:
     """The build folder, with what ptxas said beside each object, and the linked extension."""
     folder = folder_for("cuda-check")
     library = folder / "_cuda.so"
@@ -88,7 +88,7 @@ def compiled(chosen: list) -> tuple[Path, Path]:
         f"{line} {logged}" if line.startswith("  command") and "-Xptxas -v" in line else line
         for line in lines
     ]
-    run_ninja(folder, lines)
+    run_ninja(folder, lines, quiet=quiet)
     return folder, library
 
 

@@ -57,8 +57,8 @@ void sampler_step_cpu(const at::Tensor& x, const at::Tensor& model_out,
   if (noise) check_like(*noise, x, "noise");
   int64_t depth = 0;
   if (history) {
-    TORCH_CHECK_VALUE(history->dim() == x.dim() + 1 && history->size(0) <= kDepth,
-                      "history must be [K, N, C, ...] with K <= ", kDepth, ", got ",
+    TORCH_CHECK_VALUE(history->dim() == x.dim() + 1 && history->size(0) <= kSamplerDepth,
+                      "history must be [K, N, C, ...] with K <= ", kSamplerDepth, ", got ",
                       history->sizes());
     depth = history->size(0);
     c10::DimVector sizes{depth};
@@ -66,7 +66,7 @@ void sampler_step_cpu(const at::Tensor& x, const at::Tensor& model_out,
     check_tensor(*history, sizes, wide, "history");
   }
   TORCH_CHECK_VALUE(table.dim() == 2, "table must be [R, 18 + K], got ", table.sizes());
-  check_tensor(table, {table.size(0), kColumns + depth}, wide, "table");
+  check_tensor(table, {table.size(0), kSamplerColumns + depth}, wide, "table");
   TORCH_CHECK_TYPE(step.scalar_type() == at::kLong && step.numel() == 1,
                    "step must be an int64 tensor of one element");
   TORCH_CHECK_VALUE(step.device().is_cpu(), "step must be on the CPU, got ", step.device());
@@ -78,8 +78,8 @@ void sampler_step_cpu(const at::Tensor& x, const at::Tensor& model_out,
   TORCH_CHECK_INDEX(index >= 0 && index < table.size(0), "step must lie in 0..", table.size(0) - 1,
                     ", got ", index);
 
-  std::array<double, kColumns + kDepth> row;
-  for (int64_t j = 0; j < kColumns + depth; ++j) {
+  std::array<double, kSamplerColumns + kSamplerDepth> row;
+  for (int64_t j = 0; j < kSamplerColumns + depth; ++j) {
     const int64_t at = index * table.stride(0) + j * table.stride(1);
     row[j] = wide == at::kDouble ? table.const_data_ptr<double>()[at]
                                  : table.const_data_ptr<float>()[at];
@@ -142,9 +142,9 @@ void sampler_step_cpu(const at::Tensor& x, const at::Tensor& model_out,
       return static_cast<char*>(slots.data_ptr()) + j * slots.stride(0) * slots.itemsize();
     };
     for (int64_t j = 0; j < depth; ++j) {
-      if (row[kColumns + j] == 0) continue;
+      if (row[kSamplerColumns + j] == 0) continue;
       args.read[args.reads] = slot(j);
-      args.factor[args.reads++] = row[kColumns + j];
+      args.factor[args.reads++] = row[kSamplerColumns + j];
     }
     if (keeps) args.keep = slot(static_cast<int64_t>(row[kSlot]));
   }

@@ -4,33 +4,9 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
+#include "sampler_table.h"
 
 namespace fastdiff::cuda {
-
-// The columns of a table; those of the history follow, one a slot.
-enum SamplerColumn {
-  kGuidance,
-  kRescale,
-  kX0X,
-  kX0M,
-  kClipMin,
-  kClipMax,
-  kQuantile,
-  kOutX,
-  kOutX0,
-  kOutM,
-  kNoise,
-  kLogvar,
-  kLogvarV,
-  kKeepX,
-  kKeepX0,
-  kKeepM,
-  kKeepNoise,
-  kSlot,
-  kSamplerColumns,
-};
-
-constexpr int kSamplerDepth = 8;  // slots of the history, at most
 
 // Every image tensor is dense in one layout, that of x: [N, C, pixels] channels-first or
 // [N, pixels, C] channels-last, with C the tensor's own channels, so 2 C in a model's output that

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.utils._pytree import tree_leaves
 
 from fastdiff.backend import missing, on_cuda
 
@@ -35,7 +36,7 @@ def on_gpu(name: str, check: Callable[..., None], *, traced: bool = True) -> Non
 
     def kernel(*args: Any) -> Any:
         check(*args)
-        return gpu_kernel(name, on_cuda())(*args)
+        return eager_kernel(name, on_cuda())(*args)
 
     torch.library.impl(f"fastdiff::{name}", "CUDA")(kernel)
     if not traced:
@@ -50,6 +51,26 @@ def on_gpu(name: str, check: Callable[..., None], *, traced: bool = True) -> Non
             return gpu_kernel(name, "triton")(*args, **kwargs)
 
     torch.library.register_torch_dispatch(f"fastdiff::{name}", FunctionalTensorMode, decompose)
+
+
+@cache
+def eager_kernel(name: str, where: str | None) -> Callable[..., Any]:
+    """What ``gpu_kernel`` gives, after which autograd knows of the tensors that were written."""
+    kernel = gpu_kernel(name, where)
+    arguments = getattr(torch.ops.fastdiff, name).default._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    if where != "triton" or not written:  # CUDA C++ tells autograd itself
+        return kernel
+
+    def run(*args: Any) -> Any:
+        results = kernel(*args)
+        tensors = tree_leaves([args[i] for i in written])
+        torch.autograd.graph.increment_version(
+            [t for t in tensors if t is not None and not t.is_inference()]
+        )
+        return results
+
+    return run
 
 
 def _sees_triton(args: Any) -> bool:

@@ -26,9 +26,11 @@ follows. Then the kernels are run on small tensors, by Triton's interpreter and 
 of CUDA, and the bytes that they read and write are counted, in S, the size of one activation.
 """
 _EPILOG = """\
-columns: shared is in bytes of a block (in CUDA without what a launch adds), spilled in bytes of a
-thread; load and store are in bits, the narrowest access to an activation in Triton, the widest of
-the instance for aligned tensors in CUDA.
+columns: of a kernel's configurations each number is the worst. registers and occupancy are of each
+architecture; shared is in bytes of a block (in CUDA without what a launch adds), spilled in bytes
+of a thread; load and store are in bits, the narrowest access to an activation in Triton, the widest
+of the instance for aligned tensors in CUDA. Of bytes, the case is shown that moves most over the
+least.
 
 exit status: 0 if all is well; 1 if a kernel spills, moves an activation in less than 128 bits or
 moves more than 1.05 times the least bytes; 2 if something that was asked for could not be checked.
@@ -87,7 +89,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--thorough", action="store_true", help="compile at every shape, not at a choice of them"
     )
     parser.add_argument(
-        "--all", action="store_true", help="show every configuration, not the worst"
+        "--all", action="store_true", help="show every configuration and case, not the worst"
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     form = parser.add_mutually_exclusive_group()
@@ -130,7 +132,7 @@ def _triton(options: argparse.Namespace) -> Iterator[Measured]:
 
 def _cuda(options: argparse.Namespace) -> Iterator[Measured]:
     todo = cuda_kernels.units(options.ops, options.archs)
-    measured = cuda_kernels.compile_all(todo, options.jobs)
+    measured = cuda_kernels.measure_all(todo, options.jobs)
     for unit in tqdm(measured, "CUDA sources", len(todo), leave=False, disable=None):
         yield from unit
 

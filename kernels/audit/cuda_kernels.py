@@ -1,78 +1,71 @@
-"""Compiles the CUDA sources with nvcc, a binary an architecture, and looks at the machine code."""
+"""Looks at the machine code that nvcc makes of the CUDA sources, in the objects of cuda_check."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import re
-import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from fastdiff.kernels.audit.cases import OPERATIONS
 from fastdiff.kernels.audit.measured import Measured
-from fastdiff.kernels.audit.sass import NotCheckedError, inspect
+from fastdiff.kernels.audit.sass import NotCheckedError, inspect, tool
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "csrc" / "cuda"
-CACHE = ROOT / "build" / "audit"
-FLAGS = ("-std=c++20", "-O3", "-cubin", f"-I{ROOT / 'csrc'}")
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 class Unit(NamedTuple):
-    """A source for an architecture."""
+    """An object file, and an architecture of those that it holds machine code for."""
 
-    source: Path
+    object: Path
     operation: str
     arch: int
 
 
 def units(operations: Sequence[str] | None, archs: Sequence[int]) -> list[Unit]:
-    """What has to be compiled for these operations, or for all.
+    """The objects of these operations, or of all, compiled unless they are there already.
 
     Raises:
-        NotCheckedError: nvcc or the sources are not here.
+        NotCheckedError: nvcc or the sources are not here, or do not compile.
     """
-    if not SOURCES.is_dir():
-        raise NotCheckedError(f"the CUDA sources are not installed: no folder {SOURCES}")
-    nvcc()
+    if not CSRC.is_dir():
+        raise NotCheckedError(f"the CUDA sources are not installed: no folder {CSRC}")
+    sys.path.insert(0, str(CSRC))
+    from building import cuda, cuda_check, tools
+
+    try:
+        folder, _ = cuda_check.compiled(cuda.architectures(None, cuda.toolkit().codes), quiet=True)
+    except tools.CannotBuildError as reason:
+        raise NotCheckedError(str(reason)) from None
     found = []
-    for source in sorted(SOURCES.glob("*.cu")):
+    for source in sorted(CSRC.glob("cuda/*.cu")):
         operation = _operation(source.stem)
         served = {name for name in OPERATIONS if _operation(name) == operation}
         if operations is None or served & set(operations):
-            found += [Unit(source, operation, arch) for arch in archs]
+            found += [Unit(folder / f"{source.name}.o", operation, arch) for arch in archs]
     return found
 
 
 def _operation(stem: str) -> str:
     """The operation whose name a source's begins with, one of several in a source the shortest."""
-    stems = {source.stem for source in SOURCES.glob("*.cu")}
+    stems = {source.stem for source in CSRC.glob("cuda/*.cu")}
     candidates = [name for name in OPERATIONS if name in stems and stem.startswith(name)]
     return max(candidates, key=len, default=stem)
 
 
-@cache
-def nvcc() -> str:
-    """The path of nvcc."""
-    found = shutil.which("nvcc")
-    if found is None:
-        raise NotCheckedError("nvcc not found on the PATH: it comes with the CUDA toolkit")
-    return found
-
-
-def compile_all(todo: Sequence[Unit], processes: int) -> Iterator[list[Measured]]:
-    """Compile and measure, ``processes`` at a time; the kernels of a unit together."""
+def measure_all(todo: Sequence[Unit], processes: int) -> Iterator[list[Measured]]:
+    """Measure, ``processes`` at a time; the kernels of a unit together."""
     with ThreadPoolExecutor(processes) as pool:
         yield from pool.map(measure, todo)
 
 
 def measure(unit: Unit) -> list[Measured]:
-    """Compile a source for an architecture and read what the compiler made of it."""
+    """Read what the compiler made of an object's kernels for an architecture."""
     found = []
     for code in inspect(_cubin(unit), unit.arch):
         kernel, configuration = _names(code.name)
@@ -96,28 +89,14 @@ def measure(unit: Unit) -> list[Measured]:
 
 
 def _cubin(unit: Unit) -> bytes:
-    """The binary, compiled unless one of the same sources and compiler is there already."""
-    headers = sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cuh"))
-    key = hashlib.sha256(repr((_version(), FLAGS, unit.arch)).encode())
-    for path in (unit.source, *headers):
-        key.update(path.name.encode() + path.read_bytes())
-    CACHE.mkdir(parents=True, exist_ok=True)
-    cubin = CACHE / f"{unit.source.stem}-sm_{unit.arch}-{key.hexdigest()[:16]}.cubin"
-    if not cubin.exists():
-        for old in CACHE.glob(f"{unit.source.stem}-sm_{unit.arch}-*.cubin"):
-            old.unlink()
-        part = cubin.with_suffix(".part")
-        command = [nvcc(), *FLAGS, f"-arch=sm_{unit.arch}", str(unit.source), "-o", str(part)]
-        done = subprocess.run(command, capture_output=True, text=True)
+    """The machine code of an object for one architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "--extract-elf", "all", str(unit.object.resolve())]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise NotCheckedError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
-        part.rename(cubin)
-    return cubin.read_bytes()
-
-
-@cache
-def _version() -> str:
-    return subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+        (cubin,) = Path(folder).glob(f"*sm_{unit.arch}.cubin")
+        return cubin.read_bytes()
 
 
 def _names(mangled: str) -> tuple[str, str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from fastdiff.kernels.audit.measured import Measured
 from fastdiff.kernels.audit.traffic import Traffic
 
 _KERNELS = (
-    "operation", "kernel", "language", "arch", "cases", "threads", "registers", "shared", "spilled",
+    "operation", "kernel", "language", "cases", "threads", "registers", "shared", "spilled",
     "load", "store", "occupancy",
 )  # fmt: skip
 _BYTES = ("operation", "case", "language", "launches", "read", "written", "moved", "least")
@@ -30,7 +31,7 @@ def worst(found: Sequence[Measured]) -> list[Measured]:
 
 
 def _worst(group: list[Measured]) -> Measured:
-    least = min(group, key=lambda one: one.occupancy)
+    least = min(group, key=lambda one: (one.occupancy, -one.registers))
     widths = max if least.language == "cuda" else min
     return replace(
         least,
@@ -46,41 +47,65 @@ def _worst(group: list[Measured]) -> Measured:
 def tables(
     found: Sequence[Measured], traffic: Sequence[Traffic], every: bool, markdown: bool
 ) -> str:
-    """The kernels and the bytes, as two tables."""
-    kernels = [
-        (
-            one.operation,
-            one.kernel.lstrip("_"),
-            one.language,
-            f"sm_{one.arch}",
-            one.configuration if every else str(one.cases),
-            str(one.threads),
-            str(one.registers),
-            f"{one.shared:,}",
-            str(one.stack) if one.stack or not one.spills else f"{one.spills} accesses",
-            str(one.load or "-"),
-            str(one.store or "-"),
-            f"{one.occupancy:.0%}",
-        )
-        for one in (found if every else worst(found))
-    ]
-    moved = [
-        (
-            one.operation,
-            one.case,
-            one.language,
-            str(one.launches),
-            *(f"{value / one.unit:.2f} S" for value in (one.read, one.written, one.moved)),
-            f"{one.least / one.unit:.2f} S",
-        )
-        for one in traffic
-    ]
+    """The kernels and the bytes, as two tables.
+
+    ``every`` is a row for each kernel, configuration and architecture, and for each case; else a
+    kernel has one row, in which architectures stand side by side, and each operation one of bytes,
+    the case that moves most over its least.
+    """
+    groups: dict[Any, list[Measured]] = {}
+    for one in found if every else worst(found):
+        row = (one.language, one.operation, one.kernel, *([one] if every else []))
+        groups.setdefault(row, []).append(one)
+    moved: dict[Any, Traffic] = {}
+    for case in traffic:
+        row = (case.language, case.operation, *([case.case] if every else []))
+        moved[row] = max(moved.get(row, case), case, key=lambda one: one.moved / one.least)
     parts = [
         _table(head, rows, markdown)
-        for head, rows in ((_KERNELS, kernels), (_BYTES, moved))
+        for head, rows in (
+            (_head(found), [_kernel_row(group, every) for group in groups.values()]),
+            (_BYTES, list(map(_bytes_row, moved.values()))),
+        )
         if rows
     ]
     return "\n\n".join(parts)
+
+
+def _head(found: Sequence[Measured]) -> Sequence[str]:
+    archs = "/".join(map(str, sorted({one.arch for one in found})))
+    return [f"{name}, sm_{archs}" if name == "registers" else name for name in _KERNELS]
+
+
+def _kernel_row(group: Sequence[Measured], every: bool) -> Sequence[str]:
+    """A kernel's numbers, one of each architecture or the worst of them."""
+    one = min(group, key=lambda one: one.occupancy)
+    spilled = max(group, key=lambda one: (one.stack, one.spills))
+    return (
+        one.operation,
+        one.kernel.lstrip("_"),
+        one.language,
+        f"sm_{one.arch} {one.configuration}" if every else str(sum(one.cases for one in group)),
+        str(one.threads),
+        _each(group, lambda one: str(one.registers)),
+        f"{one.shared:,}",
+        f"{spilled.spills} accesses"
+        if spilled.spills and not spilled.stack
+        else f"{spilled.stack}",
+        str(min(one.load for one in group) or "-"),
+        str(min(one.store for one in group) or "-"),
+        _each(group, lambda one: f"{one.occupancy:.0%}"),
+    )
+
+
+def _each(group: Sequence[Measured], text: Callable[[Measured], str]) -> str:
+    return "/".join(text(one) for one in sorted(group, key=lambda one: one.arch))
+
+
+def _bytes_row(one: Traffic) -> Sequence[str]:
+    numbers = (one.read, one.written, one.moved, one.least)
+    sizes = [f"{value / one.unit:.2f} S" for value in numbers]
+    return (one.operation, one.case, one.language, str(one.launches), *sizes)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:

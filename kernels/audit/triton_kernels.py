@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -21,6 +22,9 @@ from torch import Tensor
 from fastdiff.kernels.audit.cases import Case, Source, tensors
 from fastdiff.kernels.audit.measured import WIDE, Measured, exemption
 from fastdiff.kernels.audit.sass import NotCheckedError
+
+# What a launch would get is looked at, with or without fused multiply-adds.
+warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
 
 
 class Compilation(NamedTuple):

@@ -155,17 +155,25 @@ void add_time_embedding() {
     });
 }
 
+struct Epilogue {
+  int64_t c, pixels, spans;
+  bool all_inputs;
+};
+
 void conv_epilogue() {
-  for (const int64_t spans : {0, 3})
-    for (const bool more : {true, false})
-      in_forms("conv_epilogue", [&](Form form, Memory& m) {
-        const int64_t n = 2, c = more ? 16 : 5, pixels = more ? 48 : 35, all = n * c * pixels;
-        conv_epilogue_cuda({form.dtype, form.channels_last, n, c, pixels, spans, m.values(all),
-                            more ? m.values(c) : nullptr, more ? m.values(n * c) : nullptr,
-                            more ? m.values(all) : nullptr, m.result(all),
-                            spans ? m.float_result(n * spans * 4 * c) : nullptr},
-                           kStream);
-      });
+  // The last has a span that several warps share.
+  for (const Epilogue& s :
+       {Epilogue{16, 48, 0, true}, Epilogue{5, 35, 0, false}, Epilogue{16, 48, 3, true},
+        Epilogue{5, 35, 3, false}, Epilogue{2, 1024, 1, true}})
+    in_forms("conv_epilogue", [&](Form form, Memory& m) {
+      const int64_t n = 2, all = n * s.c * s.pixels;
+      conv_epilogue_cuda(
+          {form.dtype, form.channels_last, n, s.c, s.pixels, s.spans, m.values(all),
+           s.all_inputs ? m.values(s.c) : nullptr, s.all_inputs ? m.values(n * s.c) : nullptr,
+           s.all_inputs ? m.values(all) : nullptr, m.result(all),
+           s.spans ? m.float_result(n * s.spans * 4 * s.c) : nullptr},
+          kStream);
+    });
 }
 
 void upsample_nearest2x() {

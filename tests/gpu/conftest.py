@@ -19,7 +19,7 @@ import torch
 
 import fastdiff
 from fastdiff.backend import missing
-from fastdiff.ops.gpu import gpu_kernel
+from fastdiff.ops.gpu import eager_kernel
 
 OPERATIONS = (
     "add_time_embedding", "conv_epilogue", "ema_update", "group_norm_silu",
@@ -58,7 +58,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def triton_kernels() -> dict[str, Callable[..., Any]]:
-    return {name: gpu_kernel(name, "triton") for name in OPERATIONS}
+    return {name: eager_kernel(name, "triton") for name in OPERATIONS}
 
 
 def emulated_kernels() -> dict[str, Callable[..., Any]]:
@@ -104,8 +104,17 @@ def _realisation(name: str) -> Realisation:
     ]
 )
 def gpu(request) -> Iterator[Realisation]:
-    """A realisation, active during the test, whose random numbers are the same in every run."""
+    """A realisation, active during the test, whose random numbers are the same in every run.
+
+    torch.empty gives NaN, so that whatever is not written shows.
+    """
     torch.manual_seed(0)
     found = _realisation(request.param)
-    with found.active():
-        yield found
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3, device=found.device).isnan().all()
+        with found.active():
+            yield found
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated  # noqa: F401 - puts csrc on the path
 import pytest
+from building import cuda
 
 from fastdiff.kernels.audit import __main__ as audit
 from fastdiff.kernels.audit import cuda_kernels, measured, ptx, report, sass
@@ -200,11 +202,12 @@ void start() {
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 @pytest.mark.usefixtures("needs_disassembler")
-def test_seeded_defects_of_cuda_kernels_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "CACHE", tmp_path / "cache")
-    source = tmp_path / "seeded.cu"
+def test_seeded_defects_of_cuda_kernels_are_found(tmp_path):
+    source, made = tmp_path / "seeded.cu", tmp_path / "seeded.cu.o"
     source.write_text(CUDA)
-    found = cuda_kernels.measure(cuda_kernels.Unit(source, "seeded", 90))
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
+    subprocess.run(["nvcc", *targets, "-c", source, "-o", made], check=True)
+    found = cuda_kernels.measure(cuda_kernels.Unit(made, "seeded", 90))
     wide = next(one for one in found if one.configuration == "float, 4")
     assert (wide.kernel, wide.threads, wide.shared) == ("wide", 128, 1024)
     assert (wide.load, wide.store, wide.stack, wide.spills) == (128, 128, 0, 0)
@@ -227,13 +230,13 @@ def test_the_kernels_of_an_operation_pass():
 
 def test_what_cannot_be_checked_is_said_and_is_not_a_success(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    cuda_kernels.nvcc.cache_clear()
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    cuda.toolkit.cache_clear()
     assert audit.main(["--no-bytes", "--ops", "q_sample"]) == 2
     said = capsys.readouterr().err
     assert "Triton kernels: not checked, TRITON_INTERPRET is set" in said
-    assert "CUDA kernels: not checked, nvcc not found" in said
-    cuda_kernels.nvcc.cache_clear()
+    assert "CUDA kernels: not checked, nvcc was not found (tried /nowhere/bin/nvcc)" in said
+    cuda.toolkit.cache_clear()
 
 
 @pytest.mark.parametrize(

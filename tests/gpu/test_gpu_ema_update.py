@@ -45,6 +45,14 @@ def test_values(gpu, average, parameter, weight) -> None:
             assert torch.equal(found, p.to(average) if weight else a)
 
 
+def test_autograd_knows_what_was_written(gpu) -> None:
+    averages, parameters = (make(gpu, [(40,), (3, 3)], torch.float32, seed) for seed in (0, 1))
+    before = [value._version for value in averages + parameters]
+    ops.ema_update(averages, parameters, 0.25)
+    grown = [value._version > v for value, v in zip(averages + parameters, before, strict=True)]
+    assert grown == [True, True, False, False]
+
+
 def test_mixed_dtypes_in_one_call_and_a_number(gpu) -> None:
     averages = make(gpu, [(40,), (3, 3)], torch.float32, 0) + make(gpu, [(70,)], torch.float16, 1)
     parameters = make(gpu, [(40,)], torch.bfloat16, 2) + make(

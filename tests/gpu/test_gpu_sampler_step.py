@@ -246,6 +246,19 @@ def test_the_row_is_read_on_the_device(gpu) -> None:
     assert_close([second], wanted_of(x, out, None, None, table, step, None))
 
 
+def test_autograd_knows_what_was_written(gpu) -> None:
+    x, out, history, noise, table, step, seed = made(gpu, (2, 3, 5, 7), **EVERYTHING)
+    target = torch.empty_like(x)
+    before = [value._version for value in (x, target, history)]
+    ops.sampler_step(x, out, history, noise, table, step, seed=seed, out=target)
+    after = [value._version for value in (x, target, history)]
+    assert after[0] == before[0]
+    assert after[1] > before[1]
+    assert after[2] > before[2]
+    with torch.inference_mode():  # whose tensors have no version
+        ops.sampler_step(x.clone(), out, history.clone(), noise, table, step, seed=seed)
+
+
 OVERLAPPING = ("x", "model_out", "noise", "out", "itself")
 
 

@@ -5,39 +5,14 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "sampler_table.h"
 
 namespace fastdiff {
-
-// The columns of a table; those of the history follow. fastdiff/samplers/table.py says what they
-// mean.
-enum Column {
-  kGuidance,
-  kRescale,
-  kX0X,
-  kX0M,
-  kClipMin,
-  kClipMax,
-  kQuantile,
-  kOutX,
-  kOutX0,
-  kOutM,
-  kNoise,
-  kLogvar,
-  kLogvarV,
-  kKeepX,
-  kKeepX0,
-  kKeepM,
-  kKeepNoise,
-  kSlot,
-  kColumns,
-};
-
-constexpr int kDepth = 8;  // slots of the history, at most
 
 // Dense tensors of one layout. "Wide" is float, or double for double images.
 struct SamplerStepArgs {
   c10::ScalarType dtype;
-  const double* row;  // kColumns coefficients, each exact in the wide type
+  const double* row;  // kSamplerColumns coefficients, each exact in the wide type
 
   int64_t total;      // elements of x
   int64_t length;     // elements walked together: an image's, or all where no image is special
@@ -54,10 +29,10 @@ struct SamplerStepArgs {
   const int64_t* seed;     // or null: (seed, image) of each image, which then is in channels-first
   uint32_t step;           // for the noise
 
-  int reads;                 // slots of the history that are read,
-  const void* read[kDepth];  // each in the wide type,
-  double factor[kDepth];     // and its coefficient
-  void* keep;                // the slot that is written, or null
+  int reads;                        // slots of the history that are read,
+  const void* read[kSamplerDepth];  // each in the wide type,
+  double factor[kSamplerDepth];     // and its coefficient
+  void* keep;                       // the slot that is written, or null
 
   const double* rescale;  // factors on m, one an image, or null
   const double* limit;    // limits of dynamic thresholding, one an image, or null
