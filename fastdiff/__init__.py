@@ -1,20 +1,23 @@
 """fastdiff: diffusion models in PyTorch, complete and fast.
 
 The public names are those imported here and the modules ``ops``, ``nn``, ``schedules``,
-``process``, ``samplers``, ``sampling``, ``data``, ``training``, ``evaluation``, ``checkpoint``.
+``process``, ``losses``, ``samplers``, ``sampling``, ``guidance``, ``sde``, ``data``, ``training``,
+``evaluation``, ``checkpoint``.
 """
 
 from __future__ import annotations
 
-from fastdiff import nn, ops, process, samplers, schedules
+from fastdiff import guidance, losses, nn, ops, process, samplers, schedules, sde
 from fastdiff.backend import backend
+from fastdiff.diffusion import Diffusion
 from fastdiff.profiling import profile
 from fastdiff.sampling import sample
 from fastdiff.schedules import NoiseSchedule
+from fastdiff.sde import score_fn
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "NoiseSchedule", "__version__", "backend", "nn", "ops", "process", "profile", "sample",
-    "samplers", "schedules",
+    "Diffusion", "NoiseSchedule", "__version__", "backend", "guidance", "losses", "nn", "ops",
+    "process", "profile", "sample", "samplers", "schedules", "score_fn", "sde",
 ]  # fmt: skip

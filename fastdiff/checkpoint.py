@@ -52,6 +52,8 @@ class Checkpoint:
         step: training steps behind it.
         seed: seed of that training.
         dataset: name of the data set.
+        null_class: the model has one class more, the last, that stands for none: it was trained
+            with label dropout and can be guided (Ho & Salimans 2022, arXiv:2207.12598).
     """
 
     model: UNet2DModel
@@ -61,6 +63,7 @@ class Checkpoint:
     step: int = 0
     seed: int = 0
     dataset: str = ""
+    null_class: bool = False
 
     @property
     def image_size(self) -> int:
@@ -91,6 +94,7 @@ class Checkpoint:
         *,
         labels: Sequence[int] | None = None,
         count: int | None = None,
+        guidance: float | Sequence[float] = 1.0,
         generator: torch.Generator | None = None,
         batch_size: int = 256,
         progress: bool | str = True,
@@ -101,6 +105,7 @@ class Checkpoint:
             sampler: steps to take, made for this checkpoint's schedule and prediction.
             labels: class of each image; required for a model with classes, else None.
             count: how many images; None takes the number of labels.
+            guidance: scale of classifier-free guidance, as in ``fastdiff.sample``.
             generator: source of all noise.
             batch_size: images in one pass; changes which noise an image gets on the way.
             progress: show a progress bar.
@@ -109,7 +114,8 @@ class Checkpoint:
             [N, C, S, S] on the CPU.
 
         Raises:
-            InputError: labels for a model without classes, none for one with, or unknown ones.
+            InputError: labels for a model without classes, none for one with, or unknown ones;
+                guidance of a model that was trained without label dropout.
         """
         if self.classes and labels is None:
             raise InputError("the model is class-conditional: say which classes to draw")
@@ -121,15 +127,24 @@ class Checkpoint:
             raise InputError(f"{count} images were asked for, with {len(labels)} labels")
         shape, device = (count, self.channels, self.image_size, self.image_size), self.model.device
         noise = torch.randn(shape, generator=generator)
-        cond = {}
+        cond, uncond = {}, None
         if labels is not None:
-            cond["class_labels"] = torch.tensor(labels, dtype=torch.int64, device=device)
+            classes = torch.tensor(labels, dtype=torch.int64, device=device)
+            cond["class_labels"] = classes
+            if self.null_class:
+                uncond = {"class_labels": torch.full_like(classes, len(self.classes))}
+        if guidance != 1 and uncond is None:
+            raise InputError(
+                f"guidance {guidance} needs a model with classes, trained with label dropout"
+            )
         images = sample(
             self.model,
             sampler,
             shape,
             x_T=noise.to(device, memory_format=torch.channels_last),
             cond=cond,
+            uncond=uncond,
+            guidance=guidance,
             generator=generator,
             max_batch=batch_size,
             progress=progress,
@@ -168,11 +183,12 @@ def load(path: str | Path) -> Checkpoint:
         step=_field(meta, "step", int, folder / META),
         seed=_field(meta, "seed", int, folder / META),
         dataset=_field(meta, "dataset", str, folder / META),
+        null_class=_field({"null_class": False, **meta}, "null_class", bool, folder / META),
     )
     for key, told, name in (
         ("image_size", _field(meta, "image_size", int, folder / META), "sample_size"),
         ("channels", _field(meta, "channels", int, folder / META), "in_channels"),
-        ("classes", len(found.classes) or None, "num_class_embeds"),
+        ("classes", len(found.classes) + found.null_class or None, "num_class_embeds"),
     ):
         value = getattr(model.config, name)
         if told != value:
@@ -338,6 +354,7 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
         "image_size": checkpoint.image_size,
         "channels": checkpoint.channels,
         "classes": list(checkpoint.classes),
+        "null_class": checkpoint.null_class,
         "step": checkpoint.step,
         "seed": checkpoint.seed,
         "dataset": checkpoint.dataset,

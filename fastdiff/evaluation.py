@@ -123,6 +123,7 @@ def evaluate(
     sampler: Sampler,
     *,
     samples: int = 1000,
+    guidance: float = 1.0,
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
@@ -136,6 +137,7 @@ def evaluate(
         checkpoint: a class-conditional model of the digits.
         sampler: steps to take.
         samples: digits to generate, at least 100.
+        guidance: scale of classifier-free guidance.
         seed: of the noise.
         progress: show a progress bar on standard error.
 
@@ -162,6 +164,7 @@ def evaluate(
     drawn = checkpoint.sample(
         sampler,
         labels=labels,
+        guidance=guidance,
         generator=torch.Generator().manual_seed(seed),
         progress="generating digits" if progress else False,
     )

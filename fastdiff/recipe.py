@@ -10,9 +10,11 @@ from typing import Any
 
 from fastdiff import checkpoint
 from fastdiff.errors import CheckpointError, InputError
+from fastdiff.losses import weights
 from fastdiff.nn import UNet2DModel
 
 LR_SCHEDULES = ("cosine", "constant")
+WEIGHTINGS = ("none", *weights.NAMES)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class TrainingOptions:
         grad_clip: largest norm of the gradient; 0 leaves it alone.
         seed: of the order, the timesteps, the noise and dropout.
         bf16: run the model under bfloat16 autocast.
+        label_dropout: share of the labels that are hidden, so that the model can be guided without
+            a classifier; it then has one class more, the last, that stands for none.
+        weighting: of the loss, one of ``fastdiff.losses.weighting``, or none.
         channels_last: keep weights and images in channels_last memory format.
         save_every: steps between checkpoints; one is written at the end in any case.
         sample_every: steps between sample grids; 0 for none.
@@ -49,6 +54,8 @@ class TrainingOptions:
     grad_clip: float = 1.0
     seed: int = 0
     bf16: bool = False
+    label_dropout: float = 0.0
+    weighting: str = "none"
     channels_last: bool = True
     save_every: int = 500
     sample_every: int = 500
@@ -65,6 +72,11 @@ class TrainingOptions:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema must lie in [0, 1), got {self.ema}")
+        if not 0 <= self.label_dropout < 1:
+            raise InputError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        if self.weighting not in WEIGHTINGS:
+            wanted = ", ".join(WEIGHTINGS)
+            raise InputError(f"unknown weighting {self.weighting!r}, wanted one of {wanted}")
         if self.lr_schedule not in LR_SCHEDULES:
             wanted = ", ".join(LR_SCHEDULES)
             raise InputError(f"unknown lr_schedule {self.lr_schedule!r}, wanted one of {wanted}")

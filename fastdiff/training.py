@@ -1,4 +1,4 @@
-"""Training: the simple loss of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 14) with averaging.
+"""Training: the loss of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 14), weighted, with averaging.
 
 Everything random in step s is drawn from generators seeded with (seed, s), and so is the order of
 the images. A run that was interrupted and resumed is therefore bit for bit the run that was not.
@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm.auto import tqdm
 
-from fastdiff import checkpoint, images, ops, process, samplers
+from fastdiff import checkpoint, images, losses, ops, process, samplers
 from fastdiff._run import deferred_signals, loss_log
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import ImageSet, batch_indices, stream_generator, stream_seed
@@ -74,7 +73,7 @@ class Trainer:
         record: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = options or TrainingOptions()
-        _check_fit(model, data)
+        _check_fit(model, data, self.options.label_dropout > 0)
         process.check_kind(prediction)
         if prediction in ("eps", "score") and schedule.has_zero_terminal_snr:
             raise InputError(f"{prediction} prediction cannot be trained at zero terminal SNR")
@@ -88,6 +87,8 @@ class Trainer:
                 f"{data.channels}; set sample_every to 0"
             )
         self.schedule, self.data, self.prediction = schedule, data, prediction
+        name = self.options.weighting
+        self.weight = None if name == "none" else losses.weighting(schedule, prediction, name)
         self.memory_format = (
             torch.channels_last if self.options.channels_last else torch.contiguous_format
         )
@@ -186,7 +187,7 @@ class Trainer:
         return value
 
     def loss(self, x0: Tensor, labels: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error of the prediction, a scalar.
+        """Mean squared error of the prediction, weighted if the options say so; a scalar.
 
         Args:
             x0: clean images, [N, C, S, S].
@@ -194,11 +195,14 @@ class Trainer:
             t: timesteps, int64 [N].
             noise: standard normal, like ``x0``.
         """
-        x_t = process.q_sample(self.schedule, x0, t, noise)
-        target = process.target(self.schedule, x0, t, noise, self.prediction)
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.options.bf16):
-            predicted = self.model(x_t, t, labels)
-        return functional.mse_loss(predicted.float(), target)
+
+        def model(x_t: Tensor, t: Tensor) -> Any:
+            with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.options.bf16):
+                return self.model(x_t, t, labels)
+
+        return losses.simple_loss(
+            self.schedule, model, x0, t, noise, kind=self.prediction, weight=self.weight
+        ).mean()
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
@@ -255,6 +259,7 @@ class Trainer:
             step=self.finished_steps,
             seed=self.options.seed,
             dataset=self.data.name,
+            null_class=self.options.label_dropout > 0,
         )
 
     def save(self) -> None:
@@ -291,6 +296,9 @@ class Trainer:
         x0, labels = self.data.batch(batch_indices(len(self.data), size, step, seed), generator)
         t = torch.randint(self.schedule.num_timesteps, (size,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
+        if labels is not None and self.options.label_dropout:
+            hidden = torch.rand(size, generator=generator) < self.options.label_dropout
+            labels = labels.masked_fill(hidden, len(self.data.classes))
         device = self.parameters[0].device
         return (
             x0.to(device, memory_format=self.memory_format),
@@ -350,12 +358,15 @@ def _check_finite(value: float, name: str, step: int) -> None:
         )
 
 
-def _check_fit(model: UNet2DModel, data: ImageSet) -> None:
+def _check_fit(model: UNet2DModel, data: ImageSet, null_class: bool) -> None:
     config, classes = model.config, model.config.num_class_embeds or 0
     if (config.in_channels, config.sample_size) != (data.channels, data.size):
         raise InputError(
             f"the model takes {config.in_channels} x {config.sample_size} x {config.sample_size} "
             f"images, the data has {data.channels} x {data.size} x {data.size}"
         )
-    if classes != len(data.classes):
-        raise InputError(f"the model has {classes} classes, the data {len(data.classes)}")
+    if null_class and not data.classes:
+        raise InputError("label_dropout hides labels, but the data has none")
+    if classes != len(data.classes) + null_class:
+        more = " and label_dropout needs one more" if null_class else ""
+        raise InputError(f"the model has {classes} classes, the data {len(data.classes)}{more}")

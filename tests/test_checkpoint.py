@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdiff import NoiseSchedule, checkpoint, samplers, schedules
+from fastdiff import NoiseSchedule, checkpoint, sample, samplers, schedules
 from fastdiff.checkpoint import CONFIG, META, STATE, TRAINING, WEIGHTS, Checkpoint
 from fastdiff.errors import CheckpointError, InputError
 
@@ -405,9 +405,31 @@ def test_samples_of_an_unconditional_model(tiny_unet):
             draw(found, **options)
 
 
+def test_a_model_with_a_null_class_can_be_guided(tiny_unet, tmp_path):
+    found = Checkpoint(
+        tiny_unet(num_classes=3), schedules.cosine(10), "v", ("a", "b"), null_class=True
+    )
+    checkpoint.save(found, tmp_path / "saved")
+    found = checkpoint.load(tmp_path / "saved")
+    assert (found.classes, found.null_class) == (("a", "b"), True)
+    plain, guided = (draw(found, labels=[0, 1], guidance=scale) for scale in (1.0, 3.0))
+    assert not torch.equal(plain, guided)
+    sampler = samplers.DDIM(found.schedule, 2, prediction="v")
+    x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    by_hand = sample(
+        found.model, sampler, x_T.shape, x_T=x_T, guidance=3.0, progress=False,
+        cond={"class_labels": torch.tensor([0, 1])},
+        uncond={"class_labels": torch.tensor([2, 2])},
+    )  # fmt: skip
+    torch.testing.assert_close(guided, by_hand)
+    with pytest.raises(InputError, match=r"class 2 does not exist: the model has 0\.\.1"):
+        draw(found, labels=[2])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        pytest.param({"labels": [0], "guidance": 2.0}, "trained with label dropout", id="guided"),
         pytest.param({}, "say which classes", id="no labels"),
         pytest.param({"labels": [3]}, r"class 3 does not exist: .* 0\.\.2", id="too large"),
         pytest.param({"labels": [0, -1]}, "class -1 does not exist", id="negative"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff import NoiseSchedule, checkpoint, process, schedules
+from fastdiff import NoiseSchedule, checkpoint, losses, process, schedules
 from fastdiff.data import ImageSet
 from fastdiff.errors import CheckpointError, DataError, InputError, TrainingError
 from fastdiff.training import Trainer, TrainingOptions
@@ -42,7 +42,8 @@ def make_trainer(tiny_unet, images):
     """A function that makes a trainer, always with the same initial weights."""
 
     def make(out=None, data=images, prediction="v", schedule=SCHEDULE, model=None, **changes):
-        model = model or tiny_unet(num_classes=len(data.classes), dropout=0.3)
+        classes = len(data.classes) + (changes.get("label_dropout", 0) > 0)
+        model = model or tiny_unet(num_classes=classes, dropout=0.3)
         options = dataclasses.replace(OPTIONS, **changes)
         return Trainer(model, schedule, data, options, prediction=prediction, out=out)
 
@@ -63,11 +64,12 @@ def same_weights(a, b) -> bool:
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("label_dropout", [0.0, 0.4])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    bf16, channels_last, make_trainer, images, tmp_path
+    label_dropout, bf16, channels_last, make_trainer, images, tmp_path
 ):
     """With dropout, mirroring, labels, a falling rate, averages: everything random and kept."""
-    changes = {"bf16": bf16, "channels_last": channels_last}
+    changes = {"bf16": bf16, "channels_last": channels_last, "label_dropout": label_dropout}
     whole = make_trainer(tmp_path / "whole", **changes)
     whole.run(progress=False)
 
@@ -264,8 +266,53 @@ def test_training_learns(make_trainer):
     trainer = make_trainer(
         data=image, steps=80, batch_size=16, lr=1e-2, lr_schedule="constant", prediction="x0"
     )
-    losses = [trainer.step() for _ in range(80)]
-    assert np.mean(losses[-5:]) < 0.1 * np.mean(losses[:5])
+    found = [trainer.step() for _ in range(80)]
+    assert np.mean(found[-5:]) < 0.1 * np.mean(found[:5])
+
+
+def test_label_dropout_hides_its_share_of_the_labels(make_trainer, images):
+    trainer = make_trainer(label_dropout=0.3, batch_size=200)
+    seen = torch.cat([trainer._draw(step)[1] for step in range(20)])
+    assert set(seen.tolist()) == {0, 1, 2}
+    assert (seen == 2).double().mean().item() == pytest.approx(0.3, abs=0.03)
+    # What is not hidden, and everything else that is random, is as without it.
+    plain = make_trainer(batch_size=200)._draw(3)
+    hidden = trainer._draw(3)
+    for index in (0, 2, 3):
+        assert torch.equal(plain[index], hidden[index])
+    kept = hidden[1] != 2
+    assert torch.equal(plain[1][kept], hidden[1][kept])
+    assert trainer.checkpoint().null_class
+    assert not make_trainer().checkpoint().null_class
+
+
+def test_label_dropout_that_does_not_fit_is_refused(make_trainer, images, tiny_unet):
+    with pytest.raises(InputError, match="2 classes, the data 2 and label_dropout needs one more"):
+        make_trainer(label_dropout=0.1, model=tiny_unet(num_classes=2))
+    with pytest.raises(InputError, match="hides labels, but the data has none"):
+        make_trainer(data=images.without_labels(), label_dropout=0.1, model=tiny_unet())
+    with pytest.raises(InputError, match=r"label_dropout must lie in \[0, 1\), got 1"):
+        TrainingOptions(label_dropout=1.0)
+    with pytest.raises(InputError, match="unknown weighting 'x', wanted one of none, snr, min_snr"):
+        TrainingOptions(weighting="x")
+
+
+@pytest.mark.parametrize("name", ["snr", "min_snr", "p2", "edm", "vlb"])
+def test_a_weighting_multiplies_each_images_error(name, make_trainer, generator):
+    plain, weighted = make_trainer(), make_trainer(weighting=name)
+    t = torch.tensor([3, 20, 44])
+    x0, noise = (torch.randn(3, 1, 8, 8, generator=generator) for _ in range(2))
+    labels = torch.tensor([0, 1, 1])
+    plain.model.eval(), weighted.model.eval()  # without dropout
+    table = losses.weighting(SCHEDULE, "v", name)
+    each = [
+        float(table[t[i]])
+        * plain.loss(x0[i : i + 1], labels[i : i + 1], t[i : i + 1], noise[i : i + 1])
+        for i in range(3)
+    ]
+    torch.testing.assert_close(
+        weighted.loss(x0, labels, t, noise), torch.stack(each).mean(), rtol=1e-4, atol=0
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, tmp_path):

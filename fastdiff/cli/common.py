@@ -75,7 +75,7 @@ def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampler_arguments(command: argparse.ArgumentParser) -> None:
-    """--sampler, --steps, --grid, --option."""
+    """--sampler, --steps, --grid, --option, --guidance."""
     command.add_argument(
         "--sampler",
         choices=samplers.names(),
@@ -96,6 +96,12 @@ def add_sampler_arguments(command: argparse.ArgumentParser) -> None:
         type=_option,
         metavar="NAME=VALUE",
         help="an option of the sampler, such as eta=0.5, s_churn=20 or clip=null; may be repeated",
+    )
+    command.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="scale of classifier-free guidance, for models trained with --label-dropout",
     )
 
 

@@ -43,11 +43,14 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         found = checkpoint.load(args.checkpoint)
         found.model.to(device)
         sampler, ran = make_sampler(args, found), what_runs(device)
-        measured = evaluate(found, sampler, samples=args.samples, seed=args.seed)
+        measured = evaluate(
+            found, sampler, samples=args.samples, guidance=args.guidance, seed=args.seed
+        )
     facts = {
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
         "sampler": args.sampler,
         "steps": args.steps,
+        "guidance": args.guidance,
         "seed": args.seed,
         **ran,
         **measured.as_dict(),

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
                     sampler,
                     labels=labels,
                     count=count,
+                    guidance=args.guidance,
                     generator=torch.Generator().manual_seed(args.seed),
                     progress=progress and f"sampling ({name})",
                 )
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         "classes": classes,
         "sampler": args.sampler,
         "steps": args.steps,
+        "guidance": args.guidance,
         "seed": args.seed,
         **ran,
         "setup_seconds": imports + loading + first_step,

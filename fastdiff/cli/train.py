@@ -18,6 +18,7 @@ from fastdiff import checkpoint, data, process, schedules
 from fastdiff.cli.common import add_machine_arguments, integers, machine, note, positive
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.images import check_writable
+from fastdiff.recipe import WEIGHTINGS
 from fastdiff.training import LR_SCHEDULES, Trainer, TrainingOptions, make_unet, recorded_options
 
 # What a resumed run may change; everything else is that of its checkpoint.
@@ -81,6 +82,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--grad-clip", type=float, default=defaults.grad_clip, help="gradient norm; 0 for no limit"
     )
     how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
+    how.add_argument(
+        "--label-dropout",
+        type=float,
+        default=defaults.label_dropout,
+        help="share of the labels to hide, so that sampling can be guided: 0.1, say",
+    )
+    how.add_argument(
+        "--weighting", choices=WEIGHTINGS, default=defaults.weighting, help="of the loss over time"
+    )
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     how.add_argument(
         "--channels-last", action=switch, default=True, help="channels_last memory format"
@@ -128,7 +138,7 @@ def _trainer(
     model = make_unet(
         images.size,
         images.channels,
-        len(images.classes),
+        len(images.classes) + (options.label_dropout > 0),
         widths=args.channels,
         layers_per_block=args.layers_per_block,
         attention=args.attention,

@@ -59,9 +59,10 @@ def check_halves(uncond: Mapping[str, Any], cond: Mapping[str, Any], images: int
 
 
 def part_of(
-    cond: Mapping[str, Any], uncond: Mapping[str, Any] | None, images: int, part: slice
+    cond: Mapping[str, Any], uncond: Mapping[str, Any] | None, images: int, part: slice | Tensor
 ) -> Arguments:
-    """The arguments for a part of the images: tensors of N rows are cut, others stay whole.
+    """The arguments for a part of the images, a slice or their places: tensors of N rows are cut,
+    others stay whole.
 
     With ``uncond`` they are for twice as many: its rows stand before those of ``cond``.
     """

@@ -35,6 +35,7 @@ def test_json_holds_the_figures(run: Callable, words: tuple, digits_run: Path) -
         "checkpoint": str(checkpoint.newest(digits_run)),
         "sampler": "ddpm",
         "steps": 2,
+        "guidance": 1.0,
         "seed": 3,
         "threads": 1,
     }

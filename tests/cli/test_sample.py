@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_calls import TINY
 from PIL import Image
 
 from fastdiff import checkpoint, samplers
@@ -91,6 +92,30 @@ def test_unconditional_model_draws_a_count(run: Callable, plain_run: Path, tmp_p
     assert run(*words, "--count", 2).json["images"] == 2
     assert Image.open(out).size == (4 + 2 * 68, 4 + 68)
     assert run(*words).json["images"] == sample.COUNT
+
+
+def test_a_model_trained_with_label_dropout_is_guided(run: Callable, tmp_path: Path) -> None:
+    out, grids = tmp_path / "run", [tmp_path / f"{scale}.png" for scale in (1, 4)]
+    words = (*TINY, "--label-dropout", 0.2, "--weighting", "min_snr", "--steps", 2)
+    assert run("train", "--data", "digits", "--out", out, *words).code == 0
+    found = checkpoint.load(out)
+    assert found.null_class
+    assert found.model.config.num_class_embeds == 11
+    for scale, picture in zip((1, 4), grids, strict=True):
+        ran = run(
+            "sample", "--checkpoint", out, "--out", picture, "--steps", 2, "--per-class", 1,
+            "--guidance", scale, "--json",
+        )  # fmt: skip
+        assert ran.json["guidance"] == scale
+    assert grids[0].read_bytes() != grids[1].read_bytes()
+
+
+def test_guidance_of_a_model_that_never_missed_a_label_is_refused(
+    run: Callable, digits_run: Path, tmp_path: Path
+) -> None:
+    ran = run("sample", "--checkpoint", digits_run, "--out", tmp_path / "a.png", "--guidance", 2)
+    assert ran.code == 2
+    assert "guidance 2.0 needs a model with classes, trained with label dropout" in ran.last
 
 
 def test_comparison_calls_both_backends_in_turns(

@@ -1,0 +1,191 @@
+"""Guidance beyond a constant scale: classifiers and other energies, intervals, and CFG++.
+
+Classifier-free guidance itself is ``fastdiff.sample(guidance=)``, inside the fused step, where it
+may differ from step to step: :func:`interval` and :func:`cfg_plus_plus` say how. What needs the
+gradient of another network wraps the model instead: :func:`classifier_guided`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastdiff.ops.checks import wide_dtype
+from fastdiff.process import conversion
+from fastdiff.samplers import Sampler, Table
+from fastdiff.schedules import GaussianPath
+
+LogProb = Callable[..., Tensor]  # (x [N, ...], t [N], **cond) -> [N]
+
+
+def interval(
+    sampler: Sampler | Table, scale: float, sigma_min: float, sigma_max: float = math.inf
+) -> list[float]:
+    """Classifier-free guidance at some noise levels only (Kynkäänniemi et al. 2024, eq. 5).
+
+    arXiv:2404.07724: at high noise guidance costs variety, at low noise it does nothing.
+
+    Args:
+        sampler: whose steps are meant.
+        scale: guidance where sigma / alpha at a step's beginning lies in the interval; 1 elsewhere.
+        sigma_min: lower end of the interval, which does not belong to it.
+        sigma_max: upper end, which does.
+
+    Returns:
+        One scale a step, for ``fastdiff.sample(guidance=)``.
+
+    Raises:
+        ValueError: not 0 <= sigma_min < sigma_max.
+    """
+    if not 0 <= sigma_min < sigma_max:
+        raise ValueError(f"wanted 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    table = sampler if isinstance(sampler, Table) else sampler.table
+    begins = torch.ones(table.rows, dtype=torch.bool)
+    begins[1:] = table.steps.diff() > 0
+    alpha, sigma = table.levels[:-1][begins].unbind(1)
+    inside = (sigma > sigma_min * alpha) & (sigma <= sigma_max * alpha)
+    return [scale if here else 1.0 for here in inside.tolist()]
+
+
+def cfg_plus_plus(sampler: Sampler | Table, strength: float) -> list[float]:
+    """CFG++ with DDIM (Chung et al. 2024, arXiv:2406.08070, algorithm 2).
+
+    It guides x_0 and adds the unconditional noise back. Both are linear in the difference of the
+    two predictions, so it is classifier-free guidance with a scale of its own in each step.
+
+    Args:
+        sampler: DDIM without noise (eta = 0) and without clipping.
+        strength: lambda of the paper, 0..1.
+
+    Returns:
+        One scale a step, for ``fastdiff.sample(guidance=)``.
+
+    Raises:
+        ValueError: another sampler, or a strength outside 0..1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in 0..1, got {strength}")
+    table = sampler if isinstance(sampler, Table) else sampler.table
+    clips = (table.column("clip_min") > -math.inf) | (table.column("quantile") > 0)
+    if table.name != "ddim" or any(table.noisy) or bool(clips.any()):
+        raise ValueError(
+            f"cfg_plus_plus is for 'ddim' without noise and clipping, got {table.name!r}"
+            f"{', with noise' if any(table.noisy) else ''}{', clipped' if clips.any() else ''}"
+        )
+    x0_m = table.column("x0_m")
+    of_prediction = table.column("out_x0") * x0_m + table.column("out_m")
+    scales = strength * table.levels[1:, 0] * x0_m / of_prediction
+    return [float(value) for value in scales]
+
+
+def classifier_guided(
+    model: Callable[..., Tensor],
+    log_prob: LogProb,
+    schedule: GaussianPath,
+    *,
+    kind: str = "eps",
+    scale: float = 1.0,
+    arguments: Sequence[str] = (),
+) -> Callable[..., Tensor]:
+    """A model whose samples follow p(x) p(y | x)^scale (Dhariwal & Nichol 2021, sec. 4).
+
+    arXiv:2105.05233, for every kind of prediction and so for every sampler: all are linear in the
+    score, to which scale * grad log p(y | x_t) is added.
+
+    Args:
+        model: ``(x, t, **cond)`` -> the prediction, like x.
+        log_prob: ``(x, t, **chosen)`` -> [N], the log-probability of what is wanted, or minus any
+            differentiable energy; it should know x_t's noise. See :func:`log_prob_of`.
+        schedule: the one that both were trained on.
+        kind: what the model predicts.
+        scale: of the gradient.
+        arguments: names among ``cond`` that are for ``log_prob``, not for the model.
+
+    Returns:
+        A callable for ``fastdiff.sample``.
+
+    Raises:
+        ValueError: an unknown kind, or a scale that is not finite. When called: log_prob returns
+            another shape than [N], or has no gradient.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    _, of_score = conversion(schedule, "score", kind)  # [T]
+
+    def guided(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        chosen = {name: cond.pop(name) for name in arguments if name in cond}
+        prediction = model(x, t, **cond)
+        gradient = gradient_of(log_prob, x, t, **chosen)
+        factor = scale * _at(of_score, t, x)
+        return torch.addcmul(prediction, factor, gradient.to(factor.dtype)).to(x.dtype)
+
+    return guided
+
+
+def guided_score(
+    score: Callable[[Tensor, Tensor], Tensor], log_prob: LogProb, scale: float = 1.0, **cond: Any
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The score of p(x) p(y | x)^scale in continuous time (Song et al. 2021, eq. 14).
+
+    arXiv:2011.13456. ``log_prob`` is given the score's own x and t, and ``cond``.
+
+    Raises:
+        ValueError: a scale that is not finite. When called: as in :func:`gradient_of`.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return lambda x, t: score(x, t) + scale * gradient_of(log_prob, x, t, **cond)
+
+
+def log_prob_of(classifier: Callable[[Tensor, Tensor], Tensor]) -> LogProb:
+    """log p(label | x_t) of a classifier ``(x, t)`` -> logits [N, K], as a ``log_prob``.
+
+    Its ``labels``, int64 [N], go among the ``arguments`` of :func:`classifier_guided`.
+    """
+
+    def log_prob(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        logits = classifier(x, t)
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the classifier must return logits [{x.shape[0]}, classes], "
+                f"got shape {tuple(logits.shape)}"
+            )
+        return -functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    return log_prob
+
+
+def gradient_of(log_prob: LogProb, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    """The gradient of log_prob(x, t) in x, like x.
+
+    Raises:
+        ValueError: log_prob returns another shape than [N], or nothing that depends on x.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = log_prob(x, t, **cond)
+        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"log_prob must return shape ({x.shape[0]},), got {seen}")
+        if not value.requires_grad:
+            raise ValueError("log_prob has no gradient: what it returns does not depend on x")
+        (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if gradient is None:
+        raise ValueError("log_prob has no gradient: what it returns does not depend on x")
+    return gradient
+
+
+def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """A table's values at times [N], which may lie between two timesteps, beside x."""
+    table = table.to(x.device, wide_dtype(x.dtype))
+    place = t.to(table.dtype).clamp(0, table.numel() - 1)
+    below = place.floor().long()
+    values = torch.lerp(
+        table[below], table[(below + 1).clamp(max=table.numel() - 1)], place - below
+    )
+    return values.view(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,30 @@
+"""Losses of discrete-time diffusion: T steps of a schedule, timesteps 0..T-1.
+
+A loss is one number an image, [N], in float32 (float64 for float64 images), for the caller to
+weight and average; the model is any callable (x_t, t, **cond) -> prediction, as in
+``fastdiff.sample``.
+"""
+
+from __future__ import annotations
+
+from fastdiff.losses.bound import (
+    BitsPerDim,
+    bits_per_dim,
+    bound_term,
+    hybrid_loss,
+    prior_term,
+    rescaled_kl,
+    vlb_loss,
+)
+from fastdiff.losses.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from fastdiff.losses.simple import simple_loss
+from fastdiff.losses.timesteps import LogitNormal, LossSecondMoment, LowDiscrepancy, Uniform
+from fastdiff.losses.variance import fixed_log_variance, model_variance
+from fastdiff.losses.weights import convert, edm, min_snr, p2, snr, vlb, weighting
+
+__all__ = [
+    "BitsPerDim", "LogitNormal", "LossSecondMoment", "LowDiscrepancy", "Uniform", "bits_per_dim",
+    "bound_term", "convert", "discretized_gaussian_log_likelihood", "edm", "fixed_log_variance",
+    "hybrid_loss", "min_snr", "model_variance", "normal_kl", "p2", "prior_term", "rescaled_kl",
+    "simple_loss", "snr", "vlb", "vlb_loss", "weighting",
+]  # fmt: skip

@@ -1,0 +1,221 @@
+"""Losses on the variational bound, and the bound itself (arXiv:2006.11239, arXiv:2102.09672).
+
+``terms`` says what the terms are; everything here is in bits per dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fastdiff import ops, process
+from fastdiff.losses.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from fastdiff.losses.prediction import check_x0, image_mean, predict
+from fastdiff.losses.simple import weighted_error
+from fastdiff.losses.terms import Reverse, bound_term, prior_term
+from fastdiff.ops.checks import wide_dtype
+from fastdiff.sampling.arguments import check_max_batch, checked_seeds
+from fastdiff.sampling.guidance import part_of
+from fastdiff.sampling.loop import Model
+from fastdiff.schedules import NoiseSchedule
+
+__all__ = [
+    "BitsPerDim", "bits_per_dim", "bound_term", "discretized_gaussian_log_likelihood",
+    "hybrid_loss", "normal_kl", "prior_term", "rescaled_kl", "vlb_loss",
+]  # fmt: skip
+
+
+def vlb_loss(
+    schedule: NoiseSchedule,
+    model: Model,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    kind: str = "eps",
+    variance: str = "learned_range",
+    clip: bool = False,
+    discrete: bool = True,
+    **cond: Any,
+) -> Tensor:
+    """L_t of one timestep for each image, [N], in bits per dimension.
+
+    The mean of p(x_{t-1} | x_t) is the posterior's at the x_0 that the model predicts.
+
+    Args:
+        schedule: of DDPM, T steps.
+        model: callable (x_t, t, **cond) -> [N, C, ...], or with a learned variance [N, 2 C, ...]:
+            the prediction of ``kind``, then v of :func:`model_variance`.
+        x0: clean images, [N, C, ...], floating point.
+        t: timesteps, int64 [N], in 0..T-1.
+        noise: standard normal noise, like ``x0``.
+        kind: what the model predicts, one of ``process.KINDS``.
+        variance: fixed_small, fixed_large, learned or learned_range.
+        clip: limit the predicted x_0 to [-1, 1].
+        discrete: x0 are 8-bit values, see :func:`bound_term`.
+        **cond: keyword arguments of the model.
+
+    Returns:
+        float32 (float64 for float64 images).
+
+    Raises:
+        TypeError: images that are not floating point, t not int64, a schedule without betas, or a
+            model that returns no tensor.
+        ValueError: shapes that do not fit, an unknown kind or variance, or a prediction of eps or
+            score at a timestep without signal.
+        IndexError: a timestep outside 0..T-1 (CPU tensors only).
+    """
+    reverse = Reverse(schedule, kind, variance, clip, discrete)
+    check_x0(x0)
+    x_t = process.q_sample(schedule, x0, t, noise)
+    prediction, v = predict(model, x_t, t, cond, learned=reverse.learned)
+    return reverse.term(reverse.x0(x_t, t, prediction), v, x0, x_t, t)
+
+
+def rescaled_kl(schedule: NoiseSchedule, *args: Any, **options: Any) -> Tensor:
+    """T times :func:`vlb_loss`, with its arguments: for uniform t an estimate of the whole bound.
+
+    L_T is not in it; no model changes that. It is the loss L_vlb of Nichol & Dhariwal 2021,
+    arXiv:2102.09672, eq. 4 and 18.
+    """
+    return schedule.num_timesteps * vlb_loss(schedule, *args, **options)
+
+
+def hybrid_loss(
+    schedule: NoiseSchedule,
+    model: Model,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    kind: str = "eps",
+    variance: str = "learned_range",
+    weight: Tensor | None = None,
+    clip: bool = False,
+    discrete: bool = True,
+    **cond: Any,
+) -> Tensor:
+    """L_simple + T / 1000 L_t of each image, [N]: a loss for models that learn their variance.
+
+    Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16: lambda = 0.001 of the whole bound, of which
+    T L_t is the estimate. The bound's gradient reaches only the variance; the mean is learned from
+    L_simple alone. L_t is in bits per dimension, as in the authors' code.
+
+    Args:
+        schedule: of DDPM, T steps.
+        model: callable (x_t, t, **cond) -> [N, 2 C, ...], see :func:`vlb_loss`.
+        x0: clean images, [N, C, ...], floating point.
+        t: timesteps, int64 [N], in 0..T-1.
+        noise: standard normal noise, like ``x0``.
+        kind: what the model predicts, one of ``process.KINDS``.
+        variance: learned or learned_range.
+        weight: weights of L_simple, float64 [T], see :func:`simple_loss`.
+        clip: limit the predicted x_0 to [-1, 1] in L_t.
+        discrete: x0 are 8-bit values, see :func:`bound_term`.
+        **cond: keyword arguments of the model.
+
+    Returns:
+        float32 (float64 for float64 images).
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`vlb_loss`; ValueError for a fixed variance.
+    """
+    reverse = Reverse(schedule, kind, variance, clip, discrete)
+    check_x0(x0)
+    if not reverse.learned:
+        raise ValueError(f"the hybrid loss is for a learned variance, got {variance!r}")
+    x_t = process.q_sample(schedule, x0, t, noise)
+    prediction, v = predict(model, x_t, t, cond, learned=True)
+    simple = weighted_error(schedule, prediction, x0, t, noise, kind, weight)
+    vlb = reverse.term(reverse.x0(x_t, t, prediction.detach()), v, x0, x_t, t)
+    return simple + schedule.num_timesteps / 1000 * vlb
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """The bound of each image, float64 on the images' device.
+
+    Attributes:
+        total: the bound on -log2 p(x_0) per dimension, [N].
+        prior: L_T, bits per dimension, [N].
+        terms: L_t at [:, t], bits per dimension, [N, T].
+        x0_mse: mean squared error of the predicted x_0, [N, T].
+        eps_mse: that of the noise that follows from it, [N, T].
+    """
+
+    total: Tensor
+    prior: Tensor
+    terms: Tensor
+    x0_mse: Tensor
+    eps_mse: Tensor
+
+
+@torch.no_grad()
+def bits_per_dim(
+    model: Model,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    *,
+    kind: str = "eps",
+    variance: str = "fixed_small",
+    clip: bool = True,
+    discrete: bool = True,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **cond: Any,
+) -> BitsPerDim:
+    """The whole bound of each image, one model call for each timestep.
+
+    The noise depends on the seed, the image's number and t alone, not on ``batch_size``.
+
+    Args:
+        model: see :func:`vlb_loss`; called as it is, so put a module into eval mode yourself.
+        schedule: of DDPM, T steps.
+        x0: clean images, [N, C, ...], floating point, in [-1, 1] if they are discrete.
+        kind: what the model predicts, one of ``process.KINDS``.
+        variance: fixed_small, fixed_large, learned or learned_range.
+        clip: limit the predicted x_0 to [-1, 1]; for continuous data beyond that, set False.
+        discrete: x0 are 8-bit values, see :func:`bound_term`.
+        batch_size: most images at a time, None for all.
+        seed: of the noise.
+        progress: show a progress bar on standard error.
+        **cond: keyword arguments of the model; of tensors with N rows each image has its own.
+
+    Raises:
+        TypeError, ValueError: as :func:`vlb_loss`; ValueError for discrete images beyond [-1, 1].
+    """
+    reverse = Reverse(schedule, kind, variance, clip, discrete)
+    check_x0(x0)
+    check_max_batch(batch_size)
+    if discrete and x0.numel():
+        low, high = (value.item() for value in x0.aminmax())
+        if not -1 <= low <= high <= 1:
+            raise ValueError(f"discrete x0 must lie in [-1, 1], got values from {low} to {high}")
+    images, steps = x0.shape[0], schedule.num_timesteps
+    seeds = checked_seeds(seed, None, images).to(x0.device)
+    size = max(1, images if batch_size is None else batch_size)
+    parts = [slice(first, first + size) for first in range(0, images, size)]
+    terms, x0_mse, eps_mse = torch.empty(3, images, steps, dtype=torch.float64, device=x0.device)
+    rows = torch.arange(steps, device=x0.device)
+    tables = schedule.coefficients(x0.device, wide_dtype(x0.dtype))
+    with tqdm(total=len(parts) * steps, desc="bits per dim", disable=not progress) as bar:
+        for part in parts:
+            given, clean, seeds_here = part_of(cond, None, images, part), x0[part], seeds[part]
+            for step in reversed(range(steps)):
+                row = rows[step : step + 1]
+                t = row.repeat(len(clean))
+                x_t, noise = ops.q_sample_from_seed(clean, t, seeds_here, row, *tables)
+                prediction, v = predict(model, x_t, t, given, learned=reverse.learned)
+                found = reverse.x0(x_t, t, prediction)
+                eps = process.to_eps(schedule, x_t.to(found.dtype), t, found, "x0")
+                terms[part, step] = reverse.term(found, v, clean, x_t, t)
+                x0_mse[part, step] = image_mean((found - clean) ** 2)
+                eps_mse[part, step] = image_mean((eps - noise) ** 2)
+                bar.update()
+    prior = prior_term(schedule, x0.double())
+    return BitsPerDim(prior + terms.sum(1), prior, terms, x0_mse, eps_mse)

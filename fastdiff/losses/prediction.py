@@ -1,0 +1,54 @@
+"""What the losses share: the model's call, and the mean over an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff.ops.checks import check_floating, wide_dtype
+from fastdiff.sampling.loop import Model, Output
+
+
+def predict(
+    model: Model, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], *, learned: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """A model's prediction, and beside it what says its variance.
+
+    Args:
+        model: callable (x_t, t, **cond) -> a tensor, a tuple that begins with one, or an object
+            with a tensor named sample; under autocast it may return another dtype.
+        x_t: noised images, [N, C, ...].
+        t: timesteps, int64 [N].
+        cond: keyword arguments of the model.
+        learned: the model returns 2 C channels, the second C of which are the variance's.
+
+    Returns:
+        The prediction [N, C, ...], and the values of the variance [N, C, ...] or None, in float32
+        (float64 for float64 images).
+
+    Raises:
+        TypeError: the model returns no tensor.
+        ValueError: it returns another shape.
+    """
+    images, channels, *rest = x_t.shape
+    given = f"{'learned' if learned else 'fixed'} variance and images of shape {tuple(x_t.shape)}"
+    shape = (images, channels * (2 if learned else 1), *rest)
+    out = Output(shape, wide_dtype(x_t.dtype), given).of(model(x_t, t, **cond))
+    if not learned:
+        return out, None
+    prediction, values = out.chunk(2, dim=1)
+    return prediction, values
+
+
+def image_mean(x: Tensor) -> Tensor:
+    """The mean over all dimensions but the first, [N]."""
+    return x.mean(dim=tuple(range(1, x.ndim)))
+
+
+def check_x0(x0: Tensor) -> None:
+    """TypeError or ValueError unless ``x0`` is floating point, of shape [N, C, ...]."""
+    check_floating(x0, "x0")
+    if x0.ndim < 2:
+        raise ValueError(f"x0 must have shape [N, C, ...], got {tuple(x0.shape)}")

@@ -1,0 +1,183 @@
+"""Score matching: denoising in continuous time and at discrete sigmas, EDM's, and sliced.
+
+Each returns a loss per image, [N] in float32 (float64 for float64 images), averaged over its
+values, so that losses compare between image sizes. Time is float64 [N].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.losses.prediction import image_mean, predict
+from fastdiff.ops.checks import check_floating, wide_dtype
+from fastdiff.sampling.loop import Model
+from fastdiff.sde import EDM, SDE, Score
+from fastdiff.sde.process import beside
+
+WEIGHTINGS = ("sigma", "likelihood")
+
+
+def denoising_score_matching(
+    score: Score, sde: SDE, x0: Tensor, t: Tensor, noise: Tensor, *, weighting: str = "sigma"
+) -> Tensor:
+    """lambda(t) |score(x_t, t) + eps / sigma|^2 (Vincent 2011; Song et al. 2021, eq. 7).
+
+    arXiv:2011.13456. Its minimum over all functions is the score of the marginal at t.
+
+    Args:
+        score: (x, t) -> like x, with gradients in its parameters; see ``fastdiff.sde.score_fn``.
+        sde: the forward process.
+        x0: clean images [N, ...], floating point.
+        t: times [N], floating point, in 0..sde.end.
+        noise: standard normal, like ``x0``.
+        weighting: "sigma" is lambda = sigma^2, the mean squared error of eps; "likelihood" is
+            lambda = g^2, with which the loss bounds the likelihood (Song et al. 2021,
+            arXiv:2101.09258, theorem 1).
+
+    Raises:
+        ValueError: an unknown weighting, shapes that do not fit, or times outside the range.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}, wanted one of {', '.join(WEIGHTINGS)}")
+    _same_shape(noise, x0)
+    t = sde.check_time(t, x0).expand(x0.shape[0])
+    alpha, sigma = sde.levels(t)
+    x_t = (beside(alpha, x0) * x0 + beside(sigma, x0) * noise).to(x0.dtype)
+    error = _mean(beside(sigma, x0) * score(x_t, t) + noise)
+    if weighting == "sigma":
+        return error
+    _, squared = sde.rates(t)
+    return error * (squared / sigma**2).to(error.device, error.dtype)
+
+
+def edm_loss(
+    model: Model, sde: EDM, x0: Tensor, sigma: Tensor, noise: Tensor, **cond: Any
+) -> Tensor:
+    """EDM's weighted error of the denoiser (Karras et al. 2022, arXiv:2206.00364, eq. 8, table 1).
+
+    With D = c_skip x + c_out F and the weight 1 / c_out^2 it is the error of the raw network
+    against a target of variance 1 at every sigma.
+
+    Args:
+        model: the raw network F: (c_in x, label, **cond) -> like x.
+        sde: with the preconditioning.
+        x0: clean images [N, ...], floating point.
+        sigma: noise levels [N], floating point, in 0..sde.end; see :func:`log_normal_sigma`.
+        noise: standard normal, like ``x0``.
+
+    Raises:
+        ValueError: shapes that do not fit, or levels outside the range.
+    """
+    _same_shape(noise, x0)
+    sigma = sde.check_time(sigma, x0).expand(x0.shape[0])
+    skip, out, scale = (beside(value, x0) for value in sde.preconditioning(sigma))
+    noisy = x0 + beside(sigma, x0) * noise
+    label = sde.label(sigma).to(x0.device, wide_dtype(x0.dtype))
+    output, _ = predict(model, (scale * noisy).to(x0.dtype), label, cond)
+    return _mean(output - (x0 - skip * noisy) / out)
+
+
+def log_normal_sigma(
+    images: int,
+    *,
+    mean: float = -1.2,
+    std: float = 1.2,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """EDM's noise levels for training: log sigma ~ N(mean, std^2) (Karras et al. 2022, table 1).
+
+    Returns:
+        float64 [images].
+    """
+    drawn = torch.randn(images, generator=generator, dtype=torch.float64)
+    return (mean + std * drawn).exp()
+
+
+def ncsn_loss(
+    score: Callable[..., Tensor], x0: Tensor, sigma: Tensor, noise: Tensor, **cond: Any
+) -> Tensor:
+    """sigma^2 |score(x, sigma) + eps / sigma|^2 / 2 (Song & Ermon 2019, eq. 5 and 6).
+
+    arXiv:1907.05600.
+
+    Args:
+        score: (x, sigma [N], **cond) -> the score of the data with noise sigma, like x.
+        x0: clean images [N, ...], floating point.
+        sigma: their noise levels [N], positive; see :func:`geometric_sigmas`.
+        noise: standard normal, like ``x0``.
+
+    Raises:
+        ValueError: shapes that do not fit, or levels that are not positive.
+    """
+    check_floating(x0, "x0")
+    _same_shape(noise, x0)
+    if sigma.shape != x0.shape[:1] or not bool((sigma > 0).all()):
+        raise ValueError(f"sigma must be positive, of shape ({x0.shape[0]},), got {sigma}")
+    level = beside(sigma, x0)
+    found = score((x0 + level * noise).to(x0.dtype), sigma, **cond)
+    return _mean(level * found + noise) / 2
+
+
+def geometric_sigmas(largest: float, smallest: float, levels: int) -> Tensor:
+    """Noise levels from the largest to the smallest in equal ratios, float64 [levels].
+
+    Song & Ermon 2019, arXiv:1907.05600, section 4.
+
+    Raises:
+        ValueError: not largest > smallest > 0, or fewer than 2 levels.
+    """
+    if not largest > smallest > 0 or levels < 2:
+        raise ValueError(
+            f"wanted largest > smallest > 0 and 2 levels or more, got {largest}, {smallest} and "
+            f"{levels}"
+        )
+    return torch.linspace(math.log(largest), math.log(smallest), levels, dtype=torch.float64).exp()
+
+
+def sliced_score_matching(
+    score: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    probes: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """v^T (d score / dx) v + |score|^2 / 2, v Rademacher (Song et al. 2019, eq. 8).
+
+    arXiv:1905.07088, with the variance reduction of its section 4.3. Needs no noise and no known
+    score: up to a constant its mean is half the squared distance to the score of x's own density.
+
+    Args:
+        score: x -> like x, twice differentiable where the loss is trained on.
+        x: data [N, ...], floating point.
+        probes: random directions an image.
+        generator: of the directions, on x's device.
+
+    Raises:
+        ValueError: fewer than 1 probe.
+    """
+    check_floating(x, "x")
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}")
+    x = x.detach().requires_grad_()
+    found = score(x)
+    curvature = torch.zeros(x.shape[0], dtype=wide_dtype(x.dtype), device=x.device)
+    for _ in range(probes):
+        signs = torch.empty_like(x).bernoulli_(0.5, generator=generator) * 2 - 1
+        (along,) = torch.autograd.grad((found * signs).sum(), x, create_graph=True)
+        curvature = curvature + image_mean((along * signs).to(curvature.dtype)) / probes
+    return curvature + _mean(found) / 2
+
+
+def _mean(value: Tensor) -> Tensor:
+    """The mean square of each image."""
+    return image_mean(value.to(wide_dtype(value.dtype)).square())
+
+
+def _same_shape(noise: Tensor, x0: Tensor) -> None:
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise must have shape {tuple(x0.shape)}, got {tuple(noise.shape)}")

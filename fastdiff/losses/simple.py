@@ -1,0 +1,84 @@
+"""The loss of DDPM: the mean squared error of a prediction (arXiv:2006.11239, eq. 14)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import process
+from fastdiff.losses.prediction import check_x0, image_mean, predict
+from fastdiff.ops.checks import wide_dtype
+from fastdiff.sampling.loop import Model
+from fastdiff.schedules import GaussianPath
+
+
+def simple_loss(
+    schedule: GaussianPath,
+    model: Model,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    kind: str = "eps",
+    weight: Tensor | None = None,
+    **cond: Any,
+) -> Tensor:
+    """weight_t |target - prediction|^2, averaged over each image (Ho et al. 2020, eq. 14).
+
+    Args:
+        schedule: the path of the noised images, also that of rectified flow.
+        model: callable (x_t, t, **cond) -> prediction of ``kind``, [N, C, ...].
+        x0: clean images, [N, C, ...], floating point.
+        t: timesteps, int64 [N], in 0..T-1.
+        noise: standard normal noise, like ``x0``.
+        kind: what the model predicts, one of ``process.KINDS``; eps at a timestep without signal
+            teaches nothing.
+        weight: a weight for each timestep, float64 [T], as ``weighting`` makes it; None is 1.
+        **cond: keyword arguments of the model.
+
+    Returns:
+        The loss of each image, [N], float32 (float64 for float64 images).
+
+    Raises:
+        TypeError: images or weights that are not floating point, t not int64, or a model that
+            returns no tensor.
+        ValueError: shapes that do not fit, or an unknown kind.
+        IndexError: a timestep outside 0..T-1 (CPU tensors only).
+    """
+    process.check_kind(kind)
+    check_x0(x0)
+    x_t = process.q_sample(schedule, x0, t, noise)
+    prediction, _ = predict(model, x_t, t, cond)
+    return weighted_error(schedule, prediction, x0, t, noise, kind, weight)
+
+
+def weighted_error(
+    schedule: GaussianPath,
+    prediction: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    kind: str,
+    weight: Tensor | None,
+) -> Tensor:
+    """The simple loss of a prediction already made, [N]."""
+    wide = wide_dtype(x0.dtype)
+    # The target is not rounded to half precision: with v it would be a sum of two images.
+    target = process.target(schedule, x0.to(wide), t, noise.to(wide), kind)
+    error = image_mean((prediction - target) ** 2)
+    if weight is None:
+        return error
+    return error * _checked(weight, schedule.num_timesteps).to(error.device, wide)[t]
+
+
+def _checked(weight: Tensor, num_timesteps: int) -> Tensor:
+    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a floating point tensor, got {found}")
+    if weight.shape != torch.Size([num_timesteps]):
+        raise ValueError(
+            f"weight must have shape [{num_timesteps}], one a timestep, got {tuple(weight.shape)}"
+        )
+    return weight

@@ -1,0 +1,261 @@
+"""Which timesteps to train on: samplers that return importance weights beside them.
+
+A sampler draws t with probability p_t and weights it by 1 / (T p_t), whose mean is 1: the weighted
+mean of losses L_t is that over uniform t, whatever p is (Nichol & Dhariwal 2021, arXiv:2102.09672,
+eq. 18). It only has another variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TimestepSampler:
+    """Draws timesteps 0..T-1 independently, each with its probability.
+
+    Args:
+        num_timesteps: T, at least 1.
+
+    Raises:
+        ValueError: T below 1.
+    """
+
+    def __init__(self, num_timesteps: int) -> None:
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+        self.num_timesteps = num_timesteps
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_t, float64 [T] on the CPU."""
+        return torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
+
+    @property
+    def weights(self) -> Tensor:
+        """1 / (T p_t), float64 [T] on the CPU."""
+        return 1 / (self.num_timesteps * self.probabilities)
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Timesteps, and the weights of their losses.
+
+        Args:
+            n: how many, at least 0.
+            generator: source of randomness, None for PyTorch's global one on the CPU.
+
+        Returns:
+            t int64 [n] and weights float64 [n], on the generator's device.
+
+        Raises:
+            ValueError: n below 0.
+        """
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        u = self._uniform(n, generator)
+        cumulative = self.probabilities.cumsum(0)
+        # Its last entry is then exactly 1, above every u, so that no t of probability 0 is drawn.
+        cumulative = (cumulative / cumulative[-1]).to(u.device)
+        t = torch.searchsorted(cumulative, u, right=True)
+        return t, self.weights.to(u.device)[t]
+
+    def _uniform(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """n numbers uniform in [0, 1), float64."""
+        device = torch.device("cpu") if generator is None else generator.device
+        return torch.rand(n, generator=generator, dtype=torch.float64, device=device)
+
+
+class Uniform(TimestepSampler):
+    """Every timestep with the same probability (Ho et al. 2020, arXiv:2006.11239, algorithm 1)."""
+
+
+class LowDiscrepancy(TimestepSampler):
+    """Timesteps of a batch spread evenly, from one random offset; each by itself is uniform.
+
+    Image i of n gets (u + i / n) modulo 1 of the way (Kingma et al. 2021, arXiv:2107.00630,
+    appendix I.1), so that a batch of n covers every n-th part of 0..T-1 once. The loss of a batch
+    keeps its mean and has less variance. The images must come in random order.
+    """
+
+    def _uniform(self, n: int, generator: torch.Generator | None) -> Tensor:
+        offset = super()._uniform(1, generator)
+        return (offset + torch.arange(n, dtype=torch.float64, device=offset.device) / n) % 1
+
+
+class LogitNormal(TimestepSampler):
+    """t = floor(T s) with logit(s) normal: most often in the middle of the path.
+
+    Esser et al. 2024, arXiv:2403.03206, section 3.1, where the density is itself the weighting of
+    the loss: ``unbiased=False`` is that. With weights, losses of the outermost timesteps count for
+    as much as they are rare, up to 10^8 times with the default density and T = 1000.
+
+    Args:
+        num_timesteps: T, at least 1.
+        mean: of logit(s); above 0 leans to noise.
+        std: of logit(s).
+        unbiased: weight by 1 / (T p_t); otherwise by 1.
+
+    Raises:
+        ValueError: T below 1, a mean that is not finite, or a std that is not positive.
+    """
+
+    def __init__(
+        self, num_timesteps: int, mean: float = 0.0, std: float = 1.0, *, unbiased: bool = True
+    ) -> None:
+        super().__init__(num_timesteps)
+        if not math.isfinite(mean):
+            raise ValueError(f"mean must be finite, got {mean}")
+        if not 0 < std < math.inf:
+            raise ValueError(f"std must be positive, got {std}")
+        self.mean, self.std, self.unbiased = mean, std, unbiased
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_t, float64 [T] on the CPU."""
+        edges = torch.arange(self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
+        z = (torch.logit(edges) - self.mean) / self.std
+        low, high = z[:-1], z[1:]
+        # Above 0 the difference is taken of the upper tails, which keep their digits there.
+        upper = low > 0
+        low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
+        root = math.sqrt(0.5)
+        return (torch.special.erfc(-high * root) - torch.special.erfc(-low * root)) / 2
+
+    @property
+    def weights(self) -> Tensor:
+        """1 / (T p_t), or 1 unless unbiased, float64 [T] on the CPU."""
+        if self.unbiased:
+            return super().weights
+        return torch.ones(self.num_timesteps, dtype=torch.float64)
+
+
+class LossSecondMoment(TimestepSampler):
+    """p_t in proportion to the root mean square of the latest losses at t.
+
+    Of all densities that makes the variance of the weighted loss least (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, section 3.3, for the variational bound). Until every timestep has had
+    ``history`` losses, t is uniform.
+
+    Args:
+        num_timesteps: T, at least 1.
+        history: losses kept of each timestep.
+        uniform: share of the draws that stay uniform, in [0, 1].
+
+    Raises:
+        ValueError: T or history below 1, or a uniform share outside [0, 1].
+    """
+
+    def __init__(self, num_timesteps: int, history: int = 10, uniform: float = 0.001) -> None:
+        super().__init__(num_timesteps)
+        if history < 1:
+            raise ValueError(f"history must be at least 1, got {history}")
+        if not 0 <= uniform <= 1:
+            raise ValueError(f"uniform must lie in [0, 1], got {uniform}")
+        self.history, self.uniform = history, uniform
+        self._restart([[] for _ in range(num_timesteps)])
+
+    @property
+    def warm(self) -> bool:
+        """Whether every timestep has its full history."""
+        return self._filling == 0
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_t, float64 [T] on the CPU."""
+        total = self._norms.sum()
+        if not self.warm or total == 0:
+            return super().probabilities
+        shares = self._norms / total
+        return (1 - self.uniform) * shares + self.uniform / self.num_timesteps
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Take note of losses, without their importance weights; the oldest make way.
+
+        They are read on the host, which waits for a GPU.
+
+        Args:
+            t: timesteps, int64 [n], in 0..T-1; a timestep may occur more than once.
+            losses: their losses, floating point [n].
+
+        Raises:
+            TypeError: t not int64, or losses not floating point.
+            ValueError: shapes that do not fit, or a loss that is not finite.
+            IndexError: a timestep outside 0..T-1.
+        """
+        if t.dtype != torch.int64:
+            raise TypeError(f"t must be int64, got {t.dtype}")
+        if not losses.dtype.is_floating_point:
+            raise TypeError(f"losses must be floating point, got {losses.dtype}")
+        if t.ndim != 1 or t.shape != losses.shape:
+            raise ValueError(
+                "t and losses must have the same shape [n], "
+                f"got {tuple(t.shape)} and {tuple(losses.shape)}"
+            )
+        steps, values = t.tolist(), losses.detach().double().tolist()
+        wrong = next((step for step in steps if not 0 <= step < self.num_timesteps), None)
+        if wrong is not None:
+            raise IndexError(f"t must lie in 0..{self.num_timesteps - 1}, got {wrong}")
+        bad = next((value for value in values if not math.isfinite(value)), None)
+        if bad is not None:
+            raise ValueError(f"losses must be finite, got {bad}")
+        for step, value in zip(steps, values, strict=True):
+            self._append(step, value)
+        for step in set(steps):
+            self._refresh(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings and the losses of every timestep, oldest first: numbers and lists of them.
+
+        JSON keeps them exactly.
+        """
+        return {
+            "num_timesteps": self.num_timesteps,
+            "history": self.history,
+            "uniform": self.uniform,
+            "losses": [list(kept) for kept in self._losses],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the losses of another sampler with the same settings.
+
+        Raises:
+            ValueError: other settings, more losses than the history holds, or one not finite.
+        """
+        for name in ("num_timesteps", "history", "uniform"):
+            if state.get(name) != getattr(self, name):
+                raise ValueError(
+                    f"the state has {name} {state.get(name)!r}, this sampler {getattr(self, name)}"
+                )
+        losses = [[float(loss) for loss in kept] for kept in state.get("losses", ())]
+        if len(losses) != self.num_timesteps or max(map(len, losses)) > self.history:
+            raise ValueError(
+                f"the state must have {self.num_timesteps} lists of up to {self.history} losses, "
+                f"got {len(losses)} of up to {max(map(len, losses), default=0)}"
+            )
+        if not all(math.isfinite(loss) for kept in losses for loss in kept):
+            raise ValueError("the state's losses must be finite")
+        self._restart(losses)
+
+    def _restart(self, losses: list[list[float]]) -> None:
+        self._losses: list[deque[float]] = [deque(maxlen=self.history) for _ in losses]
+        self._filling = self.num_timesteps  # timesteps whose history is not full yet
+        # Of histories of one length, the norms are in the ratio of the root mean squares.
+        self._norms = torch.zeros(self.num_timesteps, dtype=torch.float64)
+        for step, kept in enumerate(losses):
+            for loss in kept:
+                self._append(step, loss)
+            self._refresh(step)
+
+    def _append(self, step: int, loss: float) -> None:
+        kept = self._losses[step]
+        if len(kept) == self.history - 1:
+            self._filling -= 1
+        kept.append(loss)
+
+    def _refresh(self, step: int) -> None:
+        # hypot scales, so that the squares of large losses do not overflow.
+        self._norms[step] = math.hypot(*self._losses[step])

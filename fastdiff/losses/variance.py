@@ -1,0 +1,76 @@
+"""The variance of the model's steps p(x_{t-1} | x_t), fixed or learned (arXiv:2102.09672)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops.checks import check_floating, check_timesteps, wide_dtype
+from fastdiff.samplers.ddpm import VARIANCES
+from fastdiff.samplers.sampler import check_choice
+from fastdiff.schedules import GaussianPath, NoiseSchedule
+
+FIXED = ("fixed_small", "fixed_large")
+
+
+def fixed_log_variance(schedule: NoiseSchedule, kind: str) -> Tensor:
+    """Log of beta_tilde_t (fixed_small) or beta_t (fixed_large), float64 [T].
+
+    The first entry of both is log beta_tilde_1, since beta_tilde_0 is 0 and, as Nichol & Dhariwal
+    have it, the decoder's variance is the same with either.
+
+    Raises:
+        TypeError: a schedule without betas.
+        ValueError: another kind.
+    """
+    check_ddpm(schedule)
+    check_choice("fixed variance", kind, FIXED)
+    small = schedule.posterior_log_variance_clipped
+    return small if kind == "fixed_small" else torch.cat([small[:1], schedule.betas[1:].log()])
+
+
+def model_variance(schedule: NoiseSchedule, v: Tensor, t: Tensor, kind: str) -> Tensor:
+    """Log-variance of p(x_{t-1} | x_t).
+
+    fixed_small and fixed_large are those of :func:`fixed_log_variance`; learned is v itself;
+    learned_range is frac log beta_t + (1 - frac) log beta_tilde_t with frac = (v + 1) / 2, so that
+    v in [-1, 1] stays between the two (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+
+    Args:
+        schedule: of DDPM, T steps.
+        v: what the model says of it, [N, C, ...]. With a fixed kind nothing but its rank, dtype
+            and device counts, and x_t will do.
+        t: timesteps, int64 [N], in 0..T-1.
+        kind: one of the four.
+
+    Returns:
+        [N, C, ...] where it is learned, else [N, 1, ...]; float32 (float64 for float64 v).
+
+    Raises:
+        TypeError: v not floating point, t not int64, or a schedule without betas.
+        ValueError: unknown kind, or a t of another shape.
+        IndexError: a timestep outside 0..T-1 (CPU tensors only).
+    """
+    check_ddpm(schedule)
+    check_choice("variance", kind, VARIANCES)
+    check_floating(v, "v")
+    check_timesteps(t, v, schedule.num_timesteps)
+    if kind == "learned":
+        return v.to(wide_dtype(v.dtype))
+    if kind in FIXED:
+        return _at(fixed_log_variance(schedule, kind), t, v)
+    small, large = schedule.posterior_log_variance_clipped, schedule.betas.log()
+    return _at((small + large) / 2, t, v) + _at((large - small) / 2, t, v) * v
+
+
+def check_ddpm(schedule: GaussianPath) -> None:
+    """TypeError unless the schedule has the betas that steps and their variances rest on."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"the variational bound needs a NoiseSchedule, got {type(schedule).__name__}"
+        )
+
+
+def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """table[t] as [N, 1, ...] beside x, in float32 at least."""
+    return table.to(x.device, wide_dtype(x.dtype))[t].view(-1, *[1] * (x.ndim - 1))

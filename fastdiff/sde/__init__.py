@@ -1,0 +1,20 @@
+"""Diffusion in continuous time: SDEs, scores, solvers back to images, and likelihoods."""
+
+from __future__ import annotations
+
+from fastdiff.sde.adaptive import Adaptive, solve_adaptive
+from fastdiff.sde.langevin import annealed_langevin
+from fastdiff.sde.likelihood import Likelihood, bits_per_dim, dequantize, log_likelihood
+from fastdiff.sde.ode import solve_ode
+from fastdiff.sde.process import EDM, SDE, VE, VP, Interpolated, SubVP
+from fastdiff.sde.reverse import Reverse, probability_flow, reverse
+from fastdiff.sde.runge_kutta import Integrated, integrate
+from fastdiff.sde.score import PARAMETRISATIONS, Score, prediction_fn, score_fn
+from fastdiff.sde.solvers import solve, time_grid
+
+__all__ = [
+    "EDM", "PARAMETRISATIONS", "SDE", "VE", "VP", "Adaptive", "Integrated", "Interpolated",
+    "Likelihood", "Reverse", "Score", "SubVP", "annealed_langevin", "bits_per_dim", "dequantize",
+    "integrate", "log_likelihood", "prediction_fn", "probability_flow", "reverse", "score_fn",
+    "solve", "solve_adaptive", "solve_ode", "time_grid",
+]  # fmt: skip

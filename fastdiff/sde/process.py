@@ -1,0 +1,339 @@
+"""Diffusion in continuous time: linear stochastic differential equations and their marginals.
+
+    dx = f(t) x dt + g(t) dw,      x_t = alpha(t) x_0 + sigma(t) eps,      0 <= t <= end
+
+from images at t = 0 to noise at t = end (Song et al. 2021, arXiv:2011.13456, section 3). Of alpha
+and sigma follow f = alpha'/alpha and g^2 = (sigma^2)' - 2 f sigma^2, which the tests hold them to.
+
+A time t has shape [N], one for each image, or [] for all of them. Coefficients are float64 and
+rounded where they meet images, which come back in their own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops.checks import check_floating, wide_dtype
+from fastdiff.schedules import NoiseSchedule
+
+
+class SDE:
+    """A linear SDE with scalar coefficients.
+
+    Attributes:
+        end: the time of the prior.
+        smallest: the time at which sampling stops and likelihoods begin: below it the score grows
+            without bounds.
+    """
+
+    end: float = 1.0
+    smallest: float
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f(t) and g(t)^2, float64, shaped like ``t``."""
+        raise NotImplementedError
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha(t) and sigma(t), float64, shaped like ``t``."""
+        raise NotImplementedError
+
+    def label(self, t: Tensor) -> Tensor:
+        """What a network is given for its time."""
+        raise NotImplementedError
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the prior that stands for the marginal at ``end``."""
+        return 1.0
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """f(t) x, like ``x``.
+
+        Args:
+            x: images [N, ...], floating point.
+            t: times [N] or [], in 0..end.
+
+        Raises:
+            TypeError: ``x`` is not floating point.
+            ValueError: times outside the range or of another shape.
+        """
+        f, _ = self.rates(self.check_time(t, x))
+        return (beside(f, x) * x).to(x.dtype)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t), float64, shaped like ``t``; ValueError for times outside the range."""
+        _, squared = self.rates(self.check_time(t))
+        return squared.sqrt()
+
+    def marginal(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [N, ...] and standard deviation [N, 1, ...] of x_t given x_0; raises as drift does.
+
+        Song et al. 2021, arXiv:2011.13456, eq. 29.
+        """
+        alpha, sigma = self.levels(self.check_time(t, x0))
+        return (beside(alpha, x0) * x0).to(x0.dtype), beside(sigma, x0)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """(alpha / sigma)^2, float64, shaped like ``t``; ValueError for times outside the range."""
+        alpha, sigma = self.levels(self.check_time(t))
+        return (alpha / sigma) ** 2
+
+    def prior_sample(
+        self,
+        shape: tuple[int, ...],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Noise of the prior, [N, ...]."""
+        where = device if generator is None else generator.device
+        drawn = torch.randn(shape, generator=generator, device=where, dtype=dtype)
+        return drawn.to(device) * self.prior_std
+
+    def prior_logp(self, z: Tensor) -> Tensor:
+        """Log density of the prior at z [N, ...], in nats, float64 [N]."""
+        check_floating(z, "z")
+        flat = z.double().flatten(1) / self.prior_std
+        size = flat.shape[1]
+        constant = size * (0.5 * math.log(2 * math.pi) + math.log(self.prior_std))
+        return -0.5 * flat.square().sum(1) - constant
+
+    def check_time(self, t: Tensor, x: Tensor | None = None) -> Tensor:
+        """``t`` in float64.
+
+        Values are checked for CPU tensors only: looking at a GPU's would wait for it.
+
+        Raises:
+            TypeError: ``t`` is no floating point tensor, or ``x`` is not floating point.
+            ValueError: a time outside 0..end, or a shape other than [N] or [].
+        """
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            seen = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"t must be a floating point tensor, got {seen}")
+        if x is not None:
+            check_floating(x, "images")
+            if t.shape not in ((), x.shape[:1]):
+                raise ValueError(
+                    f"t must have shape [] or [{x.shape[0]}], one time an image, "
+                    f"got {tuple(t.shape)}"
+                )
+        looked_at = t.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and not bool(((t >= 0) & (t <= self.end * (1 + 1e-6))).all()):
+            raise ValueError(
+                f"t must lie in 0..{self.end:g}, got values from {t.min().item():g} to "
+                f"{t.max().item():g}"
+            )
+        return t.double()
+
+
+class VP(SDE):
+    """The variance-preserving SDE, DDPM's limit (Song et al. 2021, eq. 11 and 33).
+
+    Args:
+        beta_min: beta(0).
+        beta_max: beta(1); beta rises linearly.
+
+    Raises:
+        ValueError: not 0 < beta_min <= beta_max.
+    """
+
+    smallest = 1e-3
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min <= beta_max < math.inf:
+            raise ValueError(f"wanted 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(beta_min={self.beta_min}, beta_max={self.beta_max})"
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f = -beta / 2 and g^2 = beta."""
+        beta = self.beta_min + t * (self.beta_max - self.beta_min)
+        return -0.5 * beta, beta
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sqrt(1 - alpha^2)."""
+        log_alpha = self._log_alpha(t)
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def label(self, t: Tensor) -> Tensor:
+        """999 t: a network's time embedding was made for 1000 timesteps."""
+        return 999 * t
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+
+
+class SubVP(VP):
+    """The sub-variance-preserving SDE (Song et al. 2021, eq. 12 and 29): less noise than VP."""
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f = -beta / 2 and g^2 = beta (1 - alpha^4)."""
+        f, beta = super().rates(t)
+        return f, -beta * torch.expm1(4 * self._log_alpha(t))
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and 1 - alpha^2; no root."""
+        log_alpha = self._log_alpha(t)
+        return log_alpha.exp(), -torch.expm1(2 * log_alpha)
+
+
+class VE(SDE):
+    """The variance-exploding SDE, NCSN's limit (Song et al. 2021, eq. 9 and 30).
+
+    Args:
+        sigma_min: sigma(0).
+        sigma_max: sigma(1); sigma rises geometrically.
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max.
+    """
+
+    smallest = 1e-5
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        _check_sigmas(sigma_min, sigma_max)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def __repr__(self) -> str:
+        return f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max})"
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f = 0 and g^2 = 2 sigma^2 log(sigma_max / sigma_min)."""
+        _, sigma = self.levels(t)
+        return torch.zeros_like(sigma), sigma**2 * (2 * math.log(self.sigma_max / self.sigma_min))
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """1 and sigma_min (sigma_max / sigma_min)^t."""
+        sigma = self.sigma_min * torch.exp(t * math.log(self.sigma_max / self.sigma_min))
+        return torch.ones_like(sigma), sigma
+
+    def label(self, t: Tensor) -> Tensor:
+        """999 t, which log sigma(t) rises with."""
+        return 999 * t
+
+    @property
+    def prior_std(self) -> float:
+        """sigma_max."""
+        return self.sigma_max
+
+
+class EDM(SDE):
+    """x_t = x_0 + t eps, the time being the noise's deviation (Karras et al. 2022).
+
+    arXiv:2206.00364, table 1 (column "ours") and section 5.
+
+    Args:
+        sigma_min: where sampling stops.
+        sigma_max: where it begins.
+        sigma_data: standard deviation of the images, for the preconditioning.
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max, or sigma_data not positive.
+    """
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5
+    ) -> None:
+        _check_sigmas(sigma_min, sigma_max)
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        self.sigma_data = sigma_data
+        self.smallest, self.end = sigma_min, sigma_max
+
+    def __repr__(self) -> str:
+        return f"EDM(sigma_min={self.smallest}, sigma_max={self.end}, sigma_data={self.sigma_data})"
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f = 0 and g^2 = 2 t."""
+        return torch.zeros_like(t), 2 * t
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """1 and t."""
+        return torch.ones_like(t), t
+
+    def label(self, t: Tensor) -> Tensor:
+        """log(t) / 4, c_noise of the preconditioning."""
+        return t.log() / 4
+
+    def preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out and c_in of D(x, t) = c_skip x + c_out F(c_in x, label) (eq. 7).
+
+        With them the network's input and its target have variance 1 at every t, and errors of F are
+        amplified the least.
+        """
+        variance = t**2 + self.sigma_data**2
+        return (
+            self.sigma_data**2 / variance,
+            t * self.sigma_data / variance.sqrt(),
+            1 / variance.sqrt(),
+        )
+
+    @property
+    def prior_std(self) -> float:
+        """sigma_max."""
+        return self.end
+
+
+class Interpolated(SDE):
+    """A discrete noise schedule as a continuous one, exact at its timesteps.
+
+    Timestep i stands at t = (i + 1) / T; between two of them, and from t = 0 to the first, log
+    alpha is a straight line (as in DPM-Solver, arXiv:2206.00927, appendix D.2).
+
+    Args:
+        schedule: any :class:`NoiseSchedule` with some signal left at its end.
+
+    Raises:
+        ValueError: a schedule with zero terminal SNR, whose log alpha is infinite.
+    """
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        if schedule.has_zero_terminal_snr:
+            raise ValueError("a schedule with zero terminal SNR has no continuous view")
+        self.schedule = schedule
+        self.smallest = 1 / schedule.num_timesteps
+        zero = torch.zeros(1, dtype=torch.float64)
+        self._log_alpha = torch.cat([zero, schedule.alpha_t.log()])  # at t = 0, 1/T, 2/T...
+        self._slope = self._log_alpha.diff() * schedule.num_timesteps
+
+    def __repr__(self) -> str:
+        return f"Interpolated({self.schedule!r})"
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f, constant between two timesteps, and g^2 = -2 f."""
+        f = self._slope.to(t.device)[self._interval(t)]
+        return f, -2 * f
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sqrt(1 - alpha^2)."""
+        index = self._interval(t)
+        start = index.double() / self.schedule.num_timesteps
+        before, slope = self._log_alpha.to(t.device)[index], self._slope.to(t.device)[index]
+        log_alpha = before + slope * (t - start)
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def label(self, t: Tensor) -> Tensor:
+        """T t - 1, the timestep."""
+        return self.schedule.num_timesteps * t - 1
+
+    def _interval(self, t: Tensor) -> Tensor:
+        """Number of the straight line that t lies on; a timestep ends its own."""
+        count = self.schedule.num_timesteps
+        return ((t * count - 1e-9).ceil().long() - 1).clamp(0, count - 1)
+
+
+def beside(value: Tensor, x: Tensor) -> Tensor:
+    """A coefficient [N] or [] as [N, 1, ...] beside images, in float32 at least."""
+    value = value.to(x.device, wide_dtype(x.dtype))
+    return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
+
+
+def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"wanted 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")

@@ -1,0 +1,113 @@
+"""Every network as a score, and a score as every kind of prediction.
+
+A score is a function (x, t) of images [N, ...] and float64 times [N] that returns
+grad_x log p_t(x), like x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff.ops.checks import wide_dtype
+from fastdiff.process import KINDS, x0_and_eps
+from fastdiff.sampling.loop import Model, Output
+from fastdiff.sde.process import EDM, SDE, beside
+
+Score = Callable[[Tensor, Tensor], Tensor]
+PARAMETRISATIONS = (*KINDS, "ncsn", "edm")
+
+
+def score_fn(model: Model, parametrisation: str, sde: SDE, **cond: Any) -> Score:
+    """The score of a network, whatever it predicts (Song et al. 2021, arXiv:2011.13456).
+
+    Args:
+        model: ``(x, label, **cond)`` -> a tensor like x; label is what ``sde.label`` makes of t,
+            [N] in float32 at least, since 999 t has more digits than half precision. Only "ncsn"
+            and "edm" differ, see there.
+        parametrisation: one of
+
+            eps, x0, v, score, flow: as in ``fastdiff.process``;
+            ncsn: a noise-conditioned network whose output over sigma is the score, given sigma for
+                its label (Song & Ermon 2020, arXiv:2006.09011, technique 3);
+            edm: the raw network F of the preconditioned denoiser, which is given c_in x (Karras et
+                al. 2022, arXiv:2206.00364, eq. 7); needs the SDE ``EDM``.
+        sde: the process that the network was trained on.
+        cond: further keyword arguments of the model.
+
+    Raises:
+        ValueError: an unknown parametrisation, or one that does not fit the SDE. When the score is
+            called: a model's output of another shape than x.
+        TypeError: when the score is called: the model returns no tensor.
+    """
+    if parametrisation not in PARAMETRISATIONS:
+        raise ValueError(
+            f"unknown parametrisation {parametrisation!r}, wanted one of "
+            f"{', '.join(PARAMETRISATIONS)}"
+        )
+    if parametrisation == "edm":
+        if not isinstance(sde, EDM):
+            raise ValueError(f"parametrisation 'edm' needs the SDE EDM, got {sde!r}")
+        return _of_edm(model, sde, cond)
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = sde.levels(sde.check_time(t, x))
+        label = sigma if parametrisation == "ncsn" else sde.label(t.double())
+        output = _asked(model, x, label, cond)
+        if parametrisation == "ncsn":
+            return (output / beside(sigma, x)).to(x.dtype)
+        _, (of_x, of_output) = x0_and_eps(parametrisation, alpha, sigma)
+        return _linear(-of_x / sigma, x, -of_output / sigma, output)
+
+    return score
+
+
+def prediction_fn(score: Score, kind: str, sde: SDE) -> Score:
+    """The prediction (x, t) of ``kind`` (eps, x0, v, score or flow) that a score implies.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown prediction kind {kind!r}, wanted one of {', '.join(KINDS)}")
+
+    def prediction(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = sde.levels(sde.check_time(t, x))
+        found = score(x, t)
+        if kind == "score":
+            return found
+        (x0_x, x0_s), (eps_x, eps_s) = x0_and_eps("score", alpha, sigma)
+        a, b = {
+            "eps": (eps_x, eps_s),
+            "x0": (x0_x, x0_s),
+            "v": (alpha * eps_x - sigma * x0_x, alpha * eps_s - sigma * x0_s),
+            "flow": (eps_x - x0_x, eps_s - x0_s),
+        }[kind]
+        return _linear(a, x, b, found)
+
+    return prediction
+
+
+def _of_edm(model: Model, sde: EDM, cond: dict[str, Any]) -> Score:
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        t = sde.check_time(t, x)
+        skip, out, scale = sde.preconditioning(t)
+        scaled = (beside(scale, x) * x).to(x.dtype)
+        output = _asked(model, scaled, sde.label(t), cond)
+        # (D - x) / t^2 with D = skip x + out F
+        return _linear((skip - 1) / t**2, x, out / t**2, output)
+
+    return score
+
+
+def _asked(model: Model, x: Tensor, label: Tensor, cond: dict[str, Any]) -> Tensor:
+    """The model's output, in float32 at least."""
+    wide = wide_dtype(x.dtype)
+    wanted = Output(tuple(x.shape), wide, f"images of shape {tuple(x.shape)}")
+    return wanted.of(model(x, label.to(x.device, wide).expand(x.shape[0]), **cond))
+
+
+def _linear(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return (beside(a, x) * x + beside(b, x) * y).to(x.dtype)

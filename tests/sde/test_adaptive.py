@@ -1,0 +1,225 @@
+"""The adaptive SDE solver on data whose score is known: right distributions, few evaluations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastdiff.sde import EDM, VE, VP, SubVP
+from fastdiff.sde.adaptive import _Path, solve_adaptive
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROCESSES = pytest.mark.parametrize("sde", [VP(), SubVP(), VE(), EDM()], ids=lambda s: repr(s)[:3])
+STD = 0.2
+
+
+def mixture(sde, mean=0.5, std=STD):
+    """Two equal Gaussians at +-mean in every coordinate; one at 0 where it is 0."""
+
+    def score(x, t):
+        alpha, sigma = (level.view(-1, 1).to(x.dtype) for level in sde.levels(t))
+        variance = (alpha * std) ** 2 + sigma**2
+        return (alpha * mean * torch.tanh(alpha * mean * x / variance) - x) / variance
+
+    return score
+
+
+def final_cdf(sde, x, mean=0.5):
+    alpha, sigma = sde.levels(torch.tensor(sde.smallest, dtype=torch.float64))
+    normal = torch.distributions.Normal(0.0, ((alpha * STD) ** 2 + sigma**2).sqrt())
+    return (normal.cdf(x - alpha * mean) + normal.cdf(x + alpha * mean)) / 2
+
+
+def kolmogorov(sde, x, mean=0.5):
+    """Distance of the empirical distribution of all coordinates from the true one."""
+    levels = final_cdf(sde, x.double().flatten().sort().values, mean)
+    grid = torch.arange(len(levels) + 1, dtype=torch.float64) / len(levels)
+    return torch.maximum(grid[1:] - levels, levels - grid[:-1]).max().item()
+
+
+def solve(sde, score, generator, shape=(4000, 1), dtype=torch.float64, **options):
+    x = sde.prior_sample(shape, generator=generator, dtype=dtype)
+    options = {"denoise": False, "progress": False, "generator": generator, **options}
+    return solve_adaptive(score, sde, x, **options)
+
+
+@PROCESSES
+@pytest.mark.parametrize("mean", [0.0, 0.5], ids=["Gaussian", "mixture"])
+def test_distribution(sde, mean, generator):
+    """In one dimension, where the noise decides about every step, and is not chosen by it."""
+    found = solve(sde, mixture(sde, mean), generator)
+    assert kolmogorov(sde, found.x, mean) < 1.63 / math.sqrt(4000)  # 1% of true samples are off
+    assert found.rejected.sum() > 0.1 * found.accepted.sum()
+
+
+def test_new_noise_after_a_rejection_spreads_the_images(generator):
+    """The published algorithm, and why it is not the default."""
+    sde = VE()
+    found = solve(sde, mixture(sde), generator, redraw=True)
+    assert kolmogorov(sde, found.x) > 3 * 1.63 / math.sqrt(4000)
+    assert found.x.std() > 1.1 * math.sqrt(0.25 + STD**2)
+    # An image's error has less of a single number's chance in it.
+    found = solve(sde, mixture(sde), generator, shape=(16, 256), redraw=True)
+    assert kolmogorov(sde, found.x) < 1.63 / math.sqrt(4096)
+
+
+def euler_maruyama(sde, score, x, steps, generator):
+    times = torch.linspace(sde.end, sde.smallest, steps + 1, dtype=torch.float64)
+    for start, stop in itertools.pairwise(times):
+        t, h = start.expand(len(x)), start - stop
+        f, squared = sde.rates(start)
+        z = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        x = x - h * (f * x - squared * score(x, t)) + (h * squared).sqrt() * z
+    return x
+
+
+def test_fewer_evaluations_than_euler_maruyama(generator):
+    """Narrow data need small steps at the end only; the deviation is known to 0.6% here."""
+    sde, std = VP(), 0.05
+    score, shape = mixture(sde, 0.0, std), (64, 256)
+    alpha, sigma = sde.levels(torch.tensor(sde.smallest, dtype=torch.float64))
+    true = ((alpha * std) ** 2 + sigma**2).sqrt()
+    found = solve(sde, score, generator, shape=shape)
+    assert (found.x.std() / true - 1).abs() < 0.012
+    steps = 2 * int(found.evaluations.double().mean())
+    x = sde.prior_sample(shape, generator=generator, dtype=torch.float64)
+    x = euler_maruyama(sde, score, x, steps, generator)
+    assert x.std() / true - 1 > 0.02
+
+
+def test_arrived_images_cost_nothing(generator):
+    """The third image's data are narrow and need small steps."""
+    sde, asked, batches = VP(), torch.zeros(3, dtype=torch.int64), []
+    spread = torch.tensor([1.0, 0.3, 0.003], dtype=torch.float64)
+
+    def score(x, t, index):
+        asked[index] += 1
+        batches.append(len(index))
+        alpha, sigma = (level.view(-1, 1) for level in sde.levels(t))
+        return -x / ((alpha * spread[index, None]) ** 2 + sigma**2)
+
+    found = solve(sde, score, generator, shape=(3, 8), conditioned=True)
+    assert found.evaluations.tolist() == asked.tolist()
+    assert found.evaluations.tolist() == (2 * (found.accepted + found.rejected)).tolist()
+    assert sum(batches) == found.evaluations.sum()
+    assert batches[0] == 3
+    assert batches[-1] == 1
+    assert found.evaluations[0] < found.evaluations[1] < found.evaluations[2]
+
+
+def test_rejects_steps_where_the_score_turns_stiff(generator):
+    sde = VP()
+
+    def score(x, t):
+        return -x * torch.where(t < 0.4, 300.0, 1.0).view(-1, 1)
+
+    found = solve(sde, score, generator, shape=(3, 64))
+    smooth = solve(sde, lambda x, t: -x, generator, shape=(3, 64))
+    assert bool((found.rejected > smooth.rejected).all())
+    assert bool((found.evaluations > 2 * smooth.evaluations).all())
+    assert found.x.abs().max() < 1
+
+
+def test_tolerances_and_norms(generator):
+    sde = VP()
+    counts = [
+        solve(sde, mixture(sde), generator, shape=(4, 64), **options).evaluations.sum().item()
+        for options in ({"eps_rel": 0.1}, {}, {"eps_rel": 0.01}, {"norm": "linf"})
+    ]
+    assert counts[0] < counts[1] < counts[2]
+    assert counts[1] < counts[3]
+
+
+def test_denoising_is_the_mean_of_the_clean_image():
+    sde = EDM(sigma_min=0.1)
+    raw, mean = (
+        solve(
+            sde, mixture(sde, 0.0), torch.Generator().manual_seed(1), shape=(50, 2), denoise=choice
+        )
+        for choice in (False, True)
+    )
+    assert mean.evaluations.tolist() == (raw.evaluations + 1).tolist()
+    torch.testing.assert_close(mean.x, raw.x * STD**2 / (STD**2 + 0.1**2), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_and_repeatability(dtype):
+    sde, seen = VP(), set()
+
+    def score(x, t):
+        seen.add((x.dtype, t.dtype))
+        return mixture(sde)(x.flatten(1), t).view(x.shape)
+
+    runs = [
+        solve(sde, score, torch.Generator().manual_seed(2), (3, 2, 4), dtype=dtype, denoise=True)
+        for _ in range(2)
+    ]
+    assert seen == {(dtype, torch.float64)}
+    assert runs[0].x.dtype == dtype
+    assert runs[0].x.shape == (3, 2, 4)
+    assert torch.equal(runs[0].x, runs[1].x)
+
+
+def test_no_images():
+    found = solve_adaptive(mixture(VP()), VP(), torch.zeros(0, 3), progress=False)
+    assert found.x.shape == (0, 3)
+
+
+def test_a_path_is_brownian_however_it_is_cut(generator):
+    """Increments have variance h and are independent; the parts of a cut one add up to it."""
+    x = torch.zeros(20_000, 1, dtype=torch.float64)
+    path = _Path(x, generator, rounding=1e-12)
+    everyone = torch.ones(len(x), dtype=torch.bool)
+
+    def sized(h):
+        return torch.full((len(x),), h, dtype=torch.float64)
+
+    whole = path.increment(path.limit(sized(1.0)))
+    tried = path.increment(path.limit(sized(0.6)))
+    parts = []
+    for wanted, taken in ((0.2, 0.2), (0.9, 0.4), (0.1, 0.1), (0.9, 0.3)):
+        h = path.limit(sized(wanted))
+        torch.testing.assert_close(h, sized(taken))
+        parts.append(path.increment(h))
+        path.forget(everyone)
+    assert not bool(path.gaps[0].any())
+    torch.testing.assert_close(parts[0] + parts[1], tried)
+    torch.testing.assert_close(sum(parts), whole)
+    covariance = torch.cov(torch.cat(parts, 1).T)
+    wanted = torch.diag(torch.tensor([0.2, 0.4, 0.1, 0.3], dtype=torch.float64))
+    torch.testing.assert_close(covariance, wanted, rtol=0, atol=0.015)  # 4 deviations
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        pytest.param({"eps_rel": 0.0}, ValueError, "eps_rel must be positive", id="eps_rel"),
+        pytest.param({"eps_abs": -1.0}, ValueError, "eps_abs must be positive", id="eps_abs"),
+        pytest.param({"h_init": math.nan}, ValueError, "h_init must be positive", id="h_init"),
+        pytest.param({"norm": "l1"}, ValueError, "'l1', wanted l2 or linf", id="norm"),
+        pytest.param({"max_evaluations": 0}, ValueError, "at least 1, got 0", id="no evaluations"),
+        pytest.param(
+            {"max_evaluations": 11},
+            RuntimeError,
+            "sample 0 is stuck .* used up max_evaluations .*eps_rel 0.05, eps_abs 0.0078125",
+            id="evaluations",
+        ),
+        pytest.param({"x": torch.zeros(2, 3).int()}, TypeError, "floating point", id="integers"),
+        pytest.param(
+            {"score": lambda x, t: x[:, :1]}, ValueError, "shape of x", id="score of another shape"
+        ),
+        pytest.param(
+            {"score": lambda x, t: torch.where(t[:, None] < 0.5, math.inf, -x)},
+            FloatingPointError,
+            r"score of sample [01] is not finite at t = 0\.4",
+            id="infinite score",
+        ),
+    ],
+)
+def test_refusals(options, error, message, generator):
+    given = {"score": mixture(VP()), "x": torch.ones(2, 3), "progress": False, **options}
+    with pytest.raises(error, match=message):
+        solve_adaptive(given.pop("score"), VP(), given.pop("x"), generator=generator, **given)
