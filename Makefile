@@ -21,7 +21,7 @@ quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations
 	$(RUN) benchmarks/sampler_quality.py $(QUALITY)
 
 gpu-audit: venv  ## compile every GPU kernel for sm_80, 90 and 100: registers, spills, access widths, bytes
-	$(RUN) -m fastdiff.kernels.audit
+	$(RUN) -m fastdiff.kernels.audit $(AUDIT)
 
 cuda-check: venv  ## compile and link the CUDA part with nvcc, against whatever torch there is
 	$(RUN) setup.py -q cuda_check
