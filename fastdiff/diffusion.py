@@ -16,6 +16,7 @@ from fastdiff.losses.score_matching import (
 )
 from fastdiff.ops.checks import check_floating
 from fastdiff.sampling import sample
+from fastdiff.sampling.arguments import real_parameter
 from fastdiff.sampling.guidance import part_of
 from fastdiff.sampling.loop import Model
 from fastdiff.schedules import GaussianPath, NoiseSchedule
@@ -158,7 +159,8 @@ class Diffusion:
                 **options,
             )  # fmt: skip
             return images
-        device = _device_of(self.model)
+        own = real_parameter(self.model)
+        device = torch.device("cpu") if own is None else own.device
         x = self.forward.prior_sample(tuple(shape), generator=generator, device=device)
         if method in (None, "ode"):
             return sde.solve_ode(
@@ -238,8 +240,3 @@ def _random_time(forward: sde.SDE, images: int, generator: torch.Generator | Non
         return drawn.clamp(forward.smallest, forward.end)
     drawn = torch.rand(images, generator=generator, dtype=torch.float64)
     return forward.smallest + (forward.end - forward.smallest) * drawn
-
-
-def _device_of(model: Model) -> torch.device:
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    return next((p.device for p in parameters), torch.device("cpu"))

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff.ops.checks import wide_dtype
+from fastdiff.ops.checks import beside, wide_dtype
 from fastdiff.process import conversion
 from fastdiff.samplers import Sampler, Table
+from fastdiff.sampling.arguments import begin_at
 from fastdiff.schedules import GaussianPath
 
 LogProb = Callable[..., Tensor]  # (x [N, ...], t [N], **cond) -> [N]
@@ -44,9 +45,8 @@ def interval(
     """
     if not 0 <= sigma_min < sigma_max:
         raise ValueError(f"wanted 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    table = sampler if isinstance(sampler, Table) else sampler.table
-    begins = torch.ones(table.rows, dtype=torch.bool)
-    begins[1:] = table.steps.diff() > 0
+    table, _ = begin_at(sampler, 0)
+    begins = [True, *table.ends_step[:-1]]
     alpha, sigma = table.levels[:-1][begins].unbind(1)
     inside = (sigma > sigma_min * alpha) & (sigma <= sigma_max * alpha)
     return [scale if here else 1.0 for here in inside.tolist()]
@@ -70,7 +70,7 @@ def cfg_plus_plus(sampler: Sampler | Table, strength: float) -> list[float]:
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in 0..1, got {strength}")
-    table = sampler if isinstance(sampler, Table) else sampler.table
+    table, _ = begin_at(sampler, 0)
     clips = (table.column("clip_min") > -math.inf) | (table.column("quantile") > 0)
     if table.name != "ddim" or any(table.noisy) or bool(clips.any()):
         raise ValueError(
@@ -188,4 +188,4 @@ def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     values = torch.lerp(
         table[below], table[(below + 1).clamp(max=table.numel() - 1)], place - below
     )
-    return values.view(-1, *[1] * (x.ndim - 1))
+    return beside(values, x)

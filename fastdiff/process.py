@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops.checks import check_floating, check_timesteps, wide_dtype
+from fastdiff.ops.checks import (
+    beside,
+    check_floating,
+    check_shape,
+    check_timesteps,
+    wide_dtype,
+)
 from fastdiff.schedules import GaussianPath, NoiseSchedule
 
 KINDS = ("eps", "x0", "v", "score", "flow")
@@ -60,7 +66,7 @@ def q_posterior(
 
     DDPM eq. 6 and 7; the log-variance at t = 0 is that at t = 1, since the variance there is 0.
     """
-    _same_shape(x0, x_t, "x0")
+    check_shape(x0, x_t, "x0")
     mean = (
         _at(schedule.posterior_mean_coef_x0, t, x_t) * x0
         + _at(schedule.posterior_mean_coef_xt, t, x_t) * x_t
@@ -74,7 +80,7 @@ def q_posterior(
 
 def velocity(schedule: GaussianPath, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512)."""
-    _same_shape(noise, x0, "noise")
+    check_shape(noise, x0, "noise")
     signal, sigma = (
         _at(table, t, x0) for table in schedule.coefficients(x0.device, wide_dtype(x0.dtype))
     )
@@ -109,9 +115,16 @@ def conversion(schedule: GaussianPath, kind: str, wanted: str) -> tuple[Tensor, 
     Raises:
         ValueError: unknown kind.
     """
+    return conversion_at(kind, wanted, schedule.alpha_t, schedule.sigma_t)
+
+
+Form = tuple[Tensor, Tensor]  # a, b of a x_t + b prediction
+
+
+def conversion_at(kind: str, wanted: str, alpha: Tensor, sigma: Tensor) -> Form:
+    """As :func:`conversion`, at levels alpha and sigma of any shape, float64."""
     check_kind(kind)
     check_kind(wanted)
-    alpha, sigma = schedule.alpha_t, schedule.sigma_t
     if kind == wanted:
         return torch.zeros_like(alpha), torch.ones_like(alpha)
     x0, eps = x0_and_eps(kind, alpha, sigma)
@@ -124,9 +137,6 @@ def conversion(schedule: GaussianPath, kind: str, wanted: str) -> tuple[Tensor, 
     if wanted == "flow":
         return eps[0] - x0[0], eps[1] - x0[1]
     return -eps[0] / sigma, -eps[1] / sigma
-
-
-Form = tuple[Tensor, Tensor]  # a, b of a x_t + b prediction
 
 
 def x0_and_eps(kind: str, alpha: Tensor, sigma: Tensor) -> tuple[Form, Form]:
@@ -210,7 +220,7 @@ def check_kind(kind: str) -> None:
 def _convert(
     schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str, wanted: str
 ) -> Tensor:
-    _same_shape(prediction, x_t, "prediction")
+    check_shape(prediction, x_t, "prediction")
     a, b = (_at(factor, t, x_t) for factor in conversion(schedule, kind, wanted))
     if kind == wanted:
         return prediction
@@ -231,9 +241,4 @@ def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """table[t] as [N, 1, ...] beside x, in float32 at least (narrow types promote when used)."""
     check_floating(x, "images")
     check_timesteps(t, x, table.numel())
-    return table.to(x.device, wide_dtype(x.dtype))[t].view(-1, *[1] * (x.ndim - 1))
-
-
-def _same_shape(value: Tensor, x: Tensor, name: str) -> None:
-    if value.shape != x.shape:
-        raise ValueError(f"{name} must have shape {tuple(x.shape)}, got {tuple(value.shape)}")
+    return beside(table.to(x.device)[t], x)

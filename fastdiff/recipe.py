@@ -61,6 +61,11 @@ class TrainingOptions:
     sample_every: int = 500
     keep: int = 2
 
+    @property
+    def null_class(self) -> bool:
+        """Whether the model has a class for hidden labels."""
+        return self.label_dropout > 0
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1:

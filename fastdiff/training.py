@@ -73,7 +73,7 @@ class Trainer:
         record: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = options or TrainingOptions()
-        _check_fit(model, data, self.options.label_dropout > 0)
+        _check_fit(model, data, self.options.null_class)
         process.check_kind(prediction)
         if prediction in ("eps", "score") and schedule.has_zero_terminal_snr:
             raise InputError(f"{prediction} prediction cannot be trained at zero terminal SNR")
@@ -259,7 +259,7 @@ class Trainer:
             step=self.finished_steps,
             seed=self.options.seed,
             dataset=self.data.name,
-            null_class=self.options.label_dropout > 0,
+            null_class=self.options.null_class,
         )
 
     def save(self) -> None:

@@ -138,7 +138,7 @@ def _trainer(
     model = make_unet(
         images.size,
         images.channels,
-        len(images.classes) + (options.label_dropout > 0),
+        len(images.classes) + options.null_class,
         widths=args.channels,
         layers_per_block=args.layers_per_block,
         attention=args.attention,

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.losses.prediction import image_mean, predict
-from fastdiff.ops.checks import check_floating, wide_dtype
+from fastdiff.ops.checks import beside, check_floating, check_shape, wide_dtype
 from fastdiff.sampling.loop import Model
 from fastdiff.sde import EDM, SDE, Score
-from fastdiff.sde.process import beside
 
 WEIGHTINGS = ("sigma", "likelihood")
 
@@ -44,7 +43,7 @@ def denoising_score_matching(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"unknown weighting {weighting!r}, wanted one of {', '.join(WEIGHTINGS)}")
-    _same_shape(noise, x0)
+    check_shape(noise, x0, "noise")
     t = sde.check_time(t, x0).expand(x0.shape[0])
     alpha, sigma = sde.levels(t)
     x_t = (beside(alpha, x0) * x0 + beside(sigma, x0) * noise).to(x0.dtype)
@@ -73,7 +72,7 @@ def edm_loss(
     Raises:
         ValueError: shapes that do not fit, or levels outside the range.
     """
-    _same_shape(noise, x0)
+    check_shape(noise, x0, "noise")
     sigma = sde.check_time(sigma, x0).expand(x0.shape[0])
     skip, out, scale = (beside(value, x0) for value in sde.preconditioning(sigma))
     noisy = x0 + beside(sigma, x0) * noise
@@ -115,7 +114,7 @@ def ncsn_loss(
         ValueError: shapes that do not fit, or levels that are not positive.
     """
     check_floating(x0, "x0")
-    _same_shape(noise, x0)
+    check_shape(noise, x0, "noise")
     if sigma.shape != x0.shape[:1] or not bool((sigma > 0).all()):
         raise ValueError(f"sigma must be positive, of shape ({x0.shape[0]},), got {sigma}")
     level = beside(sigma, x0)
@@ -176,8 +175,3 @@ def sliced_score_matching(
 def _mean(value: Tensor) -> Tensor:
     """The mean square of each image."""
     return image_mean(value.to(wide_dtype(value.dtype)).square())
-
-
-def _same_shape(noise: Tensor, x0: Tensor) -> None:
-    if noise.shape != x0.shape:
-        raise ValueError(f"noise must have shape {tuple(x0.shape)}, got {tuple(noise.shape)}")

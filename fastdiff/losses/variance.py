@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.ops.checks import check_floating, check_timesteps, wide_dtype
+from fastdiff.ops.checks import beside, check_floating, check_timesteps, wide_dtype
 from fastdiff.samplers.ddpm import VARIANCES
 from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import GaussianPath, NoiseSchedule
@@ -58,9 +58,10 @@ def model_variance(schedule: NoiseSchedule, v: Tensor, t: Tensor, kind: str) -> 
     if kind == "learned":
         return v.to(wide_dtype(v.dtype))
     if kind in FIXED:
-        return _at(fixed_log_variance(schedule, kind), t, v)
+        return beside(fixed_log_variance(schedule, kind).to(v.device)[t], v)
     small, large = schedule.posterior_log_variance_clipped, schedule.betas.log()
-    return _at((small + large) / 2, t, v) + _at((large - small) / 2, t, v) * v
+    middle, half = (table.to(v.device)[t] for table in ((small + large) / 2, (large - small) / 2))
+    return beside(middle, v) + beside(half, v) * v
 
 
 def check_ddpm(schedule: GaussianPath) -> None:
@@ -69,8 +70,3 @@ def check_ddpm(schedule: GaussianPath) -> None:
         raise TypeError(
             f"the variational bound needs a NoiseSchedule, got {type(schedule).__name__}"
         )
-
-
-def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """table[t] as [N, 1, ...] beside x, in float32 at least."""
-    return table.to(x.device, wide_dtype(x.dtype))[t].view(-1, *[1] * (x.ndim - 1))

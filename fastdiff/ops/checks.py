@@ -1,4 +1,6 @@
-"""Argument checks that the operations share; each raises with the value seen and the one wanted."""
+"""Argument checks that all share, each raises with the value seen and the one wanted; and how
+coefficients meet images.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,18 @@ from torch import Tensor
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that coefficients for images of ``dtype`` are kept in: float32 or float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def beside(value: Tensor, x: Tensor) -> Tensor:
+    """A coefficient [N] or [] as [N, 1, ...] or [] beside images x, in float32 at least."""
+    value = value.to(x.device, wide_dtype(x.dtype))
+    return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
+
+
+def check_shape(value: Tensor, x: Tensor, name: str) -> None:
+    """ValueError unless ``value`` has the shape of ``x``."""
+    if value.shape != x.shape:
+        raise ValueError(f"{name} must have shape {tuple(x.shape)}, got {tuple(value.shape)}")
 
 
 def check_floating(x: Tensor, name: str) -> None:

@@ -27,7 +27,7 @@ def begin_at(sampler: Sampler | Table, start: int) -> tuple[Table, float]:
     """
     if not isinstance(sampler, (Sampler, Table)):
         raise TypeError(f"sampler must be a Sampler or a Table, got {type(sampler).__name__}")
-    start = _whole(start, "start")
+    start = whole_number(start, "start")
     steps = sampler.num_steps if isinstance(sampler, Table) else sampler.steps
     if not 0 <= start < steps:
         raise ValueError(f"start must be one of the sampler's steps, 0..{steps - 1}, got {start}")
@@ -83,13 +83,11 @@ def target(
         ValueError: ``shape`` is not [N, C, ...].
         TypeError: the dtype is not floating point.
     """
-    shape = tuple(_whole(size, "every size in shape") for size in shape)
+    shape = tuple(whole_number(size, "every size in shape") for size in shape)
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be [N, C, ...], got {shape}")
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    of_model = next(filter(_is_real, parameters), None)
     x_T, image = given
-    example = next(filter(_is_real, (x_T, of_model, image)), torch.empty(0))
+    example = next(filter(_is_real, (x_T, real_parameter(model), image)), torch.empty(0))
     device = torch.device(example.device if device is None else device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -97,6 +95,12 @@ def target(
     if not dtype.is_floating_point:
         raise TypeError(f"images must be floating point, got {dtype}")
     return shape, device, dtype
+
+
+def real_parameter(model: Callable[..., Any]) -> Tensor | None:
+    """The first floating point parameter of a model, if it is a module and has one."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next(filter(_is_real, parameters), None)
 
 
 def check_mode(mode: str, device: torch.device) -> None:
@@ -122,7 +126,7 @@ def check_generator(generator: torch.Generator | None, device: torch.device) -> 
 
 def check_max_batch(max_batch: int | None) -> None:
     """ValueError or TypeError unless ``max_batch`` is None or a whole number from 1 on."""
-    if max_batch is not None and _whole(max_batch, "max_batch") < 1:
+    if max_batch is not None and whole_number(max_batch, "max_batch") < 1:
         raise ValueError(f"max_batch must be at least 1, or None, got {max_batch}")
 
 
@@ -152,7 +156,7 @@ def check_callbacks(callback: Any, preview: Any, every: int) -> None:
     for name, value in (("callback", callback), ("preview", preview)):
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be a function, or None, got {type(value).__name__}")
-    if _whole(every, "every") < 1:
+    if whole_number(every, "every") < 1:
         raise ValueError(f"every must be at least 1, got {every}")
 
 
@@ -201,9 +205,9 @@ def checked_seeds(
             raise ValueError(
                 f"seed must be one whole number, or {images}, one an image, got {len(seed)}"
             )
-        rows = [(_whole(value, "seed"), 0) for value in seed]
+        rows = [(whole_number(value, "seed"), 0) for value in seed]
     else:
-        rows = [(_whole(seed, "seed"), image) for image in range(images)]
+        rows = [(whole_number(seed, "seed"), image) for image in range(images)]
     for value, _ in rows:
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"seed must lie in -2^63..2^64-1, got {value}")
@@ -244,7 +248,8 @@ def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _whole(value: Any, name: str) -> int:
+def whole_number(value: Any, name: str) -> int:
+    """``value`` as int; TypeError unless it is a whole number."""
     try:
         if isinstance(value, bool):
             raise TypeError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdiff.sde.adaptive import Adaptive, solve_adaptive
+from fastdiff.sde.adaptive import solve_adaptive
 from fastdiff.sde.langevin import annealed_langevin
 from fastdiff.sde.likelihood import Likelihood, bits_per_dim, dequantize, log_likelihood
 from fastdiff.sde.ode import solve_ode
@@ -13,7 +13,7 @@ from fastdiff.sde.score import PARAMETRISATIONS, Score, prediction_fn, score_fn
 from fastdiff.sde.solvers import solve, time_grid
 
 __all__ = [
-    "EDM", "PARAMETRISATIONS", "SDE", "VE", "VP", "Adaptive", "Integrated", "Interpolated",
+    "EDM", "PARAMETRISATIONS", "SDE", "VE", "VP", "Integrated", "Interpolated",
     "Likelihood", "Reverse", "Score", "SubVP", "annealed_langevin", "bits_per_dim", "dequantize",
     "integrate", "log_likelihood", "prediction_fn", "probability_flow", "reverse", "score_fn",
     "solve", "solve_adaptive", "solve_ode", "time_grid",

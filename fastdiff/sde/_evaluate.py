@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdiff.ops.checks import check_floating
+from fastdiff.sampling.arguments import whole_number
 from fastdiff.sde.score import Score
 
 
@@ -83,10 +83,7 @@ def check_images(x: Tensor, name: str) -> None:
 
 def check_count(value: int, name: str) -> int:
     """``value`` as int; TypeError unless it is a whole number, ValueError unless at least 1."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    count = whole_number(value, name)
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
     return count

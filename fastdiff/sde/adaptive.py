@@ -14,31 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.ops.checks import check_like, wide_dtype
+from fastdiff.ops.checks import beside, check_like, wide_dtype
 from fastdiff.sde._evaluate import check_count, check_images, check_positive, normal
 from fastdiff.sde.ode import IndexedScore, score_of_rows
-from fastdiff.sde.process import SDE, VE, beside
-from fastdiff.sde.runge_kutta import refuse_stuck, rms, travel_bar
+from fastdiff.sde.process import SDE, VE
+from fastdiff.sde.runge_kutta import Integrated, refuse_stuck, rms, travel_bar
 from fastdiff.sde.score import Score, prediction_fn
 
 SAFETY, EXPONENT = 0.9, 0.9  # theta and r of the paper
-
-
-@dataclass(frozen=True)
-class Adaptive:
-    """Images, and what they took; the counts are int64 [N] on the CPU.
-
-    Attributes:
-        x: the images [N, ...].
-        evaluations: of the score.
-        accepted: steps taken.
-        rejected: steps thrown away because their error was too large.
-    """
-
-    x: Tensor
-    evaluations: Tensor
-    accepted: Tensor
-    rejected: Tensor
 
 
 @torch.no_grad()
@@ -57,7 +40,7 @@ def solve_adaptive(
     max_evaluations: int = 100_000,
     conditioned: bool = False,
     progress: bool = True,
-) -> Adaptive:
+) -> Integrated:
     """Draw images by the reverse-time SDE, from ``sde.end`` to ``sde.smallest``.
 
     A step is one of Euler-Maruyama, x', and one of the stochastic improved Euler method with the
@@ -112,7 +95,7 @@ def solve_adaptive(
     x = run.arrived.to(x_T.dtype)
     if denoise and len(x):
         x = run.denoised(x)
-    return Adaptive(x, *run.counts.unbind())
+    return Integrated(x, *run.counts.unbind())
 
 
 @dataclass

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastdiff.ops.checks import check_floating, wide_dtype
+from fastdiff.ops.checks import beside, check_floating
 from fastdiff.schedules import NoiseSchedule
 
 
@@ -326,12 +326,6 @@ class Interpolated(SDE):
         """Number of the straight line that t lies on; a timestep ends its own."""
         count = self.schedule.num_timesteps
         return ((t * count - 1e-9).ceil().long() - 1).clamp(0, count - 1)
-
-
-def beside(value: Tensor, x: Tensor) -> Tensor:
-    """A coefficient [N] or [] as [N, 1, ...] beside images, in float32 at least."""
-    value = value.to(x.device, wide_dtype(x.dtype))
-    return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
 
 
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastdiff.sde.process import SDE, beside
+from fastdiff.ops.checks import beside
+from fastdiff.sde.process import SDE
 from fastdiff.sde.score import Score
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastdiff.ops.checks import check_floating, check_like, wide_dtype
-from fastdiff.sde.process import beside
+from fastdiff.ops.checks import beside, check_floating, check_like, wide_dtype
 
 Field = Callable[[Tensor, Tensor, Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -88,7 +87,7 @@ class Integrated:
 
     Attributes:
         x: the states [N, ...].
-        evaluations: of the field.
+        evaluations: of the field, or the score.
         accepted: steps taken.
         rejected: steps thrown away because their error was too large.
     """

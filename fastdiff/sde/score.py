@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.ops.checks import wide_dtype
-from fastdiff.process import KINDS, x0_and_eps
+from fastdiff.ops.checks import beside, wide_dtype
+from fastdiff.process import KINDS, check_kind, conversion_at
 from fastdiff.sampling.loop import Model, Output
-from fastdiff.sde.process import EDM, SDE, beside
+from fastdiff.sde.process import EDM, SDE
 
 Score = Callable[[Tensor, Tensor], Tensor]
 PARAMETRISATIONS = (*KINDS, "ncsn", "edm")
@@ -58,8 +58,8 @@ def score_fn(model: Model, parametrisation: str, sde: SDE, **cond: Any) -> Score
         output = _asked(model, x, label, cond)
         if parametrisation == "ncsn":
             return (output / beside(sigma, x)).to(x.dtype)
-        _, (of_x, of_output) = x0_and_eps(parametrisation, alpha, sigma)
-        return _linear(-of_x / sigma, x, -of_output / sigma, output)
+        of_x, of_output = conversion_at(parametrisation, "score", alpha, sigma)
+        return _linear(of_x, x, of_output, output)
 
     return score
 
@@ -70,22 +70,15 @@ def prediction_fn(score: Score, kind: str, sde: SDE) -> Score:
     Raises:
         ValueError: an unknown kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown prediction kind {kind!r}, wanted one of {', '.join(KINDS)}")
+    check_kind(kind)
 
     def prediction(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = sde.levels(sde.check_time(t, x))
         found = score(x, t)
         if kind == "score":
             return found
-        (x0_x, x0_s), (eps_x, eps_s) = x0_and_eps("score", alpha, sigma)
-        a, b = {
-            "eps": (eps_x, eps_s),
-            "x0": (x0_x, x0_s),
-            "v": (alpha * eps_x - sigma * x0_x, alpha * eps_s - sigma * x0_s),
-            "flow": (eps_x - x0_x, eps_s - x0_s),
-        }[kind]
-        return _linear(a, x, b, found)
+        of_x, of_score = conversion_at("score", kind, alpha, sigma)
+        return _linear(of_x, x, of_score, found)
 
     return prediction
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from fastdiff.kernels.audit.cases import OPERATIONS
 from fastdiff.kernels.audit.measured import Measured
-from fastdiff.kernels.audit.sass import NotCheckedError, inspect, tool
+from fastdiff.kernels.audit.sass import NotCheckedError, inspect, run, tool
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -91,11 +90,9 @@ def measure(unit: Unit) -> list[Measured]:
 def _cubin(unit: Unit) -> bytes:
     """The machine code of an object for one architecture."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [tool("cuobjdump"), "--extract-elf", "all", str(unit.object.resolve())]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise NotCheckedError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
-        (cubin,) = Path(folder).glob(f"*sm_{unit.arch}.cubin")
+        wanted, path = f"sm_{unit.arch}.cubin", str(unit.object.resolve())
+        run(tool("cuobjdump"), "--extract-elf", wanted, path, folder=folder)
+        (cubin,) = Path(folder).glob(f"*{wanted}")
         return cubin.read_bytes()
 
 

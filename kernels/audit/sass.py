@@ -57,8 +57,8 @@ def inspect(cubin: bytes, arch: int) -> list[Code]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _run(tool("cuobjdump"), "--dump-resource-usage", str(path))
-        listing = _run(tool("nvdisasm"), str(path))
+        usage = run(tool("cuobjdump"), "--dump-resource-usage", str(path))
+        listing = run(tool("nvdisasm"), str(path))
     reserved = SHARED_OF_THE_SYSTEM if arch >= 90 else 0  # counted from Hopper on
     sections = _sections(listing)
     found = []
@@ -139,8 +139,9 @@ def tool(name: str) -> str:
     return str(path)
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def run(*command: str, folder: str | None = None) -> str:
+    """What a command prints, run in ``folder``; NotCheckedError if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise NotCheckedError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
     return done.stdout

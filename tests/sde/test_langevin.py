@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 
+from fastdiff.ops.checks import beside
 from fastdiff.sde import VE, VP, langevin, solvers
-from fastdiff.sde.process import beside
 
 solve = partial(solvers.solve, progress=False)
 annealed_langevin = partial(langevin.annealed_langevin, progress=False)

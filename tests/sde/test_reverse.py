@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdiff import schedules
+from fastdiff.ops.checks import beside
 from fastdiff.sde import EDM, VE, VP, Interpolated, Reverse, SubVP, probability_flow, reverse
-from fastdiff.sde.process import beside
 
 MEAN, SPREAD = 0.4, 0.7  # images are N(MEAN, SPREAD^2) in every pixel
 SDES = [

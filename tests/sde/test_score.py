@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastdiff import schedules
+from fastdiff.ops.checks import beside
 from fastdiff.process import KINDS
 from fastdiff.sde import EDM, PARAMETRISATIONS, VE, VP, Interpolated, SubVP, prediction_fn, score_fn
-from fastdiff.sde.process import beside
 
 MEAN, SPREAD = 0.4, 0.7  # images are N(MEAN, SPREAD^2) in every pixel
 INTERPOLATED = Interpolated(schedules.cosine())

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 
 from fastdiff import schedules
+from fastdiff.ops.checks import beside
 from fastdiff.sde import EDM, VE, VP, Interpolated, SubVP, solvers
-from fastdiff.sde.process import beside
 
 MEAN, SPREAD = 0.4, 0.7  # images are N(MEAN, SPREAD^2) in every pixel
 METHODS = ["euler-maruyama", "reverse-diffusion", "ancestral", "probability-flow"]
