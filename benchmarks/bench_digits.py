@@ -30,7 +30,7 @@ def bench_training_step(versus) -> None:
 @pytest.mark.parametrize("batch", [10, 80])
 def bench_sampling(versus, batch) -> None:
     digits = checkpoint.load("digits")
-    sampler = samplers.DDIM(digits.schedule, 10, prediction=digits.prediction)
+    sampler = samplers.DDIM(digits.forward, 10, prediction=digits.prediction)
     labels = [i % 10 for i in range(batch)]
 
     def draw():

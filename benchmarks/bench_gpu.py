@@ -26,6 +26,7 @@ pytestmark = [
 ]
 ROUNDS = 50
 SHAPES = ((8, 128, 32, 32), (4, 320, 64, 64), (1, 320, 64, 64), (1, 128, 256, 256))
+IMAGES = ((128, 3, 32, 32), (16, 4, 64, 64), (2, 3, 512, 512))
 LATENTS = ((1, 4, 64, 64), (16, 4, 64, 64), (64, 3, 256, 256))
 
 
@@ -78,13 +79,18 @@ def clock() -> Clock:
 
 @pytest.fixture
 def on_device(clock, benchmark, request, capsys) -> Callable[..., None]:
-    """on_device(call, tensors, ideal bytes): every backend and peer of call(*tensors), compared."""
+    """on_device(call, tensors, ideal bytes): every backend and peer of call(*tensors), compared.
+
+    ``compiled`` is Inductor's, where it is not the compiled call. The peers run ``peer``, if given,
+    which does the same task in another way.
+    """
 
     def compare(
         call: Callable[..., Any],
         tensors: tuple[Any, ...],
         ideal: int,
         compiled: Callable[..., Any] | None = None,
+        peer: Callable[..., Any] | None = None,
     ) -> None:
         calls = {}
         for name in ("triton", "cuda"):
@@ -92,9 +98,9 @@ def on_device(clock, benchmark, request, capsys) -> Callable[..., None]:
                 calls[name] = _on(name, call, tensors)
         plain = on_reference(lambda: call(*tensors))
         _agree(calls, plain)
-        peer = compiled or inductor(call)
-        calls["eager"] = plain
-        calls["inductor"] = on_reference(lambda: peer(*tensors))
+        peers = (peer or call, compiled or inductor(peer or call))
+        for name, theirs in zip(("eager", "inductor"), peers, strict=True):
+            calls[name] = on_reference(lambda theirs=theirs: theirs(*tensors))
         with torch.no_grad():
             found = clock.medians(calls)
         parts = [f"{request.node.name:<60}"]
@@ -203,6 +209,43 @@ def bench_q_sample(on_device, shape, dtype) -> None:
     t = torch.randint(1000, shape[:1], device="cuda")
     tables = schedules.cosine().coefficients(x0.device, torch.float32)
     on_device(ops.q_sample, (x0, t, noise, *tables), 3 * _size(x0))
+
+
+@every_dtype
+@every_shape(*IMAGES)
+@pytest.mark.parametrize("drawn", [False, True], ids=["", "drawn"])
+def bench_denoising_loss(on_device, shape, dtype, drawn) -> None:
+    """The loss for v and its gradient; where noise is drawn, the peers' is in memory."""
+    prediction, x0, noise = _normal((3, *shape), dtype)
+    t = torch.randint(1000, shape[:1], device="cuda")
+    seed = torch.randint(2**62, (shape[0], 2), device="cuda")
+    row = torch.zeros(1, dtype=torch.int64, device="cuda")
+    signal, sigma = schedules.cosine().coefficients(x0.device, torch.float32)
+    more = (t, -sigma, signal, torch.ones_like(signal))
+    grad = torch.full(shape[:1], x0[0].numel(), dtype=torch.float32, device="cuda")
+
+    def given(prediction, x0, noise):
+        return ops.denoising_loss(prediction, x0, noise, *more)
+
+    def from_seed(prediction, x0, noise):
+        return ops.denoising_loss_from_seed(prediction, x0, seed, row, *more)
+
+    def trained(loss_of):
+        def run(prediction, x0, noise):
+            with torch.enable_grad():
+                leaf = prediction.detach().requires_grad_()
+                loss = loss_of(leaf, x0, noise)
+            return loss.detach(), *torch.autograd.grad(loss, leaf, grad)
+
+        return run
+
+    on_device(
+        trained(from_seed if drawn else given),
+        (prediction, x0, noise),
+        (5 if drawn else 7) * _size(x0),
+        compiled=trained(inductor(given)),
+        peer=trained(given),
+    )
 
 
 @every_dtype

@@ -68,7 +68,7 @@ def within(budget: int, name: str, digits: Any, grid: dict[str, Any]) -> sampler
     for steps in range(budget, 0, -1):
         try:
             sampler = samplers.make(
-                name, digits.schedule, steps, prediction=digits.prediction, **grid
+                name, digits.forward, steps, prediction=digits.prediction, **grid
             )
         except ValueError:  # fewer steps than its order
             return None

@@ -1,13 +1,13 @@
 """fastdiff: diffusion models in PyTorch, complete and fast.
 
 The public names are those imported here and the modules ``ops``, ``nn``, ``schedules``,
-``process``, ``losses``, ``samplers``, ``sampling``, ``guidance``, ``sde``, ``data``, ``training``,
-``evaluation``, ``checkpoint``.
+``process``, ``losses``, ``objectives``, ``samplers``, ``sampling``, ``guidance``, ``sde``,
+``data``, ``training``, ``evaluation``, ``checkpoint``.
 """
 
 from __future__ import annotations
 
-from fastdiff import guidance, losses, nn, ops, process, samplers, schedules, sde
+from fastdiff import guidance, losses, nn, objectives, ops, process, samplers, schedules, sde
 from fastdiff.backend import backend
 from fastdiff.diffusion import Diffusion
 from fastdiff.profiling import profile
@@ -18,6 +18,6 @@ from fastdiff.sde import score_fn
 __version__ = "0.1.0"
 
 __all__ = [
-    "Diffusion", "NoiseSchedule", "__version__", "backend", "guidance", "losses", "nn", "ops",
-    "process", "profile", "sample", "samplers", "schedules", "score_fn", "sde",
+    "Diffusion", "NoiseSchedule", "__version__", "backend", "guidance", "losses", "nn",
+    "objectives", "ops", "process", "profile", "sample", "samplers", "schedules", "score_fn", "sde",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Checkpoints: a folder that fastdiff and diffusers both read, written whole or not at all.
 
     config.json, diffusion_pytorch_model.safetensors   the (averaged) model, as diffusers has it
-    fastdiff.json                                      schedule, prediction, classes and origin
+    fastdiff.json                                      process, prediction, classes and origin
     training_state.safetensors, training.json          what resuming needs; not in exported ones
 
 A training run keeps its checkpoints at OUT/checkpoints/step-00001000. Nothing here is pickled.
@@ -10,29 +10,38 @@ A training run keeps its checkpoints at OUT/checkpoints/step-00001000. Nothing h
 from __future__ import annotations
 
 import copy
-import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdiff import process, schedules
+from fastdiff import _forward
+from fastdiff._folder import (
+    FORMAT,
+    check_format,
+    damaged,
+    field,
+    new_folder,
+    optional_field,
+    read_json,
+    read_tensors,
+    write_json,
+)
+from fastdiff.diffusion import Diffusion
+from fastdiff.drawing import Classifier, Drawn, Guide
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.nn import UNet2DModel
+from fastdiff.objectives import Forward
 from fastdiff.samplers import Sampler
-from fastdiff.sampling import sample
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.sde import Solver
 
-FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 META, STATE, TRAINING = "fastdiff.json", "training_state.safetensors", "training.json"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -46,24 +55,39 @@ class Checkpoint:
 
     Attributes:
         model: the network, float32, in eval mode.
-        schedule: the noise schedule it was trained on.
-        prediction: what it predicts: eps, x0, v or score.
+        forward: the schedule or SDE it was trained on.
+        prediction: what it predicts: eps, x0, v, score or flow; in continuous time ncsn or edm,
+            too.
         classes: names of the classes; empty for an unconditional model.
         step: training steps behind it.
         seed: seed of that training.
         dataset: name of the data set.
         null_class: the model has one class more, the last, that stands for none: it was trained
             with label dropout and can be guided (Ho & Salimans 2022, arXiv:2207.12598).
+        objective: what it was trained for, one of ``fastdiff.objectives.NAMES``; None is the one
+            natural to the forward process.
+        variance: of its steps, with a NoiseSchedule; None is the objective's own.
+        levels: of the ladder of the objective ncsn; None elsewhere.
     """
 
     model: UNet2DModel
-    schedule: NoiseSchedule
+    forward: Forward
     prediction: str
     classes: tuple[str, ...] = ()
     step: int = 0
     seed: int = 0
     dataset: str = ""
     null_class: bool = False
+    objective: str | None = None
+    variance: str | None = None
+    levels: int | None = None
+
+    def diffusion(self) -> Diffusion:
+        """The model with its process; InputError for fields that do not fit together."""
+        return Diffusion(
+            self.model, self.forward, self.prediction, objective=self.objective,
+            variance=self.variance, levels=self.levels,
+        )  # fmt: skip
 
     @property
     def image_size(self) -> int:
@@ -88,38 +112,53 @@ class Checkpoint:
                 f"class {wrong[0]} does not exist: the model has 0..{len(self.classes) - 1}"
             )
 
-    def sample(
+    def sample(self, sampler: Sampler | Solver, **options: Any) -> Tensor:
+        """The images of :meth:`draw`, with its arguments."""
+        return self.draw(sampler, **options).images
+
+    def draw(
         self,
-        sampler: Sampler,
+        sampler: Sampler | Solver,
         *,
         labels: Sequence[int] | None = None,
         count: int | None = None,
         guidance: float | Sequence[float] = 1.0,
+        classifier: Classifier | None = None,
+        classifier_scale: float = 1.0,
         generator: torch.Generator | None = None,
         batch_size: int = 256,
         progress: bool | str = True,
-    ) -> Tensor:
-        """Draw images in [-1, 1].
+    ) -> Drawn:
+        """Draw images in [-1, 1], and say how many evaluations of the network each took.
 
         Args:
-            sampler: steps to take, made for this checkpoint's schedule and prediction.
+            sampler: of this model, from ``diffusion().sampler``.
             labels: class of each image; required for a model with classes, else None.
             count: how many images; None takes the number of labels.
-            guidance: scale of classifier-free guidance, as in ``fastdiff.sample``.
+            guidance: scale of classifier-free guidance, as in ``fastdiff.sample``; one number for a
+                solver.
+            classifier: (x, t) -> logits [N, K] of noised images, which guides them to their labels;
+                t is what the diffusion network is given. A model without classes then takes labels
+                of it.
+            classifier_scale: of the gradient of its log-probabilities.
             generator: source of all noise.
             batch_size: images in one pass; changes which noise an image gets on the way.
             progress: show a progress bar.
 
         Returns:
-            [N, C, S, S] on the CPU.
+            Images [N, C, S, S] on the CPU, and evaluations int64 [N].
 
         Raises:
             InputError: labels for a model without classes, none for one with, or unknown ones;
-                guidance of a model that was trained without label dropout.
+                guidance of a model that was trained without label dropout; a classifier and no
+                labels; a score that is not finite.
         """
         if self.classes and labels is None:
             raise InputError("the model is class-conditional: say which classes to draw")
-        self.check_labels(labels or ())
+        if classifier is not None and labels is None:
+            raise InputError("a classifier guides towards labels: say which classes to draw")
+        if self.classes or classifier is None:
+            self.check_labels(labels or ())
         count = len(labels or ()) if count is None else count
         if count < 0 or batch_size < 1:
             raise InputError(f"cannot draw {count} images, {batch_size} at a time")
@@ -127,29 +166,35 @@ class Checkpoint:
             raise InputError(f"{count} images were asked for, with {len(labels)} labels")
         shape, device = (count, self.channels, self.image_size, self.image_size), self.model.device
         noise = torch.randn(shape, generator=generator)
-        cond, uncond = {}, None
+        cond, uncond, guide = {}, None, None
         if labels is not None:
-            classes = torch.tensor(labels, dtype=torch.int64, device=device)
-            cond["class_labels"] = classes
+            wanted = torch.tensor(labels, dtype=torch.int64, device=device)
+            if classifier is not None:
+                guide = Guide(classifier, wanted, classifier_scale)
+            if self.classes:
+                cond["class_labels"] = wanted
             if self.null_class:
-                uncond = {"class_labels": torch.full_like(classes, len(self.classes))}
+                uncond = {"class_labels": torch.full_like(wanted, len(self.classes))}
         if guidance != 1 and uncond is None:
             raise InputError(
                 f"guidance {guidance} needs a model with classes, trained with label dropout"
             )
-        images = sample(
-            self.model,
-            sampler,
-            shape,
-            x_T=noise.to(device, memory_format=torch.channels_last),
-            cond=cond,
-            uncond=uncond,
-            guidance=guidance,
-            generator=generator,
-            max_batch=batch_size,
-            progress=progress,
-        )
-        return images.contiguous().cpu()
+        try:
+            drawn = self.diffusion().draw(
+                sampler,
+                shape,
+                x_T=noise.to(device, memory_format=torch.channels_last),
+                cond=cond,
+                uncond=uncond,
+                guidance=guidance,
+                guide=guide,
+                generator=generator,
+                max_batch=batch_size,
+                progress=progress,
+            )
+        except FloatingPointError as error:  # of a solver that chooses its own steps
+            raise InputError(str(error)) from None
+        return Drawn(drawn.images.contiguous().cpu(), drawn.evaluations)
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -168,27 +213,32 @@ def load(path: str | Path) -> Checkpoint:
             the text names the file.
     """
     folder = resolve(path)
-    meta = _read_json(folder / META)
-    _check_format(meta, folder / META)
-    schedule = _read_schedule(meta, folder / META)
-    prediction = _field(meta, "prediction", str, folder / META)
-    if prediction not in process.KINDS:
-        raise CheckpointError(f"{folder / META}: unknown prediction {prediction!r}")
+    meta = read_json(folder / META)
+    check_format(meta, folder / META)
+    forward = _forward.read(meta, folder / META)
     model = _read_model(folder)
     found = Checkpoint(
         model,
-        schedule,
-        prediction,
-        classes=tuple(map(str, _field(meta, "classes", list, folder / META))),
-        step=_field(meta, "step", int, folder / META),
-        seed=_field(meta, "seed", int, folder / META),
-        dataset=_field(meta, "dataset", str, folder / META),
-        null_class=_field({"null_class": False, **meta}, "null_class", bool, folder / META),
+        forward,
+        field(meta, "prediction", str, folder / META),
+        classes=tuple(map(str, field(meta, "classes", list, folder / META))),
+        step=field(meta, "step", int, folder / META),
+        seed=field(meta, "seed", int, folder / META),
+        dataset=field(meta, "dataset", str, folder / META),
+        null_class=field({"null_class": False, **meta}, "null_class", bool, folder / META),
+        objective=optional_field(meta, "objective", str, folder / META),
+        variance=optional_field(meta, "variance", str, folder / META),
+        levels=optional_field(meta, "levels", int, folder / META),
     )
+    try:
+        width = found.channels * (2 if found.diffusion().objective.learned else 1)
+    except InputError as error:
+        raise CheckpointError(f"{folder / META}: {error}") from None
     for key, told, name in (
-        ("image_size", _field(meta, "image_size", int, folder / META), "sample_size"),
-        ("channels", _field(meta, "channels", int, folder / META), "in_channels"),
+        ("image_size", field(meta, "image_size", int, folder / META), "sample_size"),
+        ("channels", field(meta, "channels", int, folder / META), "in_channels"),
         ("classes", len(found.classes) + found.null_class or None, "num_class_embeds"),
+        ("channels and variance", width, "out_channels"),
     ):
         value = getattr(model.config, name)
         if told != value:
@@ -265,14 +315,14 @@ def save(
     for name, value in model.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"not written: {name} is not finite in {dtype}")
-    with _new_folder(folder) as staging:
+    with new_folder(folder) as staging:
         model.save_pretrained(staging)
-        _write_json(staging / META, _meta(checkpoint))
+        write_json(staging / META, _meta(checkpoint))
         if state is not None:
             tensors, facts = state
             contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
             save_file(contiguous, staging / STATE)
-            _write_json(staging / TRAINING, {"format": FORMAT, **facts})
+            write_json(staging / TRAINING, {"format": FORMAT, **facts})
 
 
 def export(checkpoint: Checkpoint, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -286,7 +336,7 @@ def read_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the checkpoint was exported without them, or they are damaged.
     """
-    return _read_tensors(Path(folder) / STATE), read_facts(folder)
+    return read_tensors(Path(folder) / STATE), read_facts(folder)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
@@ -294,8 +344,8 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / TRAINING
     if not path.is_file():
         raise CheckpointError(f"{folder} cannot be resumed: it has no {TRAINING}")
-    facts = _read_json(path)
-    _check_format(facts, path)
+    facts = read_json(path)
+    check_format(facts, path)
     return facts
 
 
@@ -307,50 +357,14 @@ def prune(out: str | Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes it when the block ends well, else disappears."""
-    if target.exists():
-        raise CheckpointError(f"{target} exists already; it was left as it is")
-    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a dead process that had this one's number
-        staging.mkdir(parents=True)
-        yield staging
-        for file in staging.iterdir():
-            _flush(file)
-        _flush(staging)
-        os.rename(staging, target)
-        _flush(target.parent)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CheckpointError(f"cannot write the checkpoint {target}: {reason}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
-    schedule = checkpoint.schedule
-    described: dict[str, Any] = {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
-    if _can_be_remade(schedule):
-        described["options"] = schedule.options
-    else:
-        described["betas"] = schedule.betas.tolist()
     return {
         "format": FORMAT,
-        "schedule": described,
+        **_forward.describe(checkpoint.forward),
         "prediction": checkpoint.prediction,
+        "objective": checkpoint.objective,
+        "variance": checkpoint.variance,
+        "levels": checkpoint.levels,
         "image_size": checkpoint.image_size,
         "channels": checkpoint.channels,
         "classes": list(checkpoint.classes),
@@ -361,85 +375,20 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _can_be_remade(schedule: NoiseSchedule) -> bool:
-    if schedule.name not in schedules.NAMES:
-        return False
-    try:
-        made = schedules.make(schedule.name, schedule.num_timesteps, **schedule.options)
-    except (TypeError, ValueError):  # a caller's own betas under a well-known name
-        return False
-    return torch.equal(made.betas, schedule.betas)
-
-
-def _read_schedule(meta: dict[str, Any], path: Path) -> NoiseSchedule:
-    described = _field(meta, "schedule", dict, path)
-    name = _field(described, "name", str, path)
-    try:
-        if "betas" in described:
-            return NoiseSchedule(described["betas"], name=name)
-        options = _field(described, "options", dict, path)
-        count = _field(described, "num_timesteps", int, path)
-        return schedules.make(name, count, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: unusable schedule: {error}") from None
-
-
 def _read_model(folder: Path) -> UNet2DModel:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
-    kind = _read_json(folder / CONFIG).get("_class_name")
+    kind = read_json(folder / CONFIG).get("_class_name")
     if kind != "UNet2DModel":
         raise CheckpointError(f"{folder / CONFIG} describes a {kind}, wanted a UNet2DModel")
     try:
         model = UNet2DModel.from_pretrained(folder).float().eval()
     except SafetensorError as error:
-        raise _damaged(folder / WEIGHTS, error) from None
+        raise damaged(folder / WEIGHTS, error) from None
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         raise CheckpointError(f"cannot build the model of {folder}: {error}") from None
     for name, value in model.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{folder / WEIGHTS}: {name} has NaN or infinity")
     return model
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} is not complete: it has no {path.name}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    size = path.stat().st_size
-    return CheckpointError(f"{path} is damaged or no safetensors file ({size} bytes): {error}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_format(value: dict[str, Any], path: Path) -> None:
-    if value.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {value.get('format')!r}; this fastdiff reads format {FORMAT}"
-        )
-
-
-def _field(value: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
-    found = value.get(key)
-    if not isinstance(found, kind):
-        raise CheckpointError(f"{path}: {key!r} must be a {kind.__name__}, got {found!r}")
-    return found

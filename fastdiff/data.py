@@ -20,7 +20,7 @@ from fastdiff.images import from_uint8
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
-HELD_OUT = 5  # every fifth digit of each class is never trained on
+HELD_OUT = 5  # every fifth image of each class
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,23 @@ class ImageSet:
         """The same images for unconditional training."""
         return ImageSet(self.images, name=self.name, flip=self.flip)
 
+    def split(self) -> tuple[ImageSet, ImageSet | None]:
+        """Images to train on, and every fifth of each class; None if no class has five.
+
+        Raises:
+            DataError: there are no labels.
+        """
+        if self.labels is None:
+            raise DataError("images without labels cannot be split by class")
+        held_out = _held_out(self.labels)
+        if not bool(held_out.any()):
+            return self, None
+        train, rest = (
+            ImageSet(self.images[chosen], self.labels[chosen], self.classes, self.name, self.flip)
+            for chosen in (~held_out, held_out)
+        )
+        return train, rest
+
     def batch(
         self, indices: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -110,11 +127,9 @@ def digits(split: str = "train", size: int = 16) -> ImageSet:
     images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1
     if size != images.shape[-1]:
         images = functional.interpolate(images, (size, size), mode="bicubic").clamp(-1, 1)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for digit in range(10):
-        held_out[(labels == digit).nonzero().flatten()[HELD_OUT - 1 :: HELD_OUT]] = True
-    chosen = held_out if split == "test" else ~held_out
-    return ImageSet(images[chosen], labels[chosen], tuple("0123456789"), "digits")
+    train, test = ImageSet(images, labels, tuple("0123456789"), "digits").split()
+    assert test is not None
+    return test if split == "test" else train
 
 
 def folder(
@@ -193,6 +208,14 @@ def stream_seed(seed: int, stream: str, index: int) -> int:
     """A 64-bit seed well mixed from a run's seed, the name of a use, and a position."""
     words = np.random.SeedSequence((seed, int.from_bytes(stream.encode(), "big"), index))
     return int(words.generate_state(1, np.uint64)[0])
+
+
+def _held_out(labels: Tensor) -> Tensor:
+    """Which images are every fifth of their class, bool [N]."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        chosen[(labels == label).nonzero().flatten()[HELD_OUT - 1 :: HELD_OUT]] = True
+    return chosen
 
 
 @lru_cache(maxsize=2)

@@ -98,7 +98,8 @@ def classifier_guided(
     score, to which scale * grad log p(y | x_t) is added.
 
     Args:
-        model: ``(x, t, **cond)`` -> the prediction, like x.
+        model: ``(x, t, **cond)`` -> the prediction, like x; or with a learned variance [N, 2 C,
+            ...], whose second half is left as it is.
         log_prob: ``(x, t, **chosen)`` -> [N], the log-probability of what is wanted, or minus any
             differentiable energy; it should know x_t's noise. See :func:`log_prob_of`.
         schedule: the one that both were trained on.
@@ -122,7 +123,9 @@ def classifier_guided(
         prediction = model(x, t, **cond)
         gradient = gradient_of(log_prob, x, t, **chosen)
         factor = scale * _at(of_score, t, x)
-        return torch.addcmul(prediction, factor, gradient.to(factor.dtype)).to(x.dtype)
+        mean, *values = prediction.split(x.shape[1], dim=1)
+        mean = torch.addcmul(mean, factor, gradient.to(factor.dtype)).to(x.dtype)
+        return torch.cat([mean, *values], dim=1) if values else mean
 
     return guided
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastdiff import checkpoint
+from fastdiff import checkpoint, objectives
 from fastdiff.errors import CheckpointError, InputError
-from fastdiff.losses import weights
+from fastdiff.losses import score_matching, weights
 from fastdiff.nn import UNet2DModel
 
 LR_SCHEDULES = ("cosine", "constant")
-WEIGHTINGS = ("none", *weights.NAMES)
+WEIGHTINGS = ("none", *weights.NAMES, *score_matching.WEIGHTINGS)
+TIMESTEP_SAMPLERS = ("default", *objectives.TIMESTEPS)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class TrainingOptions:
         bf16: run the model under bfloat16 autocast.
         label_dropout: share of the labels that are hidden, so that the model can be guided without
             a classifier; it then has one class more, the last, that stands for none.
-        weighting: of the loss, one of ``fastdiff.losses.weighting``, or none.
+        weighting: of the loss, see ``fastdiff.objectives.make``, or none.
+        timestep_sampler: how times are drawn, likewise; default is the objective's own way.
         channels_last: keep weights and images in channels_last memory format.
         save_every: steps between checkpoints; one is written at the end in any case.
         sample_every: steps between sample grids; 0 for none.
@@ -56,6 +58,7 @@ class TrainingOptions:
     bf16: bool = False
     label_dropout: float = 0.0
     weighting: str = "none"
+    timestep_sampler: str = "default"
     channels_last: bool = True
     save_every: int = 500
     sample_every: int = 500
@@ -79,12 +82,14 @@ class TrainingOptions:
             raise InputError(f"ema must lie in [0, 1), got {self.ema}")
         if not 0 <= self.label_dropout < 1:
             raise InputError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
-        if self.weighting not in WEIGHTINGS:
-            wanted = ", ".join(WEIGHTINGS)
-            raise InputError(f"unknown weighting {self.weighting!r}, wanted one of {wanted}")
-        if self.lr_schedule not in LR_SCHEDULES:
-            wanted = ", ".join(LR_SCHEDULES)
-            raise InputError(f"unknown lr_schedule {self.lr_schedule!r}, wanted one of {wanted}")
+        for name, known in (
+            ("weighting", WEIGHTINGS),
+            ("timestep_sampler", TIMESTEP_SAMPLERS),
+            ("lr_schedule", LR_SCHEDULES),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"unknown {name} {value!r}, wanted one of {', '.join(known)}")
 
 
 def make_unet(
@@ -96,6 +101,7 @@ def make_unet(
     layers_per_block: int = 2,
     attention: tuple[int, ...] = (1, 2),
     dropout: float = 0.0,
+    learned_variance: bool = False,
 ) -> UNet2DModel:
     """A U-Net for images of one size, its weights drawn from torch's global generator.
 
@@ -107,6 +113,7 @@ def make_unet(
         layers_per_block: residual blocks a level.
         attention: the levels with self-attention; 0 is the full resolution.
         dropout: in every residual block.
+        learned_variance: return twice the channels, for the objectives hybrid and vlb.
 
     Raises:
         InputError: sizes that do not fit together.
@@ -130,7 +137,7 @@ def make_unet(
     return UNet2DModel(
         sample_size=image_size,
         in_channels=channels,
-        out_channels=channels,
+        out_channels=channels * (2 if learned_variance else 1),
         block_out_channels=tuple(widths),
         layers_per_block=layers_per_block,
         down_block_types=tuple(kinds),

@@ -78,12 +78,53 @@ def q_sample_from_seed(
     row: Tensor,
     sqrt_alphas_cumprod: Tensor,
     sqrt_one_minus_alphas_cumprod: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """q_sample with the noise of ``philox_normal``, and that noise."""
-    wide = torch.promote_types(x0.dtype, torch.float32)
-    noise = torch.empty_like(x0, memory_format=suggest_memory_format(x0))
-    noise.copy_(_normal(seed, row.reshape(1, 1), x0[:1].numel(), wide).view(x0.shape))
-    return q_sample(x0, t, noise, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod), noise
+) -> Tensor:
+    """q_sample with the noise of ``philox_normal``, not rounded."""
+    noise = _noise(seed, row, x0)
+    y = q_sample(x0, t, noise, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+    return y.contiguous(memory_format=suggest_memory_format(x0))
+
+
+def denoising_loss(
+    prediction: Tensor,
+    x0: Tensor | None,
+    noise: Tensor | None,
+    t: Tensor,
+    target_x0: Tensor,
+    target_noise: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """weight_t mean((prediction - p_t x0 - q_t noise)^2) of each image."""
+    shape = (-1, *[1] * (prediction.ndim - 1))
+    error = prediction.to(weight.dtype)
+    if x0 is not None:
+        error = error - target_x0[t].view(shape) * x0
+    if noise is not None:
+        error = error - target_noise[t].view(shape) * noise
+    images = prediction.shape[0]
+    size = math.prod(prediction.shape[1:])
+    return weight[t] * error.square().reshape(images, size).mean(1)
+
+
+def denoising_loss_from_seed(
+    prediction: Tensor,
+    x0: Tensor | None,
+    seed: Tensor,
+    row: Tensor,
+    t: Tensor,
+    target_x0: Tensor,
+    target_noise: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """denoising_loss with the noise of ``philox_normal``, not rounded."""
+    noise = _noise(seed, row, prediction)
+    return denoising_loss(prediction, x0, noise, t, target_x0, target_noise, weight)
+
+
+def _noise(seed: Tensor, row: Tensor, x: Tensor) -> Tensor:
+    """Noise for images like x, in the dtype that coefficients for them have."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _normal(seed, row.reshape(1, 1), math.prod(x.shape[1:]), wide).view(x.shape)
 
 
 def conv_epilogue(

@@ -27,7 +27,14 @@ REPEATS = 5  # timed calls, of which the fastest counts
 ALLOWED = 8  # tolerance, in units in the last place of the largest value
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16)
-TABLES = ("signal", "sigma", "table", "history", "weight_of_ema")  # always in float32 or wider
+TABLES = (
+    "signal",
+    "sigma",
+    "grad_of_loss",
+    "table",
+    "history",
+    "weight_of_ema",
+)  # always in float32 or wider
 DIFFERENTIATED = ("x", "weight", "bias", "add", "scale", "shift", "residual")
 
 
@@ -140,6 +147,7 @@ def _values() -> Values:
         "shift": normal(n, c),
         "residual": normal(*SHAPE),
         "grad": normal(*SHAPE),
+        "grad_of_loss": normal(n),
         "noise": normal(*SHAPE),
         "model_out": normal(2 * n, 2 * c, *SHAPE[2:]),
         "history": normal(2, *SHAPE),
@@ -192,7 +200,21 @@ def _q_sample(v: Values) -> Sequence[Tensor]:
 
 
 def _q_sample_from_seed(v: Values) -> Sequence[Tensor]:
-    return ops.q_sample_from_seed(v["x"], v["t"], v["seed"], v["row"], v["signal"], v["sigma"])
+    return (ops.q_sample_from_seed(v["x"], v["t"], v["seed"], v["row"], v["signal"], v["sigma"]),)
+
+
+def _denoising_loss(v: Values) -> Sequence[Tensor]:
+    prediction = v["residual"].detach().requires_grad_()
+    of_target = v["t"], v["signal"], v["sigma"], v["signal"]
+    loss = ops.denoising_loss(prediction, v["x"], v["noise"], *of_target)
+    return loss.detach(), *torch.autograd.grad(loss, prediction, v["grad_of_loss"])
+
+
+def _denoising_loss_from_seed(v: Values) -> Sequence[Tensor]:
+    prediction = v["residual"].detach().requires_grad_()
+    of_target = v["t"], v["signal"], v["sigma"], v["signal"]
+    loss = ops.denoising_loss_from_seed(prediction, v["x"], v["seed"], v["row"], *of_target)
+    return loss.detach(), *torch.autograd.grad(loss, prediction, v["grad_of_loss"])
 
 
 def _philox_normal(v: Values) -> Sequence[Tensor]:
@@ -232,6 +254,8 @@ CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "add_time_embedding": _add_time_embedding,
     "q_sample": _q_sample,
     "q_sample_from_seed": _q_sample_from_seed,
+    "denoising_loss": _denoising_loss,
+    "denoising_loss_from_seed": _denoising_loss_from_seed,
     "conv_epilogue": _conv_epilogue,
     "upsample_nearest2x": _upsample_nearest2x,
     "ema_update": _ema_update,

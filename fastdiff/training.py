@@ -1,4 +1,4 @@
-"""Training: the loss of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 14), weighted, with averaging.
+"""Training, for any of ``fastdiff.objectives``, with averaging of the weights.
 
 Everything random in step s is drawn from generators seeded with (seed, s), and so is the order of
 the images. A run that was interrupted and resumed is therefore bit for bit the run that was not.
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastdiff import checkpoint, images, losses, ops, process, samplers
+from fastdiff import _forward, checkpoint, images, ops
 from fastdiff._run import deferred_signals, loss_log
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import ImageSet, batch_indices, stream_generator, stream_seed
+from fastdiff.diffusion import Diffusion
 from fastdiff.errors import CheckpointError, DataError, InputError, TrainingError
 from fastdiff.nn import UNet2DModel
+from fastdiff.objectives import Forward
 from fastdiff.profiling import span
 from fastdiff.recipe import LR_SCHEDULES, TrainingOptions, make_unet, recorded_options
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.sampling.arguments import checked_seeds
 
 __all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
 
@@ -39,21 +41,26 @@ class Trainer:
     """Trains a model on images in memory.
 
     Args:
-        model: predicts [N, C, S, S] from (x_t, t[, class_labels]); trained in place.
-        schedule: the forward process.
+        model: predicts [N, C, S, S] from (x_t, t[, class_labels]), or [N, 2 C, S, S] with a
+            learned variance; trained in place.
+        forward: the forward process, a schedule or an SDE.
         data: images, and labels if the model is class-conditional.
         options: how to train.
-        prediction: what the model predicts: eps, x0, v or score.
+        prediction: what the model predicts, see ``fastdiff.objectives.make``.
+        objective: what it is trained for, likewise; None for the one natural to the process.
+        variance: of its steps, likewise.
+        levels: of the objective ncsn, likewise.
         out: folder for checkpoints, sample grids and losses.jsonl; None writes nothing.
         record: JSON facts to keep with the training state.
 
     Attributes:
+        diffusion: the model with its process and its objective.
         ema: the model with averaged weights, in eval mode.
         finished_steps: steps behind it.
 
     Raises:
-        InputError: the model, the data and the schedule do not fit together, or ``out`` holds
-            checkpoints of an earlier run, which :meth:`resume` continues.
+        InputError: the model, the data, the process and the objective do not fit together, or
+            ``out`` holds checkpoints of an earlier run, which :meth:`resume` continues.
 
     Example:
         >>> trainer = Trainer(model, fastdiff.schedules.cosine(), data, TrainingOptions(steps=100))
@@ -64,19 +71,27 @@ class Trainer:
     def __init__(
         self,
         model: UNet2DModel,
-        schedule: NoiseSchedule,
+        forward: Forward,
         data: ImageSet,
         options: TrainingOptions | None = None,
         *,
         prediction: str = "eps",
+        objective: str | None = None,
+        variance: str | None = None,
+        levels: int | None = None,
         out: str | Path | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = options or TrainingOptions()
-        _check_fit(model, data, self.options.null_class)
-        process.check_kind(prediction)
-        if prediction in ("eps", "score") and schedule.has_zero_terminal_snr:
-            raise InputError(f"{prediction} prediction cannot be trained at zero terminal SNR")
+        weighting, times = self.options.weighting, self.options.timestep_sampler
+        self.diffusion = Diffusion(
+            model, forward, prediction, objective=objective, variance=variance, levels=levels,
+            weighting=None if weighting == "none" else weighting,
+            timesteps=None if times == "default" else times,
+        )  # fmt: skip
+        _check_fit(model, data, self.options.null_class, self.diffusion.objective.learned)
+        if out is not None:
+            _forward.describe(forward)
         if out is not None and checkpoint.newest(out) is not None:
             raise InputError(
                 f"{out} holds checkpoints of an earlier run; resume it, or go elsewhere"
@@ -86,9 +101,7 @@ class Trainer:
                 "sample grids show images of 1 or 3 channels, the data has "
                 f"{data.channels}; set sample_every to 0"
             )
-        self.schedule, self.data, self.prediction = schedule, data, prediction
-        name = self.options.weighting
-        self.weight = None if name == "none" else losses.weighting(schedule, prediction, name)
+        self.data = data
         self.memory_format = (
             torch.channels_last if self.options.channels_last else torch.contiguous_format
         )
@@ -136,10 +149,13 @@ class Trainer:
         tensors, facts = checkpoint.read_state(folder)
         trainer = cls(
             copy.deepcopy(found.model).to(device),
-            found.schedule,
+            found.forward,
             data,
             options or recorded_options(facts, folder),
             prediction=found.prediction,
+            objective=found.objective,
+            variance=found.variance,
+            levels=found.levels,
             record=facts.get("record", {}) if record is None else record,
         )
         if (facts.get("images"), found.classes) != (len(data), data.classes):
@@ -148,6 +164,10 @@ class Trainer:
                 f"{found.classes}, now there are {len(data)} of {data.classes}"
             )
         trainer._restore(tensors, found, folder / checkpoint.STATE)
+        try:
+            trainer.diffusion.objective.load_state_dict(facts.get("timesteps", {}))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / checkpoint.TRAINING}: {error}") from None
         trainer.out = Path(out)
         return trainer
 
@@ -186,23 +206,24 @@ class Trainer:
             self._average(step)
         return value
 
-    def loss(self, x0: Tensor, labels: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error of the prediction, weighted if the options say so; a scalar.
+    def loss(
+        self, x0: Tensor, labels: Tensor | None, t: Tensor, weights: Tensor, noise: Tensor
+    ) -> Tensor:
+        """The objective's loss of a batch, a scalar.
 
         Args:
             x0: clean images, [N, C, S, S].
             labels: classes, int64 [N], or None.
-            t: timesteps, int64 [N].
-            noise: standard normal, like ``x0``.
+            t: times, [N], as the objective draws them.
+            weights: their importance weights, float64 [N].
+            noise: standard normal, like ``x0``; or seeds of it, int64 [N, 2].
         """
 
         def model(x_t: Tensor, t: Tensor) -> Any:
             with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.options.bf16):
                 return self.model(x_t, t, labels)
 
-        return losses.simple_loss(
-            self.schedule, model, x0, t, noise, kind=self.prediction, weight=self.weight
-        ).mean()
+        return self.diffusion.objective.loss(model, x0, t, weights, noise)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
@@ -253,13 +274,16 @@ class Trainer:
         """The averaged model as it stands; it goes on changing with the training."""
         return Checkpoint(
             self.ema,
-            self.schedule,
-            self.prediction,
+            self.diffusion.forward,
+            self.diffusion.prediction,
             classes=self.data.classes,
             step=self.finished_steps,
             seed=self.options.seed,
             dataset=self.data.name,
             null_class=self.options.null_class,
+            objective=self.diffusion.objective.name,
+            variance=self.diffusion.objective.variance,
+            levels=self.diffusion.objective.levels,
         )
 
     def save(self) -> None:
@@ -275,8 +299,8 @@ class Trainer:
     def preview(self, columns: int = 8) -> Any:
         """A labelled grid of samples from the averaged model, always of the same noise."""
         current = self.checkpoint()
-        steps = min(PREVIEW_STEPS, self.schedule.num_timesteps)
-        sampler = samplers.DDIM(self.schedule, steps, prediction=self.prediction, grid="trailing")
+        steps = min(PREVIEW_STEPS, self.diffusion.path.num_timesteps)
+        sampler = self.diffusion.sampler("ddim", steps, grid="trailing")
         shown = range(min(10, len(current.classes)))
         labels = [label for label in shown for _ in range(columns)] if current.classes else None
         drawn = current.sample(
@@ -289,13 +313,13 @@ class Trainer:
         names = [current.classes[label] for label in shown] if labels else None
         return images.grid(drawn, columns, labels=names)
 
-    def _draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Images, labels, timesteps and noise of a step, on the model's device."""
+    def _draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Images, labels, times, their weights and seeds of the noise, on the model's device."""
         seed, size = self.options.seed, self.options.batch_size
         generator = stream_generator(seed, "step", step)
         x0, labels = self.data.batch(batch_indices(len(self.data), size, step, seed), generator)
-        t = torch.randint(self.schedule.num_timesteps, (size,), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
+        t, weights = self.diffusion.objective.draw(size, generator)
+        seeds = checked_seeds(stream_seed(seed, "noise", step), None, size)
         if labels is not None and self.options.label_dropout:
             hidden = torch.rand(size, generator=generator) < self.options.label_dropout
             labels = labels.masked_fill(hidden, len(self.data.classes))
@@ -304,7 +328,8 @@ class Trainer:
             x0.to(device, memory_format=self.memory_format),
             None if labels is None else labels.to(device),
             t.to(device),
-            noise.to(device, memory_format=self.memory_format),
+            weights.to(device),
+            seeds.to(device),
         )
 
     @torch.no_grad()
@@ -325,6 +350,7 @@ class Trainer:
             "images": len(self.data),
             "options": asdict(self.options),
             "record": self.record,
+            "timesteps": self.diffusion.objective.state_dict(),
         }
         return tensors, facts
 
@@ -358,12 +384,18 @@ def _check_finite(value: float, name: str, step: int) -> None:
         )
 
 
-def _check_fit(model: UNet2DModel, data: ImageSet, null_class: bool) -> None:
+def _check_fit(model: UNet2DModel, data: ImageSet, null_class: bool, learned: bool) -> None:
     config, classes = model.config, model.config.num_class_embeds or 0
     if (config.in_channels, config.sample_size) != (data.channels, data.size):
         raise InputError(
             f"the model takes {config.in_channels} x {config.sample_size} x {config.sample_size} "
             f"images, the data has {data.channels} x {data.size} x {data.size}"
+        )
+    if config.out_channels != data.channels * (2 if learned else 1):
+        raise InputError(
+            f"the model returns {config.out_channels} channels; for images of {data.channels} and "
+            f"a {'learned' if learned else 'fixed'} variance it must return "
+            f"{data.channels * (2 if learned else 1)}"
         )
     if null_class and not data.classes:
         raise InputError("label_dropout hides labels, but the data has none")

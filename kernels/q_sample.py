@@ -1,10 +1,9 @@
 """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, one timestep an image.
 
 The images are walked flat, whatever their layout, all in the same one. Given noise: reads 2 S and
-writes 1 S for an activation of S bytes. Drawn noise: reads 1 S and writes 2 S, where drawing it
-first and reading it again would cost 4 S. Both are the least there is. The products and the sum
-are in float32, and rounded once; so is drawn noise, and x_t is made of the rounded values, to be
-just what q_sample makes of the noise that comes back.
+writes 1 S for an activation of S bytes. Drawn noise: reads 1 S and writes 1 S, for it is never in
+memory: who needs it again draws it again. Both are the least there is. The products and the sum
+are in float32, drawn noise too, and x_t is rounded once.
 
 A timestep is read and judged by the program that needs it: one outside the tables reads nothing
 and makes its image NaN.
@@ -23,13 +22,16 @@ from fastdiff.kernels.tiles import dense, tile, tile_at
 
 
 @triton.jit
-def _coefficients(t, signal, sigma, steps, image, mask):
-    """Those of each image: float32, in the shape of `image`; NaN for an unknown timestep."""
-    step = tl.load(t + image, mask, other=0)
-    known = (step >= 0) & (step < steps)
-    a = tl.load(signal + step, mask=known, other=float("nan"))
-    b = tl.load(sigma + step, mask=known, other=float("nan"))
-    return a, b
+def at_timestep(table, step, steps):
+    """The entries at timesteps `step` of a table [steps]: NaN for those outside, not read."""
+    return tl.load(table + step, (step >= 0) & (step < steps), other=float("nan"))
+
+
+@triton.jit
+def _noised(x, z, t, signal, sigma, steps, image, images):
+    """x_t, float32, of `x` and `z` [R, C] of images `image` [R, 1]."""
+    step = tl.load(t + image, image < images, other=0)
+    return at_timestep(signal, step, steps) * x + at_timestep(sigma, step, steps) * z
 
 
 @triton.jit
@@ -55,8 +57,8 @@ def _q_sample(
     inside = (image < images) & (column < elements)
     x = tl.load(x0 + offset, inside, other=0).to(tl.float32)
     z = tl.load(noise + offset, inside, other=0).to(tl.float32)
-    a, b = _coefficients(t, signal, sigma, steps, image, image < images)
-    tl.store(out + offset, (a * x + b * z).to(out.dtype.element_ty), inside)
+    x_t = _noised(x, z, t, signal, sigma, steps, image, images)
+    tl.store(out + offset, x_t.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -68,7 +70,6 @@ def _q_sample_from_seed(
     signal,
     sigma,
     out,
-    noise,
     images,
     units,
     steps,
@@ -86,13 +87,12 @@ def _q_sample_from_seed(
     offset = image.to(tl.int64) * elements + column
     inside = (image < images) & (column < elements)
     x = tl.load(x0 + offset, inside, other=0).to(tl.float32)
-    a, b = _coefficients(t, signal, sigma, steps, image, image < images)
     key_low, key_high, number = philox.stream(seed, image, image < images)
     z = philox.normal_tile(
         first, key_low, key_high, number, tl.load(row), pixels, CHANNELS, COLUMNS, CHANNELS_LAST
-    ).to(noise.dtype.element_ty)
-    tl.store(noise + offset, z, inside)
-    tl.store(out + offset, (a * x + b * z.to(tl.float32)).to(out.dtype.element_ty), inside)
+    )
+    x_t = _noised(x, z, t, signal, sigma, steps, image, images)
+    tl.store(out + offset, x_t.to(out.dtype.element_ty), inside)
 
 
 def q_sample(
@@ -134,15 +134,12 @@ def q_sample_from_seed(
     row: Tensor,
     sqrt_alphas_cumprod: Tensor,
     sqrt_one_minus_alphas_cumprod: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """x_t and the noise that it is made of: that of ``fastdiff.ops.philox_normal`` at ``row``."""
+) -> Tensor:
+    """x_t with the noise of ``fastdiff.ops.philox_normal`` at ``row``, in float32."""
     x0, memory_format = dense(x0)
-    out, noise = (
-        torch.empty_like(x0, memory_format=memory_format),
-        torch.empty_like(x0, memory_format=memory_format),
-    )
+    out = torch.empty_like(x0, memory_format=memory_format)
     if out.numel() == 0:
-        return out, noise
+        return out
     images = x0.shape[0]
     elements = x0.numel() // images
     channels_last = memory_format != torch.contiguous_format
@@ -158,7 +155,6 @@ def q_sample_from_seed(
         sqrt_alphas_cumprod.contiguous(),
         sqrt_one_minus_alphas_cumprod.contiguous(),
         out,
-        noise,
         images,
         elements // tiles.unit,
         sqrt_alphas_cumprod.numel(),
@@ -167,4 +163,4 @@ def q_sample_from_seed(
         CHANNELS_LAST=channels_last,
         **tiles.constants,
     )
-    return out, noise
+    return out

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdiff import NoiseSchedule, checkpoint, sample, samplers, schedules
+from fastdiff import NoiseSchedule, checkpoint, sample, samplers, schedules, sde
 from fastdiff.checkpoint import CONFIG, META, STATE, TRAINING, WEIGHTS, Checkpoint
 from fastdiff.errors import CheckpointError, InputError
 
@@ -40,7 +40,7 @@ def test_what_is_written_is_read_back(tiny_checkpoint, folder):
     found = checkpoint.load(folder)
     for name, value in tiny_checkpoint.model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], value), name
-    assert torch.equal(found.schedule.betas, tiny_checkpoint.schedule.betas)
+    assert torch.equal(found.forward.betas, tiny_checkpoint.forward.betas)
     for name in ("prediction", "classes", "step", "seed", "dataset", "image_size", "channels"):
         assert getattr(found, name) == getattr(tiny_checkpoint, name), name
     assert not found.model.training
@@ -100,9 +100,46 @@ def test_an_export_holds_the_dtype_and_no_training_state(tiny_checkpoint, tmp_pa
     ],
 )
 def test_every_schedule_survives_exactly(schedule, tiny_checkpoint, tmp_path):
-    tiny_checkpoint.schedule = schedule
+    tiny_checkpoint.forward = schedule
     checkpoint.save(tiny_checkpoint, tmp_path / "saved")
-    assert torch.equal(checkpoint.load(tmp_path / "saved").schedule.betas, schedule.betas)
+    assert torch.equal(checkpoint.load(tmp_path / "saved").forward.betas, schedule.betas)
+
+
+@pytest.mark.parametrize(
+    ("forward", "prediction", "options"),
+    [
+        pytest.param(sde.VP(0.2, 15.0), "v", {}, id="vp"),
+        pytest.param(sde.SubVP(), "score", {"objective": "dsm"}, id="subvp"),
+        pytest.param(sde.VE(0.02, 30.0), "ncsn", {"objective": "ncsn", "levels": 12}, id="ncsn"),
+        pytest.param(sde.EDM(0.01, 40.0, 0.7), "edm", {}, id="edm"),
+        pytest.param(schedules.flow(30, shift=3.0), "flow", {}, id="flow"),
+        pytest.param(schedules.cosine(30), "eps", {"variance": "fixed_large"}, id="fixed_large"),
+    ],
+)
+def test_every_process_survives_exactly(forward, prediction, options, tiny_unet, tmp_path):
+    written = Checkpoint(tiny_unet(), forward, prediction, **options)
+    checkpoint.save(written, tmp_path / "saved")
+    found = checkpoint.load(tmp_path / "saved")
+    assert vars(found.forward).keys() == vars(forward).keys()
+    assert repr(found.forward) == repr(forward)
+    for name in ("prediction", "objective", "variance", "levels"):
+        assert getattr(found, name) == getattr(written, name), name
+
+
+def test_a_learned_variance_survives(tiny_unet, tmp_path):
+    model = tiny_unet(learned_variance=True)
+    checkpoint.save(Checkpoint(model, schedules.cosine(9), "eps", objective="vlb"), tmp_path / "a")
+    assert checkpoint.load(tmp_path / "a").diffusion().objective.variance == "learned_range"
+    edit(tmp_path / "a" / META, objective="ddpm")
+    with pytest.raises(CheckpointError, match="channels and variance is 1, out_channels is 2"):
+        checkpoint.load(tmp_path / "a")
+
+
+def test_a_view_of_another_process_is_not_written(tiny_checkpoint, tmp_path):
+    tiny_checkpoint.forward = sde.Straight()
+    with pytest.raises(InputError, match="cannot record the forward process Straight"):
+        checkpoint.save(tiny_checkpoint, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_known_by_its_newest_checkpoint(tiny_checkpoint, tmp_path):
@@ -277,7 +314,50 @@ def drop_a_weight(path):
         pytest.param(lambda f: edit(f / META, format=99), "format 99", id="newer format"),
         pytest.param(lambda f: edit(f / META, format=None), "format None", id="no format"),
         pytest.param(lambda f: edit(f / META, step="many"), "'step' must be a int", id="step"),
-        pytest.param(lambda f: edit(f / META, prediction="w"), "prediction 'w'", id="prediction"),
+        pytest.param(lambda f: edit(f / META, prediction="w"), "kind 'w'", id="prediction"),
+        pytest.param(lambda f: edit(f / META, objective="gan"), "objective 'gan'", id="objective"),
+        pytest.param(lambda f: edit(f / META, objective="dsm"), "dsm needs an SDE", id="another"),
+        pytest.param(lambda f: edit(f / META, levels="ten"), "'levels' must be a int", id="levels"),
+        pytest.param(
+            lambda f: edit(f / META, objective="hybrid"),
+            "channels and variance is 2, out_channels is 1",
+            id="too few channels",
+        ),
+        pytest.param(
+            lambda f: edit(f / META, forward={"name": "vp", "options": {}}),
+            "both a 'schedule' and a 'forward' process",
+            id="two processes",
+        ),
+        pytest.param(
+            lambda f: edit(f / META, schedule=None), "'schedule' must be a dict", id="no process"
+        ),
+        *(
+            pytest.param(
+                lambda f, forward=forward: edit(f / META, schedule=None, forward=forward),
+                message,
+                id=message,
+            )
+            for forward, message in (
+                ("vp", "'forward' must be a dict, got 'vp'"),
+                ({"name": 3, "options": {}}, "'name' must be a str, got 3"),
+                ({"name": "vp"}, "'options' must be a dict, got None"),
+                ({"name": "vq", "options": {}}, "unknown forward process 'vq'"),
+                ({"name": "vp", "options": {"beta_min": 1}}, "beta_min, beta_max, got beta_min"),
+                ({"name": "ve", "options": {}}, "has the options sigma_min, sigma_max, got none"),
+                (
+                    {"name": "ve", "options": {"sigma_min": "x", "sigma_max": 2}},
+                    "'sigma_min' must be a number, got 'x'",
+                ),
+                (
+                    {"name": "ve", "options": {"sigma_min": 3, "sigma_max": 2}},
+                    "unusable forward process: wanted 0 < sigma_min < sigma_max",
+                ),
+                (
+                    {"name": "flow", "options": {"num_timesteps": 2.5, "shift": 1}},
+                    "'num_timesteps' must be a whole number, got 2.5",
+                ),
+            )
+        ),
         pytest.param(
             lambda f: edit(
                 f / META, schedule={"name": "zigzag", "num_timesteps": 9, "options": {}}
@@ -379,7 +459,7 @@ def test_a_shipped_name_wins_over_a_folder(tmp_path, monkeypatch, folder):
 
 
 def draw(found: Checkpoint, **options):
-    sampler = samplers.DDIM(found.schedule, 2, prediction=found.prediction)
+    sampler = samplers.DDIM(found.forward, 2, prediction=found.prediction)
     seeded = torch.Generator().manual_seed(0)
     return found.sample(sampler, generator=seeded, progress=False, **options)
 
@@ -414,7 +494,7 @@ def test_a_model_with_a_null_class_can_be_guided(tiny_unet, tmp_path):
     assert (found.classes, found.null_class) == (("a", "b"), True)
     plain, guided = (draw(found, labels=[0, 1], guidance=scale) for scale in (1.0, 3.0))
     assert not torch.equal(plain, guided)
-    sampler = samplers.DDIM(found.schedule, 2, prediction="v")
+    sampler = samplers.DDIM(found.forward, 2, prediction="v")
     x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     by_hand = sample(
         found.model, sampler, x_T.shape, x_T=x_T, guidance=3.0, progress=False,

@@ -346,3 +346,21 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(InputError, match=r"'sklearn': pip install 'fastdiff\[train\]'"):
         digits()
+
+
+def test_every_fifth_of_a_class_is_held_out():
+    labels = torch.tensor([0, 1] * 6 + [2])
+    images = torch.arange(13, dtype=torch.uint8).view(13, 1, 1, 1)
+    whole = ImageSet(images, labels, ("a", "b", "c"), "letters", flip=True)
+    train, rest = whole.split()
+    assert rest is not None
+    assert rest.images.flatten().tolist() == [8, 9]  # the fifth of a and of b; c has one
+    assert train.images.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12]
+    for part in (train, rest):
+        assert (part.classes, part.name, part.flip) == (whole.classes, "letters", True)
+        assert part.labels is not None
+        assert torch.equal(part.labels, labels[part.images.flatten().long()])
+    few = ImageSet(images[:4], labels[:4], ("a", "b"))
+    assert few.split() == (few, None)
+    with pytest.raises(DataError, match="without labels cannot be split"):
+        whole.without_labels().split()

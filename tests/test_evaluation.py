@@ -12,14 +12,15 @@ import torch
 from fastdiff import samplers, schedules
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import digits
+from fastdiff.drawing import Drawn
 from fastdiff.errors import InputError
 from fastdiff.evaluation import (
     Evaluation,
     Features,
-    classifier,
     evaluate,
     frechet_distance,
     nearest_distances,
+    recogniser,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,8 +113,8 @@ def test_nearest_distances():
     assert nearest_distances(images, others).tolist() == [1.0, 0.0, 5.0]
 
 
-def test_the_classifier_knows_held_out_digits():
-    machine, test = classifier(digits("train", 8)), digits("test", 8)
+def test_the_recogniser_knows_held_out_digits():
+    machine, test = recogniser(digits("train", 8)), digits("test", 8)
     predicted = machine.predict(test.images.flatten(1).double().numpy())
     assert (predicted == test.labels.numpy()).mean() > 0.98
 
@@ -128,7 +129,7 @@ class Canned(Checkpoint):
     source: object = None
     noise: float = 0.0
 
-    def sample(self, sampler, *, labels=None, generator=None, **options):
+    def draw(self, sampler, *, labels=None, generator=None, **options):
         turn = dict.fromkeys(range(10), 0)
         drawn = []
         for label in labels:
@@ -136,7 +137,8 @@ class Canned(Checkpoint):
             drawn.append(of_class[turn[label] % len(of_class)])
             turn[label] += 1
         images = torch.stack(drawn)
-        return images + self.noise * torch.randn(images.shape, generator=generator)
+        images = images + self.noise * torch.randn(images.shape, generator=generator)
+        return Drawn(images, torch.full((len(images),), 2))
 
 
 @pytest.fixture
@@ -151,7 +153,7 @@ def canned(tiny_unet):
 
 
 def run(found, **options):
-    return evaluate(found, samplers.DDIM(found.schedule, 2), progress=False, **options)
+    return evaluate(found, samplers.DDIM(found.forward, 2), progress=False, **options)
 
 
 @pytest.mark.filterwarnings("error")
@@ -206,7 +208,7 @@ def test_few_and_many_samples_are_compared_at_the_same_size(canned):
 def test_an_untrained_model_is_told_apart(tiny_unet):
     model = tiny_unet(num_classes=10)
     found = Checkpoint(model, schedules.cosine(10), "v", tuple("0123456789"), dataset="digits")
-    sampler = samplers.DDIM(found.schedule, 2, prediction="v")
+    sampler = samplers.DDIM(found.forward, 2, prediction="v")
     first, again, other = (
         evaluate(found, sampler, samples=100, seed=seed, progress=False) for seed in (0, 0, 1)
     )
@@ -217,7 +219,7 @@ def test_an_untrained_model_is_told_apart(tiny_unet):
 
 
 def test_the_figures_are_plain_numbers():
-    numbers = Evaluation(*[0.5] * 8, samples=100, seconds=1.0).as_dict()
+    numbers = Evaluation(*[0.5] * 8, samples=100, seconds=1.0, evaluations=2.0).as_dict()
     assert list(numbers)[:4] == ["accuracy", "accuracy_real", "frechet", "frechet_real"]
     assert numbers["samples"] == 100
 

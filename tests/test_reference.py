@@ -56,6 +56,40 @@ def test_q_sample() -> None:
     torch.testing.assert_close(reference.q_sample(x0, t, noise, signal, sigma), torch.stack(wanted))
 
 
+def test_q_sample_from_seed() -> None:
+    x0, seed = normal(3, 2, 4), torch.tensor([[5, 0], [-1, 2], [5, 1]])
+    signal, sigma = torch.rand(2, 10, dtype=torch.float64)
+    t, row = torch.tensor([9, 0, 4]), torch.tensor([6])
+    noise = torch.empty_like(x0)
+    reference.philox_normal(seed, 6, noise)
+    found = reference.q_sample_from_seed(x0, t, seed, row, signal, sigma)
+    assert torch.equal(found, reference.q_sample(x0, t, noise, signal, sigma))
+
+
+def test_denoising_loss() -> None:
+    prediction, x0 = normal(3, 2, 4), normal(3, 2, 4, seed=1)
+    p, q, weight = torch.rand(3, 10, dtype=torch.float64)
+    t, seed, row = torch.tensor([9, 0, 4]), torch.tensor([[5, 0], [-1, 2], [5, 1]]), 6
+    noise = torch.empty_like(x0)
+    reference.philox_normal(seed, row, noise)
+
+    def wanted(target):
+        each = zip(prediction, target, t, strict=True)
+        return torch.stack([weight[k] * F.mse_loss(value, aim) for value, aim, k in each])
+
+    of_x0, of_noise = p[t, None, None] * x0, q[t, None, None] * noise
+    tables = (t, p, q, weight)
+    for clean, part in ((x0, of_x0), (None, torch.zeros_like(x0))):
+        found = reference.denoising_loss(prediction, clean, noise, *tables)
+        torch.testing.assert_close(found, wanted(part + of_noise))
+        given = reference.denoising_loss(prediction, clean, None, *tables)
+        torch.testing.assert_close(given, wanted(part))
+        drawn = reference.denoising_loss_from_seed(
+            prediction, clean, seed, torch.tensor(row), *tables
+        )
+        assert torch.equal(drawn, found)
+
+
 def row_of(depth=0, **columns):
     """A table with one row: out_x = 1 and the given columns, h0.. among them."""
     names = [*COLUMNS, *(f"h{j}" for j in range(depth))]

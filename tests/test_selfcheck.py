@@ -58,6 +58,15 @@ def test_notices_a_value(
     assert name in failed(selfcheck.run())
 
 
+@pytest.mark.parametrize("name", ["denoising_loss", "denoising_loss_from_seed"])
+def test_notices_a_wrong_loss(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    right = getattr(ops, name)
+    monkeypatch.setattr(
+        ops, name, lambda x, *args: right(x, *args) * (1 + 0.01 * (x.dtype == torch.float32))
+    )
+    assert failed(selfcheck.run()) == {name}
+
+
 @pytest.mark.parametrize("leaf", selfcheck.DIFFERENTIATED)
 def test_notices_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, leaf: str) -> None:
     class Skewed(torch.autograd.Function):

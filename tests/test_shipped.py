@@ -31,7 +31,7 @@ def test_diffusers_reads_it(digits) -> None:
 
 
 def test_draws_the_digits_it_is_asked_for(digits) -> None:
-    sampler = samplers.DDIM(digits.schedule, 20, prediction=digits.prediction)
+    sampler = samplers.DDIM(digits.forward, 20, prediction=digits.prediction)
     found = evaluate(digits, sampler, samples=100, progress=False)
     assert found.accuracy >= 0.9
     assert found.nearest_train_median > 0.75 * found.nearest_train_median_real  # no copies

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastdiff import NoiseSchedule, checkpoint, losses, process, schedules
 from fastdiff.data import ImageSet
@@ -23,7 +24,7 @@ from fastdiff.training import Trainer, TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCHEDULE = schedules.cosine(50)
+SCHEDULE, ONES = schedules.cosine(50), torch.ones(3, dtype=torch.float64)
 OPTIONS = TrainingOptions(
     steps=6, batch_size=5, lr=1e-2, warmup=2, save_every=100, sample_every=0, seed=1
 )
@@ -44,8 +45,9 @@ def make_trainer(tiny_unet, images):
     def make(out=None, data=images, prediction="v", schedule=SCHEDULE, model=None, **changes):
         classes = len(data.classes) + (changes.get("label_dropout", 0) > 0)
         model = model or tiny_unet(num_classes=classes, dropout=0.3)
+        of_trainer = {k: changes.pop(k) for k in ("objective", "levels") if k in changes}
         options = dataclasses.replace(OPTIONS, **changes)
-        return Trainer(model, schedule, data, options, prediction=prediction, out=out)
+        return Trainer(model, schedule, data, options, prediction=prediction, out=out, **of_trainer)
 
     return make
 
@@ -170,9 +172,9 @@ def test_facts_and_options_are_kept(make_trainer, images, tmp_path):
 
 def lose(name):
     def damage(path):
-        tensors = checkpoint.load_file(path)
+        tensors = load_file(path)
         del tensors[name]
-        checkpoint.save_file(tensors, path)
+        save_file(tensors, path)
 
     return damage
 
@@ -216,7 +218,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_prediction(make_trainer, imag
         }[prediction]
         with torch.no_grad():
             wanted = ((trainer.model(x_t, t, labels) - target) ** 2).mean()
-            got = trainer.loss(x0, labels, t, noise)
+            got = trainer.loss(x0, labels, t, ONES, noise)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -277,7 +279,7 @@ def test_label_dropout_hides_its_share_of_the_labels(make_trainer, images):
     # What is not hidden, and everything else that is random, is as without it.
     plain = make_trainer(batch_size=200)._draw(3)
     hidden = trainer._draw(3)
-    for index in (0, 2, 3):
+    for index in (0, 2, 3, 4):
         assert torch.equal(plain[index], hidden[index])
     kept = hidden[1] != 2
     assert torch.equal(plain[1][kept], hidden[1][kept])
@@ -306,11 +308,11 @@ def test_a_weighting_multiplies_each_images_error(name, make_trainer, generator)
     table = losses.weighting(SCHEDULE, "v", name)
     each = [
         float(table[t[i]])
-        * plain.loss(x0[i : i + 1], labels[i : i + 1], t[i : i + 1], noise[i : i + 1])
+        * plain.loss(x0[i : i + 1], labels[i : i + 1], t[i : i + 1], ONES[:1], noise[i : i + 1])
         for i in range(3)
     ]
     torch.testing.assert_close(
-        weighted.loss(x0, labels, t, noise), torch.stack(each).mean(), rtol=1e-4, atol=0
+        weighted.loss(x0, labels, t, ONES, noise), torch.stack(each).mean(), rtol=1e-4, atol=0
     )
 
 
@@ -464,7 +466,7 @@ def test_training_works_in_another_thread(make_trainer, tmp_path):
 
 def test_model_data_and_schedule_must_fit(make_trainer, tiny_unet, images, tmp_path):
     zero_snr = schedules.rescale_zero_terminal_snr(SCHEDULE)
-    with pytest.raises(InputError, match="eps prediction cannot be trained at zero terminal SNR"):
+    with pytest.raises(InputError, match="eps says nothing of x0 at zero signal-to-noise ratio"):
         make_trainer(prediction="eps", schedule=zero_snr)
     make_trainer(prediction="v", schedule=zero_snr).step()
     with pytest.raises(ValueError, match="unknown prediction kind 'w'"):

@@ -13,6 +13,14 @@ void check_seed(const at::Tensor& seed, const at::Tensor& x) {
   check_tensor(seed, {x.size(0), 2}, at::kLong, "seed");
 }
 
+uint32_t row_number(const at::Tensor& row) {
+  TORCH_CHECK_TYPE(row.scalar_type() == at::kLong && row.numel() == 1,
+                   "row must be an int64 tensor of one element, got ", row.scalar_type(), " ",
+                   row.sizes());
+  check_device(row, at::kCPU, "row");
+  return static_cast<uint32_t>(*row.const_data_ptr<int64_t>());
+}
+
 void fill_philox_normal(const at::Tensor& seed, uint32_t row, const at::Tensor& out) {
   if (out.numel() == 0) return;
   const auto seeds = seed.contiguous();

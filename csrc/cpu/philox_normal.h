@@ -9,4 +9,7 @@ void fill_philox_normal(const at::Tensor& seed, uint32_t row, const at::Tensor& 
 
 void check_seed(const at::Tensor& seed, const at::Tensor& x);
 
+// The number in a row given as a tensor, after a check: its lowest 32 bits.
+uint32_t row_number(const at::Tensor& row);
+
 }  // namespace fastdiff

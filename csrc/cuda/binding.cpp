@@ -39,7 +39,19 @@ TORCH_LIBRARY(FASTDIFF_NAMESPACE, m) {
       "Tensor sqrt_one_minus_alphas_cumprod) -> Tensor");
   m.def(
       "q_sample_from_seed(Tensor x0, Tensor t, Tensor seed, Tensor row, "
-      "Tensor sqrt_alphas_cumprod, Tensor sqrt_one_minus_alphas_cumprod) -> (Tensor, Tensor)");
+      "Tensor sqrt_alphas_cumprod, Tensor sqrt_one_minus_alphas_cumprod) -> Tensor");
+  m.def(
+      "denoising_loss(Tensor prediction, Tensor? x0, Tensor? noise, Tensor t, Tensor target_x0, "
+      "Tensor target_noise, Tensor weight) -> Tensor");
+  m.def(
+      "denoising_loss_backward(Tensor grad, Tensor prediction, Tensor? x0, Tensor? noise, "
+      "Tensor t, Tensor target_x0, Tensor target_noise, Tensor weight) -> Tensor");
+  m.def(
+      "denoising_loss_from_seed(Tensor prediction, Tensor? x0, Tensor seed, Tensor row, Tensor t, "
+      "Tensor target_x0, Tensor target_noise, Tensor weight) -> Tensor");
+  m.def(
+      "denoising_loss_from_seed_backward(Tensor grad, Tensor prediction, Tensor? x0, Tensor seed, "
+      "Tensor row, Tensor t, Tensor target_x0, Tensor target_noise, Tensor weight) -> Tensor");
   m.def("philox_normal(Tensor seed, int row, Tensor(a!) out) -> ()");
   m.def(
       "sampler_step(Tensor x, Tensor model_out, Tensor(a!)? history, Tensor? noise, "
@@ -56,6 +68,10 @@ TORCH_LIBRARY_IMPL(FASTDIFF_NAMESPACE, FASTDIFF_KEY, m) {
   m.impl("upsample_nearest2x_backward", upsample_nearest2x_backward);
   m.impl("q_sample", q_sample);
   m.impl("q_sample_from_seed", q_sample_from_seed);
+  m.impl("denoising_loss", denoising_loss);
+  m.impl("denoising_loss_backward", denoising_loss_backward);
+  m.impl("denoising_loss_from_seed", denoising_loss_from_seed);
+  m.impl("denoising_loss_from_seed_backward", denoising_loss_from_seed_backward);
   m.impl("philox_normal", philox_normal);
   m.impl("sampler_step", sampler_step);
   m.impl("ema_update", ema_update);

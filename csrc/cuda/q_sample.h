@@ -28,7 +28,6 @@ struct QSampleFromSeedArgs {
   int64_t images, channels, pixels;
   const void* x0;  // [N, C, P], or [N, P, C] channels-last
   void* out;       // like x0
-  void* noise;     // like x0, written
   const int64_t* t;
   int64_t steps;
   const float* signal;

@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff train | sample | eval | export | doctor``."""
+"""The command line: ``fastdiff train | sample | eval | train-classifier | export | doctor``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastdiff.cli import doctor, evaluate, export, sample, train
+from fastdiff.cli import doctor, evaluate, export, sample, train, train_classifier
 from fastdiff.cli.common import Formatter, Parser
 from fastdiff.errors import InputError
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "train-classifier": train_classifier,
     "export": export,
     "doctor": doctor,
 }

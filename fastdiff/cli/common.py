@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -14,10 +15,26 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastdiff import samplers
+from fastdiff import classifier, samplers
 from fastdiff.backend import NAMES, backend, describe, on_cuda
 from fastdiff.checkpoint import Checkpoint
+from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
 from fastdiff.errors import InputError
+from fastdiff.samplers import Sampler
+from fastdiff.sde import VE, Solver
+from fastdiff.sde.solver import STEPS_EACH
+
+STEPS = 50  # of samplers with timesteps
+PREDICTOR = "reverse-diffusion"  # of models of VE, with a corrector
+# What suits each objective but ncsn: the sampler, and its steps.
+DEFAULTS: dict[str, tuple[str, int | None]] = {
+    "ddpm": ("ddim", STEPS),
+    "hybrid": ("ddpm", STEPS),
+    "vlb": ("ddpm", STEPS),
+    "flow": ("unipc-2", STEPS),
+    "dsm": ("ddim", STEPS),
+    "edm": ("heun", STEPS // 2),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,15 +92,17 @@ def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampler_arguments(command: argparse.ArgumentParser) -> None:
-    """--sampler, --steps, --grid, --option, --guidance."""
+    """--sampler, --steps, --grid, --option, --guidance, --classifier, --classifier-scale."""
     command.add_argument(
         "--sampler",
-        choices=samplers.names(),
-        default="ddim",
+        choices=METHODS,
         metavar="NAME",
-        help=f"the sampler: {', '.join(samplers.names())}",
+        help=f"on a fixed grid of timesteps: {', '.join(samplers.names())}; in continuous time: "
+        f"{', '.join(SOLVERS)}; if not given, one that suits what the model was trained for",
     )
-    command.add_argument("--steps", type=int, default=50, help="sampling steps")
+    command.add_argument(
+        "--steps", type=int, help="sampling steps; ode and adaptive choose their own"
+    )
     command.add_argument(
         "--grid",
         choices=samplers.grids.NAMES,
@@ -95,13 +114,24 @@ def add_sampler_arguments(command: argparse.ArgumentParser) -> None:
         default=[],
         type=_option,
         metavar="NAME=VALUE",
-        help="an option of the sampler, such as eta=0.5, s_churn=20 or clip=null; may be repeated",
+        help="an option of the sampler, such as eta=0.5, clip=null, rtol=1e-4 or "
+        "corrector=langevin; may be repeated",
     )
     command.add_argument(
         "--guidance",
         type=float,
         default=1.0,
-        help="scale of classifier-free guidance, for models trained with --label-dropout",
+        help="scale of classifier-free guidance, for models trained with --label-dropout; 0 leaves "
+        "the classes to --classifier",
+    )
+    command.add_argument(
+        "--classifier",
+        type=Path,
+        metavar="PATH",
+        help="guide by this classifier, which fastdiff train-classifier made for the model",
+    )
+    command.add_argument(
+        "--classifier-scale", type=float, metavar="S", help="of its gradient (default: 1)"
     )
 
 
@@ -176,17 +206,78 @@ def check_seed(seed: int) -> None:
         raise InputError(f"--seed must lie in 0..2**63 - 1, got {seed}")
 
 
-def make_sampler(args: argparse.Namespace, found: Checkpoint) -> samplers.Sampler:
+def make_sampler(args: argparse.Namespace, found: Checkpoint) -> Sampler | Solver:
     """The sampler that the arguments describe, for a checkpoint.
 
     Raises:
         InputError: steps, a grid or options that do not fit.
     """
-    options = {"prediction": found.prediction, "grid": args.grid, **dict(args.option)}
+    diffusion, options = found.diffusion(), dict(args.option)
+    method, steps = default_sampler(diffusion)
+    if args.sampler is None and method == PREDICTOR:
+        options = {"corrector": "langevin", **options}
+    elif args.sampler is not None and args.sampler != method:
+        method, steps = args.sampler, None if args.sampler in SOLVERS else STEPS
+    if steps is not None and method not in SOLVERS:
+        steps = min(steps, diffusion.path.num_timesteps)
+    if args.grid is not None:
+        if method in SOLVERS:
+            raise InputError(f"--grid is for samplers with timesteps, {method} has none")
+        options["grid"] = args.grid
     try:
-        return samplers.make(args.sampler, found.schedule, args.steps, **options)
+        return diffusion.sampler(method, steps if args.steps is None else args.steps, **options)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from None
+
+
+def default_sampler(diffusion: Diffusion) -> tuple[str, int | None]:
+    """The sampler and the steps that suit what a model was trained for."""
+    objective = diffusion.objective
+    if objective.levels is not None:
+        return "annealed-langevin", objective.levels * STEPS_EACH
+    # What a model of VE gets wrong at high noise an ODE carries to the end; a corrector mends it.
+    if objective.name == "dsm" and isinstance(diffusion.forward, VE):
+        return PREDICTOR, 4 * STEPS
+    return DEFAULTS[objective.name]
+
+
+def guidance(args: argparse.Namespace, found: Checkpoint, device: torch.device) -> dict[str, Any]:
+    """The guidance that the arguments describe, as ``Checkpoint.draw`` takes it.
+
+    Raises:
+        InputError: a classifier that cannot be read or was made for another kind of model, or a
+            scale of it that is not finite or has no classifier.
+    """
+    guide, scale = None, args.classifier_scale
+    if args.classifier is not None:
+        guide = classifier.load(args.classifier)
+        classifier.check_fits(guide, found)
+        guide.model.to(device)
+    elif scale is not None:
+        raise InputError("--classifier-scale is for a --classifier, there is none")
+    scale = 1.0 if scale is None else scale
+    if not math.isfinite(scale):
+        raise InputError(f"--classifier-scale must be finite, got {scale}")
+    return {"guidance": args.guidance, "classifier": guide, "classifier_scale": scale}
+
+
+def guidance_facts(guided: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """:func:`guidance`, its classifier by name; None for both where there is none."""
+    if args.classifier is None:
+        return {**guided, "classifier": None, "classifier_scale": None}
+    return {**guided, "classifier": str(args.classifier)}
+
+
+def sampler_facts(sampler: Sampler | Solver) -> dict[str, Any]:
+    """The sampler's name and steps; None for one that chooses its own."""
+    name = sampler.method if isinstance(sampler, Solver) else sampler.name
+    return {"sampler": name, "steps": sampler.steps}
+
+
+def steps_text(facts: Mapping[str, Any]) -> str:
+    """``sampler_facts`` and the evaluations beside them, in words."""
+    steps = "steps of its own" if facts["steps"] is None else f"{facts['steps']} steps"
+    return f"{facts['sampler']}, {steps}, {facts['evaluations']:g} evaluations an image"
 
 
 def note(text: str) -> None:

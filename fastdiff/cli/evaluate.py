@@ -17,19 +17,34 @@ from fastdiff.cli.common import (
     add_sampler_arguments,
     add_seed_argument,
     check_seed,
+    guidance,
+    guidance_facts,
     machine,
     make_sampler,
     positive,
     print_json,
+    sampler_facts,
+    steps_text,
     what_runs,
 )
-from fastdiff.evaluation import Evaluation, evaluate
+from fastdiff.evaluation import Bits, Evaluation, evaluate, measure_bits
+
+BITS = 16  # held-out digits, if the command line does not say
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of ``fastdiff eval``."""
     add_checkpoint_argument(command)
     command.add_argument("--samples", type=positive, default=1000, help="digits to generate")
+    command.add_argument(
+        "--bits",
+        type=positive,
+        nargs="?",
+        const=BITS,
+        metavar="N",
+        help="also measure bits per value of N held-out digits, by the variational bound where the "
+        f"model has one and by the probability-flow ODE; {BITS} if N is not given",
+    )
     add_sampler_arguments(command)
     add_seed_argument(command)
     add_json_argument(command)
@@ -43,30 +58,30 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         found = checkpoint.load(args.checkpoint)
         found.model.to(device)
         sampler, ran = make_sampler(args, found), what_runs(device)
-        measured = evaluate(
-            found, sampler, samples=args.samples, guidance=args.guidance, seed=args.seed
-        )
+        guided = guidance(args, found, device)
+        measured = evaluate(found, sampler, samples=args.samples, seed=args.seed, **guided)
+        bits = None if args.bits is None else measure_bits(found, args.bits, seed=args.seed)
     facts = {
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
-        "sampler": args.sampler,
-        "steps": args.steps,
-        "guidance": args.guidance,
+        **sampler_facts(sampler),
+        **guidance_facts(guided, args),
         "seed": args.seed,
         **ran,
         **measured.as_dict(),
+        **({} if bits is None else bits.as_dict()),
     }
     if args.json:
         print_json(facts)
     else:
-        _print(measured)
+        _print(measured, bits)
         print(
-            "{samples} digits, {sampler}, {steps} steps, seed {seed}, in {seconds:.1f} s on the "
+            f"{{samples}} digits, {steps_text(facts)}, seed {{seed}}, in {{seconds:.1f}} s on the "
             "{backend} backend ({isa}, {threads} threads)".format(**facts)
         )
     return 0
 
 
-def _print(measured: Evaluation) -> None:
+def _print(measured: Evaluation, bits: Bits | None) -> None:
     print(f"{'':<33} {'generated':>10} {'held-out real':>14}")
     for text, generated, real in (
         ("taken for the right digit", measured.accuracy, measured.accuracy_real),
@@ -83,3 +98,6 @@ def _print(measured: Evaluation) -> None:
         ),
     ):
         print(f"{text:<33} {generated:>10.3f} {real:>14.3f}")
+    for text, found in () if bits is None else (("bound", bits.bits_bound), ("ODE", bits.bits_ode)):
+        if found is not None:
+            print(f"{f'bits per value, by the {text}':<33} {'':>10} {found:>14.3f}")

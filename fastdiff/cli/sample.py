@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastdiff import checkpoint
 from fastdiff.backend import backend, cpu_missing
@@ -27,6 +27,8 @@ from fastdiff.cli.common import (
     add_sampler_arguments,
     add_seed_argument,
     check_seed,
+    guidance,
+    guidance_facts,
     integers,
     machine,
     make_sampler,
@@ -34,11 +36,15 @@ from fastdiff.cli.common import (
     positive,
     print_json,
     process_seconds,
+    sampler_facts,
+    steps_text,
     what_runs,
 )
+from fastdiff.drawing import Drawn
 from fastdiff.errors import InputError
 from fastdiff.images import check_image_path, grid, save
 from fastdiff.samplers import Sampler
+from fastdiff.sde import Solver
 
 PER_CLASS, COUNT = 8, 32  # images, if the command line does not say
 COLUMNS = 8  # of the grid of an unconditional model
@@ -77,41 +83,49 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     with machine(args) as device:
         found = checkpoint.load(args.checkpoint)
         found.model.to(device)
-        classes = _classes(args, found)
+        guided = guidance(args, found, device)
+        guide = guided["classifier"]
+        # A model without classes has those of its classifier.
+        known = found if guide is None else replace(found, classes=guide.classes)
+        classes = _classes(args, known)
         count = args.count or COUNT
         columns, labels, rows = min(count, COLUMNS), None, None
         if classes is not None:
             columns = args.per_class or PER_CLASS
             count = columns * len(classes)
             labels = [label for label in classes for _ in range(columns)]
-            rows = [found.classes[label] for label in classes]
+            rows = [known.classes[label] for label in classes]
         sampler = make_sampler(args, found)
-        one_step = sampler.starting_at(sampler.steps - 1)
+        one_step: Sampler | Solver
+        if isinstance(sampler, Sampler):
+            one_step = sampler.starting_at(sampler.steps - 1)
+        else:
+            one_step = Solver(sampler.sde, "probability-flow", 1)
         ran, compare = what_runs(device), args.compare
         if compare and ran["backend"] == "reference":
             note(f"nothing to compare: the reference is what runs ({cpu_missing or 'as asked'})")
             compare = False
         loading = time.perf_counter() - begin
 
-        def draw(name: str, sampler: Sampler, progress: bool) -> tuple[Tensor, float]:
+        def draw(name: str, sampler: Sampler | Solver, progress: bool) -> tuple[Drawn, float]:
             begin = time.perf_counter()
             with backend(name):
-                drawn = found.sample(
+                drawn = found.draw(
                     sampler,
                     labels=labels,
                     count=count,
-                    guidance=args.guidance,
                     generator=torch.Generator().manual_seed(args.seed),
                     progress=progress and f"sampling ({name})",
+                    **guided,
                 )
             return drawn, time.perf_counter() - begin
 
         first_step = draw(args.backend, one_step, False)[1]
         if compare:
             draw("reference", one_step, False)
-        images, seconds = draw(args.backend, sampler, True)
+        drawn, seconds = draw(args.backend, sampler, True)
         try:
-            save(grid(images, columns, labels=rows), args.out)
+            save(grid(drawn.images, columns, labels=rows), args.out)
         except ValueError as error:  # neither 1 nor 3 channels, or values that are not finite
             raise InputError(str(error)) from None
         reference_seconds = None
@@ -124,9 +138,9 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
         "images": count,
         "classes": classes,
-        "sampler": args.sampler,
-        "steps": args.steps,
-        "guidance": args.guidance,
+        **sampler_facts(sampler),
+        "evaluations": float(drawn.evaluations.double().mean()),
+        **guidance_facts(guided, args),
         "seed": args.seed,
         **ran,
         "setup_seconds": imports + loading + first_step,
@@ -162,7 +176,7 @@ def _classes(args: argparse.Namespace, found: Checkpoint) -> Sequence[int] | Non
 
 def _print(facts: dict[str, Any]) -> None:
     rows = [
-        (facts["out"], "{images} images, {sampler}, {steps} steps, seed {seed}"),
+        (facts["out"], f"{{images}} images, {steps_text(facts)}, seed {{seed}}"),
         ("ran on", "{backend} backend, {isa}, {threads} threads"),
         (
             "set-up",

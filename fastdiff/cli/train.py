@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from fastdiff import checkpoint, data, process, schedules
+from fastdiff import checkpoint, data
+from fastdiff.cli import objective
 from fastdiff.cli.common import add_machine_arguments, integers, machine, note, positive
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.images import check_writable
-from fastdiff.recipe import WEIGHTINGS
+from fastdiff.recipe import TIMESTEP_SAMPLERS, WEIGHTINGS
 from fastdiff.training import LR_SCHEDULES, Trainer, TrainingOptions, make_unet, recorded_options
 
 # What a resumed run may change; everything else is that of its checkpoint.
@@ -59,14 +60,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--dropout", type=float, default=0.0, help="dropout in every block")
 
-    forward = command.add_argument_group("diffusion")
-    forward.add_argument(
-        "--schedule", choices=tuple(schedules.NAMES), default="cosine", help="noise schedule"
-    )
-    forward.add_argument("--timesteps", type=positive, default=1000, help="T of the schedule")
-    forward.add_argument(
-        "--prediction", choices=process.KINDS, default="v", help="what the model predicts"
-    )
+    objective.add_arguments(command)
 
     how = command.add_argument_group("training")
     how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
@@ -89,7 +83,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="share of the labels to hide, so that sampling can be guided: 0.1, say",
     )
     how.add_argument(
-        "--weighting", choices=WEIGHTINGS, default=defaults.weighting, help="of the loss over time"
+        "--weighting",
+        choices=WEIGHTINGS,
+        default=defaults.weighting,
+        metavar="NAME",
+        help="of the loss over time: snr, min_snr, p2, edm or vlb for ddpm, hybrid and flow; sigma "
+        "or likelihood for dsm",
+    )
+    how.add_argument(
+        "--timestep-sampler",
+        choices=TIMESTEP_SAMPLERS,
+        default=defaults.timestep_sampler,
+        metavar="NAME",
+        help="how the times of a batch are drawn: uniform, low-discrepancy, logit-normal or "
+        "loss-second-moment (the default of vlb) with a schedule, the first two for dsm, "
+        "log-normal for edm",
     )
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     how.add_argument(
@@ -117,6 +125,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             f"{args.out} holds checkpoints of an earlier run; "
             "continue it with --resume, or choose another --out"
         )
+    else:
+        args = objective.settled(args)
     if args.data is None:
         raise InputError("say what to train on: --data digits or --data FOLDER")
     options = TrainingOptions(
@@ -143,13 +153,16 @@ def _trainer(
         layers_per_block=args.layers_per_block,
         attention=args.attention,
         dropout=args.dropout,
+        learned_variance=args.objective in ("hybrid", "vlb"),
     )
     return Trainer(
         model.to(device),
-        schedules.make(args.schedule, args.timesteps),
+        objective.forward(args),
         images,
         options,
         prediction=args.prediction,
+        objective=args.objective,
+        levels=args.levels,
         out=args.out,
         record=record,
     )

@@ -2,7 +2,7 @@
 
 A loss is one number an image, [N], in float32 (float64 for float64 images), for the caller to
 weight and average; the model is any callable (x_t, t, **cond) -> prediction, as in
-``fastdiff.sample``.
+``fastdiff.sample``. Noise is given as values or as the seeds to draw it from, see ``noising``.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastdiff import ops, process
+from fastdiff import ops
 from fastdiff.losses.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from fastdiff.losses.noising import noised
 from fastdiff.losses.prediction import check_x0, image_mean, predict
 from fastdiff.losses.simple import weighted_error
 from fastdiff.losses.terms import Reverse, bound_term, prior_term
@@ -52,7 +53,7 @@ def vlb_loss(
             the prediction of ``kind``, then v of :func:`model_variance`.
         x0: clean images, [N, C, ...], floating point.
         t: timesteps, int64 [N], in 0..T-1.
-        noise: standard normal noise, like ``x0``.
+        noise: standard normal noise, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
         kind: what the model predicts, one of ``process.KINDS``.
         variance: fixed_small, fixed_large, learned or learned_range.
         clip: limit the predicted x_0 to [-1, 1].
@@ -71,7 +72,7 @@ def vlb_loss(
     """
     reverse = Reverse(schedule, kind, variance, clip, discrete)
     check_x0(x0)
-    x_t = process.q_sample(schedule, x0, t, noise)
+    x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
     prediction, v = predict(model, x_t, t, cond, learned=reverse.learned)
     return reverse.term(reverse.x0(x_t, t, prediction), v, x0, x_t, t)
 
@@ -110,7 +111,7 @@ def hybrid_loss(
         model: callable (x_t, t, **cond) -> [N, 2 C, ...], see :func:`vlb_loss`.
         x0: clean images, [N, C, ...], floating point.
         t: timesteps, int64 [N], in 0..T-1.
-        noise: standard normal noise, like ``x0``.
+        noise: standard normal noise, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
         kind: what the model predicts, one of ``process.KINDS``.
         variance: learned or learned_range.
         weight: weights of L_simple, float64 [T], see :func:`simple_loss`.
@@ -128,7 +129,7 @@ def hybrid_loss(
     check_x0(x0)
     if not reverse.learned:
         raise ValueError(f"the hybrid loss is for a learned variance, got {variance!r}")
-    x_t = process.q_sample(schedule, x0, t, noise)
+    x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
     prediction, v = predict(model, x_t, t, cond, learned=True)
     simple = weighted_error(schedule, prediction, x0, t, noise, kind, weight)
     vlb = reverse.term(reverse.x0(x_t, t, prediction.detach()), v, x0, x_t, t)
@@ -144,7 +145,7 @@ class BitsPerDim:
         prior: L_T, bits per dimension, [N].
         terms: L_t at [:, t], bits per dimension, [N, T].
         x0_mse: mean squared error of the predicted x_0, [N, T].
-        eps_mse: that of the noise that follows from it, [N, T].
+        eps_mse: that of the noise that follows from it, SNR_t times the former, [N, T].
     """
 
     total: Tensor
@@ -200,7 +201,7 @@ def bits_per_dim(
     seeds = checked_seeds(seed, None, images).to(x0.device)
     size = max(1, images if batch_size is None else batch_size)
     parts = [slice(first, first + size) for first in range(0, images, size)]
-    terms, x0_mse, eps_mse = torch.empty(3, images, steps, dtype=torch.float64, device=x0.device)
+    terms, x0_mse = torch.empty(2, images, steps, dtype=torch.float64, device=x0.device)
     rows = torch.arange(steps, device=x0.device)
     tables = schedule.coefficients(x0.device, wide_dtype(x0.dtype))
     with tqdm(total=len(parts) * steps, desc="bits per dim", disable=not progress) as bar:
@@ -209,13 +210,12 @@ def bits_per_dim(
             for step in reversed(range(steps)):
                 row = rows[step : step + 1]
                 t = row.repeat(len(clean))
-                x_t, noise = ops.q_sample_from_seed(clean, t, seeds_here, row, *tables)
+                x_t = ops.q_sample_from_seed(clean, t, seeds_here, row, *tables)
                 prediction, v = predict(model, x_t, t, given, learned=reverse.learned)
                 found = reverse.x0(x_t, t, prediction)
-                eps = process.to_eps(schedule, x_t.to(found.dtype), t, found, "x0")
                 terms[part, step] = reverse.term(found, v, clean, x_t, t)
                 x0_mse[part, step] = image_mean((found - clean) ** 2)
-                eps_mse[part, step] = image_mean((eps - noise) ** 2)
                 bar.update()
     prior = prior_term(schedule, x0.double())
+    eps_mse = x0_mse * schedule.snr.to(x0.device)
     return BitsPerDim(prior + terms.sum(1), prior, terms, x0_mse, eps_mse)

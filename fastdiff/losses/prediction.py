@@ -12,7 +12,13 @@ from fastdiff.sampling.loop import Model, Output
 
 
 def predict(
-    model: Model, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], *, learned: bool = False
+    model: Model,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Any],
+    *,
+    learned: bool = False,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """A model's prediction, and beside it what says its variance.
 
@@ -23,10 +29,11 @@ def predict(
         t: timesteps, int64 [N].
         cond: keyword arguments of the model.
         learned: the model returns 2 C channels, the second C of which are the variance's.
+        narrow: an output in the dtype of ``x_t`` stays in it, for what computes in a wider one.
 
     Returns:
         The prediction [N, C, ...], and the values of the variance [N, C, ...] or None, in float32
-        (float64 for float64 images).
+        (float64 for float64 images) unless it is left ``narrow``.
 
     Raises:
         TypeError: the model returns no tensor.
@@ -35,7 +42,10 @@ def predict(
     images, channels, *rest = x_t.shape
     given = f"{'learned' if learned else 'fixed'} variance and images of shape {tuple(x_t.shape)}"
     shape = (images, channels * (2 if learned else 1), *rest)
-    out = Output(shape, wide_dtype(x_t.dtype), given).of(model(x_t, t, **cond))
+    output = Output(shape, wide_dtype(x_t.dtype), given)
+    out = output.found(model(x_t, t, **cond))
+    if not (narrow and out.dtype == x_t.dtype):
+        out = out.to(output.dtype)
     if not learned:
         return out, None
     prediction, values = out.chunk(2, dim=1)

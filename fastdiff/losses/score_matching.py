@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.losses.noising import noised, squared_error
 from fastdiff.losses.prediction import image_mean, predict
-from fastdiff.ops.checks import beside, check_floating, check_shape, wide_dtype
+from fastdiff.ops.checks import check_floating, wide_dtype
 from fastdiff.sampling.loop import Model
 from fastdiff.sde import EDM, SDE, Score
 
 WEIGHTINGS = ("sigma", "likelihood")
+SMALLEST = 1e-15  # sigma whose square and whose inverse's square are still numbers in float32
 
 
 def denoising_score_matching(
@@ -33,7 +35,7 @@ def denoising_score_matching(
         sde: the forward process.
         x0: clean images [N, ...], floating point.
         t: times [N], floating point, in 0..sde.end.
-        noise: standard normal, like ``x0``.
+        noise: standard normal, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
         weighting: "sigma" is lambda = sigma^2, the mean squared error of eps; "likelihood" is
             lambda = g^2, with which the loss bounds the likelihood (Song et al. 2021,
             arXiv:2101.09258, theorem 1).
@@ -43,15 +45,15 @@ def denoising_score_matching(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"unknown weighting {weighting!r}, wanted one of {', '.join(WEIGHTINGS)}")
-    check_shape(noise, x0, "noise")
     t = sde.check_time(t, x0).expand(x0.shape[0])
     alpha, sigma = sde.levels(t)
-    x_t = (beside(alpha, x0) * x0 + beside(sigma, x0) * noise).to(x0.dtype)
-    error = _mean(beside(sigma, x0) * score(x_t, t) + noise)
-    if weighting == "sigma":
-        return error
-    _, squared = sde.rates(t)
-    return error * (squared / sigma**2).to(error.device, error.dtype)
+    each = _numbers(x0)
+    x_t = noised(x0, each, noise, *_tables(x0, alpha, sigma))
+    level = sigma.clamp(min=SMALLEST)
+    weight = level**2
+    if weighting == "likelihood":
+        weight = sde.rates(t)[1] * (level / sigma) ** 2
+    return squared_error(score(x_t, t), x0, each, noise, None, *_tables(x0, -1 / level, weight))
 
 
 def edm_loss(
@@ -67,18 +69,20 @@ def edm_loss(
         sde: with the preconditioning.
         x0: clean images [N, ...], floating point.
         sigma: noise levels [N], floating point, in 0..sde.end; see :func:`log_normal_sigma`.
-        noise: standard normal, like ``x0``.
+        noise: standard normal, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
 
     Raises:
         ValueError: shapes that do not fit, or levels outside the range.
     """
-    check_shape(noise, x0, "noise")
     sigma = sde.check_time(sigma, x0).expand(x0.shape[0])
-    skip, out, scale = (beside(value, x0) for value in sde.preconditioning(sigma))
-    noisy = x0 + beside(sigma, x0) * noise
-    label = sde.label(sigma).to(x0.device, wide_dtype(x0.dtype))
-    output, _ = predict(model, (scale * noisy).to(x0.dtype), label, cond)
-    return _mean(output - (x0 - skip * noisy) / out)
+    skip, out, scale = sde.preconditioning(sigma)
+    each = _numbers(x0)
+    scaled = noised(x0, each, noise, *_tables(x0, scale, scale * sigma))
+    (label,) = _tables(x0, sde.label(sigma))
+    output, _ = predict(model, scaled, label, cond, narrow=True)
+    # (x_0 - skip (x_0 + sigma noise)) / out, that is D's target with F for D
+    target = _tables(x0, (1 - skip) / out, -skip * sigma / out, torch.ones_like(sigma))
+    return squared_error(output, x0, each, noise, *target)
 
 
 def log_normal_sigma(
@@ -108,18 +112,19 @@ def ncsn_loss(
         score: (x, sigma [N], **cond) -> the score of the data with noise sigma, like x.
         x0: clean images [N, ...], floating point.
         sigma: their noise levels [N], positive; see :func:`geometric_sigmas`.
-        noise: standard normal, like ``x0``.
+        noise: standard normal, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
 
     Raises:
         ValueError: shapes that do not fit, or levels that are not positive.
     """
     check_floating(x0, "x0")
-    check_shape(noise, x0, "noise")
     if sigma.shape != x0.shape[:1] or not bool((sigma > 0).all()):
         raise ValueError(f"sigma must be positive, of shape ({x0.shape[0]},), got {sigma}")
-    level = beside(sigma, x0)
-    found = score((x0 + level * noise).to(x0.dtype), sigma, **cond)
-    return _mean(level * found + noise) / 2
+    level = sigma.double()
+    each = _numbers(x0)
+    x = noised(x0, each, noise, *_tables(x0, torch.ones_like(level), level))
+    found = score(x, sigma, **cond)
+    return squared_error(found, x0, each, noise, None, *_tables(x0, -1 / level, level**2 / 2))
 
 
 def geometric_sigmas(largest: float, smallest: float, levels: int) -> Tensor:
@@ -169,9 +174,14 @@ def sliced_score_matching(
         signs = torch.empty_like(x).bernoulli_(0.5, generator=generator) * 2 - 1
         (along,) = torch.autograd.grad((found * signs).sum(), x, create_graph=True)
         curvature = curvature + image_mean((along * signs).to(curvature.dtype)) / probes
-    return curvature + _mean(found) / 2
+    return curvature + image_mean(found.to(curvature.dtype).square()) / 2
 
 
-def _mean(value: Tensor) -> Tensor:
-    """The mean square of each image."""
-    return image_mean(value.to(wide_dtype(value.dtype)).square())
+def _numbers(x0: Tensor) -> Tensor:
+    """Where tables have the coefficients of each image: in its own place."""
+    return torch.arange(x0.shape[0], device=x0.device)
+
+
+def _tables(x0: Tensor, *values: Tensor) -> list[Tensor]:
+    """Coefficients [N] as the kernels want them for these images."""
+    return [value.to(x0.device, wide_dtype(x0.dtype)) for value in values]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import process
-from fastdiff.losses.prediction import check_x0, image_mean, predict
+from fastdiff.losses.noising import noised, squared_error
+from fastdiff.losses.prediction import check_x0, predict
+from fastdiff.losses.targets import target_of, weight_on
 from fastdiff.ops.checks import wide_dtype
 from fastdiff.sampling.loop import Model
 from fastdiff.schedules import GaussianPath
@@ -32,7 +34,7 @@ def simple_loss(
         model: callable (x_t, t, **cond) -> prediction of ``kind``, [N, C, ...].
         x0: clean images, [N, C, ...], floating point.
         t: timesteps, int64 [N], in 0..T-1.
-        noise: standard normal noise, like ``x0``.
+        noise: standard normal noise, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
         kind: what the model predicts, one of ``process.KINDS``; eps at a timestep without signal
             teaches nothing.
         weight: a weight for each timestep, float64 [T], as ``weighting`` makes it; None is 1.
@@ -49,8 +51,8 @@ def simple_loss(
     """
     process.check_kind(kind)
     check_x0(x0)
-    x_t = process.q_sample(schedule, x0, t, noise)
-    prediction, _ = predict(model, x_t, t, cond)
+    x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
+    prediction, _ = predict(model, x_t, t, cond, narrow=True)
     return weighted_error(schedule, prediction, x0, t, noise, kind, weight)
 
 
@@ -65,12 +67,10 @@ def weighted_error(
 ) -> Tensor:
     """The simple loss of a prediction already made, [N]."""
     wide = wide_dtype(x0.dtype)
-    # The target is not rounded to half precision: with v it would be a sum of two images.
-    target = process.target(schedule, x0.to(wide), t, noise.to(wide), kind)
-    error = image_mean((prediction - target) ** 2)
-    if weight is None:
-        return error
-    return error * _checked(weight, schedule.num_timesteps).to(error.device, wide)[t]
+    of_x0, of_noise, weights = target_of(schedule, kind, x0.device, wide)
+    if weight is not None:
+        weights = weight_on(_checked(weight, schedule.num_timesteps), x0.device, wide)
+    return squared_error(prediction, x0, t, noise, of_x0, of_noise, weights)
 
 
 def _checked(weight: Tensor, num_timesteps: int) -> Tensor:

@@ -56,14 +56,14 @@ class TimestepSampler:
         """
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
-        u = self._uniform(n, generator)
+        u = self.unit(n, generator)
         cumulative = self.probabilities.cumsum(0)
         # Its last entry is then exactly 1, above every u, so that no t of probability 0 is drawn.
         cumulative = (cumulative / cumulative[-1]).to(u.device)
         t = torch.searchsorted(cumulative, u, right=True)
         return t, self.weights.to(u.device)[t]
 
-    def _uniform(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def unit(self, n: int, generator: torch.Generator | None) -> Tensor:
         """n numbers uniform in [0, 1), float64."""
         device = torch.device("cpu") if generator is None else generator.device
         return torch.rand(n, generator=generator, dtype=torch.float64, device=device)
@@ -81,8 +81,9 @@ class LowDiscrepancy(TimestepSampler):
     keeps its mean and has less variance. The images must come in random order.
     """
 
-    def _uniform(self, n: int, generator: torch.Generator | None) -> Tensor:
-        offset = super()._uniform(1, generator)
+    def unit(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """n numbers in [0, 1), float64, evenly spread from a random offset."""
+        offset = super().unit(1, generator)
         return (offset + torch.arange(n, dtype=torch.float64, device=offset.device) / n) % 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastdiff.nn.attention import Attention
 from fastdiff.nn.blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D
+from fastdiff.nn.classifier import NoisyClassifier
 from fastdiff.nn.config import UNet2DConfig
 from fastdiff.nn.embeddings import (
     FourierProjection,
@@ -18,6 +19,6 @@ from fastdiff.nn.unet import UNet2DModel
 
 __all__ = [
     "Attention", "DownBlock2D", "Downsample2D", "FourierProjection", "GroupNormSiLU",
-    "Precomputed", "ResnetBlock2D", "SinusoidalProjection", "TimestepEmbedding", "UNet2DConfig",
-    "UNet2DModel", "UNetMidBlock2D", "UpBlock2D", "Upsample2D",
+    "NoisyClassifier", "Precomputed", "ResnetBlock2D", "SinusoidalProjection", "TimestepEmbedding",
+    "UNet2DConfig", "UNet2DModel", "UNetMidBlock2D", "UpBlock2D", "Upsample2D",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastdiff.ops.add_time_embedding import add_time_embedding
 from fastdiff.ops.checks import check_timesteps
 from fastdiff.ops.conv_epilogue import conv_epilogue
+from fastdiff.ops.denoising_loss import denoising_loss
+from fastdiff.ops.denoising_loss_from_seed import denoising_loss_from_seed
 from fastdiff.ops.ema_update import ema_update
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
@@ -17,6 +19,8 @@ __all__ = [
     "add_time_embedding",
     "check_timesteps",
     "conv_epilogue",
+    "denoising_loss",
+    "denoising_loss_from_seed",
     "ema_update",
     "group_norm_silu",
     "new_history",

@@ -20,6 +20,9 @@ from torch.utils._pytree import tree_leaves
 from fastdiff.backend import missing, on_cuda
 
 TRITON_FILES = {  # of operations that share one with another
+    "denoising_loss_backward": "denoising_loss",
+    "denoising_loss_from_seed": "denoising_loss",
+    "denoising_loss_from_seed_backward": "denoising_loss",
     "q_sample_from_seed": "q_sample",
     "upsample_nearest2x_backward": "upsample_nearest2x",
 }

@@ -62,6 +62,15 @@ def check_seed(seed: Tensor, x: Tensor) -> None:
     check_device(seed, x, "seed", "the images")
 
 
+def check_row(row: Tensor, x: Tensor) -> None:
+    """TypeError or ValueError unless ``row`` is one int64 number on the device of x."""
+    if row.dtype != torch.int64 or row.numel() != 1:
+        raise TypeError(
+            f"row must be an int64 tensor of one element, got {row.dtype} {tuple(row.shape)}"
+        )
+    check_device(row, x, "row", "the images")
+
+
 def _check(seed: Tensor, row: int, out: Tensor) -> None:
     check_floating(out, "dtype")
     check_seed(seed, out)

@@ -1,22 +1,20 @@
-"""The forward process with noise of a counter: q_sample and its noise in one pass."""
+"""The forward process with noise of a counter, which is drawn on the way and not stored."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_device
 from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
 from fastdiff.ops.gpu import on_gpu
-from fastdiff.ops.philox_normal import check_seed
+from fastdiff.ops.philox_normal import check_row, check_seed
 from fastdiff.ops.q_sample import check_q_sample
 
 torch.library.define(
     "fastdiff::q_sample_from_seed",
     "(Tensor x0, Tensor t, Tensor seed, Tensor row, Tensor sqrt_alphas_cumprod, "
-    "Tensor sqrt_one_minus_alphas_cumprod) -> (Tensor, Tensor)",
+    "Tensor sqrt_one_minus_alphas_cumprod) -> Tensor",
 )
 
 _kernel = differentiable(torch.ops.fastdiff.q_sample_from_seed.default)
@@ -29,7 +27,7 @@ def q_sample_from_seed(
     row: Tensor,
     sqrt_alphas_cumprod: Tensor,
     sqrt_one_minus_alphas_cumprod: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, with noise drawn on the way (DDPM, eq. 4).
 
     Args:
@@ -42,8 +40,8 @@ def q_sample_from_seed(
         sqrt_one_minus_alphas_cumprod: sqrt(1 - abar) [T], likewise.
 
     Returns:
-        x_t, and the noise in it: that of :func:`philox_normal` for ``seed`` and ``row``, both like
-        x0. Differentiable in x0.
+        x_t like x0, rounded once. The noise in it is that of :func:`philox_normal` for ``seed`` and
+        ``row`` in the tables' dtype, which draws it again. Differentiable in x0.
 
     Raises:
         TypeError: dtypes do not fit.
@@ -59,46 +57,27 @@ def q_sample_from_seed(
 def _check(x0: Tensor, t: Tensor, seed: Tensor, row: Tensor, signal: Tensor, sigma: Tensor) -> None:
     check_q_sample(x0, t, x0, signal, sigma)
     check_seed(seed, x0)
-    if row.dtype != torch.int64 or row.numel() != 1:
-        raise TypeError(
-            f"row must be an int64 tensor of one element, got {row.dtype} {tuple(row.shape)}"
-        )
-    check_device(row, x0, "row", "x0")
+    check_row(row, x0)
 
 
 on_gpu("q_sample_from_seed", _check)
 
 
-@torch.library.impl("fastdiff::q_sample_from_seed", "CPU")
-def _on_cpu(
-    x0: Tensor, t: Tensor, seed: Tensor, row: Tensor, signal: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor]:
-    _check(x0, t, seed, row, signal, sigma)
-    drawn = torch.empty(x0.shape, dtype=x0.dtype)
-    torch.ops.fastdiff.philox_normal.default(seed, int(row) & 0xFFFFFFFF, drawn)
-    noise = drawn.contiguous(memory_format=suggest_memory_format(x0))
-    return torch.ops.fastdiff.q_sample.default(x0, t, noise, signal, sigma), noise
-
-
 @torch.library.register_fake("fastdiff::q_sample_from_seed")
 def _fake(
     x0: Tensor, t: Tensor, seed: Tensor, row: Tensor, signal: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor]:
-    return fake_like(x0, t, seed, row, signal, sigma), fake_like(x0)
+) -> Tensor:
+    return fake_like(x0, t, seed, row, signal, sigma)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, t, _, _, signal, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(t, signal)
 
 
-def _backward(ctx, grad, _noise_grad):  # type: ignore[no-untyped-def]
-    dx0 = None
-    if grad is not None:
-        t, signal = ctx.saved_tensors
-        dx0 = (grad * signal[t].view(-1, *[1] * (grad.ndim - 1))).to(grad.dtype)
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    t, signal = ctx.saved_tensors
+    dx0 = (grad * signal[t].view(-1, *[1] * (grad.ndim - 1))).to(grad.dtype)
     return dx0, None, None, None, None, None
 
 

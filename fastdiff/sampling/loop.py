@@ -89,7 +89,12 @@ class Output:
         return cls(shape, state.x.dtype, given + (" under guidance" if state.guided else ""))
 
     def of(self, returned: Any) -> Tensor:
-        """The prediction in what a model returned.
+        """The prediction in what a model returned, cast; raises as :meth:`found` does."""
+        out = self.found(returned)
+        return out if out.dtype is self.dtype else out.to(self.dtype)
+
+    def found(self, returned: Any) -> Tensor:
+        """The prediction in what a model returned, in its own dtype.
 
         Raises:
             TypeError: there is none.
@@ -107,7 +112,7 @@ class Output:
             raise ValueError(
                 f"with {self.request} the model must return {self.shape}, got {tuple(out.shape)}"
             )
-        return out if out.dtype is self.dtype else out.to(self.dtype)
+        return out
 
 
 def model_arguments(

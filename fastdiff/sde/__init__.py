@@ -6,15 +6,19 @@ from fastdiff.sde.adaptive import solve_adaptive
 from fastdiff.sde.langevin import annealed_langevin
 from fastdiff.sde.likelihood import Likelihood, bits_per_dim, dequantize, log_likelihood
 from fastdiff.sde.ode import solve_ode
-from fastdiff.sde.process import EDM, SDE, VE, VP, Interpolated, SubVP
+from fastdiff.sde.path import DiscretizedSDE, continuous, discretize, on_path
+from fastdiff.sde.process import EDM, SDE, VE, VP, SubVP
 from fastdiff.sde.reverse import Reverse, probability_flow, reverse
 from fastdiff.sde.runge_kutta import Integrated, integrate
 from fastdiff.sde.score import PARAMETRISATIONS, Score, prediction_fn, score_fn
+from fastdiff.sde.solver import Sampled, Solver
 from fastdiff.sde.solvers import solve, time_grid
+from fastdiff.sde.views import Interpolated, Straight
 
 __all__ = [
-    "EDM", "PARAMETRISATIONS", "SDE", "VE", "VP", "Integrated", "Interpolated",
-    "Likelihood", "Reverse", "Score", "SubVP", "annealed_langevin", "bits_per_dim", "dequantize",
-    "integrate", "log_likelihood", "prediction_fn", "probability_flow", "reverse", "score_fn",
+    "EDM", "PARAMETRISATIONS", "SDE", "VE", "VP", "DiscretizedSDE", "Integrated", "Interpolated",
+    "Likelihood", "Reverse", "Sampled", "Score", "Solver", "Straight", "SubVP",
+    "annealed_langevin", "bits_per_dim", "continuous", "dequantize", "discretize", "integrate",
+    "log_likelihood", "on_path", "prediction_fn", "probability_flow", "reverse", "score_fn",
     "solve", "solve_adaptive", "solve_ode", "time_grid",
 ]  # fmt: skip

@@ -1,10 +1,12 @@
 """The reverse-time SDE with step sizes of its own for every image.
 
-Jolicoeur-Martineau et al. 2021, "Gotta go fast when generating data with score-based models",
-arXiv:2105.14080, algorithm 1, with one thing mended: what a rejected step has learnt of its
-Brownian path stays true for the steps that replace it (as in Rackauckas & Nie 2017,
-doi:10.3934/dcdsb.2017133). Images that have arrived leave the batch and cost nothing more, as in
-:mod:`fastdiff.sde.runge_kutta`; step sizes and times are float64 on the CPU.
+The control of Jolicoeur-Martineau et al. 2021, "Gotta go fast when generating data with score-based
+models", arXiv:2105.14080, algorithm 1, with two things mended. What a rejected step has learnt of
+its Brownian path stays true for the steps that replace it (as in Rackauckas & Nie 2017,
+doi:10.3934/dcdsb.2017133); and the steps themselves may be exponential ones, which need one
+evaluation in place of two and are fewer: see :mod:`fastdiff.sde.adaptive_steps`. Images that have
+arrived leave the batch and cost nothing more, as in :mod:`fastdiff.sde.runge_kutta`; step sizes and
+times are float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.ops.checks import beside, check_like, wide_dtype
-from fastdiff.sde._evaluate import check_count, check_images, check_positive, normal
+from fastdiff.ops.checks import check_like, wide_dtype
+from fastdiff.sde._evaluate import check_count, check_images, check_known, check_positive
+from fastdiff.sde.adaptive_steps import SCHEMES, Attempt, Exponential, ImprovedEuler, State
+from fastdiff.sde.brownian import ROUNDING, Path
 from fastdiff.sde.ode import IndexedScore, score_of_rows
 from fastdiff.sde.process import SDE, VE
 from fastdiff.sde.runge_kutta import Integrated, refuse_stuck, rms, travel_bar
-from fastdiff.sde.score import Score, prediction_fn
+from fastdiff.sde.score import Score
 
-SAFETY, EXPONENT = 0.9, 0.9  # theta and r of the paper
+NORMS = ("l2", "linf")
 
 
 @torch.no_grad()
@@ -30,9 +34,11 @@ def solve_adaptive(
     sde: SDE,
     x_T: Tensor,
     *,
-    eps_rel: float = 0.05,
+    scheme: str = "exponential",
+    eps_rel: float | None = None,
     eps_abs: float | None = None,
-    h_init: float = 0.01,
+    h_init: float | None = None,
+    h_max: float | None = None,
     norm: str = "l2",
     generator: torch.Generator | None = None,
     denoise: bool = True,
@@ -43,28 +49,32 @@ def solve_adaptive(
 ) -> Integrated:
     """Draw images by the reverse-time SDE, from ``sde.end`` to ``sde.smallest``.
 
-    A step is one of Euler-Maruyama, x', and one of the stochastic improved Euler method with the
-    same noise, x''; their difference is its error, and x'' is kept. The paper tries a rejected step
-    again with new noise. That prefers the noise of easy steps, and images spread too far: those of
-    a mixture of two Gaussians in 2 dimensions have a deviation 5 to 30% too large, at any
-    tolerance; in 256 dimensions nothing is to be seen of it. Here the shorter step gets its part of
-    the same path, for a fifth more evaluations and memory for one more batch of images or a few.
+    A step is taken in two orders with the same noise; their difference is its error, and the higher
+    one is kept. The paper tries a rejected step again with new noise. That prefers the noise of
+    easy steps, and images spread too far: with the paper's steps those of a mixture of two
+    Gaussians in 2 dimensions have a deviation 5 to 30% too large, at any tolerance; in 256
+    dimensions nothing is to be seen of it. Here the shorter step gets its part of the same path,
+    for a fifth more evaluations and memory for one more batch of images or a few.
 
     Args:
         score: ``(x [M, ...], t float64 [M])`` -> grad log p_t(x), like x.
         sde: the forward process.
         x_T: noise of the prior, [N, ...], floating point. The solver keeps images in float32 or
             better and hands them to the score, and back, in their dtype.
-        eps_rel: relative tolerance, against the larger of x' and the x' before; the paper has 0.01,
-            0.02, 0.05 and 0.1, ever faster.
+        scheme: "exponential", one evaluation a step, or the paper's "improved-euler", two.
+        eps_rel: relative tolerance, against the larger of the lower order's images before and after
+            the step; by default 0.1 with "exponential" and 0.05 with "improved-euler", for which
+            the paper has 0.01, 0.02, 0.05 and 0.1, ever faster.
         eps_abs: absolute tolerance; by default one of 256 levels, 2 / 256 for images in [-1, 1]
             and 1 / 256 with ``VE``, whose images are in [0, 1].
-        h_init: the first step size, in units of ``sde.end``.
+        h_init: the first step size: with "exponential" a change of log(alpha / sigma), by default
+            0.3, with "improved-euler" of time, by default a hundredth of it all.
+        h_max: the largest, likewise; by default 0.85, or no limit.
         norm: of an image's error over its tolerance: "l2", the root mean square, or "linf", the
             largest, several times slower.
         generator: source of the noise; it depends on the whole batch.
-        denoise: end with the mean of x_0 given x at the smallest time (Tweedie's formula), in one
-            more evaluation.
+        denoise: end with the mean of x_0 given x at the smallest time (Tweedie's formula), which
+            takes "improved-euler" one more evaluation; the other knows that of its last prediction.
         redraw: draw new noise after a rejection, as the paper does.
         max_evaluations: of the score, for any one image.
         conditioned: as in :func:`fastdiff.sde.ode.solve_ode`.
@@ -72,30 +82,36 @@ def solve_adaptive(
 
     Raises:
         TypeError: ``x_T`` is not floating point, or what the score returns not of its dtype.
-        ValueError: tolerances or a first step that are not positive, an unknown norm, or a score of
-            another shape than x.
+        ValueError: an unknown scheme or norm, tolerances or step sizes that are not positive, or a
+            score of another shape than x.
         FloatingPointError: the score is not finite.
         RuntimeError: a step too small for float64, or ``max_evaluations`` used up.
     """
     check_images(x_T, "x_T")
+    check_known(scheme, SCHEMES, "scheme")
+    check_known(norm, NORMS, "norm")
+    steps = SCHEMES[scheme](sde)
+    eps_rel = steps.eps_rel if eps_rel is None else eps_rel
     if eps_abs is None:
         eps_abs = 1 / 256 if isinstance(sde, VE) else 2 / 256
+    h_init = steps.h_init if h_init is None else h_init
+    h_max = steps.h_max if h_max is None else h_max
     for value, name in ((eps_rel, "eps_rel"), (eps_abs, "eps_abs"), (h_init, "h_init")):
         check_positive(value, name)
-    if norm not in ("l2", "linf"):
-        raise ValueError(f"unknown norm {norm!r}, wanted l2 or linf")
+    if not h_max > 0:
+        raise ValueError(f"h_max must be positive, got {h_max}")
     check_count(max_evaluations, "max_evaluations")
     run = _Run(
-        score, sde, x_T, eps_rel, eps_abs, norm, generator, redraw, max_evaluations, conditioned
-    )
-    run.h.fill_(min(h_init * sde.end, run.span))
+        score, steps, x_T, eps_rel, eps_abs, h_max, norm, generator, redraw, max_evaluations,
+        conditioned,
+    )  # fmt: skip
+    if len(x_T):
+        run.begin(h_init)
     with travel_bar(len(x_T), progress) as bar:
         while len(run.index):
             bar.update(run.step())
-    x = run.arrived.to(x_T.dtype)
-    if denoise and len(x):
-        x = run.denoised(x)
-    return Integrated(x, *run.counts.unbind())
+    x = run.denoised() if denoise and len(x_T) else run.arrived
+    return Integrated(x.to(x_T.dtype), *run.counts.unbind())
 
 
 @dataclass
@@ -103,10 +119,11 @@ class _Run:
     """The images still on their way: everything is [M, ...] but ``arrived`` and ``counts``."""
 
     score: Score | IndexedScore
-    sde: SDE
+    steps: Exponential | ImprovedEuler
     x: Tensor
     eps_rel: float
     eps_abs: float
+    h_max: float
     norm: str
     generator: torch.Generator | None
     redraw: bool
@@ -114,141 +131,112 @@ class _Run:
     conditioned: bool
 
     def __post_init__(self) -> None:
-        self.dtype, self.span = self.x.dtype, self.sde.end - self.sde.smallest
+        self.dtype, self.span = self.x.dtype, self.steps.last - self.steps.first
         self.x = self.x.to(wide_dtype(self.dtype))
-        self.before = self.x  # x' of the last good step
+        self.before = self.x  # the lower order's images after the last good step
         self.arrived = self.x.clone()
         self.counts = torch.zeros(3, len(self.x), dtype=torch.int64)
         self.index = torch.arange(len(self.x))
-        self.t = torch.full((len(self.x),), self.sde.end, dtype=torch.float64)
-        self.h = torch.empty_like(self.t)  # wanted next
-        self.path = _Path(self.x, self.generator, rounding=1e-12 * self.span)
+        self.position = torch.full((len(self.x),), self.steps.first, dtype=torch.float64)
+        self.h = torch.empty_like(self.position)  # wanted next
+        self.state: State = ()
+        self.ended: State = ()  # the state of those that have arrived
+        self.path = Path(self.x, self.generator)
+
+    def begin(self, h_init: float) -> None:
+        """What precedes the first step."""
+        self.h.fill_(h_init)
+        self.state = self.steps.begin(self.x, self.ask)
+        self.ended = tuple(torch.empty_like(value) for value in self.state)
 
     def step(self) -> float:
         """Try a step with every image; returns how much nearer they are, in images."""
-        left = self.t - self.sde.smallest
-        h = self.path.limit(torch.minimum(self.h, left))
-        last = h >= left - self.path.rounding
-        t = torch.where(last, self.sde.smallest, self.t - h)
-        spent = self.counts[0, self.index] + 2 > self.max_evaluations
-        setting = f"eps_rel {self.eps_rel:g}, eps_abs {self.eps_abs:g}"
-        refuse_stuck(self.index, self.t, h, spent, setting)
-        noise = self.path.increment(h)
-        euler = self.x + self.moved(self.x, self.t, h, noise)
-        x = (euler + self.x + self.moved(euler, t, h, noise)) / 2
-        allowed = torch.maximum(euler.abs(), self.before.abs()).mul_(self.eps_rel)
-        scaled = (euler - x) / allowed.clamp_(min=self.eps_abs)
-        error = (rms(scaled) if self.norm == "l2" else scaled.flatten(1).abs().amax(1)).cpu()
+        stop, clock = self.ends()
+        last = stop == self.steps.last
+        spent = self.counts[0, self.index] + self.steps.cost > self.max_evaluations
+        refuse_stuck(
+            self.index, self.steps.time(self.position), stop - self.position, spent,
+            f"eps_rel {self.eps_rel:g}, eps_abs {self.eps_abs:g}",
+        )  # fmt: skip
+        noise = self.path.increment(clock)
+        tried = self.steps.attempt(self.x, self.state, self.position, stop, noise, self.ask)
+        error = self.error(tried)
         good = error <= 1
         self.counts[1, self.index] += good
         self.counts[2, self.index] += ~good
-        kept = good.to(x.device).view(-1, *[1] * (x.ndim - 1))
-        self.x, self.before = torch.where(kept, x, self.x), torch.where(kept, euler, self.before)
-        self.t = torch.where(good, t, self.t)
-        wanted = SAFETY * h * error.double() ** -EXPONENT
-        # A good step that was cut short says nothing against the size that was wanted.
-        self.h = torch.where(good, torch.where(h < self.h, self.h, 0).maximum(wanted), wanted)
+        self.x, self.before = _kept(good, tried.high, self.x), _kept(good, tried.low, self.before)
+        self.state = tuple(
+            _kept(good, new, old) for new, old in zip(tried.state, self.state, strict=True)
+        )
+        travelled = float(((stop - self.position) * good).sum()) / self.span
+        self.resize(stop - self.position, error, good)
+        self.position = torch.where(good, stop, self.position)
         self.path.forget(torch.ones_like(good) if self.redraw else good)
         arrived = good & last
         if bool(arrived.any()):
             self.drop(arrived)
-        return float((h * good).sum()) / self.span
+        return travelled
 
-    def moved(self, x: Tensor, t: Tensor, h: Tensor, noise: Tensor) -> Tensor:
-        """What a step of h and its Brownian increment add, with the coefficients at x and t."""
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Where the next steps end, and how far their Brownian paths go till then."""
+        steps, end = self.steps, self.steps.last
+        stop = self.position + self.h.clamp(max=self.h_max)
+        stop = torch.where(stop >= end - ROUNDING * self.span, end, stop)
+        wanted = steps.clock(self.position, stop - self.position)
+        clock = self.path.limit(wanted)
+        cut = torch.where(clock < wanted, steps.after(self.position, clock), stop)
+        return torch.where(cut >= end - ROUNDING * self.span, end, cut), clock
+
+    def error(self, tried: Attempt) -> Tensor:
+        """Of each image, over its tolerance, on the CPU."""
+        allowed = torch.maximum(tried.low.abs(), self.before.abs()).mul_(self.eps_rel)
+        scaled = (tried.high - tried.low) / allowed.clamp_(min=self.eps_abs)
+        if self.norm == "l2":
+            return rms(scaled).cpu()
+        return scaled.flatten(1).abs().amax(1).double().cpu()
+
+    def resize(self, h: Tensor, error: Tensor, good: Tensor) -> None:
+        """Choose the next step sizes."""
+        factor = self.steps.safety * error**-self.steps.exponent
+        wanted = h * factor.clamp(max=self.steps.growth)
+        # A good step that was cut short says nothing against the size that was wanted.
+        self.h = torch.where(good, torch.where(h < self.h, self.h, 0).maximum(wanted), wanted)
+
+    def ask(self, x: Tensor, t: Tensor) -> Tensor:
+        """The score of the images under way, checked, in the dtype of the solver's."""
         self.counts[0, self.index] += 1
-        found = self.ask(x.to(self.dtype), t, self.index)
-        f, squared = self.sde.rates(t)
-        wide = found.to(x.dtype)
-        return (
-            beside(h * squared, x) * wide - beside(h * f, x) * x + beside(squared.sqrt(), x) * noise
-        )
-
-    def ask(self, x: Tensor, t: Tensor, index: Tensor) -> Tensor:
-        """The score, checked."""
-        score = score_of_rows(self.score, self.conditioned, index.to(x.device))
-        found = score(x, t.to(x.device))
-        check_like(found, x, "the score", "x")
+        score = score_of_rows(self.score, self.conditioned, self.index.to(x.device))
+        given = x.to(self.dtype)
+        found = score(given, t.to(x.device))
+        check_like(found, given, "the score", "x")
         finite = found.isfinite().flatten(1).all(1).cpu()
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
             raise FloatingPointError(
-                f"the score of sample {int(index[row])} is not finite at t = {t[row].item():g}"
+                f"the score of sample {int(self.index[row])} is not finite at t = {t[row].item():g}"
             )
-        return found
+        return found.to(x.dtype)
 
-    def denoised(self, x: Tensor) -> Tensor:
-        """The mean of x_0 given images at the smallest time."""
-        everyone = torch.arange(len(x))
-        self.counts[0] += 1
-        t = torch.full((len(x),), self.sde.smallest, dtype=torch.float64)
-        mean = prediction_fn(lambda x, t: self.ask(x, t.cpu(), everyone), "x0", self.sde)
-        return mean(x, t.to(x.device))
+    def denoised(self) -> Tensor:
+        """The mean of x_0 given all images, which have arrived."""
+        self.index = torch.arange(len(self.arrived))
+        return self.steps.denoised(self.arrived, self.ended, self.ask)
 
     def drop(self, arrived: Tensor) -> None:
         """Let images leave the batch."""
         device = self.x.device
         leaving, staying = arrived.nonzero().flatten(), (~arrived).nonzero().flatten()
-        self.arrived[self.index[leaving].to(device)] = self.x[leaving.to(device)]
-        self.x, self.before = self.x[staying.to(device)], self.before[staying.to(device)]
-        self.t, self.h, self.index = self.t[staying], self.h[staying], self.index[staying]
+        rows, places = staying.to(device), self.index[leaving].to(device)
+        self.arrived[places] = self.x[leaving.to(device)]
+        for kept, value in zip(self.ended, self.state, strict=True):
+            kept[places] = value[leaving.to(device)]
+        self.x, self.before = self.x[rows], self.before[rows]
+        self.state = tuple(value[rows] for value in self.state)
+        self.position, self.h, self.index = (
+            value[staying] for value in (self.position, self.h, self.index)
+        )
         self.path.keep(staying)
 
 
-class _Path:
-    """What is known of the Brownian paths ahead: their increments over gaps [M], nearest first.
-
-    A step has the nearest gap to itself. One that is rejected leaves it known, and a shorter one
-    cuts it in two by the law of the Brownian bridge; only an accepted one removes it.
-    """
-
-    def __init__(self, x: Tensor, generator: torch.Generator | None, rounding: float) -> None:
-        self.generator, self.rounding = generator, rounding
-        self.gaps = [torch.zeros(len(x), dtype=torch.float64)]  # 0 where nothing is known
-        self.increments = [torch.zeros_like(x)]
-
-    def limit(self, h: Tensor) -> Tensor:
-        """Step sizes that end no later than the nearest gap."""
-        known = self.gaps[0]
-        return torch.where((known > 0) & (h > known - self.rounding), known, h)
-
-    def increment(self, h: Tensor) -> Tensor:
-        """The increments [M, ...] over step sizes that ``limit`` has passed."""
-        known, whole = self.gaps[0], self.increments[0]
-        share = torch.where(known > 0, h / known, 0)
-        variance = torch.where(known > 0, h * (1 - share), h)
-        noise = normal(whole, self.generator)
-        part = beside(share, whole) * whole + beside(variance.sqrt(), whole) * noise
-        cut = known > h
-        if bool(cut.any()):
-            self.insert(cut, known - h, whole - part)
-        self.gaps[0], self.increments[0] = h, part
-        return part
-
-    def insert(self, where: Tensor, gap: Tensor, increment: Tensor) -> None:
-        """Put a gap second, where asked for."""
-        if bool(self.gaps[-1][where].any()) or len(self.gaps) == 1:
-            self.gaps.append(torch.zeros_like(gap))
-            self.increments.append(torch.zeros_like(increment))
-        for k in range(len(self.gaps) - 1, 0, -1):
-            after = (gap, increment) if k == 1 else (self.gaps[k - 1], self.increments[k - 1])
-            self.replace(k, where, *after)
-
-    def forget(self, where: Tensor) -> None:
-        """Remove the nearest gap, where asked for."""
-        nothing = torch.zeros_like(self.gaps[0])
-        for k in range(len(self.gaps) - 1):
-            self.replace(k, where, self.gaps[k + 1], self.increments[k + 1])
-        self.gaps[-1] = torch.where(where, nothing, self.gaps[-1])
-        while len(self.gaps) > 1 and not bool(self.gaps[-1].any()):
-            del self.gaps[-1], self.increments[-1]
-
-    def replace(self, k: int, where: Tensor, gap: Tensor, increment: Tensor) -> None:
-        rows = where.to(increment.device).view(-1, *[1] * (increment.ndim - 1))
-        self.gaps[k] = torch.where(where, gap, self.gaps[k])
-        self.increments[k] = torch.where(rows, increment, self.increments[k])
-
-    def keep(self, rows: Tensor) -> None:
-        """Let the paths of all other images go."""
-        self.gaps = [gap[rows] for gap in self.gaps]
-        self.increments = [one[rows.to(one.device)] for one in self.increments]
+def _kept(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(good.to(new.device).view(-1, *[1] * (new.ndim - 1)), new, old)

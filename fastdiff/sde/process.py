@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops.checks import beside, check_floating
-from fastdiff.schedules import NoiseSchedule
 
 
 class SDE:
@@ -38,6 +37,20 @@ class SDE:
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t), float64, shaped like ``t``."""
+        raise NotImplementedError
+
+    def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The alpha and sigma at which sigma / alpha is ``ratio``, float64, shaped like it.
+
+        Beyond the process's ends, too, as far as its marginals go on.
+        """
+        raise NotImplementedError
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """The time at which sigma / alpha is ``ratio``, float64, shaped like it.
+
+        Not limited to 0..end.
+        """
         raise NotImplementedError
 
     def label(self, t: Tensor) -> Tensor:
@@ -161,9 +174,23 @@ class VP(SDE):
         log_alpha = self._log_alpha(t)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
+    def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Those with alpha^2 + sigma^2 = 1."""
+        alpha = 1 / torch.sqrt(1 + ratio**2)
+        return alpha, ratio * alpha
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """The root of a quadratic: -log alpha = log(1 + ratio^2) / 2."""
+        return self._time_of(torch.log1p(ratio**2) / 2)
+
     def label(self, t: Tensor) -> Tensor:
         """999 t: a network's time embedding was made for 1000 timesteps."""
         return 999 * t
+
+    def _time_of(self, lost: Tensor) -> Tensor:
+        """The time at which -log alpha is ``lost``, without cancellation near 0."""
+        half = self.beta_min / 2
+        return 2 * lost / (half + (half**2 + (self.beta_max - self.beta_min) * lost).sqrt())
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -181,6 +208,15 @@ class SubVP(VP):
         """alpha and 1 - alpha^2; no root."""
         log_alpha = self._log_alpha(t)
         return log_alpha.exp(), -torch.expm1(2 * log_alpha)
+
+    def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Those with alpha^2 + sigma = 1."""
+        alpha = torch.exp(-torch.asinh(ratio / 2))
+        return alpha, ratio * alpha
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """As in VP: 1 / alpha - alpha = ratio, so that -log alpha = asinh(ratio / 2)."""
+        return self._time_of(torch.asinh(ratio / 2))
 
 
 class VE(SDE):
@@ -212,6 +248,14 @@ class VE(SDE):
         """1 and sigma_min (sigma_max / sigma_min)^t."""
         sigma = self.sigma_min * torch.exp(t * math.log(self.sigma_max / self.sigma_min))
         return torch.ones_like(sigma), sigma
+
+    def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """1 and the ratio."""
+        return torch.ones_like(ratio), ratio
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """log(ratio / sigma_min) / log(sigma_max / sigma_min)."""
+        return (ratio / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
     def label(self, t: Tensor) -> Tensor:
         """999 t, which log sigma(t) rises with."""
@@ -257,6 +301,14 @@ class EDM(SDE):
         """1 and t."""
         return torch.ones_like(t), t
 
+    def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """1 and the ratio."""
+        return torch.ones_like(ratio), ratio
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """The ratio."""
+        return ratio
+
     def label(self, t: Tensor) -> Tensor:
         """log(t) / 4, c_noise of the preconditioning."""
         return t.log() / 4
@@ -278,54 +330,6 @@ class EDM(SDE):
     def prior_std(self) -> float:
         """sigma_max."""
         return self.end
-
-
-class Interpolated(SDE):
-    """A discrete noise schedule as a continuous one, exact at its timesteps.
-
-    Timestep i stands at t = (i + 1) / T; between two of them, and from t = 0 to the first, log
-    alpha is a straight line (as in DPM-Solver, arXiv:2206.00927, appendix D.2).
-
-    Args:
-        schedule: any :class:`NoiseSchedule` with some signal left at its end.
-
-    Raises:
-        ValueError: a schedule with zero terminal SNR, whose log alpha is infinite.
-    """
-
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        if schedule.has_zero_terminal_snr:
-            raise ValueError("a schedule with zero terminal SNR has no continuous view")
-        self.schedule = schedule
-        self.smallest = 1 / schedule.num_timesteps
-        zero = torch.zeros(1, dtype=torch.float64)
-        self._log_alpha = torch.cat([zero, schedule.alpha_t.log()])  # at t = 0, 1/T, 2/T...
-        self._slope = self._log_alpha.diff() * schedule.num_timesteps
-
-    def __repr__(self) -> str:
-        return f"Interpolated({self.schedule!r})"
-
-    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """f, constant between two timesteps, and g^2 = -2 f."""
-        f = self._slope.to(t.device)[self._interval(t)]
-        return f, -2 * f
-
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sqrt(1 - alpha^2)."""
-        index = self._interval(t)
-        start = index.double() / self.schedule.num_timesteps
-        before, slope = self._log_alpha.to(t.device)[index], self._slope.to(t.device)[index]
-        log_alpha = before + slope * (t - start)
-        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
-
-    def label(self, t: Tensor) -> Tensor:
-        """T t - 1, the timestep."""
-        return self.schedule.num_timesteps * t - 1
-
-    def _interval(self, t: Tensor) -> Tensor:
-        """Number of the straight line that t lies on; a timestep ends its own."""
-        count = self.schedule.num_timesteps
-        return ((t * count - 1e-9).ceil().long() - 1).clamp(0, count - 1)
 
 
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:

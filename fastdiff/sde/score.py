@@ -42,26 +42,31 @@ def score_fn(model: Model, parametrisation: str, sde: SDE, **cond: Any) -> Score
             called: a model's output of another shape than x.
         TypeError: when the score is called: the model returns no tensor.
     """
-    if parametrisation not in PARAMETRISATIONS:
-        raise ValueError(
-            f"unknown parametrisation {parametrisation!r}, wanted one of "
-            f"{', '.join(PARAMETRISATIONS)}"
-        )
-    if parametrisation == "edm":
-        if not isinstance(sde, EDM):
-            raise ValueError(f"parametrisation 'edm' needs the SDE EDM, got {sde!r}")
+    check_parametrisation(parametrisation, sde)
+    if isinstance(sde, EDM) and parametrisation == "edm":
         return _of_edm(model, sde, cond)
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = sde.levels(sde.check_time(t, x))
         label = sigma if parametrisation == "ncsn" else sde.label(t.double())
-        output = _asked(model, x, label, cond)
+        output = asked(model, x, label, cond)
         if parametrisation == "ncsn":
             return (output / beside(sigma, x)).to(x.dtype)
         of_x, of_output = conversion_at(parametrisation, "score", alpha, sigma)
         return _linear(of_x, x, of_output, output)
 
     return score
+
+
+def check_parametrisation(parametrisation: str, sde: SDE) -> None:
+    """ValueError unless it is one of PARAMETRISATIONS, and fits the SDE."""
+    if parametrisation not in PARAMETRISATIONS:
+        raise ValueError(
+            f"unknown parametrisation {parametrisation!r}, wanted one of "
+            f"{', '.join(PARAMETRISATIONS)}"
+        )
+    if parametrisation == "edm" and not isinstance(sde, EDM):
+        raise ValueError(f"parametrisation 'edm' needs the SDE EDM, got {sde!r}")
 
 
 def prediction_fn(score: Score, kind: str, sde: SDE) -> Score:
@@ -88,15 +93,15 @@ def _of_edm(model: Model, sde: EDM, cond: dict[str, Any]) -> Score:
         t = sde.check_time(t, x)
         skip, out, scale = sde.preconditioning(t)
         scaled = (beside(scale, x) * x).to(x.dtype)
-        output = _asked(model, scaled, sde.label(t), cond)
+        output = asked(model, scaled, sde.label(t), cond)
         # (D - x) / t^2 with D = skip x + out F
         return _linear((skip - 1) / t**2, x, out / t**2, output)
 
     return score
 
 
-def _asked(model: Model, x: Tensor, label: Tensor, cond: dict[str, Any]) -> Tensor:
-    """The model's output, in float32 at least."""
+def asked(model: Model, x: Tensor, label: Tensor, cond: dict[str, Any]) -> Tensor:
+    """The model's output at a label [N] or [], both in float32 at least."""
     wide = wide_dtype(x.dtype)
     wanted = Output(tuple(x.shape), wide, f"images of shape {tuple(x.shape)}")
     return wanted.of(model(x, label.to(x.device, wide).expand(x.shape[0]), **cond))

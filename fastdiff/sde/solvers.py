@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from fastdiff.sde._evaluate import (
     Watched,
     check_count,
     check_images,
+    check_known,
     check_positive,
     counted,
     normal,
@@ -88,9 +87,9 @@ def solve(
             times; a score of another shape than x.
         FloatingPointError: with ``check_finite``, the score is not finite.
     """
-    _check_known(method, METHODS, "method")
+    check_known(method, METHODS, "method")
     if corrector is not None:
-        _check_known(corrector, CORRECTORS, "corrector")
+        check_known(corrector, CORRECTORS, "corrector")
     check_images(x_T, "x_T")
     check_positive(snr, "snr")
     corrector_steps = check_count(corrector_steps, "corrector_steps")
@@ -138,8 +137,3 @@ def time_grid(sde: SDE, steps: int, start: float | None = None) -> Tensor:
     times = torch.linspace(*ends, steps + 1, dtype=torch.float64) ** power
     times[0], times[-1] = first, last  # which rounding may have moved
     return times
-
-
-def _check_known(name: str, known: Iterable[str], what: str) -> None:
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}, wanted one of {', '.join(known)}")

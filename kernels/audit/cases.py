@@ -260,7 +260,32 @@ def _q_sample_from_seed(shapes: Shapes, kind: Kind) -> Iterator[Case]:
             n = shape[0]
             return s.image(*shape), s.numbers(n), s.numbers(n, 2), s.numbers(1), *_schedule(s)
 
-        yield _case("q_sample_from_seed", shape, kind, make, 3)
+        yield _case("q_sample_from_seed", shape, kind, make, 2)
+
+
+def _denoising_loss(
+    name: str, drawn: bool = False, backward: bool = False
+) -> Callable[[Shapes, Kind], Iterator[Case]]:
+    def make(shape: Sequence[int], x0: bool) -> Callable[[Source], Sequence[Any]]:
+        n = shape[0]
+
+        def arguments(s: Source) -> Sequence[Any]:
+            grad = [s.values(n, dtype=torch.float32)] if backward else []
+            images = s.image(*shape), s.image(*shape) if x0 else None
+            noise = (s.numbers(n, 2), s.numbers(1)) if drawn else (s.image(*shape),)
+            weight = s.values(STEPS, dtype=torch.float32)
+            return *grad, *images, *noise, s.numbers(n), *_schedule(s), weight
+
+        return arguments
+
+    def of_operation(shapes: Shapes, kind: Kind) -> Iterator[Case]:
+        moved = 3 - drawn + backward
+        for shape in shapes.images:
+            yield _case(name, shape, kind, make(shape, True), moved)
+        shape = shapes.images[-2]
+        yield _case(name, shape, kind, make(shape, False), moved - 1, "no x0")
+
+    return of_operation
 
 
 def _philox_normal(shapes: Shapes, kind: Kind) -> Iterator[Case]:
@@ -403,6 +428,15 @@ OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "sampler_step": _sampler_step,
     "q_sample": _q_sample,
     "q_sample_from_seed": _q_sample_from_seed,
+    **{
+        name: _denoising_loss(name, "from_seed" in name, "backward" in name)
+        for name in (
+            "denoising_loss",
+            "denoising_loss_backward",
+            "denoising_loss_from_seed",
+            "denoising_loss_from_seed_backward",
+        )
+    },
     "philox_normal": _philox_normal,
     "ema_update": _ema_update,
 }

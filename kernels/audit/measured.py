@@ -73,6 +73,7 @@ class Exemption:
 PARAMETERS = Exemption("works on statistics and parameters, no activation", loads=True, stores=True)
 SUMS = Exemption("writes sums over pixels, no activation", stores=True)
 IMAGES = Exemption("writes two values an image", stores=True)
+LOSSES = Exemption("writes a value an image, or for each piece of it", stores=True)
 FILLS = Exemption("reads seeds, no activation", loads=True)
 
 UNALIGNED = Exemption(
@@ -82,19 +83,23 @@ UNALIGNED = Exemption(
 # By language, operation and name. A Triton kernel that touches no activation has to be here, and so
 # has a CUDA kernel whose widest load or store is narrow.
 EXEMPTIONS = {
+    ("triton", "denoising_loss", "_combine"): PARAMETERS,
+    ("triton", "denoising_loss_from_seed", "_combine"): PARAMETERS,
     ("triton", "group_norm_silu", "_combine"): PARAMETERS,
     ("triton", "group_norm_silu_backward", "_combine"): PARAMETERS,
     ("triton", "group_norm_silu_backward", "_parameters"): PARAMETERS,
     ("triton", "ema_update", "_ema_update"): Exemption(
         "a tensor's last elements, fewer than 16, move one by one", tails=True
     ),
+    ("cuda", "denoising_loss", "combine"): PARAMETERS,
+    ("cuda", "denoising_loss", "denoising_loss_kernel"): LOSSES,
+    ("cuda", "denoising_loss_from_seed", "denoising_loss_kernel"): LOSSES,
     ("cuda", "group_norm_silu", "combine"): PARAMETERS,
     ("cuda", "group_norm_silu", "take_statistics"): SUMS,
     ("cuda", "group_norm_silu_backward", "combine"): PARAMETERS,
     ("cuda", "group_norm_silu_backward", "sum_images"): PARAMETERS,
     ("cuda", "group_norm_silu_backward", "take_sums"): SUMS,
     ("cuda", "philox_normal", "philox_normal_kernel"): FILLS,
-    ("cuda", "q_sample", "from_seed_pixels_kernel"): UNALIGNED,
     ("cuda", "sampler_step", "sampler_step_image_kernel"): IMAGES,
     ("cuda", "upsample_nearest2x", "channels_first_narrow_kernel"): UNALIGNED,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import fastdiff
 from fastdiff import checkpoint, cli
 
-COMMANDS = ("train", "sample", "eval", "export", "doctor")
+COMMANDS = ("train", "sample", "eval", "train-classifier", "export", "doctor")
 
 
 def test_help_lists_the_commands(start: Callable) -> None:
@@ -26,7 +27,7 @@ def test_help_lists_the_commands(start: Callable) -> None:
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     for command in COMMANDS:
-        assert f"\n    {command} " in out
+        assert re.search(rf"\n    {command}\s", out)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -164,6 +165,24 @@ ROWS = [
     (f"{TRAIN} --image-size 9", "its size must be divisible by 2, got 9"),
     (f"{TRAIN} --timesteps 0", "argument --timesteps: must be at least 1, got 0"),
     (f"{TRAIN} --schedule flat", "argument --schedule: invalid choice: 'flat'"),
+    (f"{TRAIN} --objective gan", "argument --objective: invalid choice: 'gan'"),
+    (f"{TRAIN} --sde vp", "--sde does not belong to --objective ddpm"),
+    (f"{TRAIN} --levels 5", "--levels does not belong to --objective ddpm"),
+    (
+        f"{TRAIN} --objective flow --schedule cosine",
+        "--schedule does not belong to --objective flo",
+    ),
+    (f"{TRAIN} --objective dsm --sigma-max 9", "not belong to --objective dsm --sde vp"),
+    (f"{TRAIN} --objective dsm --sde ve --beta-min 1", "not belong to --objective dsm --sde ve"),
+    (f"{TRAIN} --objective dsm --beta-min 30", "0 < beta_min <= beta_max, got 30.0 and 20.0"),
+    (f"{TRAIN} --objective edm --sigma-data 0", "sigma_data must be positive, got 0.0"),
+    (f"{TRAIN} --objective edm --prediction eps", "edm trains the prediction edm, got eps"),
+    (f"{TRAIN} --objective ncsn --sde vp", "ncsn needs the process VE, got VP"),
+    (f"{TRAIN} --objective ncsn --levels 1", "levels must be at least 2, got 1"),
+    (f"{TRAIN} --objective vlb --weighting snr", "vlb has weights of its own"),
+    (f"{TRAIN} --weighting sigma", "unknown weighting 'sigma', wanted one of snr, min_snr"),
+    (f"{TRAIN} --timestep-sampler often", "argument --timestep-sampler: invalid choice: 'often'"),
+    (f"{TRAIN} --timestep-sampler log-normal", "unknown timestep sampler 'log-normal', wanted one"),
     (f"{TRAIN} --prediction noise", "argument --prediction: invalid choice: 'noise'"),
     (f"{TRAIN} --threads 0", "argument --threads: must be at least 1, got 0"),
     (f"{TRAIN} --device teapot", "--device teapot cannot be used"),
@@ -195,6 +214,14 @@ ROWS = [
     (f"{SAMPLE} {{run}} --option eta=1.5", "eta must lie in [0, 1], got 1.5"),
     (f"{SAMPLE} {{run}} --option eta", "argument --option: must be NAME=VALUE, got 'eta'"),
     (f"{SAMPLE} {{run}} --sampler ddpm --option eta=1", "ddpm has no option 'eta'"),
+    (f"{SAMPLE} {{run}} --sampler ode", "ode chooses its own steps, got steps=2"),
+    (
+        f"{SAMPLE} {{run}} --sampler ancestral --grid karras",
+        "--grid is for samplers with timesteps",
+    ),
+    (f"{SAMPLE} {{run}} --sampler ancestral --option eta=1", "ancestral has no option 'eta'"),
+    (f"{SAMPLE} {{run}} --sampler annealed-langevin", "needs the SDE VE or EDM, got Interpolated"),
+    (f"{SAMPLE} {{run}} --sampler adaptive --option norm=l3", "unknown norm 'l3'"),
     (f"{SAMPLE} {{run}} --grid even", "argument --grid: invalid choice: 'even'"),
     (f"{SAMPLE} {{run}} --classes 3,10", "class 10 does not exist: the model has 0..9"),
     (f"{SAMPLE} {{run}} --classes -1", "class -1 does not exist: the model has 0..9"),
@@ -229,13 +256,14 @@ ROWS = [
     (f"{SAMPLE} {{bad}}/future", "has format 99; this fastdiff reads format 1"),
     (f"{SAMPLE} {{bad}}/disagreeing-size", "disagree: image_size is 16, sample_size is 8"),
     (f"{SAMPLE} {{bad}}/disagreeing-classes", "disagree: classes is 2, num_class_embeds is 10"),
-    (f"{SAMPLE} {{bad}}/unknown-prediction", "unknown prediction 'colour'"),
+    (f"{SAMPLE} {{bad}}/unknown-prediction", "unknown prediction kind 'colour'"),
     (f"{SAMPLE} {{bad}}/unknown-schedule", "{bad}/unknown-schedule/fastdiff.json: "),
     (f"{SAMPLE} {{bad}}/no-json", "cannot read {bad}/no-json/fastdiff.json"),
     (f"{SAMPLE} {{bad}}/nan", "conv_in.bias has NaN or infinity"),
     # eval and export
     (f"{EVAL} {{run}} --samples 0", "argument --samples: must be at least 1, got 0"),
     (f"{EVAL} {{run}} --samples 99", "samples must be at least 100, got 99"),
+    (f"{EVAL} {{run}} --bits 0", "argument --bits: must be at least 1, got 0"),
     (f"{EVAL} {{run}} --seed -1", "--seed must lie in 0..2**63 - 1, got -1"),
     (f"{EVAL} {{run}} --steps 1001", "steps must lie in 1..1000"),
     (f"{EVAL} {{plain}}", "evaluation knows the digits only"),

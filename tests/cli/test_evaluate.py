@@ -23,7 +23,7 @@ def test_json_holds_the_figures(run: Callable, words: tuple, digits_run: Path) -
     assert ran.code == 0
     assert "generating digits" in ran.err  # the progress bar
     found = checkpoint.load(digits_run)
-    sampler = samplers.DDPM(found.schedule, 2, prediction=found.prediction)
+    sampler = samplers.DDPM(found.forward, 2, prediction=found.prediction)
     expected = evaluate(found, sampler, samples=100, seed=3, progress=False).as_dict()
     facts = ran.json
     assert facts.pop("seconds") > 0
@@ -36,6 +36,8 @@ def test_json_holds_the_figures(run: Callable, words: tuple, digits_run: Path) -
         "sampler": "ddpm",
         "steps": 2,
         "guidance": 1.0,
+        "classifier": None,
+        "classifier_scale": None,
         "seed": 3,
         "threads": 1,
     }
@@ -50,4 +52,4 @@ def test_table_puts_generated_beside_real(run: Callable, words: tuple) -> None:
     expected = [[facts[name], facts[f"{name}_real"]] for name in figures]
     for row, wanted in zip(shown, expected, strict=True):
         assert row == pytest.approx(wanted, abs=6e-4, rel=1e-4)
-    assert last.startswith("100 digits, ddim, 2 steps, seed 0, in ")
+    assert last.startswith("100 digits, ddim, 2 steps, 2 evaluations an image, seed 0, in ")

@@ -30,7 +30,7 @@ def test_exports_the_averaged_model(
         assert torch.equal(weights[name], value.to(getattr(torch, dtype)).float()), name
     facts = [(c.prediction, c.classes, c.step, c.seed, c.dataset) for c in (before, after)]
     assert facts[0] == facts[1]
-    assert torch.equal(before.schedule.betas, after.schedule.betas)
+    assert torch.equal(before.forward.betas, after.forward.betas)
 
 
 def test_narrow_weights_take_half_the_space(

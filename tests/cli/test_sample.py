@@ -16,6 +16,7 @@ from fastdiff import checkpoint, samplers
 from fastdiff.backend import current
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.cli import sample
+from fastdiff.drawing import Drawn
 from fastdiff.images import grid
 
 QUICK = ("--steps", 2, "--threads", 1)
@@ -27,7 +28,7 @@ def test_grid_is_what_the_library_draws(run: Callable, digits_run: Path, tmp_pat
     assert run("sample", "--checkpoint", digits_run, "--out", out, *QUICK, *words).code == 0
     found = checkpoint.load(digits_run)
     drawn = found.sample(
-        samplers.DDIM(found.schedule, 2, prediction=found.prediction),
+        samplers.DDIM(found.forward, 2, prediction=found.prediction),
         labels=[7, 7, 7, 1, 1, 1],
         generator=torch.Generator().manual_seed(5),
         progress=False,
@@ -40,7 +41,7 @@ def test_prints_what_ran_and_the_times(run: Callable, digits_run: Path, tmp_path
     out = tmp_path / "grid.png"
     ran = run("sample", "--checkpoint", digits_run, "--out", out, *QUICK, "--backend", "reference")
     first, where, setup, sampling = ran.out.splitlines()
-    assert first == f"{out} 80 images, ddim, 2 steps, seed 0"
+    assert first == f"{out} 80 images, ddim, 2 steps, 2 evaluations an image, seed 0"
     assert where.startswith("ran on      reference backend, ")
     assert where.endswith(", 1 threads")
     assert setup.startswith("set-up ")
@@ -65,6 +66,7 @@ def test_json_is_all_there_is_on_standard_output(
     parts = facts["loading_seconds"] + facts["first_step_seconds"]
     assert facts["setup_seconds"] == pytest.approx(parts)
     assert facts["images_per_second"] == pytest.approx(16 / facts["sampling_seconds"])
+    assert facts["evaluations"] == 2
     assert facts["reference_images_per_second"] is None
     assert facts["speedup"] is None
 
@@ -122,13 +124,13 @@ def test_comparison_calls_both_backends_in_turns(
     run: Callable, digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    draw = Checkpoint.sample
+    draw = Checkpoint.draw
 
-    def recorded(self: Checkpoint, sampler: samplers.Sampler, **options: Any) -> torch.Tensor:
+    def recorded(self: Checkpoint, sampler: samplers.Sampler, **options: Any) -> Drawn:
         calls.append((current(), sampler.steps))
         return draw(self, sampler, **options)
 
-    monkeypatch.setattr(Checkpoint, "sample", recorded)
+    monkeypatch.setattr(Checkpoint, "draw", recorded)
     fast = {"backend": "cpu", "isa": "AVX2", "threads": 1}  # also where there is no extension
     monkeypatch.setattr(sample, "what_runs", lambda device: fast)
     words = ("sample", "--checkpoint", digits_run, "--out", tmp_path / "grid.png", *QUICK)
@@ -180,8 +182,13 @@ def test_failing_call_leaves_the_old_picture(
     words = ("sample", "--checkpoint", digits_run, "--out", out, *QUICK)
     assert run(*words).code == 0
     before = out.read_bytes()
-    draw = Checkpoint.sample
-    monkeypatch.setattr(Checkpoint, "sample", lambda *a, **k: draw(*a, **k) * torch.nan)
+    draw = Checkpoint.draw
+
+    def broken(*args: Any, **options: Any) -> Drawn:
+        drawn = draw(*args, **options)
+        return Drawn(drawn.images * torch.nan, drawn.evaluations)
+
+    monkeypatch.setattr(Checkpoint, "draw", broken)
     ran = run(*words)
     assert ran.code == 2
     assert ran.last.endswith("images must be finite, got NaN or infinity")

@@ -15,6 +15,7 @@
 
 #include "cuda/add_time_embedding.h"
 #include "cuda/conv_epilogue.h"
+#include "cuda/denoising_loss.h"
 #include "cuda/device.cuh"
 #include "cuda/ema_update.h"
 #include "cuda/group_norm_silu.h"
@@ -199,11 +200,47 @@ void q_sample() {
       q_sample_cuda({form.dtype, n, image, m.values(n * image), m.values(n * image),
                      m.result(n * image), t, 3, signal, sigma},
                     kStream);
-      q_sample_from_seed_cuda(
-          {form.dtype, form.channels_last, n, c, pixels, m.values(n * image), m.result(n * image),
-           m.result(n * image), t, 3, signal, sigma, seed, row},
-          kStream);
+      q_sample_from_seed_cuda({form.dtype, form.channels_last, n, c, pixels, m.values(n * image),
+                               m.result(n * image), t, 3, signal, sigma, seed, row},
+                              kStream);
     });
+}
+
+void denoising_loss() {
+  struct Case {
+    int64_t n, c, pixels;
+    bool drawn, x0;
+  };
+  // Images that several threads, a block or several blocks take, with the noise given and drawn.
+  for (const bool drawn : {false, true})
+    for (const Case& s :
+         {Case{5, 4, 8, drawn, true}, Case{2, 3, 7, drawn, false}, Case{2, 8, 72, drawn, true},
+          Case{1, 8, 260, drawn, true}, Case{1, 5, 1800, drawn, true}})
+      in_forms(
+          "denoising_loss",
+          [&](Form form, Memory& m) {
+            const int64_t all = s.n * s.c * s.pixels;
+            std::vector<int64_t> t(s.n, 2), seeds(2 * s.n, 5);
+            std::vector<float> grad(s.n, .5f);
+            DenoisingLossArgs args{};
+            args.dtype = form.dtype;
+            args.channels_last = form.channels_last;
+            args.images = s.n, args.channels = s.c, args.pixels = s.pixels;
+            args.prediction = m.values(all);
+            args.x0 = s.x0 ? m.values(all) : nullptr;
+            args.noise = s.drawn ? nullptr : m.values(all);
+            args.seed = s.drawn ? m.integers(seeds) : nullptr;
+            args.row = s.drawn ? m.integers({9}) : nullptr;
+            args.t = m.integers(t);
+            args.steps = 3;
+            args.target_x0 = m.floats({.9f, .7f, .4f});
+            args.target_noise = m.floats({.1f, .3f, .8f});
+            args.weight = m.floats({1, 2, 3});
+            void* workspace = m.workspace(denoising_loss_workspace(args));
+            denoising_loss_cuda(args, m.float_result(s.n), workspace, kStream);
+            denoising_loss_backward_cuda(args, m.floats(grad), m.result(all), kStream);
+          },
+          s.pixels > 72 ? kOne : kMany);
 }
 
 void philox_normal() {
@@ -368,6 +405,7 @@ int main(int count, char** names) {
   const std::map<std::string, std::function<void()>> operations{
       {"add_time_embedding", add_time_embedding},
       {"conv_epilogue", conv_epilogue},
+      {"denoising_loss", denoising_loss},
       {"ema_update", ema_update},
       {"group_norm_silu", group_norm_silu},
       {"philox_normal", philox_normal},

@@ -22,9 +22,10 @@ from fastdiff.backend import missing
 from fastdiff.ops.gpu import eager_kernel
 
 OPERATIONS = (
-    "add_time_embedding", "conv_epilogue", "ema_update", "group_norm_silu",
-    "group_norm_silu_backward", "philox_normal", "q_sample", "q_sample_from_seed", "sampler_step",
-    "upsample_nearest2x", "upsample_nearest2x_backward",
+    "add_time_embedding", "conv_epilogue", "denoising_loss", "denoising_loss_backward",
+    "denoising_loss_from_seed", "denoising_loss_from_seed_backward", "ema_update",
+    "group_norm_silu", "group_norm_silu_backward", "philox_normal", "q_sample",
+    "q_sample_from_seed", "sampler_step", "upsample_nearest2x", "upsample_nearest2x_backward",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_IDS = ("f32", "bf16", "f16")

@@ -47,6 +47,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], Sequence[Any]]]:
     whole = {"dtype": torch.int64, "device": "cuda"}
     t, step, seed = (torch.empty(shape, **whole) for shape in ((2,), (1,), (2, 2)))
     table, mean = normal(5, 18 + 2), normal(2, 8, dtype=torch.float64)
+    targets = (channels, channels, channels)
     operations = torch.ops.fastdiff
     return {
         "group_norm_silu": (
@@ -62,6 +63,19 @@ def cases() -> dict[str, tuple[Callable[..., Any], Sequence[Any]]]:
         "add_time_embedding": (ops.add_time_embedding, (x, images)),
         "q_sample": (ops.q_sample, (x, t, x, channels, channels)),
         "q_sample_from_seed": (ops.q_sample_from_seed, (x, t, seed, step, channels, channels)),
+        "denoising_loss": (ops.denoising_loss, (x, None, x, t, *targets)),
+        "denoising_loss_backward": (
+            operations.denoising_loss_backward,
+            (normal(2), x, x, None, t, *targets),
+        ),
+        "denoising_loss_from_seed": (
+            ops.denoising_loss_from_seed,
+            (x, x, seed, step, t, *targets),
+        ),
+        "denoising_loss_from_seed_backward": (
+            operations.denoising_loss_from_seed_backward,
+            (normal(2), x, x, seed, step, t, *targets),
+        ),
         "philox_normal": (lambda seed: ops.philox_normal(seed, 3, (2, 4, 8, 8)), (seed,)),
         "sampler_step": (
             lambda x, m, h, table, step, seed: ops.sampler_step(

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import fastdiff
 from fastdiff.losses.score_matching import (
     denoising_score_matching,
     edm_loss,
@@ -63,9 +64,10 @@ def test_the_true_score_is_the_minimum(generator) -> None:
     t = torch.rand(len(x0), generator=generator, dtype=torch.float64)
     factor = torch.ones((), dtype=torch.float64, requires_grad=True)
     true = gaussian(sde)
-    loss = denoising_score_matching(lambda x, t: factor * true(x, t), sde, x0, t, noise).mean()
-    (slope,) = torch.autograd.grad(loss, factor, create_graph=True)
-    (curvature,) = torch.autograd.grad(slope, factor)
+    with fastdiff.backend("reference"):  # for a second derivative
+        loss = denoising_score_matching(lambda x, t: factor * true(x, t), sde, x0, t, noise).mean()
+        (slope,) = torch.autograd.grad(loss, factor, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, factor)
     assert abs(slope.item() / curvature.item()) < 0.01
 
 
@@ -164,7 +166,7 @@ def test_bad_input_is_refused(generator) -> None:
     score = gaussian(PROCESSES["vp"])
     with pytest.raises(ValueError, match="unknown weighting 'snr', wanted one of sigma, like"):
         denoising_score_matching(score, VP(), x0, t, noise, weighting="snr")
-    with pytest.raises(ValueError, match=r"noise must have shape \(4, 4\), got \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"noise must have the shape of x0, \(4, 4\)"):
         denoising_score_matching(score, VP(), x0, t, noise[1:])
     with pytest.raises(ValueError, match=r"t must lie in 0\.\.1"):
         denoising_score_matching(score, VP(), x0, 3 * t, noise)

@@ -41,6 +41,24 @@ def q_sample(x: Tensor) -> list[Tensor]:
     return [ops.q_sample(x, t, x.flip(-1), *torch.linspace(0.2, 0.8, 20, dtype=wide).split(10))]
 
 
+def q_sample_from_seed(x: Tensor) -> list[Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    t, seed = torch.arange(x.shape[0]), torch.arange(2 * x.shape[0]).view(-1, 2)
+    tables = torch.linspace(0.2, 0.8, 20, dtype=wide).split(10)
+    return [ops.q_sample_from_seed(x, t, seed, torch.tensor(3), *tables)]
+
+
+def denoising_loss(x: Tensor) -> list[Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    t, tables = torch.arange(x.shape[0]), torch.linspace(0.2, 0.8, 30, dtype=wide).split(10)
+    return [ops.denoising_loss(x, x.flip(-1), x.flip(1), t, *tables)]
+
+
+def denoising_loss_backward(x: Tensor) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    return list(torch.autograd.grad(denoising_loss(leaf)[0].sum(), leaf))
+
+
 def sampler_step(x: Tensor) -> list[Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     table = torch.linspace(-1, 1, 20, dtype=wide).expand(2, 20)
@@ -49,7 +67,10 @@ def sampler_step(x: Tensor) -> list[Tensor]:
     return [ops.sampler_step(x, out, history, x.flip(1), table, torch.tensor(1))]
 
 
-OPERATIONS = [group_norm_silu, add_time_embedding, q_sample, sampler_step]
+OPERATIONS = [
+    group_norm_silu, add_time_embedding, q_sample, q_sample_from_seed, denoising_loss,
+    denoising_loss_backward, sampler_step,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)

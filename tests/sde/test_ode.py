@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdiff.sde import EDM, VE, VP, SubVP
+from fastdiff.sde import EDM, VE, VP, Straight, SubVP
 from fastdiff.sde.ode import solve_ode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROCESSES = pytest.mark.parametrize("sde", [VP(), SubVP(), VE(), EDM()], ids=lambda s: repr(s)[:3])
+PROCESSES = pytest.mark.parametrize(
+    "sde", [VP(), SubVP(), VE(), EDM(), Straight()], ids=lambda s: repr(s)[:3]
+)
 MEAN = torch.tensor([0.3, -0.4, 0.0], dtype=torch.float64)
 STD = torch.tensor([0.5, 0.2, 1.0], dtype=torch.float64)
 

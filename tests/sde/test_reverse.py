@@ -7,7 +7,17 @@ import torch
 
 from fastdiff import schedules
 from fastdiff.ops.checks import beside
-from fastdiff.sde import EDM, VE, VP, Interpolated, Reverse, SubVP, probability_flow, reverse
+from fastdiff.sde import (
+    EDM,
+    VE,
+    VP,
+    Interpolated,
+    Reverse,
+    Straight,
+    SubVP,
+    probability_flow,
+    reverse,
+)
 
 MEAN, SPREAD = 0.4, 0.7  # images are N(MEAN, SPREAD^2) in every pixel
 SDES = [
@@ -15,6 +25,7 @@ SDES = [
     pytest.param(SubVP(), id="sub-vp"),
     pytest.param(VE(), id="ve"),
     pytest.param(EDM(), id="edm"),
+    pytest.param(Straight(), id="straight"),
     pytest.param(Interpolated(schedules.cosine(50)), id="cosine"),
 ]
 

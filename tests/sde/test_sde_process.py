@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdiff import schedules
-from fastdiff.sde import EDM, VE, VP, Interpolated, SubVP
+from fastdiff.sde import EDM, VE, VP, Interpolated, Straight, SubVP
 
 LINEAR, COSINE = schedules.linear(), schedules.cosine()
 SDES = [
@@ -19,6 +19,8 @@ SDES = [
     pytest.param(VE(), id="ve"),
     pytest.param(VE(0.1, 3.0), id="weak-ve"),
     pytest.param(EDM(), id="edm"),
+    pytest.param(Straight(), id="straight"),
+    pytest.param(Straight(50, 3.0), id="shifted-straight"),
     pytest.param(Interpolated(LINEAR), id="linear"),
     pytest.param(Interpolated(COSINE), id="cosine"),
     pytest.param(Interpolated(schedules.cosine(7)), id="cosine-of-7"),
@@ -158,6 +160,44 @@ def test_interpolated_is_straight_in_log_alpha():
         torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.4])
+def test_straight_reads_its_schedules_timesteps(shift):
+    """At the sigma of each timestep but the last, which is beyond the end, the label is that."""
+    flow, sde = schedules.flow(40, shift), Straight(40, shift)
+    kept = flow.sigma_t <= sde.end
+    assert kept.tolist() == [True] * 39 + [False]
+    alpha, sigma = sde.levels(flow.sigma_t[kept])
+    torch.testing.assert_close(alpha, flow.alpha_t[kept])
+    assert torch.equal(sigma, flow.sigma_t[kept])
+    label = sde.label(flow.sigma_t)
+    torch.testing.assert_close(label, torch.arange(40).double(), rtol=0, atol=1e-10)
+    assert sde.smallest == flow.sigma_t[0].item()
+    assert repr(sde) == f"Straight(num_timesteps=40, shift={shift})"
+
+
+def test_the_flow_is_eps_minus_x0(generator):
+    """f x - g^2 score / 2 of the straight path, given x_0."""
+    x0, eps = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    for time in (0.01, 0.5, 0.999):
+        t = torch.tensor(time, dtype=torch.float64)
+        f, squared = Straight().rates(t)
+        x = (1 - t) * x0 + t * eps
+        torch.testing.assert_close(f * x + squared / 2 * eps / t, eps - x0, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("sde", SDES)
+def test_levels_and_times_at_a_ratio(sde):
+    """The inverse of sigma / alpha, from the first time to the last."""
+    t = times(sde).sort().values
+    t[0], t[-1] = sde.smallest, sde.end
+    alpha, sigma = sde.levels(t)
+    again = sde.levels_at(sigma / alpha)
+    torch.testing.assert_close(again[0], alpha, rtol=1e-13, atol=0)
+    torch.testing.assert_close(again[1], sigma, rtol=1e-13, atol=0)
+    torch.testing.assert_close(sde.time_at(sigma / alpha), t, rtol=1e-10, atol=0)
+    assert sde.time_at((sigma / alpha)[5]).shape == ()
+
+
 def test_labels():
     t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     for sde in (VP(), SubVP(), VE()):
@@ -215,7 +255,9 @@ def test_the_priors_density(sde, generator):
 
 
 @pytest.mark.parametrize(
-    ("sde", "deviation"), [(VP(), 1), (SubVP(), 1), (VE(0.1, 7), 7), (EDM(), 80)], ids=repr
+    ("sde", "deviation"),
+    [(VP(), 1), (SubVP(), 1), (VE(0.1, 7), 7), (EDM(), 80), (Straight(), 0.999)],
+    ids=repr,
 )
 def test_noise_of_the_prior(sde, deviation):
     assert sde.prior_std == deviation
@@ -233,7 +275,7 @@ def test_noise_of_the_prior(sde, deviation):
 
 def test_priors_are_the_marginals_at_the_end():
     """To what is left of the images there: alpha, and sigma's distance from the prior's."""
-    for sde in (VP(), SubVP(), VE(), EDM(), Interpolated(LINEAR), Interpolated(COSINE)):
+    for sde in (VP(), SubVP(), VE(), EDM(), Straight(), Interpolated(LINEAR), Interpolated(COSINE)):
         alpha, sigma = sde.levels(torch.tensor(sde.end, dtype=torch.float64))
         assert sigma.item() == pytest.approx(sde.prior_std, rel=1e-4)
         assert alpha.item() == 1 or alpha.item() < 0.01
@@ -274,6 +316,9 @@ X = torch.zeros(2, 3, 4)
             ValueError,
             "zero terminal SNR",
         ),
+        (lambda: Straight(0), ValueError, "num_timesteps must be at least 1, got 0"),
+        (lambda: Straight(10, -1.0), ValueError, "shift must be positive, got -1.0"),
+        (lambda: Straight(1), ValueError, "less noisy than 0.999, got 1 with num_timesteps=1"),
     ],
 )
 def test_refusals(call, error, message):

@@ -39,17 +39,16 @@ at::Tensor q_sample(const at::Tensor& x0, const at::Tensor& t, const at::Tensor&
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> q_sample_from_seed(const at::Tensor& x0, const at::Tensor& t,
-                                                      const at::Tensor& seed, const at::Tensor& row,
-                                                      const at::Tensor& signal,
-                                                      const at::Tensor& sigma) {
+at::Tensor q_sample_from_seed(const at::Tensor& x0, const at::Tensor& t, const at::Tensor& seed,
+                              const at::Tensor& row, const at::Tensor& signal,
+                              const at::Tensor& sigma) {
   const Images shape(x0, "x0", 1);
   check_forward_process(x0, t, signal, sigma);
   check_seed(seed, x0);
   check_scalar(row, at::kLong, x0, "row");
   const OnDevice on(x0);
-  auto out = empty(x0.sizes(), x0, shape.format), noise = empty(x0.sizes(), x0, shape.format);
-  if (out.numel() == 0) return {out, noise};
+  auto out = empty(x0.sizes(), x0, shape.format);
+  if (out.numel() == 0) return out;
   Held held;
   q_sample_from_seed_cuda({.dtype = shape.dtype,
                            .channels_last = shape.channels_last,
@@ -58,7 +57,6 @@ std::tuple<at::Tensor, at::Tensor> q_sample_from_seed(const at::Tensor& x0, cons
                            .pixels = shape.pixels,
                            .x0 = held(x0, shape.format),
                            .out = out.mutable_data_ptr(),
-                           .noise = noise.mutable_data_ptr(),
                            .t = held.as<int64_t>(t),
                            .steps = signal.numel(),
                            .signal = held.as<float>(signal),
@@ -66,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor> q_sample_from_seed(const at::Tensor& x0, cons
                            .seed = held.as<int64_t>(seed),
                            .row = held.as<int64_t>(row)},
                           on.stream);
-  return {out, noise};
+  return out;
 }
 
 void philox_normal(const at::Tensor& seed, int64_t row, const at::Tensor& out) {

@@ -33,10 +33,30 @@ at::Tensor upsample_nearest2x_backward(const at::Tensor& grad);
 at::Tensor q_sample(const at::Tensor& x0, const at::Tensor& t, const at::Tensor& noise,
                     const at::Tensor& signal, const at::Tensor& sigma);
 
-std::tuple<at::Tensor, at::Tensor> q_sample_from_seed(const at::Tensor& x0, const at::Tensor& t,
-                                                      const at::Tensor& seed, const at::Tensor& row,
-                                                      const at::Tensor& signal,
-                                                      const at::Tensor& sigma);
+at::Tensor q_sample_from_seed(const at::Tensor& x0, const at::Tensor& t, const at::Tensor& seed,
+                              const at::Tensor& row, const at::Tensor& signal,
+                              const at::Tensor& sigma);
+
+at::Tensor denoising_loss(const at::Tensor& prediction, const Optional& x0, const Optional& noise,
+                          const at::Tensor& t, const at::Tensor& target_x0,
+                          const at::Tensor& target_noise, const at::Tensor& weight);
+
+at::Tensor denoising_loss_backward(const at::Tensor& grad, const at::Tensor& prediction,
+                                   const Optional& x0, const Optional& noise, const at::Tensor& t,
+                                   const at::Tensor& target_x0, const at::Tensor& target_noise,
+                                   const at::Tensor& weight);
+
+at::Tensor denoising_loss_from_seed(const at::Tensor& prediction, const Optional& x0,
+                                    const at::Tensor& seed, const at::Tensor& row,
+                                    const at::Tensor& t, const at::Tensor& target_x0,
+                                    const at::Tensor& target_noise, const at::Tensor& weight);
+
+at::Tensor denoising_loss_from_seed_backward(const at::Tensor& grad, const at::Tensor& prediction,
+                                             const Optional& x0, const at::Tensor& seed,
+                                             const at::Tensor& row, const at::Tensor& t,
+                                             const at::Tensor& target_x0,
+                                             const at::Tensor& target_noise,
+                                             const at::Tensor& weight);
 
 void philox_normal(const at::Tensor& seed, int64_t row, const at::Tensor& out);
 

@@ -1,0 +1,290 @@
+"""Every objective trained on the 8x8 digits: how it samples, what it codes, how it is guided.
+
+    python benchmarks/objectives.py --out benchmarks/results --runs runs/objectives
+
+trains, samples and measures through the command line, so that every figure is one command that
+anybody can give. It writes
+
+    objectives.json, .md, .png   each objective by several samplers: Frechet distance, class
+                                 accuracy, bits per value of held-out digits; a row of samples each
+    guidance.json, .md, .png     the same against the scale of guidance, by a classifier and without
+
+A .json holds what ``fastdiff eval`` found, by its command, and is written after every figure. What
+is there, trained models included, is not made again, and a training that was interrupted goes on:
+delete a file to have it made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff import checkpoint, classifier, cli
+from fastdiff.classifier_training import ClassifierOptions, ClassifierTrainer
+from fastdiff.cli.common import make_sampler, sampler_facts
+from fastdiff.data import digits
+from fastdiff.images import grid, save
+from fastdiff.samplers import Sampler
+from fastdiff.sde import Solver
+
+SIZE = 8
+TRAIN = f"train --data digits --image-size {SIZE} --label-dropout 0.1 --seed 0"
+TO_A_TOLERANCE = "--sampler ode --option rtol=1e-3 --option atol=1e-3"
+# What each is trained with, and the ways to sample from it; "" is its default. No two of the 8x8
+# digits are further apart than 16, which is then enough noise (Song & Ermon 2020, technique 1).
+OBJECTIVES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ddpm": ("--objective ddpm", ("", "--sampler unipc-2 --steps 20", TO_A_TOLERANCE)),
+    "hybrid": ("--objective hybrid", ("", "--sampler ddim --steps 50")),
+    "vlb": ("--objective vlb", ("", "--sampler ddim --steps 50")),
+    "dsm-vp": ("--objective dsm --sde vp", ("", TO_A_TOLERANCE, "--sampler adaptive")),
+    "dsm-subvp": (
+        "--objective dsm --sde subvp",
+        ("", TO_A_TOLERANCE, "--sampler euler-maruyama --steps 200"),
+    ),
+    "dsm-ve": ("--objective dsm --sde ve --sigma-max 16", ("", TO_A_TOLERANCE)),
+    "ncsn": ("--objective ncsn --sigma-max 16", ("", "--sampler ddim --steps 50")),
+    "edm": ("--objective edm --sigma-max 40", ("", "--sampler dpmpp-2m --steps 20")),
+    "flow": ("--objective flow", ("", "--sampler euler --steps 50", TO_A_TOLERANCE)),
+}
+GUIDED = {"ddpm": "--sampler ddim --steps 50", "dsm-vp": TO_A_TOLERANCE}
+KINDS = {
+    "classifier": "--guidance 0 --classifier {classifier} --classifier-scale {scale:g}",
+    "classifier-free": "--guidance {scale:g}",
+}
+HEADS = (
+    "objective", "training steps", "sampler", "evaluations an image", "Fréchet distance",
+    "right class", "bits/dim, bound", "bits/dim, ODE",
+)  # fmt: skip
+OWN_STEPS = ("--sampler ode", "--sampler adaptive")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, required=True, help="folder of the six files")
+    options.add_argument("--runs", type=Path, required=True, help="folder of the trained models")
+    options.add_argument("--steps", type=int, default=3000, help="of training a model")
+    options.add_argument(
+        "--classifier-steps", type=int, default=1000, help="likewise, a classifier"
+    )
+    options.add_argument("--images", type=int, default=714, help="digits a figure, at least 100")
+    options.add_argument("--bits", type=int, default=100, help="held-out digits to code")
+    options.add_argument("--scales", type=float, nargs="+", default=(0, 1, 2, 4, 8), metavar="S")
+    options.add_argument(
+        "--sampling-steps", type=int, metavar="N",
+        help="of every sampler that has steps: a multiple of 5 from 10 on suits them all",
+    )  # fmt: skip
+    options.add_argument("--only", nargs="+", choices=OBJECTIVES, metavar="NAME", help="of these")
+    args = options.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    models = {name: trained(name, args) for name in args.only or OBJECTIVES}
+    compare_objectives(models, args)
+    compare_guidance({name: models[name] for name in GUIDED if name in models}, args)
+
+
+def trained(name: str, args: argparse.Namespace) -> Path:
+    """The last checkpoint of an objective's training, which is begun or resumed if need be."""
+    run = args.runs / name
+    last, newest = checkpoint.step_folder(run, args.steps), checkpoint.newest(run)
+    if last.exists():
+        return last
+    words = f"{TRAIN} {OBJECTIVES[name][0]} --steps {args.steps}".split()
+    if newest is not None:
+        steps = checkpoint.read_facts(newest)["options"]["steps"]
+        if steps != args.steps:
+            sys.exit(f"{run} is a run of {steps} steps, not {args.steps}: choose another --runs")
+        words = ["train", "--resume"]
+    print(f"training {name}", flush=True)
+    command([*words, "--out", str(run)])
+    return last
+
+
+def trained_classifier(name: str, model: Path, args: argparse.Namespace) -> Path:
+    """The classifier that guides a model; one whose training is interrupted is not kept."""
+    folder: Path = args.runs / f"{name}-classifier" / f"step-{args.classifier_steps:08d}"
+    if not folder.exists():
+        print(f"training the classifier of {name}", flush=True)
+        trainer = ClassifierTrainer(
+            checkpoint.load(model),
+            digits("train", SIZE),
+            options=ClassifierOptions(steps=args.classifier_steps),
+        )
+        ended_by = trainer.run()
+        if ended_by is not None:
+            sys.exit(128 + ended_by)
+        classifier.save(trainer.classifier(digits("test", SIZE)), folder)
+    return folder
+
+
+def command(words: Sequence[str]) -> str:
+    """What a ``fastdiff`` command prints; if it fails, so does this program."""
+    with redirect_stdout(io.StringIO()) as out:
+        code = cli.main(words)
+    if code:
+        sys.exit(code)
+    return out.getvalue()
+
+
+class Figures:
+    """What ``fastdiff eval`` found, by its command, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self.found = json.loads(path.read_text(encoding="utf-8"))
+
+    def of(self, words: str) -> dict[str, Any]:
+        """The figures of ``fastdiff eval`` with these arguments, measured unless they are there."""
+        asked = " ".join(f"fastdiff eval {words}".split())
+        if asked not in self.found:
+            self.found[asked] = json.loads(command(["eval", *words.split(), "--json"]))
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+            os.replace(partial, self.path)
+        facts = self.found[asked]
+        print(f"{facts['frechet']:8.3f} {facts['accuracy']:6.1%}  {asked}", flush=True)
+        return facts
+
+
+def with_steps(way: str, steps: int | None) -> str:
+    """A way to sample, with another number of steps if it does not choose its own."""
+    return way if steps is None or way.startswith(OWN_STEPS) else f"{way} --steps {steps}"
+
+
+def compare_objectives(models: dict[str, Path], args: argparse.Namespace) -> None:
+    """Measure each model's samples and bits, and write objectives.json, .md and .png."""
+    figures, lines, pictures = Figures(args.out / "objectives.json"), [], []
+    for name, model in models.items():
+        found, bits = checkpoint.load(model), f"--bits {args.bits}"  # once, with the default
+        for way in OBJECTIVES[name][1]:
+            way = with_steps(way, args.sampling_steps)
+            asked = cli.parser().parse_args(["eval", *way.split()])
+            sampler = make_sampler(asked, found)
+            words = f"--checkpoint {model} --samples {args.images} {bits} {way}"
+            lines.append((name, sampler, figures.of(words)))
+            if bits:
+                pictures.append(one_of_each(found, sampler))
+            bits = ""
+    table = objectives_table(lines, args.steps)
+    (args.out / "objectives.md").write_text(table, encoding="utf-8")
+    real = digits("test", SIZE)
+    assert real.labels is not None
+    pictures.append(real.images[[int((real.labels == i).nonzero()[0]) for i in range(10)]])
+    labels = [*models, "held-out"]
+    save(grid(torch.cat(pictures), 10, labels=labels), args.out / "objectives.png")
+
+
+def one_of_each(found: checkpoint.Checkpoint, sampler: Sampler | Solver) -> torch.Tensor:
+    """A sample of each digit, [10, 1, S, S]."""
+    return found.sample(
+        sampler, labels=range(10), generator=torch.Generator().manual_seed(0), progress=False
+    )
+
+
+def objectives_table(
+    lines: Iterable[tuple[str, Sampler | Solver, dict[str, Any]]], steps: int
+) -> str:
+    """One line a sampler, as Markdown; bits where they were measured."""
+    rows = [HEADS, ("---",) * len(HEADS)]
+    for name, sampler, facts in lines:
+        bits = (facts.get("bits_bound"), facts.get("bits_ode"))
+        rows.append(
+            (
+                name, str(steps), sampler_text(sampler), f"{facts['evaluations']:.4g}",
+                f"{facts['frechet']:.2f}", f"{facts['accuracy']:.1%}",
+                *("" if value is None else f"{value:.3f}" for value in bits),
+            )
+        )  # fmt: skip
+    real = f"{facts['frechet_real']:.2f}", f"{facts['accuracy_real']:.1%}"
+    rows.append(("held-out real digits", "", "", "", *real, "", ""))
+    return markdown(rows)
+
+
+def sampler_text(sampler: Sampler | Solver) -> str:
+    """A sampler's name, steps and, of a solver, options."""
+    name, steps = sampler_facts(sampler).values()
+    options = sampler.options if isinstance(sampler, Solver) else {}
+    told = [f"{option}={value}" for option, value in options.items()]
+    return ", ".join([name, *([] if steps is None else [f"{steps} steps"]), *told])
+
+
+def compare_guidance(models: dict[str, Path], args: argparse.Namespace) -> None:
+    """Measure samples against the scale of guidance, and write guidance.json, .md and .png."""
+    figures = Figures(args.out / "guidance.json")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, model in models.items():
+        guide, way = trained_classifier(name, model, args), GUIDED[name]
+        for kind, options in KINDS.items():
+            asked = [
+                f"--checkpoint {model} --samples {args.images} "
+                f"{with_steps(way, args.sampling_steps)} "
+                + options.format(classifier=guide, scale=scale)
+                for scale in args.scales
+            ]
+            lines[f"{name}, {kind}"] = [figures.of(words) for words in asked]
+    if lines:
+        table = guidance_table(lines, args.scales)
+        (args.out / "guidance.md").write_text(table, encoding="utf-8")
+        plot_guidance(lines, args.scales, args.out / "guidance.png")
+
+
+def guidance_table(lines: dict[str, list[dict[str, Any]]], scales: Sequence[float]) -> str:
+    """Frechet distance and accuracy, one line a model and kind of guidance, as Markdown."""
+    rows = [
+        ("model, guidance", "sampler", *(f"scale {scale:g}" for scale in scales)),
+        ("---",) * (len(scales) + 2),
+    ]
+    for name, found in lines.items():
+        cells = (f"{facts['frechet']:.2f}, {facts['accuracy']:.1%}" for facts in found)
+        rows.append((name, found[0]["sampler"], *cells))
+    return markdown(rows)
+
+
+def markdown(rows: Iterable[Iterable[str]]) -> str:
+    """Rows of cells as the lines of a table."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def plot_guidance(
+    lines: dict[str, list[dict[str, Any]]], scales: Sequence[float], path: Path
+) -> None:
+    """Frechet distance and accuracy against the scale, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 4.2), dpi=110)
+    places = range(len(scales))
+    for panel, key, title in zip(
+        panels,
+        ("frechet", "accuracy"),
+        ("Fréchet distance to the training digits", "taken for the right digit"),
+        strict=True,
+    ):
+        for (name, found), mark in zip(lines.items(), "osD^", strict=False):
+            panel.plot(places, [facts[key] for facts in found], marker=mark, label=name)
+        panel.axhline(found[0][f"{key}_real"], color="black", linestyle="--", label="held-out real")
+        panel.set(title=title, xlabel="scale of guidance")
+        panel.set_xticks(places, [f"{scale:g}" for scale in scales])
+        panel.grid(alpha=0.3)
+    panels[0].set_yscale("log")
+    panels[1].set_ylim(0, 1.02)
+    panels[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+// loss[n] = weight[t] mean (prediction - p[t] x_0 - q[t] z)^2 over image n, and its gradient
+// grad[n] 2 weight[t] / size (prediction - p[t] x_0 - q[t] z), rounded once.
+//
+// Predictions of S bytes: the loss reads 3 S, the gradient reads 3 S and writes 1 S, which is the
+// least there is; without x_0 in the target, or with z drawn from a counter (kernels/philox.h), 1 S
+// less each, without both 2 S. The target is never stored, and neither is noise that is drawn: that
+// of a piece is in a buffer on the stack, for the loss and again for the gradient.
+//
+// A piece is summed in four vectors, the pieces of an image in double and in their order, so that
+// the sum does not depend on who computes which.
+#include "cpu/kernels/denoising_loss.h"
+
+#include "cpu/kernels/drawn.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+
+enum class Noise { None, Given, Drawn };
+
+// What is left of the prediction, for the elements of one image from `offset` on.
+template <class T, bool kX0, Noise kNoise>
+struct Errors {
+  using B = Block<T>;
+  using V = typename Lanes<T>::V;
+  using Wide = typename Lanes<T>::Wide;
+  V minus_p, minus_q;
+  const T *prediction, *x0, *noise;
+
+  Errors(const DenoisingLossArgs& a, int64_t n)
+      : minus_p(-static_cast<const Wide*>(a.of_x0)[a.t[n]]),
+        minus_q(-static_cast<const Wide*>(a.of_noise)[a.t[n]]) {
+    const int64_t first = n * a.pieces.channels * a.pieces.pixels;
+    prediction = static_cast<const T*>(a.prediction) + first;
+    if constexpr (kX0) x0 = static_cast<const T*>(a.x0) + first;
+    if constexpr (kNoise == Noise::Given) noise = static_cast<const T*>(a.noise) + first;
+  }
+
+  // Of elements offset.. of the image, of which z is the drawn noise.
+  FASTDIFF_INLINE B at(int64_t offset, int64_t count, const Wide* z) const {
+    B e = B::load(prediction + offset, count);
+    if constexpr (kX0) add(e, minus_p, B::load(x0 + offset, count));
+    if constexpr (kNoise == Noise::Given) add(e, minus_q, B::load(noise + offset, count));
+    if constexpr (kNoise == Noise::Drawn) add(e, minus_q, B::load_wide(z));
+    return e;
+  }
+
+  static FASTDIFF_INLINE void add(B& e, const V& factor, const B& value) {
+    for (int r = 0; r < Lanes<T>::parts; ++r)
+      e.part[r] = at::vec::fmadd(factor, value.part[r], e.part[r]);
+  }
+};
+
+// The noise of a piece where it is drawn.
+template <Noise kNoise, class Wide>
+FASTDIFF_INLINE const Wide* drawn(const DenoisingLossArgs& a, const Piece& piece,
+                                  Drawn<Wide>& buffer) {
+  if constexpr (kNoise != Noise::Drawn) return nullptr;
+  return draw(a.pieces, piece, PhiloxStream(a.seed + 2 * piece.n, a.row), buffer);
+}
+
+// Squares added up, in vectors that do not wait for each other.
+template <class T>
+struct Squares {
+  using B = Block<T>;
+  static constexpr int kBlocks = 4 / Lanes<T>::parts;
+  B sums[kBlocks];
+
+  Squares() {
+    for (auto& sum : sums) sum = B::fill(0);
+  }
+
+  FASTDIFF_INLINE void add(int b, const B& e) {
+    for (int r = 0; r < Lanes<T>::parts; ++r)
+      sums[b].part[r] = at::vec::fmadd(e.part[r], e.part[r], sums[b].part[r]);
+  }
+
+  double total() {
+    typename Lanes<T>::V all(0);
+    for (const auto& sum : sums)
+      for (const auto& part : sum.part) all = all + part;
+    return sum_lanes(all);
+  }
+};
+
+template <class T, bool kX0, Noise kNoise>
+static void sum(const DenoisingLossArgs& a, double* sums, int64_t begin, int64_t end) {
+  constexpr int64_t size = Lanes<T>::size, step = Squares<T>::kBlocks * size;
+  Drawn<typename Lanes<T>::Wide> buffer;
+  for (int64_t index = begin; index < end; ++index) {
+    const Piece piece(a.pieces, index);
+    const Errors<T, kX0, kNoise> errors(a, piece.n);
+    const auto* z = drawn<kNoise>(a, piece, buffer);
+    Squares<T> squares;
+    piece.for_runs(a.pieces, [&](int64_t offset, int64_t length, int64_t from) FASTDIFF_HOT {
+      int64_t i = 0;
+      for (; i + step <= length; i += step)
+        for (int b = 0; b < Squares<T>::kBlocks; ++b)
+          squares.add(b, errors.at(offset + i + b * size, size, z + from + i + b * size));
+      for (; i < length; i += size) {
+        const int64_t count = length - i < size ? length - i : size;
+        auto e = errors.at(offset + i, count, z + from + i);
+        e.keep(count);
+        squares.add(0, e);
+      }
+    });
+    sums[index] = squares.total();
+  }
+}
+
+template <class T, bool kX0, Noise kNoise>
+static void differentiate(const DenoisingLossArgs& a, const void* grad, void* out, int64_t begin,
+                          int64_t end) {
+  using Wide = typename Lanes<T>::Wide;
+  const int64_t image = a.pieces.channels * a.pieces.pixels;
+  Drawn<Wide> buffer;
+  for (int64_t index = begin; index < end; ++index) {
+    const Piece piece(a.pieces, index);
+    const Errors<T, kX0, kNoise> errors(a, piece.n);
+    const auto* z = drawn<kNoise>(a, piece, buffer);
+    const double weight = static_cast<const Wide*>(a.weight)[a.t[piece.n]];
+    const double of_loss = static_cast<const Wide*>(grad)[piece.n];
+    const auto factor =
+        Block<T>::fill(static_cast<Wide>(of_loss * 2 * weight / static_cast<double>(image)));
+    T* to = static_cast<T*>(out) + piece.n * image;
+    piece.for_runs(a.pieces, [&](int64_t offset, int64_t length, int64_t from) FASTDIFF_HOT {
+      for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+        auto e = errors.at(offset + i, count, z + from + i);
+        for (int r = 0; r < Lanes<T>::parts; ++r) e.part[r] = factor.part[r] * e.part[r];
+        e.store(to + offset + i, count);
+      });
+    });
+  }
+}
+
+// Calls body(tag, x0, noise) with what the target consists of as constants.
+template <class Body>
+FASTDIFF_INLINE void for_target(const DenoisingLossArgs& a, Body&& body) {
+  const auto noises = [&](auto* tag, auto x0) {
+    if (a.noise) return body(tag, x0, std::integral_constant<Noise, Noise::Given>());
+    if (a.seed) return body(tag, x0, std::integral_constant<Noise, Noise::Drawn>());
+    return body(tag, x0, std::integral_constant<Noise, Noise::None>());
+  };
+  for_dtype(a.dtype, [&](auto* tag) {
+    if (a.x0) return noises(tag, std::true_type());
+    return noises(tag, std::false_type());
+  });
+}
+
+void denoising_loss(const DenoisingLossArgs& a, double* sums, int64_t begin, int64_t end) {
+  for_target(a, [&](auto* tag, auto x0, auto noise) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    sum<T, decltype(x0)::value, decltype(noise)::value>(a, sums, begin, end);
+  });
+}
+
+void denoising_loss_backward(const DenoisingLossArgs& a, const void* grad, void* out, int64_t begin,
+                             int64_t end) {
+  for_target(a, [&](auto* tag, auto x0, auto noise) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    differentiate<T, decltype(x0)::value, decltype(noise)::value>(a, grad, out, begin, end);
+  });
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY

@@ -1,0 +1,65 @@
+// The pieces that images are divided into, and the noise of a piece in the order of memory.
+#pragma once
+
+#include "cpu/kernels/philox.h"
+#include "cpu/kernels/pieces.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+
+static_assert(kDrawnBlock % kPhiloxBlock == 0);
+
+// Channels channel..channel+width-1 of pixels pixel..pixel+length-1 of image n.
+struct Piece {
+  int64_t n, channel, width, pixel, length;
+
+  Piece(const Pieces& p, int64_t index) : n(index / p.count) {
+    const int64_t place = index % p.count;
+    channel = place % p.across * p.width;
+    pixel = place / p.across * p.length;
+    width = p.channels - channel < p.width ? p.channels - channel : p.width;
+    length = p.pixels - pixel < p.length ? p.pixels - pixel : p.length;
+  }
+
+  // Calls body(offset, count, i) for what lies together: elements from `offset` of the image on,
+  // which are those from i on of the piece.
+  template <class Body>
+  FASTDIFF_INLINE void for_runs(const Pieces& p, Body&& body) const {
+    if (width == p.channels) return body(pixel * p.channels, length * width, int64_t{0});
+    for (int64_t i = 0; i < length; ++i) body((pixel + i) * p.channels + channel, width, i * width);
+  }
+};
+
+template <class Wide>
+struct Drawn {
+  Wide line[kPiece + 2 * kPhiloxBlock];
+  Wide mixed[kPiece + kPhiloxBlock];  // padded: blocks are read whole
+};
+
+template <class Wide>
+FASTDIFF_INLINE void spread(const Wide* line, int64_t length, int64_t width, Wide* out) {
+  for (int64_t i = 0; i < length; ++i) out[i * width] = line[i];
+}
+
+// The noise of a piece: channels in turn, each with the stretch of its pixels, between each other.
+template <class Wide>
+static __attribute__((noinline)) const Wide* draw(const Pieces& p, const Piece& at,
+                                                  const PhiloxStream& stream, Drawn<Wide>& to) {
+  const int64_t first = at.channel * p.pixels + at.pixel;
+  if (at.width == 1) return stream.fill(first, at.length, to.line);
+  const bool together = at.length == p.pixels;  // then the channels' stretches are one
+  const Wide* line = together ? stream.fill(first, at.width * at.length, to.line) : nullptr;
+  for (int64_t c = 0; c < at.width; ++c) {
+    const Wide* z =
+        together ? line + c * at.length : stream.fill(first + c * p.pixels, at.length, to.line);
+    if (at.width == 3) {
+      spread<Wide>(z, at.length, 3, to.mixed + c);
+    } else if (at.width == 4) {
+      spread<Wide>(z, at.length, 4, to.mixed + c);
+    } else {
+      spread<Wide>(z, at.length, at.width, to.mixed + c);
+    }
+  }
+  return to.mixed;
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/kernels/pieces.h"
+
+namespace fastdiff {
+
+// Pointers to dense tensors of one layout; coefficients in float, or double for double images.
+struct QSampleFromSeedArgs {
+  c10::ScalarType dtype;
+  Pieces pieces;
+  const void* x0;
+  void* out;
+  const int64_t* seed;  // (seed, image) of each image
+  uint32_t row;
+  const int64_t* t;  // [N], checked to lie in the tables
+  const void* signal;
+  const void* sigma;
+};
+
+// Pieces begin..end-1 of the batch.
+FASTDIFF_DECLARE(q_sample_from_seed, const QSampleFromSeedArgs&, int64_t begin, int64_t end)
+
+}  // namespace fastdiff

@@ -1,0 +1,108 @@
+"""Train a classifier of noised images, to guide a model by.
+
+It learns at every level of noise of the model's own process. A fifth of each class is held out, the
+test digits for digits, and the accuracy on it printed. Ctrl-C ends the training after the running
+step, and keeps the classifier as it then is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastdiff import checkpoint, classifier, data
+from fastdiff.classifier import Accuracy, Architecture
+from fastdiff.classifier_training import ClassifierOptions, ClassifierTrainer
+from fastdiff.cli.common import (
+    add_checkpoint_argument,
+    add_machine_arguments,
+    integers,
+    machine,
+    note,
+    positive,
+)
+from fastdiff.errors import InputError
+from fastdiff.images import check_writable
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Options of ``fastdiff train-classifier``."""
+    defaults = ClassifierOptions()
+    add_checkpoint_argument(command)
+    command.add_argument(
+        "--data",
+        required=True,
+        help="digits (scikit-learn's), or a folder of images with one sub-folder a class",
+    )
+    command.add_argument("--out", type=Path, required=True, help="the folder to make")
+
+    model = command.add_argument_group("classifier")
+    model.add_argument(
+        "--channels", type=integers, default="32,64,64", help="feature channels of each level"
+    )
+    model.add_argument("--layers-per-block", type=positive, default=2, help="blocks a level")
+    model.add_argument(
+        "--attention", type=integers, default="1,2", help="levels with self-attention, or none"
+    )
+
+    how = command.add_argument_group("training")
+    how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
+    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images a step")
+    how.add_argument("--lr", type=float, default=defaults.lr, help="learning rate; it falls to 0")
+    how.add_argument("--ema", type=float, default=defaults.ema, help="decay of the average")
+    how.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW")
+    how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
+    add_machine_arguments(command)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Train, write, print the accuracy, and return the exit code."""
+    options = ClassifierOptions(
+        **{name: getattr(args, name) for name in ClassifierOptions.__dataclass_fields__}
+    )
+    if args.out.exists():
+        raise InputError(f"{args.out} exists already; it was left as it is")
+    found = checkpoint.load(args.checkpoint)
+    train, held_out = _images(args, found)
+    shape = Architecture(
+        train.size, train.channels, args.channels, args.layers_per_block, args.attention
+    )
+    check_writable(args.out)
+    with machine(args) as device:
+        trainer = ClassifierTrainer(found, train, shape, options, device=device)
+        count = sum(p.numel() for p in trainer.model.parameters())
+        note(
+            f"{len(train)} images of {train.channels}x{train.size}x{train.size}, "
+            f"{len(train.classes)} classes; {count / 1e6:.2f} M parameters"
+        )
+        ended_by = trainer.run()
+        trained = trainer.classifier(held_out)
+    classifier.save(trained, args.out)
+    if trained.accuracy and held_out is not None:
+        _print(trained.accuracy, len(held_out))
+    if ended_by is None:
+        note(f"done: {args.out}")
+        return 0
+    note(f"{ended_by.name}: stopped after step {trained.step}; classifier {args.out}")
+    return 128 + ended_by
+
+
+def _images(
+    args: argparse.Namespace, found: checkpoint.Checkpoint
+) -> tuple[data.ImageSet, data.ImageSet | None]:
+    """Images to train on, and those held out."""
+    if args.data == "digits":
+        return data.digits("train", found.image_size), data.digits("test", found.image_size)
+    images = data.folder(args.data, found.image_size, grayscale=found.channels == 1)
+    if images.labels is None:
+        raise InputError(f"{args.data} has no sub-folders, one a class: a classifier needs classes")
+    return images.split()
+
+
+def _print(accuracy: Sequence[Accuracy], images: int) -> None:
+    print(f"{'noise / signal':>15} {'right':>7}   of {images} held-out images")
+    for level in accuracy:
+        ratio = level.sigma / level.alpha if level.alpha else math.inf
+        print(f"{ratio:>15.3g} {level.share:>7.1%}")

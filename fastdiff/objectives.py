@@ -1,0 +1,337 @@
+"""What a model is trained for: which times are drawn, and the loss of each image at its own.
+
+    ddpm    a NoiseSchedule; the (weighted) error of a prediction    arXiv:2006.11239, eq. 14
+    hybrid  likewise, and the bound for a learned variance           arXiv:2102.09672, eq. 16
+    vlb     likewise, the variational bound alone                    arXiv:2102.09672, eq. 4
+    flow    a FlowSchedule; the (weighted) error of a prediction     arXiv:2209.03003, eq. 1
+    dsm     an SDE; denoising score matching in continuous time      arXiv:2011.13456, eq. 7
+    ncsn    VE; score matching at a geometric ladder of levels       arXiv:1907.05600, eq. 6
+    edm     EDM; the error of the preconditioned denoiser            arXiv:2206.00364, eq. 8
+
+The losses themselves are ``fastdiff.losses``. Trainer and Diffusion both train through
+:meth:`Objective.loss`, and what does not fit together is refused in :func:`make` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiff import losses, process, sde
+from fastdiff.errors import InputError
+from fastdiff.losses import LossSecondMoment, score_matching
+from fastdiff.losses.timesteps import TimestepSampler
+from fastdiff.samplers.ddpm import VARIANCES
+from fastdiff.samplers.sampler import check_choice
+from fastdiff.sampling.loop import Model
+from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
+
+Forward = GaussianPath | sde.SDE
+
+DISCRETE: dict[str, Callable[[int], TimestepSampler]] = {
+    "uniform": losses.Uniform,
+    "low-discrepancy": losses.LowDiscrepancy,
+    # Its density is meant as a weighting of the loss.
+    "logit-normal": lambda count: losses.LogitNormal(count, unbiased=False),
+    "loss-second-moment": LossSecondMoment,
+}
+CONTINUOUS = ("uniform", "low-discrepancy")
+TIMESTEPS = (*DISCRETE, "log-normal")
+LEVELS = 100  # of ncsn's ladder
+
+
+class Times(Protocol):
+    """Draws times for n images, with importance weights."""
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Times [n], and the weights of their losses, float64 [n]."""
+
+
+class Objective:
+    """Times to train at, and a loss for each image.
+
+    Attributes:
+        name: one of :data:`NAMES`.
+        forward: the forward process.
+        prediction: what the model predicts.
+        variance: of the model's steps, with a NoiseSchedule; None elsewhere.
+        levels: of the ladder of ncsn; None elsewhere.
+        times: what draws times.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Forward,
+        prediction: str,
+        times: Times,
+        losses_of: Callable[..., Tensor],
+        variance: str | None = None,
+        levels: int | None = None,
+    ) -> None:
+        self.name, self.forward, self.prediction = name, forward, prediction
+        self.times, self.variance, self.levels = times, variance, levels
+        self._losses_of = losses_of
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model returns 2 C channels, the second C of which say its variance."""
+        return (self.variance or "").startswith("learned")
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Times for n images, and the weights of their losses.
+
+        Returns:
+            Timesteps int64 [n] with a schedule, else times float64 [n]; weights float64 [n]. On the
+            generator's device.
+        """
+        return self.times.draw(n, generator)
+
+    def losses(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
+        """The loss of each image, [N], float32 (float64 for float64 images).
+
+        Args:
+            model: (x_t, t, **cond) -> prediction, given its time as in sampling.
+            x0: clean images [N, C, ...], floating point.
+            t: times as :meth:`draw` gives them.
+            noise: standard normal like ``x0``, or seeds of it, int64 [N, 2].
+            cond: keyword arguments of the model.
+        """
+        return self._losses_of(model, x0, t, noise, **cond)
+
+    def loss(
+        self, model: Model, x0: Tensor, t: Tensor, weights: Tensor, noise: Tensor, **cond: Any
+    ) -> Tensor:
+        """The weighted mean of :meth:`losses`, a scalar; loss-second-moment takes note of them."""
+        found = self.losses(model, x0, t, noise, **cond)
+        if isinstance(self.times, LossSecondMoment):
+            seen = found.detach()
+            if bool(seen.isfinite().all()):
+                self.times.update(t, seen)
+        return (weights.to(found.device, found.dtype) * found).mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What times drawn later depend on, as JSON has it; empty where they are independent."""
+        return self.times.state_dict() if isinstance(self.times, LossSecondMoment) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; ValueError for that of another objective."""
+        if isinstance(self.times, LossSecondMoment):
+            self.times.load_state_dict(state)
+        elif state:
+            raise ValueError(f"{self.name} keeps no losses of timesteps, the state has some")
+
+
+def make(
+    name: str | None,
+    forward: Forward,
+    prediction: str = "eps",
+    *,
+    weighting: str | None = None,
+    timesteps: str | None = None,
+    variance: str | None = None,
+    levels: int | None = None,
+) -> Objective:
+    """The objective of that name.
+
+    Args:
+        name: one of :data:`NAMES`; None for the one natural to the process: ddpm (hybrid with a
+            learned variance), flow, edm if the prediction is edm, else dsm.
+        forward: a schedule with timesteps, or an SDE.
+        prediction: one of ``process.KINDS``; in continuous time also ncsn or edm.
+        weighting: of the loss. ddpm, flow, hybrid: a name of ``losses.weighting``; dsm: sigma (the
+            default) or likelihood; None elsewhere.
+        timesteps: how times are drawn. With a schedule uniform, low-discrepancy, logit-normal or
+            loss-second-moment; in continuous time uniform or low-discrepancy, but log-normal with
+            EDM and uniform with ncsn. None is loss-second-moment for vlb, else the first of these.
+        variance: with a NoiseSchedule one of ``samplers.ddpm.VARIANCES``; None is learned_range for
+            hybrid and vlb, else fixed_small.
+        levels: of the ladder of ncsn; None is 100.
+
+    Raises:
+        TypeError: ``forward`` is neither a schedule nor an SDE.
+        InputError: an unknown name, or options that do not fit together.
+    """
+    if not isinstance(forward, (GaussianPath, sde.SDE)):
+        raise TypeError(f"forward must be a schedule or an SDE, got {type(forward).__name__}")
+    try:
+        name = name or _natural(forward, prediction, variance)
+        check_choice("objective", name, NAMES)
+        if levels is not None and name != "ncsn":
+            raise ValueError(f"levels are for the objective ncsn, not {name}")
+        wanted = _FORWARDS[name]
+        if not isinstance(forward, wanted):
+            raise ValueError(f"the objective {name} needs {_named(wanted)}, got {forward!r}")
+        if isinstance(forward, sde.SDE):
+            return _continuous(name, forward, prediction, weighting, timesteps, variance, levels)
+        return _discrete(name, forward, prediction, weighting, timesteps, variance)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+_FORWARDS: dict[str, type[Forward]] = {
+    "ddpm": NoiseSchedule,
+    "hybrid": NoiseSchedule,
+    "vlb": NoiseSchedule,
+    "flow": FlowSchedule,
+    "dsm": sde.SDE,
+    "ncsn": sde.VE,
+    "edm": sde.EDM,
+}
+NAMES = tuple(_FORWARDS)
+
+
+def _natural(forward: Forward, prediction: str, variance: str | None) -> str:
+    if isinstance(forward, sde.SDE):
+        return "edm" if prediction == "edm" else "dsm"
+    if isinstance(forward, FlowSchedule):
+        return "flow"
+    return "hybrid" if (variance or "").startswith("learned") else "ddpm"
+
+
+def _named(kind: type[Forward]) -> str:
+    return "an SDE" if kind is sde.SDE else f"the process {kind.__name__}"
+
+
+def _discrete(
+    name: str,
+    forward: GaussianPath,
+    prediction: str,
+    weighting: str | None,
+    times: str | None,
+    variance: str | None,
+) -> Objective:
+    process.check_kind(prediction)
+    if prediction in ("eps", "score") and forward.has_zero_terminal_snr:
+        raise ValueError(
+            f"{prediction} says nothing of x0 at zero signal-to-noise ratio; predict x0, v or flow "
+            "with this schedule"
+        )
+    times = times or ("loss-second-moment" if name == "vlb" else "uniform")
+    check_choice("timestep sampler", times, tuple(DISCRETE))
+    if isinstance(forward, NoiseSchedule):
+        variance = variance or ("learned_range" if name in ("hybrid", "vlb") else "fixed_small")
+        check_choice("variance", variance, VARIANCES)
+        learned = variance.startswith("learned")
+        if name == "ddpm" and learned:
+            raise ValueError(f"ddpm does not train a {variance} variance; hybrid and vlb do")
+        if name == "hybrid" and not learned:
+            raise ValueError(f"hybrid trains a learned variance, got {variance}")
+    elif variance is not None:
+        raise ValueError(f"{forward!r} has no steps whose variance could be {variance}")
+    if name == "vlb" and weighting is not None:
+        raise ValueError(f"vlb has weights of its own, got the weighting {weighting!r}")
+    weight = None if weighting is None else losses.weighting(forward, prediction, weighting)
+
+    def losses_of(model: Model, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
+        if name in ("ddpm", "flow"):
+            return losses.simple_loss(
+                forward, model, x0, t, noise, kind=prediction, weight=weight, **cond
+            )
+        assert isinstance(forward, NoiseSchedule)
+        assert variance is not None
+        if name == "hybrid":
+            return losses.hybrid_loss(
+                forward, model, x0, t, noise, kind=prediction, variance=variance, weight=weight,
+                **cond,
+            )  # fmt: skip
+        return losses.vlb_loss(
+            forward, model, x0, t, noise, kind=prediction, variance=variance, **cond
+        )
+
+    draws = DISCRETE[times](forward.num_timesteps)
+    return Objective(name, forward, prediction, draws, losses_of, variance)
+
+
+def _continuous(
+    name: str,
+    forward: sde.SDE,
+    prediction: str,
+    weighting: str | None,
+    times: str | None,
+    variance: str | None,
+    levels: int | None,
+) -> Objective:
+    sde.score_fn(lambda x, t: x, prediction, forward)  # which checks that they fit
+    if variance is not None:
+        raise ValueError(f"{forward!r} has no steps whose variance could be {variance}")
+    if name == "dsm":
+        check_choice("weighting", weighting or "sigma", score_matching.WEIGHTINGS)
+        if prediction == "edm":
+            raise ValueError("the prediction edm is trained by the objective edm, not dsm")
+    else:
+        if prediction != name:
+            raise ValueError(f"{name} trains the prediction {name}, got {prediction}")
+        if weighting is not None:
+            raise ValueError(f"{name} has weights of its own, got the weighting {weighting!r}")
+    draws, levels = _times(name, forward, times, levels)
+
+    def losses_of(model: Model, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
+        if name == "edm":
+            assert isinstance(forward, sde.EDM)
+            return score_matching.edm_loss(model, forward, x0, t, noise, **cond)
+        score = sde.score_fn(model, prediction, forward, **cond)
+        if name == "ncsn":
+            _, sigma = forward.levels(t)
+            return score_matching.ncsn_loss(lambda x, _: score(x, t), x0, sigma, noise)
+        return score_matching.denoising_score_matching(
+            score, forward, x0, t, noise, weighting=weighting or "sigma"
+        )
+
+    return Objective(name, forward, prediction, draws, losses_of, levels=levels)
+
+
+def _times(
+    name: str, forward: sde.SDE, times: str | None, levels: int | None
+) -> tuple[Times, int | None]:
+    """What draws times of an SDE, and the levels of a ladder."""
+    if isinstance(forward, sde.EDM):
+        check_choice(f"timestep sampler with {forward!r}", times or "log-normal", ("log-normal",))
+        return _LogNormal(forward), None
+    if name == "ncsn":
+        assert isinstance(forward, sde.VE)
+        check_choice("timestep sampler with ncsn", times or "uniform", ("uniform",))
+        levels = LEVELS if levels is None else levels
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, got {levels}")
+        return _Ladder(levels), levels
+    times = times or "uniform"
+    check_choice("timestep sampler in continuous time", times, CONTINUOUS)
+    return _Span(forward, DISCRETE[times](1)), None
+
+
+class _Span:
+    """Times smallest..end of an SDE, spread as a sampler of timesteps spreads its own."""
+
+    def __init__(self, forward: sde.SDE, spread: TimestepSampler) -> None:
+        self.first, self.length = forward.smallest, forward.end - forward.smallest
+        self.spread = spread
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        share = self.spread.unit(n, generator)
+        return self.first + self.length * share, torch.ones_like(share)
+
+
+class _LogNormal:
+    """EDM's noise levels, log-normal (Karras et al. 2022, table 1)."""
+
+    def __init__(self, forward: sde.EDM) -> None:
+        self.forward = forward
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        sigma = score_matching.log_normal_sigma(n, generator=generator)
+        return sigma.clamp(self.forward.smallest, self.forward.end), torch.ones_like(sigma)
+
+
+class _Ladder:
+    """The times of VE at which sigma falls in equal ratios: as many, evenly spaced."""
+
+    def __init__(self, levels: int) -> None:
+        self.levels = losses.Uniform(levels)
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        level, weights = self.levels.draw(n, generator)
+        return level.double() / (self.levels.num_timesteps - 1), weights

@@ -1,0 +1,151 @@
+"""Between timesteps and continuous time, in both directions.
+
+:func:`continuous` sees a schedule as an SDE. :func:`discretize` lays timesteps along an SDE, so
+that every sampler of ``fastdiff.samplers`` runs it through its table of coefficients: the
+probability-flow ODE or the sampler's own SDE, on a fixed grid. :func:`on_path` reads a network
+there.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.ops.checks import beside, wide_dtype
+from fastdiff.process import KINDS
+from fastdiff.sampling.arguments import whole_number
+from fastdiff.sampling.loop import Model
+from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
+from fastdiff.sde.process import EDM, SDE
+from fastdiff.sde.score import asked, check_parametrisation
+from fastdiff.sde.solvers import time_grid
+from fastdiff.sde.views import Interpolated, Straight
+
+
+def continuous(forward: GaussianPath | SDE) -> SDE:
+    """A forward process in continuous time.
+
+    Args:
+        forward: an SDE, which is returned; what :func:`discretize` has made of one; a
+            :class:`~fastdiff.schedules.NoiseSchedule`, as :class:`Interpolated`; or a
+            :class:`~fastdiff.schedules.FlowSchedule`, as :class:`Straight`.
+
+    Raises:
+        ValueError: anything else, or a schedule with zero terminal SNR other than rectified flow's.
+    """
+    if isinstance(forward, SDE):
+        return forward
+    if isinstance(forward, DiscretizedSDE):
+        return forward.sde
+    if isinstance(forward, NoiseSchedule):
+        return Interpolated(forward)
+    if isinstance(forward, FlowSchedule):
+        return Straight(forward.num_timesteps, forward.shift)
+    raise ValueError(f"{forward!r} has no view in continuous time")
+
+
+class DiscretizedSDE(GaussianPath):
+    """The marginals of an SDE at T of its times.
+
+    Timestep 0 stands at ``sde.smallest`` and T - 1 at ``sde.end``; those between are spaced as
+    :func:`fastdiff.sde.time_grid` does it, evenly in t or, for ``EDM``, in its 7th root.
+
+    Args:
+        sde: the process.
+        num_timesteps: T, at least 2.
+
+    Attributes:
+        times: of the timesteps, float64 [T], rising.
+
+    Raises:
+        TypeError: T is no whole number.
+        ValueError: T below 2.
+    """
+
+    def __init__(self, sde: SDE, num_timesteps: int = 1000) -> None:
+        if whole_number(num_timesteps, "num_timesteps") < 2:
+            raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+        self.sde = sde
+        self.times = time_grid(sde, num_timesteps - 1).flip(0)
+        self.alpha_t, self.sigma_t = sde.levels(self.times)
+
+    def __repr__(self) -> str:
+        return f"DiscretizedSDE({self.sde!r}, num_timesteps={self.num_timesteps})"
+
+    def levels(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The alpha and sigma of the SDE at which sigma / alpha is ``ratio``."""
+        return self.sde.levels_at(ratio)
+
+    def time(self, t: Tensor) -> Tensor:
+        """The SDE's time at timesteps in 0..T-1, fractions allowed; float64, shaped like ``t``.
+
+        Between two timesteps log(sigma / alpha) is linear in t, as it is to the samplers' grids.
+        """
+        if t.device not in self._lambdas:
+            self._lambdas[t.device] = self.lambda_t.to(t.device)
+        lam = self._lambdas[t.device]
+        low = t.long().clamp(0, self.num_timesteps - 2)
+        ratio = torch.exp(-torch.lerp(lam[low], lam[low + 1], t.double() - low))
+        return self.sde.time_at(ratio).clamp(self.sde.smallest, self.sde.end)
+
+    @cached_property
+    def _lambdas(self) -> dict[torch.device, Tensor]:
+        """Made once, since a CUDA graph cannot capture a copy from the host."""
+        return {}
+
+
+def discretize(sde: SDE, num_timesteps: int = 1000) -> DiscretizedSDE:
+    """An SDE as a path with timesteps, for ``fastdiff.samplers``: see :class:`DiscretizedSDE`."""
+    return DiscretizedSDE(sde, num_timesteps)
+
+
+def on_path(model: Model, parametrisation: str, path: DiscretizedSDE) -> tuple[nn.Module, str]:
+    """A network of continuous time for ``fastdiff.sample`` with a sampler of ``path``.
+
+    Args:
+        model: as for :func:`fastdiff.sde.score_fn`.
+        parametrisation: likewise.
+        path: the SDE that the network was trained on, discretized.
+
+    Returns:
+        A model ``(x, t, **cond)`` -> prediction, t being a timestep of the path, fractions allowed;
+        and what it predicts, the sampler's ``prediction``. That is the parametrisation where it is
+        one of ``fastdiff.process``; a network of "ncsn" then predicts eps, one of "edm" x0.
+
+    Raises:
+        ValueError: an unknown parametrisation, or one that does not fit the SDE.
+
+    Example:
+        >>> path = sde.discretize(sde.EDM())
+        >>> model, kind = sde.on_path(network, "edm", path)
+        >>> sampler = fastdiff.samplers.make("heun", path, 18, prediction=kind)
+        >>> images = fastdiff.sample(model, sampler, (16, 3, 32, 32))
+    """
+    check_parametrisation(parametrisation, path.sde)
+    kind = {"ncsn": "eps", "edm": "x0"}.get(parametrisation, parametrisation)
+    return _OnPath(model, parametrisation, path), kind
+
+
+class _OnPath(nn.Module):
+    """A module, so that its device can be seen."""
+
+    def __init__(self, model: Model, parametrisation: str, path: DiscretizedSDE) -> None:
+        super().__init__()
+        self.model, self.parametrisation, self.path = model, parametrisation, path
+        self.train(model.training if isinstance(model, nn.Module) else False)
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
+        sde, time = self.path.sde, self.path.time(t)
+        if self.parametrisation in KINDS:
+            label = sde.label(time).to(wide_dtype(x.dtype))
+            return self.model(x, label.expand(x.shape[0]), **cond)
+        if self.parametrisation == "ncsn":  # sigma times the score, which is -eps
+            _, sigma = sde.levels(time)
+            return -asked(self.model, x, sigma, cond).to(x.dtype)
+        assert isinstance(sde, EDM)  # on_path has checked
+        skip, out, scale = (beside(value, x) for value in sde.preconditioning(time))
+        found = asked(self.model, (scale * x).to(x.dtype), sde.label(time), cond)
+        return (skip * x + out * found).to(x.dtype)
