@@ -1,0 +1,203 @@
+"""What adaptive steps are worth: on a trained model of the digits, and where the truth is known.
+
+    python benchmarks/adaptive_steps.py --checkpoint runs/objectives/dsm-vp --out benchmarks/results
+
+writes adaptive_steps.json (every figure), .md (the tables) and .png:
+
+    Frechet distance against evaluations of the network, for the reverse-time SDE of a model of
+    continuous time: Euler-Maruyama in steps of one length, and the adaptive solver with its two
+    schemes, from one seed. The table says how many evaluations each needs to come as near to the
+    digits as Euler-Maruyama does with a number of steps.
+
+    the error of the probability-flow ODE against its tolerance, and against evaluations beside
+    fixed grids, on a mixture of two Gaussians whose score is known, in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import checkpoint, samplers, sde
+from fastdiff.drawing import Network, draw
+from fastdiff.evaluation import evaluate
+
+STEPS = (10, 15, 20, 30, 50, 100, 200)
+SCHEMES = {"exponential": (0.8, 0.4, 0.2, 0.1, 0.05), "improved-euler": (1.0, 0.5, 0.2, 0.1, 0.05)}
+EULER = "euler-maruyama"
+PAIRS, TOLERANCES = ("heun21", "bosh3", "dopri5"), [10.0**-k for k in range(2, 9)]
+FIXED, GRIDS = ("ddim", "heun"), (8, 16, 32, 64, 128, 256)
+DIMENSIONS, POINTS, MEAN, STD = 16, 256, 0.5, 0.1
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--checkpoint", type=Path, required=True, help="a model of the digits and of an SDE"
+    )
+    options.add_argument("--out", type=Path, required=True, help="folder for the three files")
+    options.add_argument("--images", type=int, default=2142, help="digits a figure, at least 100")
+    options.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of Euler-Maruyama")
+    args = options.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = distances(args.checkpoint, args.steps, args.images)
+    errors = errors_of_ode()
+    found = {"images": args.images, "digits": rows, "mixture": errors}
+    (args.out / "adaptive_steps.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (args.out / "adaptive_steps.md").write_text(
+        distance_table(rows) + "\n" + error_table(errors), encoding="utf-8"
+    )
+    plot(rows, errors, args.out / "adaptive_steps.png")
+
+
+def distances(path: Path, steps: Sequence[int], images: int) -> list[dict[str, Any]]:
+    """Frechet distance and evaluations of each way to solve the reverse-time SDE."""
+    found = checkpoint.load(path)
+    process = sde.continuous(found.forward)
+    ways: list[tuple[str, str, sde.Solver]] = [
+        (EULER, f"{count} steps", sde.Solver(process, EULER, count)) for count in steps
+    ]
+    for scheme, tolerances in SCHEMES.items():
+        ways += [
+            (scheme, f"eps_rel {tolerance:g}",
+             sde.Solver(process, "adaptive", scheme=scheme, eps_rel=tolerance))
+            for tolerance in tolerances
+        ]  # fmt: skip
+    rows = []
+    for name, setting, solver in ways:
+        measured = evaluate(found, solver, samples=images, progress=False)
+        rows.append({"method": name, "setting": setting, **measured.as_dict()})
+        print(
+            f"{name:<16} {setting:<12} {measured.evaluations:7.1f} {measured.frechet:8.3f} "
+            f"{measured.accuracy:6.1%}",
+            flush=True,
+        )
+    return rows
+
+
+def mixture(process: sde.SDE, x: Tensor, t: Tensor) -> Tensor:
+    """The score of two equal Gaussians at +-MEAN in every coordinate."""
+    alpha, sigma = (level.view(-1, 1) for level in process.levels(t))
+    variance = (alpha * STD) ** 2 + sigma**2
+    side = torch.tanh((alpha * MEAN * x / variance).sum(1, keepdim=True))
+    return (alpha * MEAN * side - x) / variance
+
+
+def errors_of_ode() -> list[dict[str, Any]]:
+    """Root mean square error of each solver of the ODE on a VP mixture, and its evaluations."""
+    process = sde.VP()
+    x = process.prior_sample(
+        (POINTS, DIMENSIONS), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return mixture(process, x, t)
+
+    exact = sde.solve_ode(score, process, x, rtol=1e-12, atol=1e-12, progress=False).x
+    rows: list[dict[str, Any]] = []
+
+    def note(method: str, setting: float, images: Tensor, evaluations: Tensor) -> None:
+        error = (images - exact).square().mean().sqrt().item()
+        spent = evaluations.double().mean().item()
+        rows.append({"method": method, "setting": setting, "error": error, "evaluations": spent})
+
+    for pair in PAIRS:
+        for tolerance in TOLERANCES:
+            solver = sde.Solver(process, "ode", pair=pair, rtol=tolerance, atol=tolerance)
+            found = solver.sample(score, x, progress=False)
+            note(pair, tolerance, found.x, found.evaluations)
+    path = sde.discretize(process)
+    network = Network(lambda x, t: score(x, t.double() / 999), process, "score", False)
+    for name in FIXED:
+        for steps in GRIDS:
+            sampler = samplers.make(
+                name, path, steps, prediction="score", grid="logsnr", final="sigma_min"
+            )
+            drawn = draw(network, sampler, x.shape, x_T=x, progress=False)
+            note(name, steps, drawn.images, drawn.evaluations)
+    return rows
+
+
+def needed(rows: list[dict[str, Any]], method: str, distance: float) -> dict[str, Any] | None:
+    """The cheapest figure of a method that is at least as near."""
+    good = [r for r in rows if r["method"] == method and r["frechet"] <= distance]
+    return min(good, key=lambda row: row["evaluations"], default=None)
+
+
+def distance_table(rows: list[dict[str, Any]]) -> str:
+    """Evaluations that each scheme needs to come as near as Euler-Maruyama, as Markdown."""
+    lines = [
+        "| Euler-Maruyama | Fréchet distance | " + " | ".join(SCHEMES) + " |",
+        "|---" * (2 + len(SCHEMES)) + "|",
+    ]
+    for row in (row for row in rows if row["method"] == EULER):
+        cells = []
+        for scheme in SCHEMES:
+            best = needed(rows, scheme, row["frechet"])
+            cells.append("not reached" if best is None else
+                         f"{best['evaluations']:.1f} ({row['evaluations'] / best['evaluations']:.1f}"
+                         f"x fewer; {best['setting']}, {best['frechet']:.2f})")  # fmt: skip
+        lines.append(
+            f"| {row['evaluations']:.0f} evaluations | {row['frechet']:.2f} | "
+            + " | ".join(cells) + " |"
+        )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def error_table(errors: list[dict[str, Any]]) -> str:
+    """Error and evaluations at each tolerance, as Markdown."""
+    lines = [
+        "| tolerance | " + " | ".join(PAIRS) + " |",
+        "|---" * (1 + len(PAIRS)) + "|",
+    ]
+    for tolerance in TOLERANCES:
+        at = {r["method"]: r for r in errors if r["method"] in PAIRS and r["setting"] == tolerance}
+        cells = [f"{at[pair]['error']:.1e}, {at[pair]['evaluations']:.0f}" for pair in PAIRS]
+        lines.append(f"| {tolerance:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], errors: list[dict[str, Any]], path: Path) -> None:
+    """Three panels, all axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (digits, held, cost) = pyplot.subplots(1, 3, figsize=(13.5, 4.2), dpi=110)
+    for name, mark in zip((EULER, *SCHEMES), "osD", strict=True):
+        line = [(r["evaluations"], r["frechet"]) for r in rows if r["method"] == name]
+        label = name if name == EULER else f"adaptive, {name}"
+        digits.plot(*zip(*line, strict=True), marker=mark, markersize=5, label=label)
+    digits.axhline(rows[0]["frechet_real"], color="black", linestyle="--", label="held-out real")
+    digits.set(title="reverse SDE, digits", xlabel="evaluations of the network",
+               ylabel="Fréchet distance")  # fmt: skip
+    for name, mark in zip((*PAIRS, *FIXED), "osDv^", strict=True):
+        line = [r for r in errors if r["method"] == name]
+        error = [row["error"] for row in line]
+        style = "-" if name in PAIRS else ":"
+        if name in PAIRS:
+            held.plot([row["setting"] for row in line], error, marker=mark, label=name)
+        cost.plot([row["evaluations"] for row in line], error, style, marker=mark,
+                  label=name if name in PAIRS else f"{name}, fixed grid")  # fmt: skip
+    held.plot(TOLERANCES, TOLERANCES, color="gray", linestyle="--", label="error = tolerance")
+    held.set(title="ODE, mixture: error and tolerance", xlabel="tolerance", ylabel="error")
+    cost.set(title="ODE, mixture: error and cost", xlabel="evaluations")
+    for panel in (digits, held, cost):
+        panel.set(xscale="log", yscale="log")
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
