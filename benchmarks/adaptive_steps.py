@@ -139,17 +139,18 @@ def distance_table(rows: list[dict[str, Any]]) -> str:
         "|---" * (2 + len(SCHEMES)) + "|",
     ]
     for row in (row for row in rows if row["method"] == EULER):
-        cells = []
-        for scheme in SCHEMES:
-            best = needed(rows, scheme, row["frechet"])
-            cells.append("not reached" if best is None else
-                         f"{best['evaluations']:.1f} ({row['evaluations'] / best['evaluations']:.1f}"
-                         f"x fewer; {best['setting']}, {best['frechet']:.2f})")  # fmt: skip
-        lines.append(
-            f"| {row['evaluations']:.0f} evaluations | {row['frechet']:.2f} | "
-            + " | ".join(cells) + " |"
-        )  # fmt: skip
+        spent, distance = row["evaluations"], row["frechet"]
+        cells = [cell(needed(rows, scheme, distance), spent) for scheme in SCHEMES]
+        lines.append(f"| {spent:.0f} evaluations | {distance:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def cell(best: dict[str, Any] | None, spent: float) -> str:
+    """How many evaluations the best figure of a scheme has, beside those spent without it."""
+    if best is None:
+        return "not reached"
+    ratio = spent / best["evaluations"]
+    return f"{best['evaluations']:.1f} ({best['setting']}): {ratio:.2f}x fewer"
 
 
 def error_table(errors: list[dict[str, Any]]) -> str:
