@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 QUALITY := --out benchmarks/results
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: sample test bench quality gpu-audit cuda-check lint format doctor venv clean
+.PHONY: sample test bench quality theory gpu-audit cuda-check lint format doctor venv clean
 
 sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
 	$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare
@@ -19,6 +19,10 @@ bench: venv  ## the benchmarks, peers side by side
 
 quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
 	$(RUN) benchmarks/sampler_quality.py $(QUALITY)
+
+theory: $(VENV)/.plot  ## train every objective on the digits and measure it: tables and pictures, 2 hours
+	$(RUN) benchmarks/objectives.py --out benchmarks/results --runs runs/objectives
+	$(RUN) benchmarks/adaptive_steps.py --checkpoint runs/objectives/dsm-vp --out benchmarks/results
 
 gpu-audit: venv  ## compile every GPU kernel for sm_80, 90 and 100: registers, spills, access widths, bytes
 	$(RUN) -m fastdiff.kernels.audit $(AUDIT)

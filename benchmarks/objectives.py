@@ -55,7 +55,7 @@ OBJECTIVES: dict[str, tuple[str, tuple[str, ...]]] = {
     "edm": ("--objective edm --sigma-max 40", ("", "--sampler dpmpp-2m --steps 20")),
     "flow": ("--objective flow", ("", "--sampler euler --steps 50", TO_A_TOLERANCE)),
 }
-GUIDED = {"ddpm": "--sampler ddim --steps 50", "dsm-vp": TO_A_TOLERANCE}
+GUIDED = {"ddpm": "--sampler ddim --steps 50", "dsm-vp": "--sampler adaptive"}
 KINDS = {
     "classifier": "--guidance 0 --classifier {classifier} --classifier-scale {scale:g}",
     "classifier-free": "--guidance {scale:g}",
@@ -73,7 +73,7 @@ def main() -> None:
     )
     options.add_argument("--out", type=Path, required=True, help="folder of the six files")
     options.add_argument("--runs", type=Path, required=True, help="folder of the trained models")
-    options.add_argument("--steps", type=int, default=3000, help="of training a model")
+    options.add_argument("--steps", type=int, default=2000, help="of training a model")
     options.add_argument(
         "--classifier-steps", type=int, default=1000, help="likewise, a classifier"
     )

@@ -2,7 +2,7 @@
 
 The public names are those imported here and the modules ``ops``, ``nn``, ``schedules``,
 ``process``, ``losses``, ``objectives``, ``samplers``, ``sampling``, ``guidance``, ``sde``,
-``data``, ``training``, ``evaluation``, ``checkpoint``.
+``data``, ``training``, ``evaluation``, ``checkpoint``, ``classifier``, ``classifier_training``.
 """
 
 from __future__ import annotations
