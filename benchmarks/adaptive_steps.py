@@ -28,8 +28,8 @@ from fastdiff import checkpoint, samplers, sde
 from fastdiff.drawing import Network, draw
 from fastdiff.evaluation import evaluate
 
-STEPS = (10, 15, 20, 30, 50, 100, 200)
-SCHEMES = {"exponential": (0.8, 0.4, 0.2, 0.1, 0.05), "improved-euler": (1.0, 0.5, 0.2, 0.1, 0.05)}
+STEPS = (10, 15, 20, 25, 30, 40, 50, 100)
+SCHEMES = {"exponential": (0.4, 0.3, 0.2, 0.1, 0.05), "improved-euler": (1.0, 0.5, 0.2, 0.1, 0.05)}
 EULER = "euler-maruyama"
 PAIRS, TOLERANCES = ("heun21", "bosh3", "dopri5"), [10.0**-k for k in range(2, 9)]
 FIXED, GRIDS = ("ddim", "heun"), (8, 16, 32, 64, 128, 256)
@@ -44,7 +44,7 @@ def main() -> None:
         "--checkpoint", type=Path, required=True, help="a model of the digits and of an SDE"
     )
     options.add_argument("--out", type=Path, required=True, help="folder for the three files")
-    options.add_argument("--images", type=int, default=2142, help="digits a figure, at least 100")
+    options.add_argument("--images", type=int, default=1428, help="digits a figure, at least 100")
     options.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of Euler-Maruyama")
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

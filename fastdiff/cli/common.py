@@ -21,18 +21,17 @@ from fastdiff.checkpoint import Checkpoint
 from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
 from fastdiff.errors import InputError
 from fastdiff.samplers import Sampler
-from fastdiff.sde import VE, Solver
+from fastdiff.sde import Solver
 from fastdiff.sde.solver import STEPS_EACH
 
 STEPS = 50  # of samplers with timesteps
-PREDICTOR = "reverse-diffusion"  # of models of VE, with a corrector
 # What suits each objective but ncsn: the sampler, and its steps.
 DEFAULTS: dict[str, tuple[str, int | None]] = {
     "ddpm": ("ddim", STEPS),
     "hybrid": ("ddpm", STEPS),
     "vlb": ("ddpm", STEPS),
     "flow": ("unipc-2", STEPS),
-    "dsm": ("ddim", STEPS),
+    "dsm": ("adaptive", None),
     "edm": ("heun", STEPS // 2),
 }
 
@@ -214,9 +213,7 @@ def make_sampler(args: argparse.Namespace, found: Checkpoint) -> Sampler | Solve
     """
     diffusion, options = found.diffusion(), dict(args.option)
     method, steps = default_sampler(diffusion)
-    if args.sampler is None and method == PREDICTOR:
-        options = {"corrector": "langevin", **options}
-    elif args.sampler is not None and args.sampler != method:
+    if args.sampler is not None and args.sampler != method:
         method, steps = args.sampler, None if args.sampler in SOLVERS else STEPS
     if steps is not None and method not in SOLVERS:
         steps = min(steps, diffusion.path.num_timesteps)
@@ -235,9 +232,6 @@ def default_sampler(diffusion: Diffusion) -> tuple[str, int | None]:
     objective = diffusion.objective
     if objective.levels is not None:
         return "annealed-langevin", objective.levels * STEPS_EACH
-    # What a model of VE gets wrong at high noise an ODE carries to the end; a corrector mends it.
-    if objective.name == "dsm" and isinstance(diffusion.forward, VE):
-        return PREDICTOR, 4 * STEPS
     return DEFAULTS[objective.name]
 
 

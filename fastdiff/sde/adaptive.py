@@ -151,14 +151,14 @@ class _Run:
 
     def step(self) -> float:
         """Try a step with every image; returns how much nearer they are, in images."""
-        stop, clock = self.ends()
-        last = stop == self.steps.last
+        stop = self.ends()
+        h, last = stop - self.position, stop == self.steps.last
         spent = self.counts[0, self.index] + self.steps.cost > self.max_evaluations
         refuse_stuck(
-            self.index, self.steps.time(self.position), stop - self.position, spent,
+            self.index, self.steps.time(self.position), h, spent,
             f"eps_rel {self.eps_rel:g}, eps_abs {self.eps_abs:g}",
         )  # fmt: skip
-        noise = self.path.increment(clock)
+        noise = self.path.increment(self.steps.clock(self.position, h))
         tried = self.steps.attempt(self.x, self.state, self.position, stop, noise, self.ask)
         error = self.error(tried)
         good = error <= 1
@@ -168,24 +168,21 @@ class _Run:
         self.state = tuple(
             _kept(good, new, old) for new, old in zip(tried.state, self.state, strict=True)
         )
-        travelled = float(((stop - self.position) * good).sum()) / self.span
-        self.resize(stop - self.position, error, good)
+        self.resize(h, error, good)
         self.position = torch.where(good, stop, self.position)
-        self.path.forget(torch.ones_like(good) if self.redraw else good)
+        if self.redraw:
+            self.path = Path(self.x, self.generator)
+        self.path.go(good)
         arrived = good & last
         if bool(arrived.any()):
             self.drop(arrived)
-        return travelled
+        return float((h * good).sum()) / self.span
 
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """Where the next steps end, and how far their Brownian paths go till then."""
-        steps, end = self.steps, self.steps.last
+    def ends(self) -> Tensor:
+        """Where the next steps end."""
+        end = self.steps.last
         stop = self.position + self.h.clamp(max=self.h_max)
-        stop = torch.where(stop >= end - ROUNDING * self.span, end, stop)
-        wanted = steps.clock(self.position, stop - self.position)
-        clock = self.path.limit(wanted)
-        cut = torch.where(clock < wanted, steps.after(self.position, clock), stop)
-        return torch.where(cut >= end - ROUNDING * self.span, end, cut), clock
+        return torch.where(stop >= end - ROUNDING * self.span, end, stop)
 
     def error(self, tried: Attempt) -> Tensor:
         """Of each image, over its tolerance, on the CPU."""

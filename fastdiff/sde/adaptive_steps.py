@@ -59,10 +59,6 @@ class ImprovedEuler:
         """How far the Brownian path goes in a step of h."""
         return h
 
-    def after(self, position: Tensor, clock: Tensor) -> Tensor:
-        """Where a step ends in which the Brownian path goes so far."""
-        return position + clock
-
     def begin(self, x: Tensor, ask: Ask) -> State:
         """What the first step needs."""
         return ()
@@ -123,10 +119,6 @@ class Exponential:
     def clock(self, position: Tensor, h: Tensor) -> Tensor:
         """By how much a step of h raises the signal-to-noise ratio."""
         return torch.exp(2 * position) * torch.expm1(2 * h)
-
-    def after(self, position: Tensor, clock: Tensor) -> Tensor:
-        """Where a step ends that raises the signal-to-noise ratio so far."""
-        return position + torch.log1p(clock * torch.exp(-2 * position)) / 2
 
     def begin(self, x: Tensor, ask: Ask) -> State:
         """D, and no slope of it yet."""

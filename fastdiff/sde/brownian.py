@@ -1,4 +1,4 @@
-"""Brownian paths of a batch, tried in steps that may be rejected and replaced by shorter ones."""
+"""Brownian paths of a batch, tried in steps that may be rejected and replaced by others."""
 
 from __future__ import annotations
 
@@ -8,64 +8,89 @@ from torch import Tensor
 from fastdiff.ops.checks import beside
 from fastdiff.sde._evaluate import normal
 
-ROUNDING = 1e-9  # of a gap, which a step that was to fill it may leave
+ROUNDING = 1e-9  # of a step, within which two ends are the same
 
 
 class Path:
-    """What is known of the Brownian paths ahead: their increments over gaps [M], nearest first.
+    """What is known of the Brownian paths ahead.
 
-    A step has the nearest gap to itself. One that is rejected leaves it known, and a shorter one
-    cuts it in two by the law of the Brownian bridge; only an accepted one removes it.
+    A path is known at some times: as gaps from one to the next, nearest first, and the increment
+    over each. A step that ends inside a gap cuts it in two by the law of the Brownian bridge, one
+    that goes on beyond them all adds a gap with new noise. Only :meth:`go` forgets anything.
+
+    Args:
+        x: images [M, ...], which the increments are like.
+        generator: source of the noise.
+
+    Attributes:
+        gaps: float64 [M, K] on the CPU; 0 from where nothing is known.
+        increments: [M, K, ...].
     """
 
     def __init__(self, x: Tensor, generator: torch.Generator | None) -> None:
         self.generator = generator
-        self.gaps = [torch.zeros(len(x), dtype=torch.float64)]  # 0 where nothing is known
-        self.increments = [torch.zeros_like(x)]
-
-    def limit(self, h: Tensor) -> Tensor:
-        """Lengths that end no later than the nearest gap."""
-        known = self.gaps[0]
-        return torch.where((known > 0) & (h > known * (1 - ROUNDING)), known, h)
+        self.gaps = torch.zeros(len(x), 0, dtype=torch.float64)
+        self.increments = x.new_zeros(len(x), 0, *x.shape[1:])
+        self._used = torch.zeros(len(x), dtype=torch.int64)  # gaps that the latest step spans
 
     def increment(self, h: Tensor) -> Tensor:
-        """The increments [M, ...] over lengths that ``limit`` has passed."""
-        known, whole = self.gaps[0], self.increments[0]
-        share = torch.where(known > 0, h / known, 0)
-        variance = torch.where(known > 0, h * (1 - share), h)
-        noise = normal(whole, self.generator)
-        part = beside(share, whole) * whole + beside(variance.sqrt(), whole) * noise
-        cut = known > h
-        if bool(cut.any()):
-            self.insert(cut, known - h, whole - part)
-        self.gaps[0], self.increments[0] = h, part
-        return part
+        """The increments [M, ...] over the next h, float64 [M]."""
+        ends = self.gaps.cumsum(1)
+        spanned = (self.gaps > 0) & (ends <= h[:, None] * (1 + ROUNDING))
+        whole = spanned.sum(1)
+        rest = h - (self.gaps * spanned).sum(1)
+        rest = torch.where(rest > ROUNDING * h, rest, 0)
+        self._cut(whole, rest)
+        self._used = whole + (rest > 0)
+        places = torch.arange(self.gaps.shape[1]) < self._used[:, None]
+        return (self.increments * _rows(places, self.increments)).sum(1)
 
-    def insert(self, where: Tensor, gap: Tensor, increment: Tensor) -> None:
-        """Put a gap second, where asked for."""
-        if bool(self.gaps[-1][where].any()) or len(self.gaps) == 1:
-            self.gaps.append(torch.zeros_like(gap))
-            self.increments.append(torch.zeros_like(increment))
-        for k in range(len(self.gaps) - 1, 0, -1):
-            after = (gap, increment) if k == 1 else (self.gaps[k - 1], self.increments[k - 1])
-            self.replace(k, where, *after)
-
-    def forget(self, where: Tensor) -> None:
-        """Remove the nearest gap, where asked for."""
-        nothing = torch.zeros_like(self.gaps[0])
-        for k in range(len(self.gaps) - 1):
-            self.replace(k, where, self.gaps[k + 1], self.increments[k + 1])
-        self.gaps[-1] = torch.where(where, nothing, self.gaps[-1])
-        while len(self.gaps) > 1 and not bool(self.gaps[-1].any()):
-            del self.gaps[-1], self.increments[-1]
-
-    def replace(self, k: int, where: Tensor, gap: Tensor, increment: Tensor) -> None:
-        """Put a gap in place k, where asked for."""
-        rows = where.to(increment.device).view(-1, *[1] * (increment.ndim - 1))
-        self.gaps[k] = torch.where(where, gap, self.gaps[k])
-        self.increments[k] = torch.where(rows, increment, self.increments[k])
+    def go(self, where: Tensor) -> None:
+        """Leave the latest step behind, in the paths asked for."""
+        moved = self._used * where
+        self._reorder(torch.arange(self.gaps.shape[1]) + moved[:, None])
+        known = int((self.gaps > 0).sum(1).max()) if len(self.gaps) else 0
+        self.gaps, self.increments = self.gaps[:, :known], self.increments[:, :known]
 
     def keep(self, rows: Tensor) -> None:
         """Let the paths of all other images go."""
-        self.gaps = [gap[rows] for gap in self.gaps]
-        self.increments = [one[rows.to(one.device)] for one in self.increments]
+        self.gaps, self._used = self.gaps[rows], self._used[rows]
+        self.increments = self.increments[rows.to(self.increments.device)]
+
+    def _cut(self, place: Tensor, length: Tensor) -> None:
+        """Know the paths so far into the gaps at ``place``, or beyond those known, if at all."""
+        images, _, *shape = self.increments.shape
+        self.gaps = torch.cat([self.gaps, self.gaps.new_zeros(images, 1)], 1)
+        blank = self.increments.new_zeros(images, 1, *shape)
+        self.increments = torch.cat([self.increments, blank], 1)
+        image, device = torch.arange(len(place)), self.increments.device
+        gap, whole = self.gaps[image, place], self.increments[image.to(device), place.to(device)]
+        share = torch.where(gap > 0, length / gap, 0)
+        noise = normal(whole, self.generator)
+        part = beside(share, whole) * whole + beside((length * (1 - share)).sqrt(), whole) * noise
+        left = torch.where(gap > 0, gap - length, 0)
+        columns = torch.arange(self.gaps.shape[1])
+        cutting = (length > 0) & (gap > 0)
+        self._reorder(columns - ((columns > place[:, None]) & cutting[:, None]).long())
+        here, after = (columns == place[:, None]), (columns == place[:, None] + 1)
+        here, after = here & (length > 0)[:, None], after & cutting[:, None]
+        self.gaps = torch.where(here, length[:, None], torch.where(after, left[:, None], self.gaps))
+        values = torch.where(_rows(here, self.increments), part[:, None], self.increments)
+        self.increments = torch.where(
+            _rows(after, self.increments), (whole - part)[:, None], values
+        )
+
+    def _reorder(self, source: Tensor) -> None:
+        """Gap j becomes what ``source`` [M, K] says stood there; nothing stood beyond the last."""
+        count = self.gaps.shape[1]
+        there = source < count
+        source = source.clamp(max=max(count - 1, 0))
+        self.gaps = self.gaps.gather(1, source) * there
+        image = torch.arange(len(source))[:, None].to(self.increments.device)
+        moved = self.increments[image, source.to(self.increments.device)]
+        self.increments = moved * _rows(there, moved)
+
+
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask [M, K] beside increments [M, K, ...]."""
+    return mask.to(like.device).view(*mask.shape, *[1] * (like.ndim - 2))
