@@ -25,6 +25,10 @@ class TrainingError(InputError):
     """Training that cannot go on, such as a loss that is no longer finite."""
 
 
+class StuckError(InputError, RuntimeError):
+    """A solver with steps of its own that its tolerance or its evaluations do not let go on."""
+
+
 def require(module: str) -> ModuleType:
     """Import an optional dependency, or say which extra brings it."""
     try:

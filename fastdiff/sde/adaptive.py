@@ -85,7 +85,7 @@ def solve_adaptive(
         ValueError: an unknown scheme or norm, tolerances or step sizes that are not positive, or a
             score of another shape than x.
         FloatingPointError: the score is not finite.
-        RuntimeError: a step too small for float64, or ``max_evaluations`` used up.
+        StuckError: a step too small for float64, or ``max_evaluations`` used up.
     """
     check_images(x_T, "x_T")
     check_known(scheme, SCHEMES, "scheme")
@@ -109,7 +109,7 @@ def solve_adaptive(
         run.begin(h_init)
     with travel_bar(len(x_T), progress) as bar:
         while len(run.index):
-            bar.update(run.step())
+            bar.update(min(run.step(), bar.total - bar.n))  # but for rounding
     x = run.denoised() if denoise and len(x_T) else run.arrived
     return Integrated(x.to(x_T.dtype), *run.counts.unbind())
 

@@ -83,7 +83,7 @@ def log_likelihood(
     Raises:
         ValueError: an unknown trace, "exact" with more than 4096 dimensions, less than one probe,
             or a score that has no derivative.
-        TypeError, ValueError, FloatingPointError, RuntimeError: as ``integrate`` does.
+        TypeError, ValueError, FloatingPointError, StuckError: as ``integrate`` does.
     """
     check_images(x, "x")
     size = x[0].numel() if len(x) else math.prod(x.shape[1:])

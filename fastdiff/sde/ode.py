@@ -49,7 +49,7 @@ def solve_ode(
         progress: show a bar.
 
     Raises:
-        TypeError, ValueError, FloatingPointError, RuntimeError: as ``integrate`` does.
+        TypeError, ValueError, FloatingPointError, StuckError: as ``integrate`` does.
     """
     start, stop = (sde.end, sde.smallest) if backward else (sde.smallest, sde.end)
     return integrate(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastdiff.errors import StuckError
 from fastdiff.ops.checks import beside, check_floating, check_like, wide_dtype
 
 Field = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -139,7 +140,7 @@ def integrate(
         ValueError: an unknown method, a tolerance that is not positive (``rtol`` may be 0), times
             that are not finite, or a field of another shape than x.
         FloatingPointError: the field is not finite.
-        RuntimeError: a step too small for float64, or ``max_evaluations`` used up.
+        StuckError: a step too small for float64, or ``max_evaluations`` used up.
     """
     check_floating(x, "x")
     if method not in METHODS:
@@ -155,7 +156,7 @@ def integrate(
         run.begin()
         with travel_bar(len(x), progress) as bar:
             while len(run.index):
-                bar.update(run.step())
+                bar.update(min(run.step(), bar.total - bar.n))  # but for rounding
     return Integrated(run.arrived.to(x.dtype), *run.counts.unbind())
 
 
@@ -167,7 +168,7 @@ def travel_bar(samples: int, shown: bool) -> tqdm:
 
 
 def refuse_stuck(index: Tensor, t: Tensor, h: Tensor, spent: Tensor, setting: str) -> None:
-    """RuntimeError where a step h is lost in the rounding of t, or evaluations are ``spent``."""
+    """StuckError where a step h is lost in the rounding of t, or evaluations are ``spent``."""
     tiny = h <= 4 * torch.finfo(torch.float64).eps * t.abs()
     for stuck, why in (
         (tiny, "its step size has become too small"),
@@ -175,7 +176,7 @@ def refuse_stuck(index: Tensor, t: Tensor, h: Tensor, spent: Tensor, setting: st
     ):
         if bool(stuck.any()):
             row = int(stuck.nonzero()[0])
-            raise RuntimeError(
+            raise StuckError(
                 f"sample {int(index[row])} is stuck at t = {t[row].item():g}: {why} "
                 f"(step {h[row].item():.3g}, {setting})"
             )

@@ -132,7 +132,7 @@ class Solver:
             progress: show a bar; methods with fixed steps describe it by a string.
 
         Raises:
-            TypeError, ValueError, FloatingPointError, RuntimeError: as the method's function does.
+            TypeError, ValueError, FloatingPointError, StuckError: as the method's function does.
         """
         if self.method == "ode":
             options = dict(self.options)

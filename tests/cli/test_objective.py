@@ -106,6 +106,9 @@ def test_scores_are_drawn_adaptively(run: Callable, tmp_path: Path) -> None:
     facts = run(*drawn, "--option", "eps_rel=1e6").json
     assert (facts["sampler"], facts["steps"]) == ("adaptive", None)
     assert facts["evaluations"] < 20  # the longest steps
+    stuck = run(*drawn, "--option", "max_evaluations=5")
+    assert (stuck.code, stuck.err.count("\n")) == (2, 1)
+    assert "used up max_evaluations" in stuck.err
     refused = run(*drawn, "--steps", 3)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "adaptive chooses its own steps, got steps=3" in refused.err
