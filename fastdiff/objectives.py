@@ -238,7 +238,7 @@ def _discrete(
                 forward, model, x0, t, noise, kind=prediction, variance=variance, weight=weight,
                 **cond,
             )  # fmt: skip
-        return losses.vlb_loss(
+        return losses.rescaled_kl(
             forward, model, x0, t, noise, kind=prediction, variance=variance, **cond
         )
 
