@@ -97,7 +97,7 @@ def test_losses_with_a_schedule(batch):
         (
             objectives.make("vlb", SCHEDULE),
             4,
-            lambda m: losses.vlb_loss(SCHEDULE, m, x0, t, noise, shift=0.2),
+            lambda m: losses.rescaled_kl(SCHEDULE, m, x0, t, noise, shift=0.2),
         ),
         (
             objectives.make("flow", FLOW, "flow"),
