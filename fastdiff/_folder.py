@@ -62,6 +62,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from None
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that has NaN or infinity."""
+    return next((name for name, value in tensors.items() if not value.isfinite().all()), None)
+
+
 def damaged(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that is no safetensors file, or half of one."""
     size = path.stat().st_size

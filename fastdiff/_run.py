@@ -1,4 +1,4 @@
-"""What surrounds a training loop: signals that wait for the running step, and a log of losses."""
+"""What surrounds a training loop: a bar, signals that wait for the running step, a loss log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,29 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from fastdiff.errors import InputError
+
+
+@contextmanager
+def training_bar(steps: int, finished: int, shown: bool) -> Iterator[Callable[[float], None]]:
+    """A progress bar, as a function that counts a step and shows its loss, averaged over some."""
+    average: float | None = None
+    with tqdm(total=steps, initial=finished, desc="training", disable=not shown) as bar:
+
+        def count(loss: float) -> None:
+            nonlocal average
+            average = loss if average is None else 0.98 * average + 0.02 * loss
+            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+            bar.update()
+
+        yield count
+
+
+def ema_decay(largest: float, step: int) -> float:
+    """Decay of the averaged weights at a step, lower at first to forget the beginning."""
+    return min(largest, (1 + step) / (10 + step))
 
 
 @contextmanager

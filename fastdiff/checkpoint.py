@@ -29,6 +29,7 @@ from fastdiff._folder import (
     damaged,
     field,
     new_folder,
+    not_finite,
     optional_field,
     read_json,
     read_tensors,
@@ -312,9 +313,8 @@ def save(
     model = checkpoint.model
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
-    for name, value in model.state_dict().items():
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"not written: {name} is not finite in {dtype}")
+    if name := not_finite(model.state_dict()):
+        raise CheckpointError(f"not written: {name} is not finite in {dtype}")
     with new_folder(folder) as staging:
         model.save_pretrained(staging)
         write_json(staging / META, _meta(checkpoint))
@@ -388,7 +388,6 @@ def _read_model(folder: Path) -> UNet2DModel:
         raise damaged(folder / WEIGHTS, error) from None
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         raise CheckpointError(f"cannot build the model of {folder}: {error}") from None
-    for name, value in model.state_dict().items():
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{folder / WEIGHTS}: {name} has NaN or infinity")
+    if wrong := not_finite(model.state_dict()):
+        raise CheckpointError(f"{folder / WEIGHTS}: {wrong} has NaN or infinity")
     return model

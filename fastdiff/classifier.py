@@ -22,6 +22,7 @@ from fastdiff._folder import (
     check_format,
     field,
     new_folder,
+    not_finite,
     read_json,
     read_tensors,
     write_json,
@@ -127,9 +128,8 @@ def save(classifier: Classifier, folder: str | Path) -> None:
         name: value.detach().cpu().contiguous()
         for name, value in classifier.model.state_dict().items()
     }
-    for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"not written: {name} is not finite")
+    if name := not_finite(tensors):
+        raise CheckpointError(f"not written: {name} is not finite")
     facts = {
         "format": FORMAT,
         **_forward.describe(classifier.forward),
@@ -174,9 +174,8 @@ def load(folder: str | Path) -> Classifier:
         check_names_and_shapes(tensors, model.state_dict())
     except ValueError as error:
         raise CheckpointError(f"{path.with_name(WEIGHTS)}: {error}") from None
-    for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{path.with_name(WEIGHTS)}: {name} has NaN or infinity")
+    if wrong := not_finite(tensors):
+        raise CheckpointError(f"{path.with_name(WEIGHTS)}: {wrong} has NaN or infinity")
     model.load_state_dict(tensors)
     return Classifier(
         model.eval().requires_grad_(False),

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from fastdiff import ops, process
-from fastdiff._run import deferred_signals
+from fastdiff._run import deferred_signals, ema_decay, training_bar
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.classifier import Accuracy, Architecture, Classifier, check_fits
 from fastdiff.data import ImageSet, batch_indices, stream_generator
@@ -151,7 +150,7 @@ class ClassifierTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        decay = min(options.ema, (1 + step) / (10 + step))
+        decay = ema_decay(options.ema, step)
         ops.ema_update([*self.ema.parameters()], [*self.model.parameters()], 1 - decay)
         self.finished_steps += 1
         return value
@@ -165,17 +164,10 @@ class ClassifierTrainer:
         Raises:
             TrainingError: the loss is not finite.
         """
-        bar = tqdm(
-            total=self.options.steps, initial=self.finished_steps, desc="training",
-            disable=not progress,
-        )  # fmt: skip
-        average = None
-        with bar, deferred_signals() as caught:
+        bar = training_bar(self.options.steps, self.finished_steps, progress)
+        with bar as count, deferred_signals() as caught:
             while self.finished_steps < self.options.steps and not caught:
-                loss = self.step()
-                average = loss if average is None else 0.98 * average + 0.02 * loss
-                bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-                bar.update()
+                count(self.step())
         return caught[0] if caught else None
 
     def classifier(self, held_out: ImageSet | None = None) -> Classifier:

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fastdiff import _forward, checkpoint, images, ops
-from fastdiff._run import deferred_signals, loss_log
+from fastdiff._run import deferred_signals, ema_decay, loss_log, training_bar
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import ImageSet, batch_indices, stream_generator, stream_seed
 from fastdiff.diffusion import Diffusion
@@ -249,20 +248,15 @@ class Trainer:
             InputError: a sample grid or the log could not be written.
         """
         options = self.options
-        bar = tqdm(
-            total=options.steps, initial=self.finished_steps, desc="training", disable=not progress
-        )
-        average = None
+        bar = training_bar(options.steps, self.finished_steps, progress)
         log = None if self.out is None else loss_log(self.out / LOSSES, self.finished_steps)
-        with bar, deferred_signals() as caught:
+        with bar as count, deferred_signals() as caught:
             while self.finished_steps < options.steps and not caught:
                 loss = self.step()
-                average = loss if average is None else 0.98 * average + 0.02 * loss
                 done = self.finished_steps
                 if log is not None:
                     log({"step": done, "loss": loss, "lr": self.learning_rate(done - 1)})
-                bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-                bar.update()
+                count(loss)
                 if self.out and options.sample_every and done % options.sample_every == 0:
                     images.save(self.preview(), self.out / "samples" / f"step-{done:08d}.png")
                 if self.out and done % options.save_every == 0:
@@ -334,7 +328,7 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
-        decay = min(self.options.ema, (1 + step) / (10 + step))
+        decay = ema_decay(self.options.ema, step)
         ops.ema_update(self.averages, self.parameters, 1 - decay)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

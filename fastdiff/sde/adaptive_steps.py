@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiff.ops.checks import beside
 from fastdiff.sde.process import SDE
+from fastdiff.sde.score import prediction_fn
 
 Ask = Callable[[Tensor, Tensor], Tensor]  # the score at images and times
 State = tuple[Tensor, ...]  # what a scheme keeps of each image from step to step, [M, ...]
@@ -74,7 +75,7 @@ class ImprovedEuler:
 
     def denoised(self, x: Tensor, state: State, ask: Ask) -> Tensor:
         """The mean of x_0 given images at the end (Tweedie's formula), in one more evaluation."""
-        return _clean(self.sde, x, self.time(_filled(x, self.last)), ask)
+        return prediction_fn(ask, "x0", self.sde)(x, self.time(_filled(x, self.last)))
 
     def _moved(self, x: Tensor, t: Tensor, h: Tensor, noise: Tensor, ask: Ask) -> Tensor:
         f, squared = self.sde.rates(t)
@@ -122,7 +123,7 @@ class Exponential:
 
     def begin(self, x: Tensor, ask: Ask) -> State:
         """D, and no slope of it yet."""
-        clean = _clean(self.sde, x, self.time(_filled(x, self.first)), ask)
+        clean = prediction_fn(ask, "x0", self.sde)(x, self.time(_filled(x, self.first)))
         return clean, torch.zeros_like(clean)
 
     def attempt(
@@ -143,7 +144,7 @@ class Exponential:
             + of_change * change
             + beside(psi_s, x) * noise
         )
-        found = _clean(self.sde, predicted, self.time(stop), ask)
+        found = prediction_fn(ask, "x0", self.sde)(predicted, self.time(stop))
         changed = found - clean
         corrected = predicted + of_change * (changed - change)
         return Attempt(predicted, corrected, (found, changed / beside(h, x)))
@@ -157,12 +158,6 @@ SCHEMES: dict[str, Callable[[SDE], Exponential | ImprovedEuler]] = {
     "exponential": Exponential,
     "improved-euler": ImprovedEuler,
 }
-
-
-def _clean(sde: SDE, x: Tensor, t: Tensor, ask: Ask) -> Tensor:
-    """The mean of x_0 given x_t, which the score implies."""
-    alpha, sigma = sde.levels(t)
-    return (x + beside(sigma**2, x) * ask(x, t)) / beside(alpha, x)
 
 
 def _filled(x: Tensor, position: float) -> Tensor:
