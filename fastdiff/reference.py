@@ -170,6 +170,80 @@ def upsample_nearest2x_backward(grad: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def channel_statistics(x: Tensor) -> Tensor:
+    """Mean and biased variance over each channel's pixels, float64 [N, C, 2]."""
+    values = x.flatten(2).double() if x.ndim > 2 else x.double().unsqueeze(2)
+    mean = values.mean(2)
+    return torch.stack((mean, (values - mean.unsqueeze(2)).square().mean(2)), dim=2)
+
+
+def group_norm_coefficients(
+    statistics: Sequence[Tensor],
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """[N, 2, C]: a and b of a x + b = group_norm(x) * (1 + scale) + shift."""
+    mean, variance = torch.cat(tuple(statistics), dim=1).unbind(2)
+    n, channels = mean.shape
+    if mean.numel() == 0:
+        return mean.new_empty((n, 2, channels), dtype=torch.float32)
+    by_group = mean.view(n, num_groups, -1)
+    group_mean = by_group.mean(2, keepdim=True)
+    spread = variance.view(n, num_groups, -1) + (by_group - group_mean).square()
+    rstd = (spread.mean(2, keepdim=True) + eps).rsqrt()
+    a, b = rstd.expand_as(by_group), -group_mean * rstd
+    a, b = a.reshape(n, channels), b.expand_as(by_group).reshape(n, channels)
+    if weight is not None:
+        a, b = a * weight, b * weight
+    if bias is not None:
+        b = b + bias
+    if scale is not None:
+        a, b = a * (1 + scale.double()), b * (1 + scale.double())
+    if shift is not None:
+        b = b + shift
+    return torch.stack((a, b), dim=1).float()
+
+
+def conv2d(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    upsample: bool,
+    norm: Tensor | None,
+    silu: bool,
+    emb: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(conv(up(act(norm(cat(x, skip))))) + bias + emb + residual) * scale, and its statistics."""
+    h = x if skip is None else torch.cat((x, skip), dim=1)
+    if norm is not None:
+        wide = torch.promote_types(h.dtype, torch.float32)
+        gain, offset = norm.to(wide).unbind(1)
+        h = (h.to(wide) * _per_channel(gain, h) + _per_channel(offset, h)).to(x.dtype)
+    if silu:
+        h = F.silu(h)
+    if upsample:
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+    top, bottom, left, right = padding
+    h = F.pad(h, (left, right, top, bottom))
+    y = F.conv2d(h, weight, bias, tuple(stride))
+    if emb is not None:
+        y = y + _per_channel(emb, y)
+    if residual is not None:
+        y = y + residual
+    y = (y * scale).contiguous(memory_format=torch.channels_last)
+    return y, channel_statistics(y) if statistics else None
+
+
 def ema_update(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:
     """a += weight (p - a) for each average and its parameter."""
     if weight.device.type == "cpu" and all(

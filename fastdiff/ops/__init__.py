@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from fastdiff.ops.add_time_embedding import add_time_embedding
 from fastdiff.ops.checks import check_timesteps
+from fastdiff.ops.conv2d import conv2d, conv2d_pack
 from fastdiff.ops.conv_epilogue import conv_epilogue
 from fastdiff.ops.denoising_loss import denoising_loss
 from fastdiff.ops.denoising_loss_from_seed import denoising_loss_from_seed
 from fastdiff.ops.ema_update import ema_update
+from fastdiff.ops.group_norm_coefficients import channel_statistics, group_norm_coefficients
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.q_sample import q_sample
@@ -17,11 +19,15 @@ from fastdiff.ops.upsample_nearest2x import upsample_nearest2x
 
 __all__ = [
     "add_time_embedding",
+    "channel_statistics",
     "check_timesteps",
+    "conv2d",
+    "conv2d_pack",
     "conv_epilogue",
     "denoising_loss",
     "denoising_loss_from_seed",
     "ema_update",
+    "group_norm_coefficients",
     "group_norm_silu",
     "new_history",
     "philox_normal",

@@ -1,0 +1,118 @@
+"""Group normalisation as a gain and an offset for each image and channel, which whoever reads the
+tensor next can apply; and the statistics that they are made of.
+
+Inference on a CPU, for ``fastdiff.compiler``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff import backend, reference
+from fastdiff.ops.checks import check_floating
+
+torch.library.define("fastdiff::channel_statistics", "(Tensor x) -> Tensor")
+torch.library.define(
+    "fastdiff::group_norm_coefficients",
+    "(Tensor[] statistics, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor? scale, Tensor? shift) -> Tensor",
+)
+
+
+def channel_statistics(x: Tensor) -> Tensor:
+    """Mean and variance over the pixels of each channel of x [N, C, *spatial]: float64 [N, C, 2].
+
+    What ``conv2d`` takes of its result on the way; this is for tensors that come from elsewhere.
+    """
+    check_floating(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x must be [N, C, ...], got {tuple(x.shape)}")
+    return (
+        torch.ops.fastdiff.channel_statistics(x)
+        if x.is_cpu and backend.kernel_runs(x)
+        else reference.channel_statistics(x)
+    )
+
+
+def group_norm_coefficients(
+    statistics: Sequence[Tensor],
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Gain and offset, float32 [N, 2, C], with which a x + b is
+    GroupNorm(x) * (1 + scale) + shift.
+
+    Args:
+        statistics: float64 [N, C_i, 2] of each of the tensors whose concatenation along the
+            channels is normalised, of the same number of pixels; C is the sum of C_i.
+        num_groups: groups that share statistics; must divide C.
+        weight: gain [C], or None for 1.
+        bias: offset [C], or None for 0.
+        eps: added to the variance.
+        scale: [N, C], or None for 0 (ADM's adaptive normalisation, arXiv:2105.05233).
+        shift: [N, C], or None for 0.
+
+    Raises:
+        TypeError: the statistics are not float64.
+        ValueError: shapes do not fit, or num_groups does not divide C.
+    """
+    args = (list(statistics), num_groups, weight, bias, eps, scale, shift)
+    _check(*args)
+    op = torch.ops.fastdiff.group_norm_coefficients
+    on_cpu = statistics[0].is_cpu and backend.kernel_runs(statistics[0])
+    return op(*args) if on_cpu else reference.group_norm_coefficients(*args)
+
+
+def _check(
+    statistics: list[Tensor],
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    if not statistics:
+        raise ValueError("statistics must be given for one tensor at least")
+    for value in statistics:
+        if value.ndim != 3 or value.shape != (statistics[0].shape[0], value.shape[1], 2):
+            raise ValueError(f"statistics must have shape [N, C, 2], got {tuple(value.shape)}")
+        if value.dtype != torch.float64:
+            raise TypeError(f"statistics must be float64, got {value.dtype}")
+    n, channels = statistics[0].shape[0], sum(value.shape[1] for value in statistics)
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"num_groups must divide the channels: got {num_groups} groups for {channels} channels"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    for name, value, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("scale", scale, (n, channels)),
+        ("shift", shift, (n, channels)),
+    ):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+@torch.library.register_fake("fastdiff::channel_statistics")
+def _fake_statistics(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], 2), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastdiff::group_norm_coefficients")
+def _fake(  # type: ignore[no-untyped-def]
+    statistics, num_groups, weight, bias, eps, scale, shift
+):
+    channels = sum(value.shape[1] for value in statistics)
+    shape = (statistics[0].shape[0], 2, channels)
+    return statistics[0].new_empty(shape, dtype=torch.float32)
