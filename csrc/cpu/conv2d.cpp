@@ -1,0 +1,169 @@
+#include "cpu/kernels/conv2d.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/tensors.h"
+
+namespace fastdiff {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+constexpr int64_t kAlgorithms = 3;  // direct, winograd2, winograd4: fastdiff/ops/conv2d.py
+
+void check_algorithm(int64_t algorithm, at::IntArrayRef kernel, at::IntArrayRef stride) {
+  TORCH_CHECK_VALUE(algorithm >= 0 && algorithm < kAlgorithms, "unknown algorithm ", algorithm);
+  const bool plain = kernel[0] == 3 && kernel[1] == 3 && stride[0] == 1 && stride[1] == 1;
+  TORCH_CHECK_VALUE(algorithm == 0 || plain,
+                    "Winograd is for 3x3 kernels and stride 1, got kernel ", kernel,
+                    " and stride ", stride);
+}
+
+void check_type(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, name,
+                   " must be float32 or bfloat16, got ", x.scalar_type());
+  check_device(x, at::kCPU, name);
+}
+
+// Floats that the packed weight takes; with `weight` and `out`, packs it.
+int64_t pack(int64_t algorithm, at::IntArrayRef sizes, const float* weight, float* out) {
+  int64_t size = 0;
+  const auto kernel = algorithm == 0   ? FASTDIFF_KERNEL(conv2d_direct_pack)
+                      : algorithm == 1 ? FASTDIFF_KERNEL(conv2d_winograd2_pack)
+                                       : FASTDIFF_KERNEL(conv2d_winograd4_pack);
+  kernel(weight, sizes.data(), out, &size);
+  return size;
+}
+
+at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t algorithm) {
+  check_type(weight, "weight");
+  TORCH_CHECK_VALUE(weight.dim() == 4, "weight must be [K, C, R, S], got ", weight.sizes());
+  check_algorithm(algorithm, weight.sizes().slice(2), {1, 1});
+  const auto plain = weight.to(at::kFloat).contiguous();
+  const auto size = pack(algorithm, weight.sizes(), nullptr, nullptr);
+  auto out = at::empty({size}, plain.options());
+  if (size > 0)
+    pack(algorithm, weight.sizes(), plain.const_data_ptr<float>(),
+         out.mutable_data_ptr<float>());
+  return out;
+}
+
+// x, or a copy of it, with the channels of a pixel side by side and the pixels in order, `ld` apart.
+at::Tensor by_pixel(const at::Tensor& x, int64_t* ld) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const auto lies = [](int64_t size, int64_t stride, int64_t wanted) {
+    return size <= 1 || stride == wanted;
+  };
+  // The distance of two pixels, from the innermost dimension that has two.
+  *ld = w > 1 ? x.stride(3) : h > 1 ? x.stride(2) : n > 1 ? x.stride(0) : c;
+  if (lies(c, x.stride(1), 1) && *ld >= c && lies(w, x.stride(3), *ld) &&
+      lies(h, x.stride(2), *ld * w) && lies(n, x.stride(0), *ld * w * h))
+    return x;
+  *ld = c;
+  return x.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// value [N, K] or a copy of it with rows of neighbours, `ld` apart.
+at::Tensor by_row(const at::Tensor& value, int64_t* ld) {
+  const bool lies = (value.size(1) <= 1 || value.stride(1) == 1) &&
+                    (value.size(0) <= 1 || value.stride(0) >= 0);
+  const auto out = lies ? value : value.contiguous();
+  *ld = out.stride(0);
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> conv2d_cpu(
+    const at::Tensor& x, const Optional& skip, const at::Tensor& packed,
+    at::IntArrayRef weight_size, int64_t algorithm, const Optional& bias, at::IntArrayRef stride,
+    at::IntArrayRef padding, bool upsample, const Optional& norm, bool silu, const Optional& emb,
+    const Optional& residual, double scale, bool statistics) {
+  check_type(x, "x");
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be [N, C, H, W], got ", x.sizes());
+  TORCH_CHECK_VALUE(weight_size.size() == 4, "weight_size must be K, C, R, S, got ", weight_size);
+  TORCH_CHECK_VALUE(stride.size() == 2 && stride[0] >= 1 && stride[1] >= 1,
+                    "stride must be two numbers of 1 or more, got ", stride);
+  TORCH_CHECK_VALUE(padding.size() == 4, "padding must be four numbers, got ", padding);
+  for (const auto side : padding)
+    TORCH_CHECK_VALUE(side >= 0, "padding must not be negative, got ", padding);
+  check_algorithm(algorithm, weight_size.slice(2), stride);
+  const auto type = x.scalar_type();
+  const int64_t n = x.size(0), h = x.size(2), w = x.size(3), k = weight_size[0];
+  int64_t channels = x.size(1);
+  if (skip) {
+    TORCH_CHECK_VALUE(skip->dim() == 4, "skip must be [N, C, H, W], got ", skip->sizes());
+    check_tensor(*skip, {n, skip->size(1), h, w}, type, "skip");
+    channels += skip->size(1);
+  }
+  TORCH_CHECK_VALUE(weight_size[1] == channels && k >= 1 && channels >= 1 && weight_size[2] >= 1 &&
+                        weight_size[3] >= 1,
+                    "a weight of ", weight_size, " does not fit an input of ", channels,
+                    " channels");
+  check_tensor(packed, {pack(algorithm, weight_size, nullptr, nullptr)}, at::kFloat, "packed");
+  TORCH_CHECK_VALUE(packed.is_contiguous(), "packed must be contiguous");
+  const int64_t up = upsample ? 2 : 1;
+  const int64_t tall = up * h + padding[0] + padding[1], wide = up * w + padding[2] + padding[3];
+  TORCH_CHECK_VALUE(h >= 1 && w >= 1 && tall >= weight_size[2] && wide >= weight_size[3],
+                    "an input of ", x.sizes(), " is smaller than the kernel ",
+                    weight_size.slice(2));
+  const int64_t out_h = (tall - weight_size[2]) / stride[0] + 1,
+                out_w = (wide - weight_size[3]) / stride[1] + 1;
+  if (bias) check_tensor(*bias, {k}, type, "bias");
+  if (norm) check_tensor(*norm, {n, 2, channels}, at::kFloat, "norm");
+  if (emb) check_tensor(*emb, {n, k}, type, "emb");
+  if (residual) check_tensor(*residual, {n, k, out_h, out_w}, type, "residual");
+
+  auto y = at::empty({n, k, out_h, out_w}, x.options(), at::MemoryFormat::ChannelsLast);
+  auto found = at::empty({statistics ? n : 0, k, 2}, x.options().dtype(at::kDouble));
+  if (!statistics) found = at::empty({0}, found.options());
+  if (n == 0) return {y, found};
+
+  Conv2d p{.dtype = type,
+           .images = n,
+           .height = h,
+           .width = w,
+           .x_channels = x.size(1),
+           .channels = channels,
+           .filters = k,
+           .kernel_h = weight_size[2],
+           .kernel_w = weight_size[3],
+           .stride_h = stride[0],
+           .stride_w = stride[1],
+           .top = padding[0],
+           .left = padding[2],
+           .out_height = out_h,
+           .out_width = out_w,
+           .upsample = upsample,
+           .silu = silu,
+           .scale = static_cast<float>(scale)};
+  const auto x_held = by_pixel(x, &p.x_ld);
+  at::Tensor skip_held, norm_held, bias_held, emb_held, residual_held;
+  p.x = x_held.const_data_ptr();
+  if (skip) p.skip = (skip_held = by_pixel(*skip, &p.skip_ld)).const_data_ptr();
+  if (norm) p.norm = (norm_held = norm->contiguous()).const_data_ptr<float>();
+  if (bias) p.bias = (bias_held = bias->contiguous()).const_data_ptr();
+  if (emb) p.emb = (emb_held = by_row(*emb, &p.emb_ld)).const_data_ptr();
+  if (residual)
+    p.residual = (residual_held = by_pixel(*residual, &p.residual_ld)).const_data_ptr();
+  p.packed = packed.const_data_ptr<float>();
+  p.y = y.mutable_data_ptr();
+  p.statistics = statistics ? found.mutable_data_ptr<double>() : nullptr;
+  p.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const auto kernel = algorithm == 0   ? FASTDIFF_KERNEL(conv2d_direct)
+                      : algorithm == 1 ? FASTDIFF_KERNEL(conv2d_winograd2)
+                                       : FASTDIFF_KERNEL(conv2d_winograd4);
+  kernel(p);
+  return {y, found};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("conv2d_pack", conv2d_pack_cpu);
+  m.impl("conv2d", conv2d_cpu);
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,106 @@
+// Group normalisation as a gain and an offset of each image and channel, from statistics that were
+// taken where the tensor was written. A few hundred numbers an image: no vectors, and threads only
+// for a tensor whose statistics have to be taken here.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels/channel_statistics.h"
+#include "cpu/tensors.h"
+
+namespace fastdiff {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+at::Tensor channel_statistics_cpu(const at::Tensor& x) {
+  check_floating(x, "x");
+  TORCH_CHECK_VALUE(x.dim() >= 2, "x must be [N, C, ...], got ", x.sizes());
+  const int64_t n = x.size(0), c = x.size(1);
+  auto out = at::empty({n, c, 2}, x.options().dtype(at::kDouble));
+  if (x.numel() == 0) return out.fill_(std::nan(""));
+  const int64_t pixels = x.numel() / (n * c);
+  // [N, P, C], which for channels-last tensors is what lies in memory.
+  const auto rows = x.reshape({n, c, pixels}).transpose(1, 2).contiguous();
+  const ChannelStatistics p{x.scalar_type(), c, pixels, rows.const_data_ptr(),
+                            out.mutable_data_ptr<double>()};
+  const int64_t slices = (c + kStatisticsChannels - 1) / kStatisticsChannels;
+  at::parallel_for(0, n * slices,
+                   std::max<int64_t>(1, kGrain / (kStatisticsChannels * pixels)),
+                   [&](int64_t begin, int64_t end) {
+                     FASTDIFF_KERNEL(channel_statistics)(p, begin, end);
+                   });
+  return out;
+}
+
+at::Tensor group_norm_coefficients_cpu(at::TensorList statistics, int64_t groups,
+                                       const Optional& weight, const Optional& bias, double eps,
+                                       const Optional& scale, const Optional& shift) {
+  TORCH_CHECK_VALUE(!statistics.empty(), "statistics must be given for one tensor at least");
+  int64_t channels = 0;
+  const int64_t n = statistics[0].dim() == 3 ? statistics[0].size(0) : 0;
+  std::vector<at::Tensor> parts;
+  for (const auto& part : statistics) {
+    TORCH_CHECK_VALUE(part.dim() == 3, "statistics must have shape [N, C, 2], got ",
+                      part.sizes());
+    check_tensor(part, {n, part.size(1), 2}, at::kDouble, "statistics");
+    channels += part.size(1);
+    parts.push_back(part.contiguous());
+  }
+  TORCH_CHECK_VALUE(groups >= 1 && channels % groups == 0,
+                    "num_groups must divide the channels: got ", groups, " groups for ", channels,
+                    " channels");
+  TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
+  // What scales and shifts, as float64 rows [N or 1, C].
+  const auto wide = [&](const Optional& value, at::IntArrayRef sizes, const char* name) {
+    if (!value) return at::Tensor();
+    TORCH_CHECK_VALUE(value->sizes() == sizes, name, " must have shape ", sizes, ", got ",
+                      value->sizes());
+    check_floating(*value, name);
+    return value->to(at::kDouble).contiguous();
+  };
+  const auto w = wide(weight, {channels}, "weight"), b = wide(bias, {channels}, "bias");
+  const auto grow = wide(scale, {n, channels}, "scale"), move = wide(shift, {n, channels}, "shift");
+  auto out = at::empty({n, 2, channels}, parts[0].options().dtype(at::kFloat));
+  const auto at_or = [](const at::Tensor& value, int64_t i, double otherwise) {
+    return value.defined() ? value.const_data_ptr<double>()[i] : otherwise;
+  };
+  std::vector<double> mean(channels), variance(channels);
+  const int64_t width = channels / groups;
+  for (int64_t image = 0; image < n; ++image) {
+    int64_t c = 0;
+    for (const auto& part : parts) {
+      const double* from = part.const_data_ptr<double>() + image * part.size(1) * 2;
+      for (int64_t i = 0; i < part.size(1); ++i, ++c)
+        mean[c] = from[2 * i], variance[c] = from[2 * i + 1];
+    }
+    float* gain = out.mutable_data_ptr<float>() + image * 2 * channels;
+    for (int64_t g = 0; g < groups; ++g) {
+      double centre = 0, spread = 0;
+      for (c = g * width; c < (g + 1) * width; ++c) centre += mean[c];
+      centre /= width;
+      for (c = g * width; c < (g + 1) * width; ++c)
+        spread += variance[c] + (mean[c] - centre) * (mean[c] - centre);
+      const double rstd = 1 / std::sqrt(spread / width + eps);
+      for (c = g * width; c < (g + 1) * width; ++c) {
+        const double a = rstd * at_or(w, c, 1), grown = 1 + at_or(grow, image * channels + c, 0);
+        gain[c] = static_cast<float>(a * grown);
+        gain[channels + c] = static_cast<float>((at_or(b, c, 0) - centre * a) * grown +
+                                                at_or(move, image * channels + c, 0));
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("channel_statistics", channel_statistics_cpu);
+  m.impl("group_norm_coefficients", group_norm_coefficients_cpu);
+}
+
+}  // namespace fastdiff

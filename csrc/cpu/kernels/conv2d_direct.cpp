@@ -1,0 +1,161 @@
+// A convolution of any kernel and stride as one product: the rows of A are the pixels' windows,
+// whose R stretches of S * C neighbouring floats lie in the patch (conv2d_patch.h); no window is
+// ever copied. A 1x1 convolution of plain float32 pixels reads them where they are.
+#include <cstring>
+
+#include "cpu/kernels/conv2d_epilogue.h"
+#include "cpu/kernels/conv2d_grid.h"
+#include "cpu/kernels/conv2d_patch.h"
+#include "cpu/kernels/gemm.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+namespace {
+
+template <class T>
+struct Direct {
+  static constexpr int64_t kTarget = 96;  // pixels of a block
+
+  const Conv2d& p;
+  const bool pointwise, in_place;
+  const Grid grid;
+  const int64_t stretch, depth, chunk, chunk_ld, filter_chunks;
+  std::vector<float> partials;
+
+  explicit Direct(const Conv2d& p)
+      : p(p),
+        pointwise(p.kernel_h * p.kernel_w * p.stride_h * p.stride_w == 1 && !p.upsample &&
+                  p.out_height == p.height && p.out_width == p.width),
+        in_place(pointwise && !p.skip && !p.norm && !p.silu && std::is_same_v<T, float>),
+        grid(make_grid(p.images, p.out_height, p.out_width, kTarget)),
+        stretch(p.kernel_w * p.channels),
+        depth(p.kernel_h * stretch),
+        chunk(rounded_up(64, kPanel)),
+        chunk_ld(chunk + kLine),
+        filter_chunks((p.filters + chunk - 1) / chunk),
+        partials(p.statistics ? grid.segments.size() * 3 * p.filters : 0) {}
+
+  void run() {
+    if (by_block(grid, p.threads)) {
+      share(grid.count(), p.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          const auto rows = read(block);
+          multiply(block, 0, filter_chunks, rows);
+        }
+      });
+    } else {
+      for (int64_t block = 0; block < grid.count(); ++block) {
+        const auto rows = read(block);
+        share(filter_chunks, p.threads,
+              [&](int64_t begin, int64_t end) { multiply(block, begin, end, rows); });
+      }
+    }
+    if (p.statistics)
+      join_statistics(p, grid.segments, partials.data(),
+                      [](const Segment& segment) { return static_cast<double>(segment.units()); });
+  }
+
+  int64_t patch_width(const Segment& segment) const {
+    return (segment.width() - 1) * p.stride_w + p.kernel_w;
+  }
+
+  // Where each pixel's window begins.
+  std::vector<const float*> read(int64_t block) const {
+    static thread_local Scratch scratch;
+    std::vector<const float*> rows;
+    rows.reserve(grid.largest);
+    const int64_t begin = grid.blocks[block], end = grid.blocks[block + 1];
+    const auto patch_height = [&](const Segment& segment) {
+      return (segment.bottom - segment.top - 1) * p.stride_h + p.kernel_h;
+    };
+    float* patch = nullptr;
+    if (!in_place) {
+      const Segment& first = grid.segments[begin];  // the others of its block are like it
+      patch = scratch.at_least((end - begin) * patch_height(first) * patch_width(first) *
+                               p.channels);
+    }
+    for (int64_t s = begin; s < end; ++s) {
+      const Segment& segment = grid.segments[s];
+      const int64_t height = patch_height(segment), width = patch_width(segment);
+      if (!in_place)
+        read_patch<T>(p, segment.image, segment.top * p.stride_h - p.top,
+                      segment.left * p.stride_w - p.left, height, width, 0, p.channels, patch,
+                      p.channels);
+      for (int64_t i = 0; i < segment.bottom - segment.top; ++i)
+        for (int64_t j = 0; j < segment.width(); ++j) {
+          const int64_t pixel =
+              (segment.image * p.height + segment.top + i) * p.width + segment.left + j;
+          rows.push_back(in_place
+                             ? static_cast<const float*>(p.x) + pixel * p.x_ld
+                             : patch + (i * p.stride_h * width + j * p.stride_w) * p.channels);
+        }
+      if (!in_place) patch += height * width * p.channels;
+    }
+    return rows;
+  }
+
+  // Chunks begin..end of the filters of a block.
+  void multiply(int64_t block, int64_t begin, int64_t end, const std::vector<const float*>& rows) {
+    static thread_local Scratch scratch;
+    float* products = scratch.at_least(grid.largest * chunk_ld);
+    const int64_t first = grid.blocks[block], pixels = static_cast<int64_t>(rows.size());
+    const int64_t row = patch_width(grid.segments[first]) * p.channels;
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t k0 = part * chunk, k1 = std::min(p.filters, k0 + chunk);
+      for (int64_t k = k0; k < k1; k += kPanel) {
+        const int64_t columns = std::min(kPanel, k1 - k), packed = packed_columns(columns);
+        const float* b = p.packed + k * depth;
+        for (int64_t r = 0; r < p.kernel_h; ++r)
+          for (int64_t d = 0; d < stretch; d += kDepth) {
+            const int64_t deep = std::min(kDepth, stretch - d);
+            multiply_panel(pixels, rows.data(), r * row + d, deep, b, columns, products + k - k0,
+                           chunk_ld, r + d > 0);
+            b += deep * packed;
+          }
+      }
+      for (int64_t s = first; s < grid.blocks[block + 1]; ++s)
+        for (int64_t k = k0; k < k1; k += kLanes) write(s, k, products + k - k0);
+    }
+  }
+
+  void write(int64_t s, int64_t k, const float* products) {
+    const Segment& segment = grid.segments[s];
+    Epilogue<T> epilogue(p, segment.image, k);
+    const float* from = products + segment.first * chunk_ld;
+    for (int64_t i = segment.top; i < segment.bottom; ++i) {
+      const int64_t pixel = (segment.image * p.out_height + i) * p.out_width;
+      for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld)
+        epilogue.write(pixel + j, load_lanes(from));
+    }
+    if (p.statistics) epilogue.finish(partials.data() + s * 3 * p.filters);
+  }
+};
+
+}  // namespace
+
+void conv2d_direct(const Conv2d& p) {
+  if (p.dtype == c10::ScalarType::BFloat16) {
+    Direct<c10::BFloat16>(p).run();
+  } else {
+    Direct<float>(p).run();
+  }
+}
+
+// Panels of [R, S, C, filters].
+void conv2d_direct_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size) {
+  const int64_t filters = sizes[0], channels = sizes[1], window = sizes[2] * sizes[3];
+  const int64_t depth = window * channels;
+  *size = depth * packed_columns(filters);
+  if (!out) return;
+  at::parallel_for(0, (filters + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kPanel; first < std::min(filters, end * kPanel); first += kPanel) {
+      const int64_t columns = std::min(kPanel, filters - first), packed = packed_columns(columns);
+      float* panel = out + first * depth;
+      for (int64_t rs = 0; rs < window; ++rs)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t k = 0; k < packed; ++k)
+            *panel++ = k < columns ? weight[((first + k) * channels + c) * window + rs] : 0;
+    }
+  });
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY

@@ -1,0 +1,72 @@
+// How a convolution's units (pixels, or Winograd tiles) are divided into blocks, and the blocks or a
+// block's channels among the threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/vectors.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+
+// Blocks of about `target` units: several whole images, rows of one image, or part of a row.
+inline Grid make_grid(int64_t images, int64_t rows, int64_t columns, int64_t target) {
+  Grid grid;
+  int64_t units = 0;
+  const auto add = [&](Segment segment) {
+    segment.first = units;
+    units += segment.units();
+    grid.segments.push_back(segment);
+  };
+  const auto close = [&] {
+    grid.largest = std::max(grid.largest, units);
+    grid.blocks.push_back(static_cast<int64_t>(grid.segments.size()));
+    units = 0;
+  };
+  const auto pieces = [&](int64_t length, int64_t most) { return (length + most - 1) / most; };
+  grid.blocks.push_back(0);
+  if (rows * columns * 2 <= target) {
+    const int64_t count = pieces(images, target / (rows * columns));
+    for (int64_t b = 0; b < count; ++b) {
+      for (int64_t n = images * b / count; n < images * (b + 1) / count; ++n)
+        add({n, 0, rows, 0, columns, 0});
+      close();
+    }
+    return grid;
+  }
+  const int64_t across = pieces(columns, target);
+  const int64_t down = pieces(rows, std::max<int64_t>(1, target / columns));
+  for (int64_t n = 0; n < images; ++n)
+    for (int64_t i = 0; i < down; ++i)
+      for (int64_t j = 0; j < across; ++j) {
+        add({n, rows * i / down, rows * (i + 1) / down, columns * j / across,
+             columns * (j + 1) / across, 0});
+        close();
+      }
+  return grid;
+}
+
+// Floats that stay this thread's from call to call, so that no call faults pages in.
+struct Scratch {
+  float* at_least(size_t floats) {
+    if (held.size() < floats + kLine) held = std::vector<float>(floats + kLine);
+    const auto address = reinterpret_cast<uintptr_t>(held.data());
+    return held.data() + (-(address / sizeof(float)) & (kLine - 1));
+  }
+  std::vector<float> held;
+};
+
+// Whether each thread takes whole blocks. Otherwise they share each block's channels, which reads
+// the weight once for all of them: where blocks are few, the weight is most of what is read.
+inline bool by_block(const Grid& grid, int64_t threads) {
+  return threads == 1 || grid.count() % threads == 0 || grid.count() >= 4 * threads;
+}
+
+// body(begin, end) for ranges of 0..count-1, on all threads.
+template <class Body>
+void share(int64_t count, int64_t threads, Body&& body) {
+  if (threads == 1) return body(0, count);
+  at::parallel_for(0, count, 1, body);
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY

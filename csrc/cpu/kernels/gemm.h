@@ -1,0 +1,106 @@
+// C = A B for rows of A that lie anywhere and B packed in panels: what every convolution here comes
+// down to. float32.
+//
+// A tile of C, kRows x kPanel, is kept in registers while k runs. Per k it takes kVectors loads of B
+// and kRows broadcasts of A for kRows * kVectors multiply-adds, so that the multiply-add units and
+// not the loads are the limit; the rows' addresses fit the 16 general registers of x86-64. B streams
+// through L1, once for each kRows rows: a piece of kDepth by kPanel stays in L2 meanwhile.
+#pragma once
+
+#include "cpu/kernels/vectors.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+
+constexpr int kRows = 6;
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)  // 32 vector registers
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 2;
+#endif
+constexpr int64_t kPanel = kVectors * kLanes;  // columns of a panel of B
+constexpr int64_t kDepth = 768;                // of k at a time
+
+constexpr int64_t rounded_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
+
+// Columns that B's last panel takes up: whole vectors. B of `depth` rows and `columns` columns is
+// depth * packed_columns(columns) floats; panel p begins at p * kPanel * depth.
+constexpr int64_t packed_columns(int64_t columns) { return rounded_up(columns, kLanes); }
+
+template <int M, int V>
+FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int64_t depth,
+                                  const float* b, float* c, int64_t ldc, bool accumulate) {
+  F acc[M][V];
+  const float* a[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    a[m] = rows[m] + offset;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[m][v] = accumulate ? load_lanes(c + m * ldc + v * kLanes) : F{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    F column[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) column[v] = load_lanes(b + (k * V + v) * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] += a[m][k] * column[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store_lanes(c + m * ldc + v * kLanes, acc[m][v]);
+  }
+}
+
+template <int V>
+inline void multiply_rows(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
+                          const float* b, float* c, int64_t ldc, bool accumulate) {
+  switch (m) {
+    case 1:
+      return micro_kernel<1, V>(rows, offset, depth, b, c, ldc, accumulate);
+    case 2:
+      return micro_kernel<2, V>(rows, offset, depth, b, c, ldc, accumulate);
+    case 3:
+      return micro_kernel<3, V>(rows, offset, depth, b, c, ldc, accumulate);
+    case 4:
+      return micro_kernel<4, V>(rows, offset, depth, b, c, ldc, accumulate);
+    case 5:
+      return micro_kernel<5, V>(rows, offset, depth, b, c, ldc, accumulate);
+    default:
+      return micro_kernel<6, V>(rows, offset, depth, b, c, ldc, accumulate);
+  }
+}
+
+// c [m, columns] (+)= A [m, depth] times one panel of B: `columns` is at most kPanel, and c is
+// written for whole vectors of columns. Row i of A begins at rows[i] + offset.
+inline void multiply_panel(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
+                           const float* b, int64_t columns, float* c, int64_t ldc,
+                           bool accumulate) {
+  // Blocks of nearly the same height: 8 rows as 4 and 4, since 6 and 2 would leave units idle.
+  const int64_t blocks = (m + kRows - 1) / kRows;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = m * block / blocks, count = m * (block + 1) / blocks - begin;
+    float* out = c + begin * ldc;
+    switch ((columns + kLanes - 1) / kLanes) {
+      case 1:
+        multiply_rows<1>(count, rows + begin, offset, depth, b, out, ldc, accumulate);
+        break;
+      case 2:
+        multiply_rows<2>(count, rows + begin, offset, depth, b, out, ldc, accumulate);
+        break;
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+      case 3:
+        multiply_rows<3>(count, rows + begin, offset, depth, b, out, ldc, accumulate);
+        break;
+      default:
+        multiply_rows<4>(count, rows + begin, offset, depth, b, out, ldc, accumulate);
+#endif
+    }
+  }
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY

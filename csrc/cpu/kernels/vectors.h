@@ -1,0 +1,96 @@
+// Vectors of float32 for the convolutions, in the compiler's own vector type: loops over arrays of
+// them stay in registers, which the micro-kernel of gemm.h lives by.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/kernels/lanes.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kLanes = 16;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+constexpr int64_t kLine = 16;  // floats of a cache line
+
+using F = float __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+template <class T>
+FASTDIFF_INLINE F load_lanes(const T* p) {
+  if constexpr (std::is_same_v<T, float>) {
+    return *reinterpret_cast<const F*>(p);
+  } else {  // a bfloat16 is the upper half of a float
+    F out;
+#if defined(CPU_CAPABILITY_AVX512)
+    const auto half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    out = reinterpret_cast<F>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(CPU_CAPABILITY_AVX2)
+    const auto half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    out = reinterpret_cast<F>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
+    for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<float>(p[i]);
+#endif
+    return out;
+  }
+}
+
+template <class T>
+FASTDIFF_INLINE void store_lanes(T* p, F value) {
+  if constexpr (std::is_same_v<T, float>) {
+    *reinterpret_cast<F*>(p) = value;
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    const auto half = at::vec::cvtfp32_bf16(reinterpret_cast<__m512>(value));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#elif defined(CPU_CAPABILITY_AVX2)
+    const auto half = at::vec::cvtfp32_bf16(reinterpret_cast<__m256>(value));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+#else
+    for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<T>(value[i]);
+#endif
+  }
+}
+
+// The first `count` lanes only; the others are zero.
+template <class T>
+FASTDIFF_INLINE F load_lanes(const T* p, int64_t count) {
+  if (count >= kLanes) return load_lanes(p);
+  F out{};
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(p[i]);
+  return out;
+}
+
+template <class T>
+FASTDIFF_INLINE void store_lanes(T* p, F value, int64_t count) {
+  if (count >= kLanes) return store_lanes(p, value);
+  for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(value[i]);
+}
+
+// x * sigmoid(x).
+FASTDIFF_INLINE F silu(F x) {
+  using V = at::vec::Vectorized<float>;
+#if defined(CPU_CAPABILITY_AVX512)
+  const V v = reinterpret_cast<__m512>(x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const V v = reinterpret_cast<__m256>(x);
+#else
+  float lanes[V::size()] = {};
+  store_lanes(lanes, x);
+  const V v = V::loadu(lanes);
+#endif
+  const V out = v / (V(1.f) + exp2_of<5>(v * V(static_cast<float>(-kLog2e))));
+#if defined(CPU_CAPABILITY_AVX512)
+  return reinterpret_cast<F>(static_cast<__m512>(out));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return reinterpret_cast<F>(static_cast<__m256>(out));
+#else
+  out.store(lanes);
+  return load_lanes(lanes);
+#endif
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY
