@@ -244,6 +244,13 @@ def conv2d(
     return y, channel_statistics(y) if statistics else None
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, computed in float32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = (q.to(wide) @ k.to(wide).transpose(2, 3) * scale).softmax(dim=3)
+    return (weights @ v.to(wide)).to(q.dtype)
+
+
 def ema_update(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:
     """a += weight (p - a) for each average and its parameter."""
     if weight.device.type == "cpu" and all(

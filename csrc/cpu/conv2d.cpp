@@ -19,8 +19,8 @@ void check_algorithm(int64_t algorithm, at::IntArrayRef kernel, at::IntArrayRef 
   TORCH_CHECK_VALUE(algorithm >= 0 && algorithm < kAlgorithms, "unknown algorithm ", algorithm);
   const bool plain = kernel[0] == 3 && kernel[1] == 3 && stride[0] == 1 && stride[1] == 1;
   TORCH_CHECK_VALUE(algorithm == 0 || plain,
-                    "Winograd is for 3x3 kernels and stride 1, got kernel ", kernel,
-                    " and stride ", stride);
+                    "Winograd is for 3x3 kernels and stride 1, got kernel ", kernel, " and stride ",
+                    stride);
 }
 
 void check_type(const at::Tensor& x, const char* name) {
@@ -47,12 +47,12 @@ at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t algorithm) {
   const auto size = pack(algorithm, weight.sizes(), nullptr, nullptr);
   auto out = at::empty({size}, plain.options());
   if (size > 0)
-    pack(algorithm, weight.sizes(), plain.const_data_ptr<float>(),
-         out.mutable_data_ptr<float>());
+    pack(algorithm, weight.sizes(), plain.const_data_ptr<float>(), out.mutable_data_ptr<float>());
   return out;
 }
 
-// x, or a copy of it, with the channels of a pixel side by side and the pixels in order, `ld` apart.
+// x, or a copy of it, with the channels of a pixel side by side and the pixels in order, `ld`
+// apart.
 at::Tensor by_pixel(const at::Tensor& x, int64_t* ld) {
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   const auto lies = [](int64_t size, int64_t stride, int64_t wanted) {
@@ -69,18 +69,20 @@ at::Tensor by_pixel(const at::Tensor& x, int64_t* ld) {
 
 // value [N, K] or a copy of it with rows of neighbours, `ld` apart.
 at::Tensor by_row(const at::Tensor& value, int64_t* ld) {
-  const bool lies = (value.size(1) <= 1 || value.stride(1) == 1) &&
-                    (value.size(0) <= 1 || value.stride(0) >= 0);
+  const bool lies =
+      (value.size(1) <= 1 || value.stride(1) == 1) && (value.size(0) <= 1 || value.stride(0) >= 0);
   const auto out = lies ? value : value.contiguous();
   *ld = out.stride(0);
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> conv2d_cpu(
-    const at::Tensor& x, const Optional& skip, const at::Tensor& packed,
-    at::IntArrayRef weight_size, int64_t algorithm, const Optional& bias, at::IntArrayRef stride,
-    at::IntArrayRef padding, bool upsample, const Optional& norm, bool silu, const Optional& emb,
-    const Optional& residual, double scale, bool statistics) {
+std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optional& skip,
+                                              const at::Tensor& packed, at::IntArrayRef weight_size,
+                                              int64_t algorithm, const Optional& bias,
+                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                              bool upsample, const Optional& norm, bool silu,
+                                              const Optional& emb, const Optional& residual,
+                                              double scale, bool statistics) {
   check_type(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be [N, C, H, W], got ", x.sizes());
   TORCH_CHECK_VALUE(weight_size.size() == 4, "weight_size must be K, C, R, S, got ", weight_size);
@@ -146,8 +148,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(
   if (norm) p.norm = (norm_held = norm->contiguous()).const_data_ptr<float>();
   if (bias) p.bias = (bias_held = bias->contiguous()).const_data_ptr();
   if (emb) p.emb = (emb_held = by_row(*emb, &p.emb_ld)).const_data_ptr();
-  if (residual)
-    p.residual = (residual_held = by_pixel(*residual, &p.residual_ld)).const_data_ptr();
+  if (residual) p.residual = (residual_held = by_pixel(*residual, &p.residual_ld)).const_data_ptr();
   p.packed = packed.const_data_ptr<float>();
   p.y = y.mutable_data_ptr();
   p.statistics = statistics ? found.mutable_data_ptr<double>() : nullptr;

@@ -28,11 +28,9 @@ at::Tensor channel_statistics_cpu(const at::Tensor& x) {
   const ChannelStatistics p{x.scalar_type(), c, pixels, rows.const_data_ptr(),
                             out.mutable_data_ptr<double>()};
   const int64_t slices = (c + kStatisticsChannels - 1) / kStatisticsChannels;
-  at::parallel_for(0, n * slices,
-                   std::max<int64_t>(1, kGrain / (kStatisticsChannels * pixels)),
-                   [&](int64_t begin, int64_t end) {
-                     FASTDIFF_KERNEL(channel_statistics)(p, begin, end);
-                   });
+  at::parallel_for(
+      0, n * slices, std::max<int64_t>(1, kGrain / (kStatisticsChannels * pixels)),
+      [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(channel_statistics)(p, begin, end); });
   return out;
 }
 
@@ -44,8 +42,7 @@ at::Tensor group_norm_coefficients_cpu(at::TensorList statistics, int64_t groups
   const int64_t n = statistics[0].dim() == 3 ? statistics[0].size(0) : 0;
   std::vector<at::Tensor> parts;
   for (const auto& part : statistics) {
-    TORCH_CHECK_VALUE(part.dim() == 3, "statistics must have shape [N, C, 2], got ",
-                      part.sizes());
+    TORCH_CHECK_VALUE(part.dim() == 3, "statistics must have shape [N, C, 2], got ", part.sizes());
     check_tensor(part, {n, part.size(1), 2}, at::kDouble, "statistics");
     channels += part.size(1);
     parts.push_back(part.contiguous());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastdiff.ops.add_time_embedding import add_time_embedding
+from fastdiff.ops.attention import attention
 from fastdiff.ops.checks import check_timesteps
 from fastdiff.ops.conv2d import conv2d, conv2d_pack
 from fastdiff.ops.conv_epilogue import conv_epilogue
@@ -19,6 +20,7 @@ from fastdiff.ops.upsample_nearest2x import upsample_nearest2x
 
 __all__ = [
     "add_time_embedding",
+    "attention",
     "channel_statistics",
     "check_timesteps",
     "conv2d",

@@ -9,13 +9,13 @@
 
 namespace fastdiff {
 
-// y = (conv(up(silu(norm(cat(x, skip))))) + bias + emb + residual) * scale. T is `dtype`, float32 or
-// bfloat16; images are [N, H, W, C], a pixel's channels side by side and `ld` elements from the
+// y = (conv(up(silu(norm(cat(x, skip))))) + bias + emb + residual) * scale. T is `dtype`, float32
+// or bfloat16; images are [N, H, W, C], a pixel's channels side by side and `ld` elements from the
 // next pixel's. Sums are taken in float32.
 struct Conv2d {
   c10::ScalarType dtype;
-  int64_t images, height, width;       // of x and skip
-  int64_t x_channels, channels;        // of x, and of x and skip together
+  int64_t images, height, width;        // of x and skip
+  int64_t x_channels, channels;         // of x, and of x and skip together
   int64_t filters, kernel_h, kernel_w;  // of the weight
   int64_t stride_h, stride_w, top, left;
   int64_t out_height, out_width;

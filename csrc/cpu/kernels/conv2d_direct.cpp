@@ -70,8 +70,8 @@ struct Direct {
     float* patch = nullptr;
     if (!in_place) {
       const Segment& first = grid.segments[begin];  // the others of its block are like it
-      patch = scratch.at_least((end - begin) * patch_height(first) * patch_width(first) *
-                               p.channels);
+      patch =
+          scratch.at_least((end - begin) * patch_height(first) * patch_width(first) * p.channels);
     }
     for (int64_t s = begin; s < end; ++s) {
       const Segment& segment = grid.segments[s];
@@ -84,9 +84,8 @@ struct Direct {
         for (int64_t j = 0; j < segment.width(); ++j) {
           const int64_t pixel =
               (segment.image * p.height + segment.top + i) * p.width + segment.left + j;
-          rows.push_back(in_place
-                             ? static_cast<const float*>(p.x) + pixel * p.x_ld
-                             : patch + (i * p.stride_h * width + j * p.stride_w) * p.channels);
+          rows.push_back(in_place ? static_cast<const float*>(p.x) + pixel * p.x_ld
+                                  : patch + (i * p.stride_h * width + j * p.stride_w) * p.channels);
         }
       if (!in_place) patch += height * width * p.channels;
     }
@@ -113,20 +112,28 @@ struct Direct {
           }
       }
       for (int64_t s = first; s < grid.blocks[block + 1]; ++s)
-        for (int64_t k = k0; k < k1; k += kLanes) write(s, k, products + k - k0);
+        for (int64_t k = k0; k < k1; k += kLanes) {
+          if (p.statistics) {
+            write<true>(s, k, products + k - k0);
+          } else {
+            write<false>(s, k, products + k - k0);
+          }
+        }
     }
   }
 
+  // One vector of filters of a segment.
+  template <bool kStatistics>
   void write(int64_t s, int64_t k, const float* products) {
     const Segment& segment = grid.segments[s];
-    Epilogue<T> epilogue(p, segment.image, k);
+    Epilogue<T, kStatistics> epilogue(p, segment.image, k);
     const float* from = products + segment.first * chunk_ld;
     for (int64_t i = segment.top; i < segment.bottom; ++i) {
       const int64_t pixel = (segment.image * p.out_height + i) * p.out_width;
       for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld)
         epilogue.write(pixel + j, load_lanes(from));
     }
-    if (p.statistics) epilogue.finish(partials.data() + s * 3 * p.filters);
+    if (kStatistics) epilogue.finish(partials.data() + s * 3 * p.filters + k);
   }
 };
 

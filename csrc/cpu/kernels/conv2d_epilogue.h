@@ -11,39 +11,46 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-// One vector of channels, k..k + lanes, of one segment.
-template <class T>
+// One vector of channels, k..k + lanes, of one segment. Everything is its own, so that the compiler
+// knows that no write to y changes it.
+template <class T, bool kStatistics>
 struct Epilogue {
-  const Conv2d& p;
-  const int64_t k, lanes;
+  const int64_t lanes, filters, residual_ld;
+  const T* const residual;  // or null
+  T* const y;
+  const float scale;
   F add{}, first{}, sum{}, squares{};
   bool begun = false;
 
   FASTDIFF_INLINE Epilogue(const Conv2d& p, int64_t image, int64_t k)
-      : p(p), k(k), lanes(std::min(kLanes, p.filters - k)) {
+      : lanes(std::min(kLanes, p.filters - k)),
+        filters(p.filters),
+        residual_ld(p.residual_ld),
+        residual(p.residual ? static_cast<const T*>(p.residual) + k : nullptr),
+        y(static_cast<T*>(p.y) + k),
+        scale(p.scale) {
     if (p.bias) add = load_lanes(static_cast<const T*>(p.bias) + k, lanes);
     if (p.emb) add += load_lanes(static_cast<const T*>(p.emb) + image * p.emb_ld + k, lanes);
   }
 
   FASTDIFF_INLINE void write(int64_t pixel, F value) {
     value += add;
-    if (p.residual)
-      value += load_lanes(static_cast<const T*>(p.residual) + pixel * p.residual_ld + k, lanes);
-    value *= p.scale;
-    store_lanes(static_cast<T*>(p.y) + pixel * p.filters + k, value, lanes);
-    if (!p.statistics) return;
-    if (!begun) first = value, begun = true;
-    const F centred = value - first;
-    sum += centred;
-    squares += centred * centred;
+    if (residual) value += load_lanes(residual + pixel * residual_ld, lanes);
+    value *= scale;
+    store_lanes(y + pixel * filters, value, lanes);
+    if constexpr (kStatistics) {
+      if (!begun) first = value, begun = true;
+      const F centred = value - first;
+      sum += centred;
+      squares += centred * centred;
+    }
   }
 
-  // Leaves the sums in a segment's [3, K].
+  // Leaves the sums in a segment's [3, K], of which `partial` is this vector's first.
   FASTDIFF_INLINE void finish(float* partial) const {
-    if (!p.statistics) return;
-    store_lanes(partial + k, first, lanes);
-    store_lanes(partial + p.filters + k, sum, lanes);
-    store_lanes(partial + 2 * p.filters + k, squares, lanes);
+    store_lanes(partial, first, lanes);
+    store_lanes(partial + filters, sum, lanes);
+    store_lanes(partial + 2 * filters, squares, lanes);
   }
 };
 

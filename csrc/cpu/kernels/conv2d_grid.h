@@ -1,5 +1,5 @@
-// How a convolution's units (pixels, or Winograd tiles) are divided into blocks, and the blocks or a
-// block's channels among the threads.
+// How a convolution's units (pixels, or Winograd tiles) are divided into blocks, and the blocks or
+// a block's channels among the threads.
 #pragma once
 
 #include <ATen/Parallel.h>

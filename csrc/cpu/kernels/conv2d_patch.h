@@ -15,7 +15,8 @@ FASTDIFF_INLINE void read_channels(const T* in, const float* gain, const float* 
                                    int64_t count, float* out) {
   const auto one = [&](int64_t c, int64_t lanes) FASTDIFF_HOT {
     F value = load_lanes(in + c, lanes);
-    if constexpr (kNorm) value = value * load_lanes(gain + c, lanes) + load_lanes(offset + c, lanes);
+    if constexpr (kNorm)
+      value = value * load_lanes(gain + c, lanes) + load_lanes(offset + c, lanes);
     if constexpr (kSilu) value = silu(value);
     store_lanes(out + c, value, lanes);
   };
@@ -60,7 +61,7 @@ void read_patch_as(const Conv2d& p, int64_t n, int64_t row, int64_t column, int6
 template <class T>
 void read_patch(const Conv2d& p, int64_t n, int64_t row, int64_t column, int64_t rows,
                 int64_t columns, int64_t begin, int64_t end, float* out, int64_t ld) {
-  const auto read = p.norm ? p.silu ? read_patch_as<T, true, true> : read_patch_as<T, true, false>
+  const auto read = p.norm   ? p.silu ? read_patch_as<T, true, true> : read_patch_as<T, true, false>
                     : p.silu ? read_patch_as<T, false, true>
                              : read_patch_as<T, false, false>;
   read(p, n, row, column, rows, columns, begin, end, out, ld);

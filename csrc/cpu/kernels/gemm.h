@@ -1,10 +1,10 @@
 // C = A B for rows of A that lie anywhere and B packed in panels: what every convolution here comes
 // down to. float32.
 //
-// A tile of C, kRows x kPanel, is kept in registers while k runs. Per k it takes kVectors loads of B
-// and kRows broadcasts of A for kRows * kVectors multiply-adds, so that the multiply-add units and
-// not the loads are the limit; the rows' addresses fit the 16 general registers of x86-64. B streams
-// through L1, once for each kRows rows: a piece of kDepth by kPanel stays in L2 meanwhile.
+// A tile of C, kRows x kPanel, is kept in registers while k runs. Per k it takes kVectors loads of
+// B and kRows broadcasts of A for kRows * kVectors multiply-adds, so that the multiply-add units
+// and not the loads are the limit; the rows' addresses fit the 16 general registers of x86-64. B
+// streams through L1, once for each kRows rows: a piece of kDepth by kPanel stays in L2 meanwhile.
 #pragma once
 
 #include "cpu/kernels/vectors.h"

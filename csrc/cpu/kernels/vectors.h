@@ -70,27 +70,22 @@ FASTDIFF_INLINE void store_lanes(T* p, F value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(value[i]);
 }
 
-// x * sigmoid(x).
-FASTDIFF_INLINE F silu(F x) {
+// 2^x, as lanes.h has it.
+FASTDIFF_INLINE F exp2_lanes(F x) {
   using V = at::vec::Vectorized<float>;
 #if defined(CPU_CAPABILITY_AVX512)
-  const V v = reinterpret_cast<__m512>(x);
+  return reinterpret_cast<F>(static_cast<__m512>(exp2_of<5>(V(reinterpret_cast<__m512>(x)))));
 #elif defined(CPU_CAPABILITY_AVX2)
-  const V v = reinterpret_cast<__m256>(x);
+  return reinterpret_cast<F>(static_cast<__m256>(exp2_of<5>(V(reinterpret_cast<__m256>(x)))));
 #else
   float lanes[V::size()] = {};
   store_lanes(lanes, x);
-  const V v = V::loadu(lanes);
-#endif
-  const V out = v / (V(1.f) + exp2_of<5>(v * V(static_cast<float>(-kLog2e))));
-#if defined(CPU_CAPABILITY_AVX512)
-  return reinterpret_cast<F>(static_cast<__m512>(out));
-#elif defined(CPU_CAPABILITY_AVX2)
-  return reinterpret_cast<F>(static_cast<__m256>(out));
-#else
-  out.store(lanes);
+  exp2_of<5>(V::loadu(lanes)).store(lanes);
   return load_lanes(lanes);
 #endif
 }
+
+// x * sigmoid(x).
+FASTDIFF_INLINE F silu(F x) { return x / (1.f + exp2_lanes(x * static_cast<float>(-kLog2e))); }
 
 }  // namespace fastdiff::CPU_CAPABILITY

@@ -1,0 +1,62 @@
+#include "cpu/kernels/attention.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cpu/tensors.h"
+
+namespace fastdiff {
+namespace {
+
+at::Tensor neighbouring(const at::Tensor& x, int64_t (&strides)[3]) {
+  const auto out = x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
+  for (int d = 0; d < 3; ++d) strides[d] = out.stride(d);
+  return out;
+}
+
+at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         double scale) {
+  const auto type = q.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16,
+                   "q must be float32 or bfloat16, got ", type);
+  check_device(q, at::kCPU, "q");
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                    "q, k and v must be [B, H, L, D], got ", q.sizes(), ", ", k.sizes(), " and ",
+                    v.sizes());
+  check_tensor(k, {q.size(0), q.size(1), k.size(2), q.size(3)}, type, "k");
+  check_tensor(v, {q.size(0), q.size(1), k.size(2), v.size(3)}, type, "v");
+  TORCH_CHECK_VALUE(k.size(2) >= 1, "there must be one key at least, got k of ", k.sizes());
+  Attention p{.dtype = type,
+              .batch = q.size(0),
+              .heads = q.size(1),
+              .queries = q.size(2),
+              .keys = k.size(2),
+              .width = q.size(3),
+              .value_width = v.size(3),
+              .scale = static_cast<float>(scale)};
+  auto out = at::empty({p.batch, p.queries, p.heads, p.value_width}, q.options());
+  if (out.numel() == 0) return out.transpose(1, 2);
+  const auto q_held = neighbouring(q, p.q_strides), k_held = neighbouring(k, p.k_strides),
+             v_held = neighbouring(v, p.v_strides);
+  p.q = q_held.const_data_ptr();
+  p.k = k_held.const_data_ptr();
+  p.v = v_held.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  const int64_t heads = p.batch * p.heads, for_keys = attention_packed(p.keys, p.width);
+  auto packed = at::empty({heads * (for_keys + attention_packed(p.keys, p.value_width))},
+                          q.options().dtype(at::kFloat));
+  p.packed_k = packed.mutable_data_ptr<float>();
+  p.packed_v = p.packed_k + heads * for_keys;
+  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    FASTDIFF_KERNEL(attention_pack)(p, begin, end);
+  });
+  at::parallel_for(0, heads * ((p.queries + kQueries - 1) / kQueries), 1,
+                   [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention)(p, begin, end); });
+  return out.transpose(1, 2);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("attention", attention_cpu); }
+
+}  // namespace fastdiff

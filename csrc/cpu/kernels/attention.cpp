@@ -1,0 +1,147 @@
+// Attention without its matrix (Dao et al. 2022, arXiv:2205.14135): a stretch of queries goes over
+// the keys a block at a time, and keeps the largest score, the sum of exponentials and the weighted
+// sum of values so far. Keys and values are packed once for all stretches, for gemm.h.
+#include "cpu/kernels/attention.h"
+
+#include <limits>
+
+#include "cpu/kernels/conv2d_grid.h"
+#include "cpu/kernels/gemm.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kKeys = 256;  // of a block
+
+template <class T>
+void pack_head(const Attention& p, int64_t unit) {
+  const int64_t image = unit / p.heads, head = unit % p.heads;
+  const T* k = static_cast<const T*>(p.k) + image * p.k_strides[0] + head * p.k_strides[1];
+  const T* v = static_cast<const T*>(p.v) + image * p.v_strides[0] + head * p.v_strides[1];
+  const float factor = p.scale * static_cast<float>(kLog2e);  // the softmax is of powers of 2
+  float* to = p.packed_k + unit * attention_packed(p.keys, p.width);
+  for (int64_t first = 0; first < p.keys; first += kPanel) {
+    const int64_t columns = std::min(kPanel, p.keys - first), packed = packed_columns(columns);
+    // A square at a time, since the rows of one lie across those of the other.
+    for (int64_t d0 = 0; d0 < p.width; d0 += kLine)
+      for (int64_t j = 0; j < packed; ++j) {
+        const T* row = k + (first + j) * p.k_strides[2];
+        for (int64_t d = d0; d < std::min(p.width, d0 + kLine); ++d)
+          to[d * packed + j] = j < columns ? static_cast<float>(row[d]) * factor : 0;
+      }
+    to += p.width * packed;
+  }
+  to = p.packed_v + unit * attention_packed(p.keys, p.value_width);
+  for (int64_t begin = 0; begin < p.keys; begin += kKeys)
+    for (int64_t first = 0; first < p.value_width; first += kPanel) {
+      const int64_t columns = std::min(kPanel, p.value_width - first);
+      for (int64_t j = begin; j < std::min(p.keys, begin + kKeys); ++j)
+        for (int64_t c = 0; c < packed_columns(columns); c += kLanes, to += kLanes)
+          store_lanes(to, load_lanes(v + j * p.v_strides[2] + first + c, columns - c));
+    }
+}
+
+// Largest of the first `count` values, `worst` or more.
+inline float largest(const float* values, int64_t count, float worst) {
+  F found = worst - F{};
+  for (int64_t j = 0; j < count; j += kLanes) {
+    F value = load_lanes(values + j);
+    for (int64_t i = count - j; i < kLanes; ++i) value[i] = worst;
+    found = found > value ? found : value;
+  }
+  float best = worst;
+  for (int64_t i = 0; i < kLanes; ++i) best = std::max(best, found[i]);
+  return best;
+}
+
+// values = 2^(values - top); returns their sum.
+inline float exponentials(float* values, int64_t count, float top) {
+  F sum{};
+  for (int64_t j = 0; j < count; j += kLanes) {
+    F value = exp2_lanes(load_lanes(values + j) - top);
+    for (int64_t i = count - j; i < kLanes; ++i) value[i] = 0;
+    store_lanes(values + j, value);
+    sum += value;
+  }
+  float total = 0;
+  for (int64_t i = 0; i < kLanes; ++i) total += sum[i];
+  return total;
+}
+
+template <class T>
+void attend(const Attention& p, int64_t unit, int64_t begin) {
+  static thread_local Scratch scratch;
+  const int64_t image = unit / p.heads, head = unit % p.heads;
+  const int64_t count = std::min(kQueries, p.queries - begin);
+  const int64_t scores_ld = kKeys + kLine, out_ld = packed_columns(p.value_width) + kLine;
+  float* scores = scratch.at_least(kQueries * (scores_ld + out_ld + p.width));
+  float *out = scores + kQueries * scores_ld, *wide = out + kQueries * out_ld;
+  const T* q = static_cast<const T*>(p.q) + image * p.q_strides[0] + head * p.q_strides[1];
+  const float *rows[kQueries], *weights[kQueries];
+  float top[kQueries], sum[kQueries] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = q + (begin + i) * p.q_strides[2];
+    if constexpr (std::is_same_v<T, float>) {
+      rows[i] = row;
+    } else {
+      for (int64_t d = 0; d < p.width; ++d) wide[i * p.width + d] = static_cast<float>(row[d]);
+      rows[i] = wide + i * p.width;
+    }
+    weights[i] = scores + i * scores_ld;
+    top[i] = -std::numeric_limits<float>::infinity();
+  }
+  const float* keys = p.packed_k + unit * attention_packed(p.keys, p.width);
+  const float* values = p.packed_v + unit * attention_packed(p.keys, p.value_width);
+  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeys) {
+    const int64_t block = std::min(kKeys, p.keys - k0);
+    for (int64_t k = 0; k < block; k += kPanel)
+      multiply_panel(count, rows, 0, p.width, keys + (k0 + k) * p.width,
+                     std::min(kPanel, block - k), scores + k, scores_ld, false);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = scores + i * scores_ld;
+      const float now = largest(row, block, top[i]);
+      const float shrink = now == top[i] ? 1.f : std::exp2(top[i] - now);
+      sum[i] = sum[i] * shrink + exponentials(row, block, now);
+      top[i] = now;
+      if (k0 > 0 && shrink != 1.f)
+        for (int64_t c = 0; c < p.value_width; c += kLanes)
+          store_lanes(out + i * out_ld + c, load_lanes(out + i * out_ld + c) * shrink);
+    }
+    for (int64_t first = 0; first < p.value_width; first += kPanel)
+      multiply_panel(count, weights, 0, block, values + first * block,
+                     std::min(kPanel, p.value_width - first), out + first, out_ld, k0 > 0);
+    values += block * packed_columns(p.value_width);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    T* to =
+        static_cast<T*>(p.out) + ((image * p.queries + begin + i) * p.heads + head) * p.value_width;
+    for (int64_t c = 0; c < p.value_width; c += kLanes)
+      store_lanes(to + c, load_lanes(out + i * out_ld + c) / sum[i], p.value_width - c);
+  }
+}
+
+template <class Body>
+void with_type(const Attention& p, Body&& body) {
+  if (p.dtype == c10::ScalarType::BFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
+  body(static_cast<float*>(nullptr));
+}
+
+}  // namespace
+
+void attention_pack(const Attention& p, int64_t begin, int64_t end) {
+  with_type(p, [&](auto tag) {
+    for (int64_t unit = begin; unit < end; ++unit)
+      pack_head<std::remove_pointer_t<decltype(tag)>>(p, unit);
+  });
+}
+
+void attention(const Attention& p, int64_t begin, int64_t end) {
+  const int64_t stretches = (p.queries + kQueries - 1) / kQueries;
+  with_type(p, [&](auto tag) {
+    for (int64_t unit = begin; unit < end; ++unit)
+      attend<std::remove_pointer_t<decltype(tag)>>(p, unit / stretches,
+                                                   unit % stretches * kQueries);
+  });
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY

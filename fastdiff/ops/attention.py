@@ -1,0 +1,58 @@
+"""Softmax attention that never writes its matrix. Inference on a CPU, for ``fastdiff.compiler``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff import reference
+from fastdiff.ops.checks import check_floating, check_same_kind
+from fastdiff.ops.conv2d import kernel_runs
+from fastdiff.ops.dispatch import check_devices
+
+torch.library.define("fastdiff::attention", "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v for each image and head, after Dao et al. 2022 (arXiv:2205.14135).
+
+    Args:
+        q: [B, H, L, D], float32 or bfloat16 (others are computed by the reference).
+        k: [B, H, S, D], S at least 1.
+        v: [B, H, S, D'].
+        scale: of the scores, 1 / sqrt(D) for None.
+
+    Returns:
+        [B, H, L, D'], which lies in memory as [B, L, H, D']; sums are taken in float32 or better.
+
+    Raises:
+        TypeError: dtypes differ or are not floating point.
+        ValueError: shapes or devices do not fit.
+    """
+    check_floating(q, "q")
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            "q, k and v must be [B, H, L, D], "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    b, h, _, d = q.shape
+    for name, value, shape in (
+        ("k", k, (b, h, k.shape[2], d)),
+        ("v", v, (b, h, k.shape[2], v.shape[3])),
+    ):
+        if value.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        check_same_kind(value, q, name, "q")
+    if k.shape[2] < 1:
+        raise ValueError(f"there must be one key at least, got k of {tuple(k.shape)}")
+    if scale is None:
+        scale = d**-0.5 if d else 1.0
+    if kernel_runs(q):
+        return torch.ops.fastdiff.attention(q, k, v, scale)
+    return reference.attention(q, k, v, scale)
+
+
+@torch.library.register_fake("fastdiff::attention")
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    check_devices(q, k, v)
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
