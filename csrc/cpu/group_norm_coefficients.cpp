@@ -51,42 +51,46 @@ at::Tensor group_norm_coefficients_cpu(at::TensorList statistics, int64_t groups
                     "num_groups must divide the channels: got ", groups, " groups for ", channels,
                     " channels");
   TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
-  // What scales and shifts, as float64 rows [N or 1, C].
-  const auto wide = [&](const Optional& value, at::IntArrayRef sizes, const char* name) {
-    if (!value) return at::Tensor();
+  // What scales and shifts, as float32 rows [N or 1, C].
+  std::vector<at::Tensor> held;
+  const auto rows = [&](const Optional& value, at::IntArrayRef sizes, const char* name) {
+    if (!value) return static_cast<const float*>(nullptr);
     TORCH_CHECK_VALUE(value->sizes() == sizes, name, " must have shape ", sizes, ", got ",
                       value->sizes());
     check_floating(*value, name);
-    return value->to(at::kDouble).contiguous();
+    held.push_back(value->to(at::kFloat).contiguous());
+    return held.back().const_data_ptr<float>();
   };
-  const auto w = wide(weight, {channels}, "weight"), b = wide(bias, {channels}, "bias");
-  const auto grow = wide(scale, {n, channels}, "scale"), move = wide(shift, {n, channels}, "shift");
+  const float *w = rows(weight, {channels}, "weight"), *b = rows(bias, {channels}, "bias"),
+              *grow = rows(scale, {n, channels}, "scale"),
+              *move = rows(shift, {n, channels}, "shift");
   auto out = at::empty({n, 2, channels}, parts[0].options().dtype(at::kFloat));
-  const auto at_or = [](const at::Tensor& value, int64_t i, double otherwise) {
-    return value.defined() ? value.const_data_ptr<double>()[i] : otherwise;
-  };
   std::vector<double> mean(channels), variance(channels);
   const int64_t width = channels / groups;
-  for (int64_t image = 0; image < n; ++image) {
+  float* gain = out.mutable_data_ptr<float>();
+  for (int64_t image = 0; image < n; ++image, gain += 2 * channels) {
     int64_t c = 0;
     for (const auto& part : parts) {
       const double* from = part.const_data_ptr<double>() + image * part.size(1) * 2;
       for (int64_t i = 0; i < part.size(1); ++i, ++c)
         mean[c] = from[2 * i], variance[c] = from[2 * i + 1];
     }
-    float* gain = out.mutable_data_ptr<float>() + image * 2 * channels;
     for (int64_t g = 0; g < groups; ++g) {
       double centre = 0, spread = 0;
       for (c = g * width; c < (g + 1) * width; ++c) centre += mean[c];
-      centre /= width;
+      centre /= static_cast<double>(width);
       for (c = g * width; c < (g + 1) * width; ++c)
         spread += variance[c] + (mean[c] - centre) * (mean[c] - centre);
-      const double rstd = 1 / std::sqrt(spread / width + eps);
+      const double rstd = 1 / std::sqrt(spread / static_cast<double>(width) + eps);
       for (c = g * width; c < (g + 1) * width; ++c) {
-        const double a = rstd * at_or(w, c, 1), grown = 1 + at_or(grow, image * channels + c, 0);
-        gain[c] = static_cast<float>(a * grown);
-        gain[channels + c] = static_cast<float>((at_or(b, c, 0) - centre * a) * grown +
-                                                at_or(move, image * channels + c, 0));
+        double a = w ? rstd * w[c] : rstd, offset = (b ? b[c] : 0.) - centre * a;
+        if (grow) {
+          const double grown = 1. + grow[image * channels + c];
+          a *= grown, offset *= grown;
+        }
+        gain[c] = static_cast<float>(a);
+        gain[channels + c] =
+            static_cast<float>(move ? offset + move[image * channels + c] : offset);
       }
     }
   }

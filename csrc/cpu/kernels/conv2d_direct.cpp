@@ -18,7 +18,9 @@ struct Direct {
   const Conv2d& p;
   const bool pointwise, in_place;
   const Grid grid;
-  const int64_t stretch, depth, chunk, chunk_ld, filter_chunks;
+  const int64_t stretch, depth;
+  const Division division;
+  const int64_t chunk, chunk_ld, filter_chunks;
   std::vector<float> partials;
 
   explicit Direct(const Conv2d& p)
@@ -29,13 +31,14 @@ struct Direct {
         grid(make_grid(p.images, p.out_height, p.out_width, kTarget)),
         stretch(p.kernel_w * p.channels),
         depth(p.kernel_h * stretch),
-        chunk(rounded_up(64, kPanel)),
+        division(divide(grid, p.filters, depth * p.filters, p.threads, kPanel)),
+        chunk(division.chunk),
         chunk_ld(chunk + kLine),
         filter_chunks((p.filters + chunk - 1) / chunk),
         partials(p.statistics ? grid.segments.size() * 3 * p.filters : 0) {}
 
   void run() {
-    if (by_block(grid, p.threads)) {
+    if (division.by_block) {
       share(grid.count(), p.threads, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           const auto rows = read(block);
@@ -126,7 +129,8 @@ struct Direct {
   template <bool kStatistics>
   void write(int64_t s, int64_t k, const float* products) {
     const Segment& segment = grid.segments[s];
-    Epilogue<T, kStatistics> epilogue(p, segment.image, k);
+    Epilogue<T, kStatistics> epilogue;
+    epilogue.begin(p, segment.image, k);
     const float* from = products + segment.first * chunk_ld;
     for (int64_t i = segment.top; i < segment.bottom; ++i) {
       const int64_t pixel = (segment.image * p.out_height + i) * p.out_width;

@@ -15,20 +15,20 @@ namespace fastdiff::CPU_CAPABILITY {
 // knows that no write to y changes it.
 template <class T, bool kStatistics>
 struct Epilogue {
-  const int64_t lanes, filters, residual_ld;
-  const T* const residual;  // or null
-  T* const y;
-  const float scale;
+  int64_t lanes, filters, residual_ld;
+  const T* residual;  // or null
+  T* y;
+  float scale;
   F add{}, first{}, sum{}, squares{};
   bool begun = false;
 
-  FASTDIFF_INLINE Epilogue(const Conv2d& p, int64_t image, int64_t k)
-      : lanes(std::min(kLanes, p.filters - k)),
-        filters(p.filters),
-        residual_ld(p.residual_ld),
-        residual(p.residual ? static_cast<const T*>(p.residual) + k : nullptr),
-        y(static_cast<T*>(p.y) + k),
-        scale(p.scale) {
+  FASTDIFF_INLINE void begin(const Conv2d& p, int64_t image, int64_t k) {
+    lanes = std::min(kLanes, p.filters - k);
+    filters = p.filters;
+    residual_ld = p.residual_ld;
+    residual = p.residual ? static_cast<const T*>(p.residual) + k : nullptr;
+    y = static_cast<T*>(p.y) + k;
+    scale = p.scale;
     if (p.bias) add = load_lanes(static_cast<const T*>(p.bias) + k, lanes);
     if (p.emb) add += load_lanes(static_cast<const T*>(p.emb) + image * p.emb_ld + k, lanes);
   }

@@ -56,10 +56,31 @@ struct Scratch {
   std::vector<float> held;
 };
 
-// Whether each thread takes whole blocks. Otherwise they share each block's channels, which reads
-// the weight once for all of them: where blocks are few, the weight is most of what is read.
-inline bool by_block(const Grid& grid, int64_t threads) {
-  return threads == 1 || grid.count() % threads == 0 || grid.count() >= 4 * threads;
+// How the work is divided: whole blocks for each thread, or the filters of each block among all of
+// them. The latter reads the weight once for all threads, which counts where the blocks are few and
+// where the weight does not stay in the cache that the threads share.
+struct Division {
+  bool by_block;
+  int64_t chunk;  // filters at a time, whole panels
+};
+
+constexpr int64_t kChunk = 64;
+constexpr int64_t kShared = 4 << 20;  // floats of that cache, more or less
+
+inline Division divide(const Grid& grid, int64_t filters, int64_t weight_floats, int64_t threads,
+                       int64_t panel) {
+  const int64_t blocks = grid.count();
+  const bool even = blocks % threads == 0 || blocks >= 4 * threads;
+  if (threads == 1 || (even && (weight_floats <= kShared || blocks >= 16 * threads)))
+    return {true, std::max(panel, kChunk)};
+  // The chunk that leaves the busiest thread the least, the largest of equals.
+  int64_t best = panel, least = filters + panel;
+  for (int64_t chunk = std::max(panel, kChunk); chunk >= panel; chunk -= panel) {
+    const int64_t chunks = (filters + chunk - 1) / chunk;
+    const int64_t most = (chunks + threads - 1) / threads * chunk;
+    if (most < least) best = chunk, least = most;
+  }
+  return {false, best};
 }
 
 // body(begin, end) for ranges of 0..count-1, on all threads.

@@ -80,10 +80,14 @@ template <class T, int m>
 struct Winograd {
   static constexpr int kTile = m + 2, kPlanes = kTile * kTile;
   static constexpr int64_t kChannels = 2 * kLine;  // that are read and transformed at a time
-  static constexpr int64_t kTarget = 48;           // tiles of a block
+  // Tiles of a block: what keeps the products in L2, or more where that saves reading a weight from
+  // memory again.
+  static constexpr int64_t kTiles = 48, kManyTiles = 128;
 
   const Conv2d& p;
+  const int64_t weight_floats;
   const Grid grid;
+  const Division division;
   const int64_t depth, ld, plane;                // of the transformed input
   const int64_t chunk, chunk_ld, product_plane;  // filters at a time, and of the products
   const int64_t channel_chunks, filter_chunks;
@@ -91,19 +95,22 @@ struct Winograd {
 
   explicit Winograd(const Conv2d& p)
       : p(p),
-        grid(make_grid(p.images, (p.out_height + m - 1) / m, (p.out_width + m - 1) / m, kTarget)),
+        weight_floats(kPlanes * p.channels * p.filters),
+        grid(make_grid(p.images, (p.out_height + m - 1) / m, (p.out_width + m - 1) / m,
+                       weight_floats > kShared ? kManyTiles : kTiles)),
+        division(divide(grid, p.filters, weight_floats, p.threads, kPanel)),
         depth(rounded_up(p.channels, kLanes)),
         ld(depth + kLine),
         plane(grid.largest * ld),
-        chunk(rounded_up(64, kPanel)),
-        chunk_ld(chunk + kLine),
-        product_plane(grid.largest * chunk_ld),
+        chunk(division.chunk),
+        chunk_ld(chunk),
+        product_plane(grid.largest * chunk_ld + kLine),
         channel_chunks((p.channels + kChannels - 1) / kChannels),
         filter_chunks((p.filters + chunk - 1) / chunk),
         partials(p.statistics ? grid.segments.size() * 3 * p.filters : 0) {}
 
   void run() {
-    if (by_block(grid, p.threads)) {
+    if (division.by_block) {
       share(grid.count(), p.threads, [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
         float* v = scratch.at_least(kPlanes * plane);
@@ -194,7 +201,7 @@ struct Winograd {
                            b + d * packed, columns, c, chunk_ld, d > 0);
         }
       for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s)
-        for (int64_t k = k0; k < k1; k += kLanes) {
+        for (int64_t k = k0; k < k1; k += kLine) {
           if (p.statistics) {
             write<true>(s, k, products + k - k0);
           } else {
@@ -204,31 +211,41 @@ struct Winograd {
     }
   }
 
-  // One vector of filters of a segment.
+  // A cache line's filters of a segment.
   template <bool kStatistics>
   void write(int64_t s, int64_t k, const float* products) {
+    constexpr int kParts = kLine / kLanes;
     const Segment& segment = grid.segments[s];
-    Epilogue<T, kStatistics> epilogue(p, segment.image, k);
+    const int parts =
+        static_cast<int>(std::min<int64_t>(kParts, (p.filters - k + kLanes - 1) / kLanes));
+    Epilogue<T, kStatistics> epilogues[kParts];
+    for (int v = 0; v < parts; ++v) epilogues[v].begin(p, segment.image, k + v * kLanes);
     const float* from = products + segment.first * chunk_ld;
     for (int64_t i = segment.top; i < segment.bottom; ++i)
       for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld) {
-        F out[m * m];
-        transform_output(from, out);
         const int64_t pixel = (segment.image * p.out_height + i * m) * p.out_width + j * m;
         const int64_t height = std::min<int64_t>(m, p.out_height - i * m),
                       width = std::min<int64_t>(m, p.out_width - j * m);
-        if (height == m && width == m) {
+        for (int v = 0; v < parts; ++v) {
+          F out[m * m];
+          transform_output(from + v * kLanes, out);
+          auto& epilogue = epilogues[v];
+          if (height == m && width == m) {
 #pragma GCC unroll 4
-          for (int a = 0; a < m; ++a)
+            for (int a = 0; a < m; ++a)
 #pragma GCC unroll 4
-            for (int q = 0; q < m; ++q) epilogue.write(pixel + a * p.out_width + q, out[a * m + q]);
-        } else {
-          for (int64_t a = 0; a < height; ++a)
-            for (int64_t q = 0; q < width; ++q)
-              epilogue.write(pixel + a * p.out_width + q, out[a * m + q]);
+              for (int q = 0; q < m; ++q)
+                epilogue.write(pixel + a * p.out_width + q, out[a * m + q]);
+          } else {
+            for (int64_t a = 0; a < height; ++a)
+              for (int64_t q = 0; q < width; ++q)
+                epilogue.write(pixel + a * p.out_width + q, out[a * m + q]);
+          }
         }
       }
-    if (kStatistics) epilogue.finish(partials.data() + s * 3 * p.filters + k);
+    if (kStatistics)
+      for (int v = 0; v < parts; ++v)
+        epilogues[v].finish(partials.data() + s * 3 * p.filters + k + v * kLanes);
   }
 
   FASTDIFF_INLINE void transform_output(const float* from, F* out) const {

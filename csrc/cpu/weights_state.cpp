@@ -1,0 +1,81 @@
+// Whether weights are what they were: a number that changes when a tensor of the list is another,
+// when PyTorch has counted a write to it, or when a sample of its values has changed. Writes
+// through
+// `.data`, as averaged weights are swapped in by, are not counted: for them is the sample, a
+// diagonal that meets every output and every input channel.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <vector>
+
+#include "cpu/tensors.h"
+
+namespace fastdiff {
+namespace {
+
+constexpr uint64_t kPrime = 0x9E3779B97F4A7C15;
+
+uint64_t mixed(uint64_t state, uint64_t value) {
+  state = (state ^ value) * kPrime;
+  return state ^ state >> 29;
+}
+
+template <class Bits>
+uint64_t sample(const at::Tensor& weight, uint64_t state) {
+  const auto* values = static_cast<const Bits*>(weight.const_data_ptr());
+  const int64_t dims = weight.dim(), k = weight.size(0), c = dims > 1 ? weight.size(1) : 1;
+  // Offsets of the taps behind the first two dimensions.
+  std::vector<int64_t> taps{0};
+  for (int64_t d = 2; d < dims; ++d) {
+    const auto before = std::move(taps);
+    taps = {};
+    for (const int64_t offset : before)
+      for (int64_t i = 0; i < weight.size(d); ++i) taps.push_back(offset + i * weight.stride(d));
+  }
+  const int64_t row = weight.stride(0), column = dims > 1 ? weight.stride(1) : 0,
+                count = static_cast<int64_t>(taps.size());
+  for (int64_t i = 0, a = 0, b = 0, t = 0; i < std::max(k, c); ++i) {
+    state = mixed(state, values[a * row + b * column + taps[t]]);
+    if (++a == k) a = 0;
+    if (++b == c) b = 0;
+    if (++t == count) t = 0;
+  }
+  return state;
+}
+
+uint64_t state_of(const at::Tensor& weight) {
+  uint64_t state = reinterpret_cast<uintptr_t>(weight.unsafeGetTensorImpl());
+  state = mixed(state, reinterpret_cast<uintptr_t>(weight.const_data_ptr()));
+  if (!weight.is_inference())
+    state = mixed(state, weight.unsafeGetTensorImpl()->version_counter().current_version());
+  if (weight.numel() == 0 || weight.dim() == 0) return state;
+  switch (weight.element_size()) {
+    case 2:
+      return sample<uint16_t>(weight, state);
+    case 4:
+      return sample<uint32_t>(weight, state);
+    default:
+      return sample<uint64_t>(weight, state);
+  }
+}
+
+int64_t weights_state_cpu(at::TensorList weights) {
+  std::vector<uint64_t> states(weights.size());
+  for (const auto& weight : weights) {
+    check_floating(weight, "weights");
+    TORCH_CHECK_VALUE(weight.layout() == at::kStrided, "weights must be dense");
+  }
+  at::parallel_for(0, static_cast<int64_t>(weights.size()), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) states[i] = state_of(weights[i]);
+  });
+  uint64_t all = weights.size();
+  for (const uint64_t state : states) all = mixed(all, state);
+  return static_cast<int64_t>(all);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("weights_state", weights_state_cpu); }
+
+}  // namespace fastdiff
