@@ -5,8 +5,12 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 QUALITY := --out benchmarks/results
 SOURCES := $(shell find csrc -type f)
+ISA := AVX2
+# Before Python itself, which is not built with them: the sanitizers', and C++'s, which they need.
+CHECKED := detect_leaks=0:allocator_may_return_null=1
+RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 
-.PHONY: sample test bench quality theory gpu-audit cuda-check lint format doctor venv clean
+.PHONY: sample test asan bench bench-unet quality theory gpu-audit cuda-check lint format doctor venv clean
 
 sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
 	$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare
@@ -14,8 +18,18 @@ sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: sa
 test: venv  ## the whole test suite
 	$(RUN) -m pytest
 
+asan: venv  ## the operations' tests, their C++ under the address and undefined behaviour sanitizers
+	rm -rf build/asan
+	FASTDIFF_SANITIZE=$(ISA) FASTDIFF_CPU=1 FASTDIFF_CUDA=0 \
+		$(RUN) -W ignore setup.py -q build --build-lib build/asan
+	cd build/asan && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=$(CHECKED) \
+		$(abspath $(RUN)) -m pytest -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(ASAN)
+
 bench: venv  ## the benchmarks, peers side by side
 	$(RUN) -m pytest benchmarks --benchmark-only
+
+bench-unet: $(VENV)/.peers  ## a U-Net compiled by fastdiff and by every peer: tables, an hour
+	$(RUN) -m benchmarks.unet --sampling --breakdown $(UNET)
 
 quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
 	$(RUN) benchmarks/sampler_quality.py $(QUALITY)
@@ -66,4 +80,8 @@ $(VENV)/.lint: $(VENV)/.built
 
 $(VENV)/.plot: $(VENV)/.built
 	$(PIP) --no-build-isolation --editable '.[plot]'
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable '.[peers]'
 	touch $@

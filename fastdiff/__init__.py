@@ -2,10 +2,13 @@
 
 The public names are those imported here and the modules ``ops``, ``nn``, ``schedules``,
 ``process``, ``losses``, ``objectives``, ``samplers``, ``sampling``, ``guidance``, ``sde``,
-``data``, ``training``, ``evaluation``, ``checkpoint``, ``classifier``, ``classifier_training``.
+``compiler``, ``data``, ``training``, ``evaluation``, ``checkpoint``, ``classifier``,
+``classifier_training``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from fastdiff import guidance, losses, nn, objectives, ops, process, samplers, schedules, sde
 from fastdiff.backend import backend
@@ -21,3 +24,11 @@ __all__ = [
     "Diffusion", "NoiseSchedule", "__version__", "backend", "guidance", "losses", "nn",
     "objectives", "ops", "process", "profile", "sample", "samplers", "schedules", "score_fn", "sde",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compiler":  # brings Dynamo, which takes longer to import than all the rest
+        import importlib
+
+        return importlib.import_module("fastdiff.compiler")
+    raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")

@@ -6,6 +6,7 @@ processor's is chosen at run time, which setuptools' one-set-of-flags extensions
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from building.tools import (
     COMMON_FLAGS,
     COMPILE_RULE,
     CSRC,
+    CannotBuildError,
     compiler,
     folder_for,
     ninja_command,
@@ -30,10 +32,15 @@ X86_ISAS = {
     "AVX512": f"-DCPU_CAPABILITY=AVX512 {AVX512}",
     "AVX512_BF16": f"-DCPU_CAPABILITY=AVX512_BF16 {AVX512} -mavx512bf16",
 }
+# Stops at the first access out of bounds and at undefined behaviour.
+SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 def isas() -> dict[str, str]:
     """Instruction sets to compile for on this machine's architecture, with their flags."""
+    only = sanitized()
+    if only:
+        return {"DEFAULT": X86_ISAS[only].replace(f"CAPABILITY={only} ", "CAPABILITY=DEFAULT ")}
     if platform.machine().lower() in ("x86_64", "amd64"):
         return X86_ISAS
     return {"DEFAULT": X86_ISAS["DEFAULT"]}
@@ -41,9 +48,23 @@ def isas() -> dict[str, str]:
 
 def build(name: str) -> Path:
     """Build the extension as a library of that file name; CannotBuildError where that fails."""
-    folder = folder_for("ninja")
+    only = sanitized()
+    folder = folder_for(f"ninja-sanitized-{only}" if only else "ninja")
     run_ninja(folder, build_file(folder / name))
     return folder / name
+
+
+def sanitized() -> str | None:
+    """The instruction set that FASTDIFF_SANITIZE names, to build with sanitizers for it alone.
+
+    Its kernels stand in for the portable ones, the only others.
+    """
+    wanted = os.environ.get("FASTDIFF_SANITIZE")
+    if wanted and wanted not in X86_ISAS:
+        raise CannotBuildError(
+            f"FASTDIFF_SANITIZE is {wanted!r}, wanted one of {', '.join(X86_ISAS)} or unset"
+        )
+    return wanted or None
 
 
 def check() -> None:
@@ -55,7 +76,7 @@ def build_file(output: Path) -> list[str]:
     """The lines of build.ninja: one edge per (source, instruction set), one link."""
     flags = [
         COMMON_FLAGS,
-        "-O3",
+        "$optimise",
         # at::parallel_for is serial without it. The link names no OpenMP library: the symbols
         # come from the one that torch has loaded, and so do the threads.
         *(["-fopenmp"] if sys.platform == "linux" else []),
@@ -64,10 +85,11 @@ def build_file(output: Path) -> list[str]:
     ]
     lines = [
         f"cxx = {compiler()}",
+        f"optimise = {SANITIZERS if sanitized() else '-O3'}",
         f"flags = {' '.join(flags)}",
         *COMPILE_RULE,
         "rule link",
-        f"  command = $cxx -shared $in -o $out {torch_libraries()} -ltorch_cpu -lc10",
+        f"  command = $cxx $optimise -shared $in -o $out {torch_libraries()} -ltorch_cpu -lc10",
         "  description = link $out",
     ]
     objects = []

@@ -94,14 +94,15 @@ def _check(
         )
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    for name, value, shape in (
+    optional: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
         ("scale", scale, (n, channels)),
         ("shift", shift, (n, channels)),
-    ):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    )
+    for name, given, shape in optional:
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
 
 
 @torch.library.register_fake("fastdiff::channel_statistics")

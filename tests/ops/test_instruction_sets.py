@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ print(json.dumps({"isa": isa(), "bad": bad}))
 HERE = torch.backends.cpu.get_cpu_capability()
 LEVELS = {"DEFAULT": "default", "AVX2": "avx2", "AVX512": "avx512"}
 KNOWN = list(LEVELS)[: list(LEVELS).index(HERE) + 1] if HERE in LEVELS else ["DEFAULT"]
+FOLDER = Path(__file__).parent
+SHAPES = ("test_conv2d.py", "test_attention.py", "test_group_norm_coefficients.py")
 
 
 @pytest.mark.parametrize("wanted", [*KNOWN, "best"])
@@ -41,3 +44,15 @@ def test_passes_the_self_check(wanted) -> None:
         assert found["isa"] == wanted
     else:
         assert found["isa"].startswith(HERE if HERE in LEVELS else "DEFAULT")
+
+
+@pytest.mark.parametrize("wanted", [level for level in KNOWN if level != HERE])
+def test_passes_the_tests_of_every_shape(wanted, pytestconfig) -> None:
+    """Of the operations whose code differs by the width of vectors; the best set runs them too."""
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_values"]
+    done = subprocess.run(
+        [sys.executable, *command, "-c", str(pytestconfig.inipath), *[FOLDER / f for f in SHAPES]],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": LEVELS[wanted]},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

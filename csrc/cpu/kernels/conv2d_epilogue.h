@@ -39,6 +39,8 @@ struct Epilogue {
     value *= scale;
     store_lanes(y + pixel * filters, value, lanes);
     if constexpr (kStatistics) {
+      // Of the rounded values: those are what the norm will see.
+      if constexpr (!std::is_same_v<T, float>) value = load_lanes(y + pixel * filters, lanes);
       if (!begun) first = value, begun = true;
       const F centred = value - first;
       sum += centred;

@@ -1,0 +1,130 @@
+"""Time a U-Net's call through fastdiff's compiler backend and through every peer, in turns.
+
+    python -m benchmarks.unet                             every peer, the CIFAR-10 U-Net
+    python -m benchmarks.unet --sampling --breakdown      with 50 steps of DDIM, and where time goes
+    python -m benchmarks.unet --models sd15 vae           other networks
+    python -m benchmarks.unet --models tiny --out /tmp/x  does it run at all?
+
+Run from the repository's root, on a machine that does nothing else. Each peer lives in a process
+of its own; before anything is timed its output is checked against eager float64. What is missing,
+fails or takes too long says so in its row. unet.json and unet.md are saved in --out after every
+new figure, beside what earlier runs put there about other networks, batch sizes and dtypes.
+Progress goes to standard error, the tables to standard output at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.unet import machine
+from benchmarks.unet.models import DTYPES, NETWORKS
+from benchmarks.unet.peers import OURS, PEERS
+from benchmarks.unet.report import Report
+from benchmarks.unet.turns import Run, Settings, say
+
+BUSY = 0.5  # load beyond which other work is likely to disturb the figures
+SAMPLING_STEPS = 50
+
+
+def main() -> None:
+    args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: workers must end too
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        say(f"this machine is busy: a load of {load:.2f}, at most {BUSY} is wanted for figures")
+    report = Report(args.out)
+    with tempfile.TemporaryDirectory(prefix="fastdiff-unet-") as scratch:
+        settings = Settings(
+            args.threads, args.rounds, args.limit, not args.plain_heap, args.sampling,
+            args.breakdown, args.logs or Path(scratch),
+        )  # fmt: skip
+        say(machine.line(machine.facts(args.threads)))
+        for name in args.models:
+            network = NETWORKS[name]
+            peers = args.peers or [p for p in PEERS if network.peers is None or p in network.peers]
+            for dtype in args.dtypes or network.dtypes:
+                for batch in args.batches or network.batches:
+                    Run(name, batch, dtype, peers, settings, report.put).run()
+    print(report.text())
+
+
+def _arguments() -> argparse.Namespace:
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.unet",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="peers:\n  " + "\n  ".join(PEERS),
+    )
+    options.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER",
+        help="for unet.json and unet.md; default %(default)s",
+    )  # fmt: skip
+    options.add_argument(
+        "--models", nargs="+", choices=NETWORKS, default=["cifar10"],
+        help="networks; sd15 is held by one process at a time and wants 16 GiB; default cifar10",
+    )  # fmt: skip
+    options.add_argument(
+        "--peers", nargs="+", choices=PEERS, metavar="PEER",
+        help="of the list below; default all that the network is meant for",
+    )  # fmt: skip
+    options.add_argument(
+        "--batches", nargs="+", type=_positive, metavar="N", help="default the network's own"
+    )
+    options.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=" or ".join(DTYPES)
+    )
+    options.add_argument(
+        "--threads", type=_positive, default=machine.cores(), metavar="N",
+        help="of every peer; default all cores, %(default)s here",
+    )  # fmt: skip
+    options.add_argument(
+        "--rounds", type=_positive, default=9, metavar="N",
+        help="turns of each peer; slow peers and large networks take fewer; default %(default)s",
+    )  # fmt: skip
+    options.add_argument(
+        "--sampling", nargs="?", type=_positive, const=SAMPLING_STEPS, metavar="STEPS",
+        help="also time sampling loops of the U-Nets, DDIM, 50 steps unless given",
+    )  # fmt: skip
+    options.add_argument(
+        "--breakdown", nargs="?", choices=PEERS, const=OURS, metavar="PEER",
+        help="also say where the time goes, of fastdiff or another PyTorch peer",
+    )  # fmt: skip
+    options.add_argument(
+        "--limit", type=float, default=1200, metavar="SECONDS",
+        help="after which a peer that does not answer is given up; default %(default)s",
+    )  # fmt: skip
+    options.add_argument(
+        "--logs",
+        type=_new_folder,
+        metavar="FOLDER",
+        help="keep what the processes write, in a folder that is new or empty",
+    )
+    options.add_argument(
+        "--plain-heap", action="store_true",
+        help="freed memory goes back to the system at glibc's leave; by default it is kept, which "
+        "makes every peer faster that allocates as it runs",
+    )  # fmt: skip
+    return options.parse_args()
+
+
+def _new_folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and any(path.iterdir()):
+        raise argparse.ArgumentTypeError(f"wanted a folder that is new or empty, got {text}")
+    return path.absolute()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Where a call's milliseconds go, and how close each convolution comes to the machine's peak.
+
+torch.profiler records a few calls. Every operation belongs to a part of the network by its name,
+with all that it calls; what belongs to none is the rest, and the time between the operations is
+Python's. So the parts sum to the call, the median one. Beside them stands the time of calls that
+nobody recorded.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.unet.peers import Prepared
+
+CALL = "benchmarks.unet call"
+LAYERS = "convolutions and linear layers"
+PARTS = {  # beginnings of names
+    LAYERS: (
+        "fastdiff::conv2d",
+        "aten::conv",
+        "aten::_convolution",
+        "aten::mkldnn_convolution",
+        "mkldnn::_convolution",
+        "aten::linear",
+        "aten::addmm",
+        "aten::mm",
+        "mkldnn::_linear",
+        "mkl::_mkl_linear",
+    ),
+    "norms": (
+        "fastdiff::group_norm",
+        "fastdiff::channel_statistics",
+        "aten::group_norm",
+        "aten::native_group_norm",
+        "aten::layer_norm",
+        "aten::native_layer_norm",
+    ),
+    "attention": ("aten::scaled_dot_product", "aten::_scaled_dot_product"),
+}
+LISTED = 12  # operations of the rest
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What makes convolutions the same. Linear layers are 1x1 convolutions of an L x 1 image."""
+
+    input: tuple[int, ...]  # [N, C, H, W], both inputs of a concatenation together
+    weight: tuple[int, ...]  # [K, C, R, S]
+    stride: tuple[int, ...]
+    upsample: bool
+    algorithm: str
+    outputs: int  # pixels
+
+    @property
+    def flops(self) -> int:
+        """Of the direct algorithm, whatever algorithm computed it."""
+        k, c, r, s = self.weight
+        return 2 * self.input[0] * self.outputs * k * c * r * s
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "input": self.input,
+            "weight": self.weight,
+            "stride": self.stride,
+            "upsample": self.upsample,
+            "algorithm": self.algorithm,
+        }
+
+
+def measure(prepared: Prepared, inputs: tuple[Tensor, ...], calls: int) -> dict[str, Any]:
+    """Milliseconds of each part of a call, each convolution's rate, and the peak beside it.
+
+    Args:
+        prepared: a PyTorch peer.
+        inputs: fitted to it.
+        calls: how many are recorded.
+    """
+    peak, where = peak_rate(prepared.dtype)
+
+    def call() -> float:
+        start = time.perf_counter()
+        prepared.call(*inputs)
+        return 1e3 * (time.perf_counter() - start)
+
+    call()
+    unrecorded = statistics.median(call() for _ in range(calls))
+    recorded = []  # whole, parts and rest of each call, in microseconds
+    for root in _record(prepared, inputs, calls, shapes=False):  # which cost time to record
+        parts, rest = Counter[str](), Counter[str]()
+        _add(root, parts, rest)
+        recorded.append((root.time_range.elapsed_us(), parts, rest))
+    recorded.sort(key=lambda found: found[0])
+    whole, parts, rest = recorded[len(recorded) // 2]
+    return {
+        "unrecorded": unrecorded,
+        "recorded": whole / 1e3,
+        "parts": {name: us / 1e3 for name, us in parts.items()},
+        "rest": {name: us / 1e3 for name, us in rest.most_common(LISTED)},
+        "convolutions": _convolutions(_record(prepared, inputs, calls, shapes=True)),
+        "peak_gflops": peak,
+        "peak_of": where,
+    }
+
+
+def peak_rate(dtype: torch.dtype) -> tuple[float, str]:
+    """GFLOP/s of the best of some large products and convolutions, and which that is.
+
+    In ``dtype``, and in float32 too: where the processor has no other arithmetic, that is what a
+    kernel computes with.
+    """
+    rates: dict[str, float] = {}
+    for kind in dict.fromkeys((torch.float32, dtype)):
+        for name, flops, call in _large(kind):
+            rate = _rate(flops, call)
+            rates[f"{name} in {str(kind).removeprefix('torch.')}"] = rate
+            if rate < max(rates.values()) / 4:  # emulated, and the larger ones take minutes
+                break
+    best = max(rates, key=rates.__getitem__)
+    return rates[best], best
+
+
+def _large(dtype: torch.dtype) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """Name, operations and call of what should come close to the peak; the smallest first."""
+    for n in (512, 1024, 2048):
+        a, b = torch.randn(2, n, n).to(dtype)
+        yield f"{n} x {n} matrix product", 2 * n**3, partial(torch.mm, a, b)
+    for channels, size, kernel in ((128, 32, 3), (256, 32, 3), (512, 32, 1)):
+        x = torch.randn(8, channels, size, size)
+        weight = torch.randn(channels, channels, kernel, kernel)
+        x, weight = (v.to(dtype, memory_format=torch.channels_last) for v in (x, weight))
+        yield (
+            f"{kernel}x{kernel} convolution of {channels} channels, PyTorch's,",
+            2 * 8 * size**2 * channels**2 * kernel**2,
+            partial(F.conv2d, x, weight, padding=kernel // 2),
+        )
+
+
+def _rate(flops: int, call: Callable[[], Tensor]) -> float:
+    taken: list[float] = []
+    deadline = time.perf_counter() + 1.0
+    while len(taken) < 2 or (time.perf_counter() < deadline and len(taken) < 50):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return flops / min(taken) / 1e9
+
+
+def _record(
+    prepared: Prepared, inputs: tuple[Tensor, ...], calls: int, *, shapes: bool
+) -> list[Any]:
+    """The profiler's event of each call; what it contains hangs below it."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=shapes) as recorded:
+        for _ in range(calls + 1):
+            with record_function(CALL):
+                prepared.call(*inputs)
+    roots = [e for e in recorded.events() if e.name == CALL and e.cpu_parent is None]
+    if len(roots) != calls + 1:
+        raise RuntimeError(f"torch.profiler recorded {len(roots)} of {calls + 1} calls")
+    return roots[1:]  # the first warms the profiler up
+
+
+def _add(event: Any, parts: Counter[str], rest: Counter[str]) -> None:
+    """Give an event's microseconds to the parts, its own or those of what it calls."""
+    elapsed = event.time_range.elapsed_us()
+    part = _part(event)
+    if part is not None:
+        parts[part] += elapsed
+        return
+    own = elapsed - sum(child.time_range.elapsed_us() for child in event.cpu_children)
+    if event.cpu_children and "::" not in event.name:  # a region, not an operation
+        parts["between the operations"] += own
+    else:
+        parts["rest"] += own
+        rest[event.name] += own
+    for child in event.cpu_children:
+        _add(child, parts, rest)
+
+
+def _part(event: Any) -> str | None:
+    return next((part for part, begins in PARTS.items() if event.name.startswith(begins)), None)
+
+
+def _convolutions(calls: list[Any]) -> list[dict[str, Any]]:
+    """How often a call computes each, milliseconds together (median), and the rate."""
+    found: dict[Convolution, list[list[float]]] = defaultdict(lambda: [[] for _ in calls])
+    for number, call in enumerate(calls):
+        events = [call]
+        while events:
+            event = events.pop()
+            if _part(event) is None:
+                events += event.cpu_children
+            elif _part(event) == LAYERS and (shape := _convolution(event)) is not None:
+                found[shape][number].append(event.time_range.elapsed_us())
+    rows = []
+    for shape, taken in found.items():
+        times, us = len(taken[0]), statistics.median(map(sum, taken))
+        rows.append(
+            shape.as_dict()
+            | {"calls": times, "milliseconds": us / 1e3, "gflops": shape.flops * times / us / 1e3}
+        )
+    return sorted(rows, key=lambda row: -row["milliseconds"])
+
+
+def _convolution(event: Any) -> Convolution | None:
+    """Its sizes, from the arguments that the profiler kept; None if they do not tell."""
+    try:
+        given = _arguments(event)
+        if event.name.startswith("fastdiff::"):
+            return _fused(given)
+        if event.name == "aten::linear":
+            x, weight = given["input"], given["weight"]
+            rows = 1
+            for size in x[:-1]:
+                rows *= size
+            return Convolution((1, x[-1], rows, 1), (*weight, 1, 1), (1, 1), False, "linear", rows)
+        x, weight, stride, padding = (
+            tuple(given[name]) for name in ("input", "weight", "stride", "padding")
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
+    if len(x) != 4 or len(weight) != 4:
+        return None
+    outputs = 1
+    for size, kernel, step, pad in zip(x[2:], weight[2:], stride, padding, strict=True):
+        outputs *= (size + 2 * pad - kernel) // step + 1
+    return Convolution(x, weight, stride, False, "PyTorch's", outputs)
+
+
+def _fused(given: dict[str, Any]) -> Convolution:
+    from fastdiff.ops.conv2d import ALGORITHMS, output_size
+
+    n, channels, *size = given["x"]
+    if given["skip"]:
+        channels += given["skip"][1]
+    weight, stride, upsample = given["weight_size"], given["stride"], bool(given["upsample"])
+    height, width = output_size(size, weight[2:], stride, given["padding"], upsample)
+    return Convolution(
+        (n, channels, *size),
+        tuple(weight),
+        tuple(stride),
+        upsample,
+        ALGORITHMS[given["algorithm"]],
+        height * width,
+    )
+
+
+def _arguments(event: Any) -> dict[str, Any]:
+    """Arguments by their names in the operation's schema: sizes of tensors, values of others."""
+    namespace, _, name = event.name.partition("::")
+    schema = getattr(getattr(torch.ops, namespace), name).default._schema
+    names = [argument.name for argument in schema.arguments]
+    return {
+        key: value if value is not None and not shape else shape
+        for key, shape, value in zip(names, event.input_shapes, event.concrete_inputs, strict=True)
+    }

@@ -1,0 +1,178 @@
+"""How each peer prepares a network: what a user of it would write, at its best settings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.unet.models import DTYPES, Network
+
+OURS = "fastdiff"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to prepare.
+
+    Attributes:
+        network: a key of ``models.NETWORKS``.
+        peer: a key of ``PEERS``, or ``worker.REFERENCE``.
+        batch, dtype, threads: how it is called.
+        folder: for whatever the peer writes, empty at its first start.
+        expected: file with the inputs and what eager float64 makes of them.
+        keep_heap: freed memory stays with the process.
+    """
+
+    network: str
+    peer: str
+    batch: int
+    dtype: str
+    threads: int
+    folder: Path
+    expected: Path
+    keep_heap: bool
+
+
+@dataclass
+class Prepared:
+    """A network ready to be called.
+
+    Attributes:
+        call: the network as a function of its inputs.
+        dtype: that the inputs must have.
+        layout: memory format of four-dimensional inputs.
+        notes: what a reader should know of it.
+    """
+
+    call: Callable[..., Tensor]
+    dtype: torch.dtype
+    layout: torch.memory_format = torch.contiguous_format
+    notes: list[str] = field(default_factory=list)
+
+    def fit(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Inputs in that dtype and layout; int64 stays."""
+        return tuple(
+            value.to(
+                self.dtype if value.is_floating_point() else value.dtype,
+                memory_format=self.layout if value.ndim == 4 else torch.preserve_format,
+            )
+            for value in inputs
+        )
+
+
+def in_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """The module with its convolutions' weights in a memory format."""
+    return module.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+class Peer:
+    """One way to run a network.
+
+    Attributes:
+        summary: whose rows are summed up by the best of them.
+        dtypes: those it is timed with.
+    """
+
+    def __init__(self, summary: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> None:
+        self.summary, self.dtypes = summary, dtypes
+
+    def prepare(self, job: Job, network: Network, module: nn.Module) -> Prepared:
+        """What is to be timed, of a module that belongs to the peer from now on."""
+        raise NotImplementedError
+
+
+class Torch(Peer):
+    """PyTorch, eager or through a Dynamo backend.
+
+    Args:
+        summary, dtypes: see ``Peer``.
+        backend: of torch.compile; None is eager.
+        channels_last: of the weights and the inputs.
+        frozen: Inductor takes the weights for constants and packs them.
+        mode, options: of torch.compile.
+    """
+
+    def __init__(
+        self,
+        summary: str,
+        dtypes: tuple[str, ...] = tuple(DTYPES),
+        *,
+        backend: str | None = None,
+        channels_last: bool = False,
+        frozen: bool = False,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(summary, dtypes)
+        self.backend, self.channels_last, self.frozen = backend, channels_last, frozen
+        self.mode, self.options = mode, options
+
+    def prepare(self, job: Job, network: Network, module: nn.Module) -> Prepared:
+        dtype = DTYPES[job.dtype]
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        module = in_layout(module.to(dtype), layout)
+        if self.frozen:
+            import torch._inductor.config as inductor
+
+            inductor.freezing = True
+        if self.backend == OURS:
+            import fastdiff.compiler  # noqa: F401 - registers it, installed or not
+        run: Callable[..., Any] = module
+        if self.backend is not None:
+            run = torch.compile(
+                module,
+                backend=self.backend,
+                mode=self.mode,
+                options=copy.deepcopy(self.options),
+                dynamic=False,
+            )
+        return Prepared(lambda *inputs: network.call(run, *inputs), dtype, layout)
+
+
+class OnnxRuntime(Peer):
+    def prepare(self, job: Job, network: Network, module: nn.Module) -> Prepared:
+        from benchmarks.unet import runtimes
+
+        return runtimes.onnxruntime(job, network, module)
+
+
+class OpenVino(Peer):
+    def prepare(self, job: Job, network: Network, module: nn.Module) -> Prepared:
+        from benchmarks.unet import runtimes
+
+        return runtimes.openvino(job, network, module)
+
+
+INDUCTOR = "torch.compile, Inductor"
+PEERS: dict[str, Peer] = {
+    OURS: Torch("fastdiff", backend="fastdiff"),
+    "fastdiff strict": Torch(
+        "fastdiff, strict precision",
+        ("float32",),
+        backend="fastdiff",
+        options={"precision": "strict"},
+    ),
+    "openvino": OpenVino("OpenVINO"),
+    "onnxruntime": OnnxRuntime("ONNX Runtime"),
+    "inductor": Torch(INDUCTOR, backend="inductor"),
+    "inductor channels_last": Torch(INDUCTOR, backend="inductor", channels_last=True),
+    "inductor, frozen": Torch(INDUCTOR, backend="inductor", frozen=True),
+    "inductor channels_last, frozen": Torch(
+        INDUCTOR, backend="inductor", channels_last=True, frozen=True
+    ),
+    "inductor channels_last, frozen, max-autotune": Torch(
+        INDUCTOR,
+        backend="inductor",
+        channels_last=True,
+        frozen=True,
+        mode="max-autotune-no-cudagraphs",
+    ),
+    "eager": Torch("diffusers, eager, NCHW"),
+    "eager channels_last": Torch("diffusers, eager, channels_last", channels_last=True),
+}

@@ -1,0 +1,114 @@
+"""A worker as its owner sees it: start, ask, close. One that fails, dies or hangs says why."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from types import TracebackType
+from typing import Any
+
+from benchmarks.unet import machine
+from benchmarks.unet.peers import Job
+
+
+class WorkerError(Exception):
+    """Why there is no answer."""
+
+
+class Process:
+    """A process for one job, alone in its environment's caches.
+
+    Args:
+        job: what it prepares.
+        limit: seconds that a request may take.
+    """
+
+    def __init__(self, job: Job, limit: float) -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        self.job, self.limit = job, limit
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        # Cold caches: a first call is then the first one that a user sees.
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": str(job.folder / "inductor"),
+            "XDG_CACHE_HOME": str(job.folder / "cache"),
+            "OMP_NUM_THREADS": str(job.threads),
+            "MKL_NUM_THREADS": str(job.threads),
+        }
+        from benchmarks.unet.worker import main
+
+        self._process = context.Process(target=main, args=(theirs, job, str(job.folder) + ".log"))
+        with _environment(caches):
+            self._process.start()
+        theirs.close()
+
+    def ask(self, *request: Any) -> Any:
+        """What the worker's method returns.
+
+        Raises:
+            WorkerError: it raised, the process died, or it took longer than the limit.
+        """
+        try:
+            self._connection.send(request)
+            if not self._connection.poll(self.limit):
+                self.close()
+                raise WorkerError(f"gave up after {self.limit:.0f} s")
+            status, value = self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            self._process.join(10)
+            raise WorkerError(f"its process ended: {_ending(self._process.exitcode)}") from error
+        if status == "failed":
+            raise WorkerError(value)
+        return value
+
+    def cpu_seconds(self) -> float:
+        """Processor time that its threads have taken."""
+        return machine.cpu_seconds(self._process.pid) if self._process.pid else 0.0
+
+    def close(self) -> None:
+        """End the process and what it has started."""
+        self._connection.close()
+        self._process.join(5)
+        if self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def idle_share(others: list[Process], before: list[float], start: float) -> float:
+    """Cores that processes took which should have been idle since ``start``."""
+    taken = sum(p.cpu_seconds() - b for p, b in zip(others, before, strict=True))
+    return taken / max(time.perf_counter() - start, 1e-9)
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
+    return f"exit status {code}"
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Any:
+    saved = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)

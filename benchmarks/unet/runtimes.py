@@ -1,0 +1,80 @@
+"""The peers that run an exported network: ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.unet.models import DTYPES, Network, Plain
+from benchmarks.unet.peers import Job, Prepared
+
+NAMES = ("x", "t", "context")  # of inputs
+
+
+def onnxruntime(job: Job, network: Network, module: nn.Module) -> Prepared:
+    """A session with all of its graph optimisations, in one pool of ``job.threads``."""
+    import onnxruntime as ort
+
+    dtype = DTYPES[job.dtype]
+    given = Prepared(module, dtype).fit(network.inputs(job.batch))
+    path = job.folder / "network.onnx"
+    notes = [export(Plain(network, module.to(dtype)), given, path)]
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = job.threads
+    options.inter_op_num_threads = 1
+    # Threads that spin for work after a call would take the processor from whoever is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+
+    def call(*inputs: Tensor) -> Tensor:
+        arrays = (value.numpy() for value in inputs)
+        return torch.from_numpy(session.run(None, dict(zip(names, arrays, strict=True)))[0])
+
+    return Prepared(call, dtype, notes=notes)
+
+
+def export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> str:
+    """Write ONNX, by the newer of torch's two exporters if what it needs is there; say which."""
+    dynamo = importlib.util.find_spec("onnxscript") is not None
+    names = list(NAMES[: len(inputs)])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, inputs, path, input_names=names, output_names=["y"], dynamo=dynamo
+        )
+    return "torch.export" if dynamo else "traced: onnxscript is not installed"
+
+
+def openvino(job: Job, network: Network, module: nn.Module) -> Prepared:
+    """A request of a model compiled for latency; float32 in and out, whatever it computes in."""
+    import openvino as ov
+
+    inputs = network.inputs(job.batch)
+    shapes = [list(value.shape) for value in inputs]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = ov.convert_model(Plain(network, module), example_input=inputs, input=shapes)
+    wanted = {"float32": "f32", "bfloat16": "bf16"}[job.dtype]
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": job.threads,
+        "INFERENCE_PRECISION_HINT": wanted,
+    }
+    compiled = ov.Core().compile_model(found, "CPU", settings)
+    request = compiled.create_infer_request()
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    notes = [] if precision == wanted else [f"computes in {precision}, {wanted} is not native"]
+
+    def call(*inputs: Tensor) -> Tensor:
+        arrays = [value.numpy() for value in inputs]
+        found = request.infer(arrays, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(found[0])
+
+    return Prepared(call, torch.float32, notes=notes)

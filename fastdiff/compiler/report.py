@@ -1,0 +1,216 @@
+"""What became of a model's graphs, as a table."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from fastdiff.compiler.effects import name_of, written
+from fastdiff.compiler.graph import argument, dtype_of, is_weight, op, value
+from fastdiff.compiler.layout import OURS
+from fastdiff.compiler.rewrite import Emitted
+
+
+@dataclass
+class GraphReport:
+    """One graph.
+
+    Attributes:
+        reason: why it is not on the fast path; None if it is.
+        emitted: its fused operations.
+        composed: how many of ``fastdiff.ops``'s other operations were put in.
+        left: other nodes, by operation and why they were left.
+    """
+
+    reason: str | None = None
+    emitted: list[Emitted] = field(default_factory=list)
+    composed: int = 0
+    left: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def leave(self, graph: Graph, frozen: set[Node] | None = None) -> None:
+        """Count what is not fused."""
+        for node in graph.nodes:
+            ours = node.meta.get(OURS)
+            if node.op in ("call_function", "call_method", "call_module") and not ours:
+                name = str(name_of(node) or getattr(node.target, "__name__", node.target))
+                self.left[name, _why(node, frozen or set(), self.reason is None)] += 1
+
+
+def _why(node: Node, frozen: set[Node], fast: bool) -> str:
+    if not fast:
+        return "not the fast path"
+    if getattr(node.target, "__name__", "") == "restore":
+        return "strides as without fastdiff"
+    if node in frozen or written(node):
+        return "reads or writes memory that is written in place"
+    kind = op(node)
+    if kind not in ("conv2d", "conv1d", "linear", "group_norm"):
+        return "runs as it is"
+    if kind == "group_norm":
+        return "its result is read by more than convolutions"
+    weight, x = argument(node, "weight"), argument(node, "input")
+    if not is_weight(weight):
+        return "its weight is computed"
+    if dtype_of(weight) != dtype_of(x):
+        return "dtypes differ"
+    if dtype_of(node) not in (torch.float32, torch.bfloat16):
+        return f"dtype {dtype_of(node)}"
+    found = value(x)
+    if kind == "linear":
+        return "a single product of few rows" if found is not None and found.ndim == 2 else "shape"
+    if argument(node, "groups", 1) != 1:
+        return "grouped"
+    return "dilated, or of a shape that is not fused"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A row of the table.
+
+    Attributes:
+        what: the operations that it does.
+        shape: weight's and, where it has run, input's sizes.
+        algorithm: that of each size so far.
+        packed_bytes: memory of its packed weights.
+    """
+
+    what: str
+    shape: str
+    algorithm: str
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; ``str()`` is a table.
+
+    Attributes:
+        graphs: number of graphs that Dynamo made.
+        breaks: why it broke them.
+        reasons: for each graph that is not on the fast path, why.
+        fused: the fused operations.
+        left: count of other nodes by operation and reason.
+        composed: calls of ``fastdiff.ops.group_norm_silu`` and the like that were put in.
+    """
+
+    graphs: int
+    breaks: tuple[str, ...]
+    reasons: tuple[str, ...]
+    fused: tuple[Fused, ...]
+    left: dict[tuple[str, str], int]
+    composed: int
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of all fused operations."""
+        return sum(row.packed_bytes for row in self.fused)
+
+    def __str__(self) -> str:
+        lines = [f"graphs: {self.graphs}, breaks: {len(self.breaks)}"]
+        lines += [f"  break: {reason}" for reason in self.breaks]
+        lines += [f"not on the fast path: {reason}" for reason in self.reasons]
+        rows = [("fused", "shape", "algorithm", "packed")]
+        rows += [(r.what, r.shape, r.algorithm, _mebibytes(r.packed_bytes)) for r in self.fused]
+        lines += _table(rows)
+        lines += _table(
+            [("left", "count", "why")]
+            + [(name, str(n), why) for (name, why), n in sorted(self.left.items())]
+        )
+        lines.append(
+            f"{len(self.fused)} fused, {self.composed} of fastdiff.ops, "
+            f"{sum(self.left.values())} left, {_mebibytes(self.packed_bytes)} packed"
+        )
+        return "\n".join(lines)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+_listeners: list[list[GraphReport]] = []
+
+
+def record(found: GraphReport) -> None:
+    """Tell those who listen of a graph."""
+    for listener in _listeners:
+        listener.append(found)
+
+
+@contextmanager
+def _listening() -> Iterator[list[GraphReport]]:
+    heard: list[GraphReport] = []
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners.remove(heard)
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    options: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Compile a model anew, run it once on ``inputs``, and tell what was fused and what was not.
+
+    Args:
+        model: a module or function, compiled already or not.
+        inputs: its positional arguments.
+        options: as for ``torch.compile``.
+        dynamic: as for ``torch.compile``.
+        kwargs: its keyword arguments.
+    """
+    from fastdiff.compiler.backend import backend
+
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.Module) and model._compiled_call_impl is not None:
+        model = copy.copy(model)  # of the same parameters, but not compiled in place
+
+    def anew(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return backend(gm, example_inputs, options=options)
+
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    before = Counter(breaks)
+    with _listening() as heard:
+        torch.compile(model, backend=anew, dynamic=dynamic)(*inputs, **kwargs)
+    left: Counter[tuple[str, str]] = Counter()
+    for report in heard:
+        left.update(report.left)
+    return Explanation(
+        graphs=len(heard),
+        breaks=tuple((Counter(breaks) - before).elements()),
+        reasons=tuple(report.reason for report in heard if report.reason is not None),
+        fused=tuple(_row(e) for report in heard for e in report.emitted),
+        left=dict(left),
+        composed=sum(report.composed for report in heard),
+    )
+
+
+def _row(emitted: Emitted) -> Fused:
+    plans = getattr(emitted.call, "plans", {})
+    sizes = [*([emitted.weight_size] if emitted.weight_size else []), *(key[0] for key in plans)]
+    packed = None if emitted.call.seen is None else emitted.call.seen()
+    return Fused(
+        emitted.what,
+        " on ".join("x".join(map(str, size)) for size in sizes),
+        ", ".join(dict.fromkeys(plans.values())) or ("product" if sizes else "streamed"),
+        0 if packed is None else packed.nbytes,
+    )

@@ -1,0 +1,262 @@
+"""The matches of a graph put in their places."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fastdiff.compiler import runtime
+from fastdiff.compiler.effects import is_known, written
+from fastdiff.compiler.graph import argument, is_number, is_weight, value
+from fastdiff.compiler.layout import OURS
+from fastdiff.compiler.match import Activation, Match, Norm
+from fastdiff.compiler.packing import Watch
+from fastdiff.compiler.patterns import as_rows, plain_attention
+
+
+@dataclass(eq=False)
+class Emitted:
+    """A fused operation in the graph, for the report."""
+
+    call: runtime.Convolution | runtime.Product | runtime.Attention
+    what: str
+    stands_for: int
+    weight_size: tuple[int, ...]
+
+
+class Rewriter:
+    """Replaces matches by calls of ``runtime``'s objects.
+
+    Args:
+        gm: the graph, in place.
+        matches: of ``find.find``.
+        frozen: nodes that must stay as they are.
+        precision: ``fast`` or ``strict``.
+        packed_bytes: bound of the packed weights, or None.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        matches: list[Match],
+        frozen: set[Node],
+        precision: str,
+        packed_bytes: int | None,
+    ) -> None:
+        self.frozen = frozen
+        self.graph: Graph = gm.graph
+        self.precision, self.budget = precision, runtime.Budget(packed_bytes)
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.new: dict[Node, Node] = {}  # what now gives the value of a node of the matches
+        self.statistics: dict[Activation, Node] = {}
+        self.norms: dict[tuple[Node, Node, Node | None], Node] = {}
+        self.weights: list[list[Node]] = []
+        self.kernels: list[tuple[int, int]] = []
+        self.emitted: list[Emitted] = []
+        self.groups, self.single = _merged(matches, self.order)
+        first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+        with gm.graph.inserting_before(first):
+            self.watch = gm.graph.call_function(operator.pos, ())
+        self.watch.meta[OURS] = True
+
+    def run(self) -> list[Emitted]:
+        """Rewrite, and tell what was put in."""
+        steps: list[tuple[int, Match | list[Match]]] = []
+        steps += [(self.order[m.end.node], m) for m in self.single]
+        steps += [(self.order[group[0].anchor], group) for group in self.groups]
+        for _, step in sorted(steps, key=lambda pair: pair[0]):
+            if isinstance(step, Match):
+                self._one(step)
+            else:
+                self._several(step)
+        for node in list(self.graph.nodes):
+            if node not in self.frozen and plain_attention(node):
+                self._attention(node)
+        self._finish()
+        return self.emitted
+
+    def _value(self, node: Any) -> Any:
+        return self.new.get(node, node) if isinstance(node, Node) else node
+
+    def _call(self, target: Any, *args: Any) -> Node:
+        node = self.graph.call_function(target, args)
+        node.meta[OURS] = True
+        return node
+
+    def _weight(self, parts: list[Node], kernel: tuple[int, int]) -> int:
+        self.weights.append(parts)
+        self.kernels.append(kernel)
+        return len(self.weights) - 1
+
+    def _one(self, match: Match) -> None:
+        found = value(match.weight)
+        assert found is not None
+        index = self._weight([match.weight], match.kernel)
+        convolution = self._convolution(match, index)
+        norm = self._coefficients(match)
+        with self.graph.inserting_before(match.end.node):
+            emb = self._per_channel(match.emb)
+            node = self._call(
+                convolution, self.watch, self._value(match.x.node), self._value(match.skip),
+                self._value(match.bias), norm, emb, self._value(match.residual),
+                self._scale(match),
+            )  # fmt: skip
+            y = node
+            if match.statistics:
+                y = self._call(operator.getitem, node, 0)
+                self.statistics[match.end] = self._call(operator.getitem, node, 1)
+        self._replace(match.end.node, y)
+        self._tell(convolution, match, 1, tuple(found.shape))
+
+    def _several(self, group: list[Match]) -> None:
+        first = group[0]
+        index = self._weight([m.weight for m in group], (1, 1))
+        norm = self._coefficients(first)
+        rows = first.x.form[0] == 2
+        call: Any = runtime.Product(index, first.silu) if rows else self._convolution(first, index)
+        sizes = [int(value(m.weight).shape[0]) for m in group]  # type: ignore[union-attr]
+        channels = int(value(first.weight).shape[1])  # type: ignore[union-attr]
+        with self.graph.inserting_before(first.anchor):
+            biases = [self._value(m.bias) for m in group if m.bias is not None]
+            bias = self._call(runtime.join, *biases) if biases else None
+            x = self._value(first.x.node)
+            if rows:
+                y = self._call(call, self.watch, x, bias)
+            else:
+                y = self._call(call, self.watch, x, self._value(first.skip), bias, norm, None,
+                               None, 1.0)  # fmt: skip
+            parts = self._call(runtime.split, y, sizes)
+        for i, match in enumerate(group):
+            with self.graph.inserting_before(match.anchor):
+                self._replace(match.anchor, self._call(operator.getitem, parts, i))
+        self._tell(call, first, len(group), (sum(sizes), channels, 1, 1))
+
+    def _attention(self, node: Node) -> None:
+        call = runtime.Attention(argument(node, "scale"))
+        q, k, v = (argument(node, name) for name in ("query", "key", "value"))
+        with self.graph.inserting_before(node):
+            self._replace(node, self._call(call, q, k, v))
+        self.emitted.append(Emitted(call, "attention", 1, ()))
+
+    def _convolution(self, match: Match, index: int) -> runtime.Convolution:
+        return runtime.Convolution(
+            index, match.x.form, match.end.form, stride=match.stride, padding=match.padding,
+            upsample=match.upsample, silu=match.silu, statistics=match.statistics,
+            precision=self.precision, budget=self.budget,
+        )  # fmt: skip
+
+    def _replace(self, old: Node, new: Node) -> None:
+        new.meta["example_value"] = old.meta.get("example_value")
+        self.new[old] = new
+        old.replace_all_uses_with(new)
+
+    def _per_channel(self, node: Node | None) -> Node | None:
+        """What broadcasts as [N, C, 1, 1], as [N, C]."""
+        if node is None:
+            return None
+        rows = as_rows(node)
+        if rows is not None:
+            return self._value(rows)
+        return self._call(torch.flatten, self._value(node), 1)
+
+    def _scale(self, match: Match) -> Any:
+        scale: Any = 1.0
+        for factor, times in match.scale:
+            if is_number(scale) and is_number(factor):
+                scale = scale * factor if times else scale / factor
+            else:
+                scale = self._call(operator.mul if times else operator.truediv, scale, factor)
+        return scale
+
+    def _coefficients(self, match: Match) -> Node | None:
+        norm = match.norm
+        if norm is None:
+            return None
+        key = (norm.last, match.x.node, match.skip)
+        if key not in self.norms:
+            with self.graph.inserting_before(norm.last):
+                self.norms[key] = self._norm(norm, match)
+        return self.norms[key]
+
+    def _norm(self, norm: Norm, match: Match) -> Node:
+        sources = [match.x] if match.skip is None else [match.x, Activation(match.skip, 1)]
+        found = [self._statistics(source) for source in sources]
+        node = norm.node
+        return self._call(
+            runtime.coefficients, found, argument(node, "num_groups"),
+            *(self._value(argument(node, name)) for name in ("weight", "bias")),
+            argument(node, "eps", 1e-5), self._per_channel(norm.scale),
+            self._per_channel(norm.shift),
+        )  # fmt: skip
+
+    def _statistics(self, source: Activation) -> Node:
+        if source not in self.statistics:
+            x = self._value(source.node)
+            with self.graph.inserting_after(self.watch if x.op == "placeholder" else x):
+                found = self._call(runtime.statistics_of, x, source.channel)
+            self.statistics[source] = found
+        return self.statistics[source]
+
+    def _tell(self, call: Any, match: Match, parts: int, size: tuple[int, ...]) -> None:
+        size = size if len(size) == 4 else (*size[:2], *match.kernel)
+        kernel = "x".join(map(str, match.kernel))
+        name = f"conv {kernel}" if match.kind == "conv2d" else "linear"
+        before = [w for w in match.absorbed if w in ("cat", "norm", "silu", "upsample", "pad")]
+        after = [w for w in match.absorbed if w not in before]
+        name = f"{parts} x {name}" if parts > 1 else name
+        what = [*before, name, *after, *(["statistics"] if match.statistics else [])]
+        self.emitted.append(Emitted(call, " + ".join(what), parts, size))
+
+    def _finish(self) -> None:
+        if not self.weights:
+            self.graph.erase_node(self.watch)
+        else:
+            counts = [len(parts) for parts in self.weights]
+            self.watch.target = Watch(counts, self.kernels)
+            with self.graph.inserting_before(self.watch):
+                self.watch.args = tuple(self._early(w) for parts in self.weights for w in parts)
+        remove_unused(self.graph)
+
+    def _early(self, weight: Node) -> Node:
+        if weight.op != "get_attr":
+            return weight
+        copy = self.graph.get_attr(str(weight.target))
+        copy.meta = dict(weight.meta)
+        return copy
+
+
+def _merged(matches: list[Match], order: dict[Node, int]) -> tuple[list[list[Match]], list[Match]]:
+    """Linear layers that read the same, in groups, and all other matches.
+
+    A single product of a matrix's rows is not worth a call, and left out.
+    """
+    groups: dict[Any, list[Match]] = defaultdict(list)
+    single = []
+    for m in matches:
+        plain = m.end.node is m.anchor and not m.statistics
+        if m.kind != "linear" or not plain or not (m.bias is None or is_weight(m.bias)):
+            single.append(m)
+            continue
+        norm = m.norm and m.norm.last
+        groups[m.x, m.end.form, m.skip, norm, m.silu, m.bias is None].append(m)
+    several = []
+    for group in groups.values():
+        if len(group) > 1:
+            several.append(sorted(group, key=lambda m: order[m.anchor]))
+        else:
+            single += group
+    return several, [m for m in single if m.x.form[0] > 2]
+
+
+def remove_unused(graph: Graph) -> None:
+    """Erase nodes that nobody reads and that do nothing but compute."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output") and (
+            node.op == "get_attr" or node.meta.get(OURS) or (is_known(node) and not written(node))
+        ):  # fmt: skip
+            graph.erase_node(node)

@@ -1,0 +1,272 @@
+"""What the nodes of a fused graph call."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff import reference
+from fastdiff.backend import kernel_runs as has_kernel
+from fastdiff.compiler import plan
+from fastdiff.compiler.packing import PackedWeight
+from fastdiff.ops.conv2d import ALGORITHMS, kernel_runs
+from fastdiff.ops.group_norm_coefficients import channel_statistics
+
+# To and from [N, C, H, W], by the number of dimensions and the one of the channels. All of them are
+# views of channels-last memory.
+_ENTER: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
+    (4, 1): None,
+    (3, 1): lambda x: x.unsqueeze(3),
+    (3, 2): lambda x: x.transpose(1, 2).unsqueeze(3),
+    (4, 3): lambda x: x.permute(0, 3, 1, 2),
+}
+_LEAVE: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
+    (4, 1): None,
+    (3, 1): lambda y: y.flatten(2),
+    (3, 2): lambda y: y.flatten(2).transpose(1, 2),
+    (4, 3): lambda y: y.permute(0, 2, 3, 1),
+}
+_op = torch.ops.fastdiff.conv2d.default
+_attention = torch.ops.fastdiff.attention.default
+_coefficients = torch.ops.fastdiff.group_norm_coefficients.default
+
+
+@dataclass(eq=False)
+class Budget:
+    """Bytes that a graph may pack weights into; None for any number."""
+
+    left: int | None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, size: int) -> bool:
+        """Whether there are ``size`` left, which then are taken."""
+        with self.lock:
+            if self.left is None:
+                return True
+            if size > self.left:
+                return False
+            self.left -= size
+            return True
+
+
+class Convolution:
+    """A convolution or a linear layer with its surroundings, for any size of its input.
+
+    Args:
+        index: of its weight in what ``packing.Watch`` gives.
+        x_form: number of dimensions of its input and the one of the channels.
+        y_form: the same of its result and its residual.
+        stride: down and across.
+        padding: above, below, left and right.
+        upsample: whether pixels are read twice in both directions.
+        silu: whether it reads through SiLU.
+        statistics: give those of the result too.
+        precision: ``fast`` or ``strict``.
+        budget: of packed bytes.
+    """
+
+    __name__ = "conv2d"
+    __qualname__ = "conv2d"
+
+    def __init__(
+        self,
+        index: int,
+        x_form: tuple[int, int],
+        y_form: tuple[int, int],
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        upsample: bool = False,
+        silu: bool = False,
+        statistics: bool = False,
+        precision: str = "fast",
+        budget: Budget,
+    ) -> None:
+        self.index = index
+        self.enter, self.enter_y, self.leave = _ENTER[x_form], _ENTER[y_form], _LEAVE[y_form]
+        self.stride, self.padding = list(stride), list(padding)
+        self.upsample, self.silu, self.statistics = upsample, silu, statistics
+        self.precision, self.budget = precision, budget
+        self.regroups = x_form[0] != y_form[0]
+        self.plans: dict[tuple[Any, ...], str] = {}
+        self.seen: weakref.ref[PackedWeight] | None = None
+
+    def __call__(
+        self,
+        weights: Sequence[PackedWeight],
+        x: Tensor,
+        skip: Tensor | None,
+        bias: Tensor | None,
+        norm: Tensor | None,
+        emb: Tensor | None,
+        residual: Tensor | None,
+        scale: float,
+    ) -> Any:
+        """The result, or a pair of it and its statistics."""
+        if self.enter is not None:
+            x = self.enter(x)
+        weight, shape = weights[self.index], None
+        if residual is not None:
+            if self.enter_y is not None:
+                residual = self.enter_y(residual)
+            if self.regroups:  # rows of pixels that the residual has in two dimensions, or back
+                shape = residual.shape
+                residual = residual.reshape(*shape[:2], *x.shape[2:])
+        if emb is not None and emb.shape[0] != x.shape[0]:
+            emb = emb.expand(x.shape[0], -1)
+        args = (self.stride, self.padding, self.upsample, norm, self.silu, emb, residual, scale,
+                self.statistics)  # fmt: skip
+        if kernel_runs(x):
+            algorithm = self.algorithm(x, weight)
+            packed = weight.packed(algorithm)
+            number = ALGORITHMS.index(algorithm)
+            y, found = _op(x, skip, packed, weight.weight.shape, number, bias, *args)
+        else:
+            self.algorithm(x, weight)
+            y, found = reference.conv2d(x, skip, weight.weight, bias, *args)
+        if shape is not None:
+            y = y.reshape(shape)
+        if self.leave is not None:
+            y = self.leave(y)
+        return (y, found) if self.statistics else y
+
+    def algorithm(self, x: Tensor, weight: PackedWeight) -> str:
+        """That for images of the size of x."""
+        key = (x.shape, x.dtype, torch.get_num_threads())
+        found = self.plans.get(key)
+        if found is None:
+            found = self.plans[key] = self._choose(x, weight)
+            self.seen = weakref.ref(weight)
+        return found
+
+    def _choose(self, x: Tensor, weight: PackedWeight) -> str:
+        size = weight.weight.shape
+        found = plan.choose(
+            x.shape, size, self.stride, self.padding, self.upsample, x.dtype, self.precision,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        planes = {"winograd4": 36 / 9, "winograd2": 16 / 9}
+        for name in dict.fromkeys((found, "winograd2") if found != "direct" else ()):
+            if name in self.plans.values() or self.budget.take(
+                int(4 * size.numel() * planes[name])
+            ):
+                return name
+        return "direct"
+
+
+class Product:
+    """Several linear layers of the same rows as one product, for few rows.
+
+    Args:
+        index: of its weight in what ``packing.Watch`` gives.
+        silu: whether it reads through SiLU.
+    """
+
+    __name__ = "product"
+    __qualname__ = "product"
+
+    def __init__(self, index: int, silu: bool) -> None:
+        self.index, self.silu = index, silu
+        self.seen: weakref.ref[PackedWeight] | None = None
+
+    def __call__(self, weights: Sequence[PackedWeight], x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., C] to [..., K]."""
+        packed = weights[self.index]
+        if self.seen is None:
+            self.seen = weakref.ref(packed)
+        weight = packed.weight
+        return F.linear(F.silu(x) if self.silu else x, weight.view(weight.shape[:2]), bias)
+
+
+class Attention:
+    """Softmax attention without a mask: ``fastdiff.ops.attention`` where its kernel runs.
+
+    Args:
+        scale: of the scores, or None.
+    """
+
+    __name__ = "attention"
+    __qualname__ = "attention"
+
+    def __init__(self, scale: float | None) -> None:
+        self.scale = scale
+        self.seen: weakref.ref[PackedWeight] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, L, D], [B, H, S, D] and [B, H, S, D'] to [B, H, L, D']."""
+        if kernel_runs(q):
+            scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+            return _attention(q, k, v, scale)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+
+
+def coefficients(
+    statistics: list[Tensor],
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """``group_norm_coefficients``, with scale and shift for each image or for all of them."""
+    n = statistics[0].shape[0]
+    if scale is not None and scale.shape[0] != n:
+        scale = scale.expand(n, -1)
+    if shift is not None and shift.shape[0] != n:
+        shift = shift.expand(n, -1)
+    args = (statistics, num_groups, weight, bias, eps, scale, shift)
+    if statistics[0].is_cpu and has_kernel(statistics[0]):
+        return _coefficients(*args)
+    return reference.group_norm_coefficients(*args)
+
+
+def statistics_of(x: Tensor, channel: int) -> Tensor:
+    """``channel_statistics`` where the channels are any dimension."""
+    return channel_statistics(x if channel == 1 else x.movedim(channel, 1))
+
+
+def join(*parts: Tensor) -> Tensor:
+    """One behind the other."""
+    return torch.cat(parts)
+
+
+def split(y: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Views of the last dimension's parts."""
+    return torch.split_with_sizes(y, sizes, -1)
+
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    function.__module__ = __name__
+    return function
+
+
+def restore(strides: tuple[int, ...] | None, order: list[int]) -> Callable[[Tensor], Tensor]:
+    """A function that gives a tensor in the strides that it has without this package.
+
+    Args:
+        strides: these, where they are known.
+        order: dimensions from the outermost to the innermost in memory, for sizes that are not.
+    """
+    return _named("restore", partial(_restore, strides, order))
+
+
+def _restore(strides: tuple[int, ...] | None, order: list[int], x: Tensor) -> Tensor:
+    if strides is None:
+        found, step = [0] * x.ndim, 1
+        for d in reversed(order):
+            found[d] = step
+            step *= max(x.shape[d], 1)
+        strides = tuple(found)
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

@@ -1,0 +1,92 @@
+"""How compiled models are judged: against float64, beside eager PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from models import in_float64
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+FAST = 1e-4  # of an output's scale: what float32 may cost with Winograd's transforms
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    """The model, compiled; a graph break is an error."""
+    return torch.compile(model, backend="fastdiff", fullgraph=True, **options)
+
+
+def assert_as_eager(
+    found: Any,
+    model: nn.Module,
+    args: Any,
+    kwargs: Any | None = None,
+    *,
+    precision: str = "fast",
+) -> None:
+    """Hold what the compiled model returned to what the model itself returns for the arguments.
+
+    Shapes, dtypes and strides (or Dynamo's) are eager's. The error against float64, in units of the
+    largest value of an output, may be twice eager's and, for chance in what many layers round, two
+    units in the last place of bfloat16 or eight of float32 more; with ``fast`` precision 1e-4.
+    """
+    kwargs = kwargs or {}
+    with torch.no_grad():
+        eager = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    oracle = in_float64(model, args, kwargs)
+    outputs = zip(*map(pytree.tree_leaves, (found, eager, oracle)), strict=True)
+    for index, (a, b, c) in enumerate(outputs):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), index
+        if a.stride() != b.stride():
+            wanted = predicted_strides(model, args, kwargs)[index]
+            assert a.stride() == wanted, (index, a.stride(), b.stride(), wanted)
+        dtype = narrowest(model, a)
+        allowed = (2 if dtype == torch.bfloat16 else 8) * torch.finfo(dtype).eps
+        if precision == "fast":
+            allowed = max(allowed, FAST)
+        error, theirs = distance(a, c), distance(b, c)
+        assert error <= 2 * theirs + allowed, (
+            f"output {index}: error {error:.3g} of the scale, eager's {theirs:.3g}"
+        )
+
+
+def predicted_strides(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[int, ...]]:
+    """Those that Dynamo expects of the outputs, which every backend gives.
+
+    PyTorch's kernels and its rules for their results disagree in places, as on what follows a view
+    of batch 1, so that eager has others.
+    """
+    found: list[tuple[int, ...]] = []
+
+    def note(gm: torch.fx.GraphModule, _: Any) -> Any:
+        outputs = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+        found.extend(tuple(node.meta["example_value"].stride()) for node in outputs)
+        return gm.forward
+
+    with torch.no_grad():
+        torch._dynamo.reset()
+        args, kwargs = copy.deepcopy((args, kwargs))
+        torch.compile(model, backend=note, fullgraph=True, dynamic=False)(*args, **kwargs)
+    return found
+
+
+def narrowest(model: nn.Module, output: Tensor) -> torch.dtype:
+    """The dtype with the fewest digits among the output's and the weights'."""
+    dtypes = {output.dtype, *(parameter.dtype for parameter in model.parameters())}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def distance(a: Tensor, oracle: Tensor) -> float:
+    """The largest difference, in units of the oracle's largest value."""
+    if not a.numel():
+        return 0.0
+    assert bool(torch.isfinite(a).all())
+    return ((a.double() - oracle).abs().max() / oracle.abs().max().clamp_min(1e-12)).item()
+
+
+def graphs() -> int:
+    """How many graphs Dynamo has made in this test."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,0 +1,97 @@
+"""Convolutions that the tests of conv2d compute."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fastdiff.ops.conv2d import output_size
+
+OPTIONS = ("bias", "norm", "emb", "residual")
+DTYPES = (torch.float32, torch.bfloat16)
+DTYPE_IDS = ("f32", "bf16")
+AROUND = {"padding": (1, 1, 1, 1), "silu": True, "statistics": True}
+
+
+class Case(NamedTuple):
+    x: tuple[int, int, int, int]  # N, C, H, W
+    filters: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)  # above, below, left, right
+    skip: int = 0  # channels
+    upsample: bool = False
+
+    def settings(self):
+        return {"stride": self.stride, "padding": self.padding, "upsample": self.upsample}
+
+    def out(self):
+        n, _, *size = self.x
+        return (n, self.filters, *output_size(size, self.kernel, *self[3:5], self.upsample))
+
+
+NO_PADDING = (0, 0, 0, 0)
+CASES = {
+    "three channels": Case((2, 3, 9, 7), 8),
+    "four channels to one": Case((2, 4, 8, 8), 1),
+    "one channel to three": Case((1, 1, 6, 5), 3),
+    "vector tails": Case((3, 13, 11, 7), 19),
+    "many filters": Case((2, 35, 9, 10), 131),
+    "17 small images": Case((17, 5, 3, 5), 9),
+    "no images": Case((0, 5, 4, 4), 6),
+    "one pixel": Case((2, 12, 1, 1), 10),
+    "without padding": Case((2, 6, 7, 9), 5, padding=NO_PADDING),
+    "wide padding": Case((1, 6, 4, 5), 7, padding=(3, 0, 2, 5)),
+    "rows in pieces": Case((1, 3, 3, 411), 9),
+    "columns": Case((2, 5, 150, 1), 4),
+    "skip": Case((2, 16, 6, 6), 8, skip=8),
+    "skip that straddles vectors": Case((2, 13, 5, 6), 9, skip=7),
+    "skip beyond the first 32 channels": Case((1, 37, 5, 6), 9, skip=29),
+    "x without channels": Case((1, 0, 5, 6), 9, skip=5),
+    "skip without channels": Case((2, 5, 5, 6), 9, skip=0),
+    "upsampled": Case((2, 9, 5, 4), 6, upsample=True),
+    "upsampled with a skip": Case((2, 5, 3, 4), 6, skip=6, upsample=True),
+    "1x1": Case((2, 21, 5, 7), 18, (1, 1), padding=NO_PADDING),
+    "1x1 of one pixel": Case((3, 21, 1, 1), 18, (1, 1), padding=NO_PADDING),
+    "1x1 of two": Case((2, 10, 5, 7), 18, (1, 1), padding=NO_PADDING, skip=5),
+    "1x1, deep": Case((1, 1601, 2, 3), 9, (1, 1), padding=NO_PADDING),
+    "1x1, padded": Case((2, 5, 4, 3), 6, (1, 1), padding=(1, 2, 0, 1)),
+    "1x1, upsampled": Case((2, 5, 4, 3), 6, (1, 1), padding=NO_PADDING, upsample=True),
+    "1x1 of every other pixel": Case((2, 5, 6, 7), 6, (1, 1), (2, 2), NO_PADDING),
+    "5x5": Case((2, 7, 9, 8), 10, (5, 5), padding=(2, 2, 2, 2)),
+    "7x7": Case((1, 3, 12, 11), 10, (7, 7), padding=(3, 3, 3, 3)),
+    "1x3": Case((2, 7, 5, 8), 10, (1, 3), padding=(0, 0, 1, 1)),
+    "4x2": Case((2, 7, 5, 8), 10, (4, 2), padding=(1, 2, 0, 1)),
+    "kernel as large as the image": Case((2, 7, 5, 4), 10, (5, 4), padding=NO_PADDING),
+    "stride 2": Case((2, 11, 9, 10), 12, stride=(2, 2)),
+    "stride 2, padded below": Case((2, 11, 10, 8), 12, stride=(2, 2), padding=(0, 1, 0, 1)),
+    "stride 2, many blocks": Case((1, 4, 41, 59), 5, stride=(2, 2)),
+    "stride 3 and 1": Case((2, 6, 11, 7), 5, stride=(3, 1)),
+    "stride 2, upsampled": Case((1, 6, 4, 5), 5, stride=(2, 2), upsample=True),
+}
+
+
+def make(case, dtype, options, seed=0):
+    """x, weight and the options' tensors."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=g).to(dtype)
+
+    n, channels = case.x[0], case.x[1] + case.skip
+    fan_in = channels * math.prod(case.kernel)
+    values = {
+        "x": normal(*case.x),
+        "weight": (normal(case.filters, channels, *case.kernel) / math.sqrt(fan_in)).to(dtype),
+    }
+    if case.skip:
+        values["skip"] = normal(n, case.skip, *case.x[2:])
+    shapes = {"bias": (case.filters,), "emb": (n, case.filters), "residual": case.out()}
+    for name in options:
+        if name == "norm":
+            values[name] = normal(n, 2, channels).float() + torch.tensor([[1.0], [0.0]])
+        else:
+            values[name] = normal(*shapes[name])
+    return values

@@ -1,0 +1,333 @@
+"""attention: values, hard scores, layouts, and what it must refuse or let through."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import CountCalls, assert_as_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastdiff
+from fastdiff import ops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = (torch.float32, torch.bfloat16)
+DTYPE_IDS = ("f32", "bf16")
+
+# B, H, L, S, D, D'; the kernel takes 48 queries and 256 keys at a time
+SHAPES = {
+    "one of everything": (1, 1, 1, 1, 1, 1),
+    "one query": (2, 3, 1, 70, 13, 13),
+    "one key": (2, 3, 70, 1, 13, 13),
+    "odd": (2, 2, 33, 77, 13, 13),
+    "47 queries": (1, 2, 47, 9, 8, 8),
+    "48 queries": (1, 2, 48, 9, 8, 8),
+    "49 queries": (1, 2, 49, 9, 8, 8),
+    "255 keys": (1, 2, 50, 255, 40, 40),
+    "256 keys": (1, 2, 50, 256, 40, 40),
+    "257 keys": (1, 2, 50, 257, 40, 40),
+    "513 queries and keys": (1, 1, 513, 513, 16, 16),
+    "width 1": (1, 2, 30, 300, 1, 1),
+    "width 64": (2, 2, 64, 64, 64, 64),
+    "width 256": (1, 1, 64, 300, 256, 256),
+    "wider values": (1, 2, 20, 300, 8, 37),
+    "narrower values": (1, 2, 20, 300, 40, 3),
+    "scores without a width": (1, 2, 20, 300, 0, 5),
+    "values without a width": (1, 2, 5, 6, 4, 0),
+    "no images": (0, 2, 5, 6, 4, 4),
+    "no heads": (2, 0, 5, 6, 4, 4),
+    "no queries": (2, 2, 0, 6, 4, 4),
+    "text": (2, 5, 64, 77, 40, 40),
+}
+
+
+def make(shape, dtype=torch.float32, seed=0):
+    """q, k and v."""
+    g = torch.Generator().manual_seed(seed)
+    b, h, queries, keys, width, value_width = shape
+    sizes = (queries, width), (keys, width), (keys, value_width)
+    return tuple(torch.randn(b, h, *size, generator=g).to(dtype) for size in sizes)
+
+
+def call(scale=None):
+    def run(*tensors: Tensor):
+        return [ops.attention(*tensors, scale)]
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values(shape, dtype) -> None:
+    assert_as_accurate(call(), *make(shape, dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_is_what_pytorch_calls_attention(shape) -> None:
+    q, k, v = make(shape)
+    wanted = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ops.attention(q, k, v), wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.5, 3e-3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_scales(dtype, scale) -> None:
+    assert_as_accurate(call(scale), *make((2, 2, 33, 270, 13, 13), dtype))
+
+
+def rising(keys: int) -> Tensor:
+    """A factor for each key, so that every block of keys has a new largest score."""
+    return torch.linspace(0.1, 3, keys)[:, None]
+
+
+SCORES = {
+    "30 times as large": lambda q, k: (q * 30, k),
+    "rising": lambda q, k: (q.abs() * 4, k.abs() * rising(k.shape[2])),
+    "falling": lambda q, k: (q.abs() * 4, k.abs() * rising(k.shape[2]).flip(0)),
+    "very negative": lambda q, k: (q.abs() * 1e3, -k.abs() * rising(k.shape[2])),
+    "all equal": lambda q, k: (q, k[:, :, :1].expand_as(k)),
+    "one that towers": lambda q, k: (
+        q.abs(), k.abs() * torch.where(torch.arange(k.shape[2]) == 290, 1e4, 1)[:, None],
+    ),
+    "tiny": lambda q, k: (q * 1e-20, k * 1e-20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_hard_scores(dtype, scores) -> None:
+    q, k, v = make((1, 2, 50, 600, 16, 16))
+    q, k = (value.to(dtype) for value in scores(q, k))
+    assert_as_accurate(call(), q, k, v.to(dtype))
+
+
+def test_values_of_any_mean() -> None:
+    q, k, v = make((1, 2, 50, 600, 16, 16))
+    assert_as_accurate(call(), q, k, v + 1000)
+
+
+# In which tensor, where and what. All else is positive, so that there are scores of -inf.
+BAD = {
+    "nan in q": (0, (0, 1, 20, 3), torch.nan),
+    "nan in k": (1, (0, 1, 290, 3), torch.nan),
+    "nan in the first key": (1, (0, 1, 0, 0), torch.nan),
+    "nan in v": (2, (0, 1, 290, 3), torch.nan),
+    "inf in q": (0, (0, 1, 20, 3), torch.inf),
+    "inf in k": (1, (0, 1, 290, 3), torch.inf),
+    "inf in v": (2, (0, 1, 290, 3), torch.inf),
+    "-inf in v": (2, (0, 1, 2, 3), -torch.inf),
+    "a query that scores -inf": (0, (0, 1, 20), -torch.inf),
+    "a key that scores -inf": (1, (0, 1, 290), -torch.inf),
+    "a first key that scores -inf": (1, (0, 1, 0), -torch.inf),
+    "256 first keys that score -inf": (1, (0, 1, slice(256)), -torch.inf),
+    "256 keys that score -inf": (1, (0, 1, slice(256, 512)), -torch.inf),
+    "all keys score -inf": (1, (0, 1), -torch.inf),
+    "largest floats": (1, (0, 1, slice(100, 300)), torch.finfo(torch.float32).max),
+}
+
+
+@pytest.mark.parametrize(("which", "where", "bad"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_what_is_not_finite(dtype, which, where, bad) -> None:
+    """Shows where it shows in PyTorch's softmax(q k^T) v."""
+    tensors = [value.abs().to(dtype) for value in make((1, 2, 50, 600, 8, 5))]
+    tensors[which][where] = bad
+    y = ops.attention(*tensors, 0.5)
+    q, k, v = (value.double() for value in tensors)
+    scores = (q.float() @ k.float().mT * 0.5).double()
+    wanted = scores.softmax(3) @ v
+    torch.testing.assert_close(
+        y.double(), wanted, rtol=0.02, atol=0.01, equal_nan=True, check_dtype=False
+    )
+
+
+# Layouts.
+
+VIEWS = {
+    "slices of one product": lambda t: t.view(2, 60, 3, 2, 13).permute(2, 0, 3, 1, 4),
+    "heads innermost": lambda t: t.view(3, 2, 60, 13, 2).permute(0, 1, 4, 2, 3),
+    "queries innermost": lambda t: t.view(3, 2, 2, 13, 60).mT,
+    "heads repeated": lambda t: t.view(3, 2, 2, 60, 13)[:, :, :1].expand(-1, -1, 2, -1, -1),
+    "images repeated": lambda t: t.view(3, 2, 2, 60, 13)[:, :1].expand(-1, 2, -1, -1, -1),
+    "rows repeated": lambda t: t.view(3, 2, 2, 60, 13)[..., :1, :].expand(-1, -1, -1, 60, -1),
+    "one value repeated": lambda t: t[:3].view(3, 1, 1, 1, 1).expand(3, 2, 2, 60, 13),
+    "every other value": lambda t: t.view(3, 2, 2, 30, 26)[..., ::2],
+    "width 1 of more": lambda t: t.view(3, 2, 2, 60, 13)[..., 4:5],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_strides_do_not_change_the_bits(dtype, view) -> None:
+    memory = torch.randn(3 * 2 * 2 * 60 * 13, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensors = view(memory).unbind(0)
+    plain = [value.contiguous().clone() for value in tensors]
+    y = ops.attention(*tensors)
+    assert y.transpose(1, 2).is_contiguous()
+    assert torch.equal(y, ops.attention(*plain))
+    assert all(map(torch.equal, tensors, plain))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_reads_nothing_beside_its_inputs(dtype) -> None:
+    """Inputs lie in the middle of NaNs."""
+    tensors = make((2, 2, 49, 259, 13, 7), dtype)
+    amid = []
+    for value in tensors:
+        memory = torch.full((value.numel() + 128,), torch.nan, dtype=dtype)
+        amid.append(memory[64:-64].view(value.shape).copy_(value))
+    assert torch.equal(ops.attention(*amid), ops.attention(*tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["f64", "f16"])
+def test_other_dtypes_are_computed_by_the_reference(dtype) -> None:
+    tensors = make(SHAPES["odd"], dtype)
+    with CountCalls() as counted:
+        y = ops.attention(*tensors)
+    assert not any(name.startswith("fastdiff") for name in counted.names)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(*tensors), rtol=2e-3, atol=2e-3)
+
+
+def test_is_one_dispatcher_call() -> None:
+    tensors = make(SHAPES["odd"])
+    with CountCalls() as counted:
+        ops.attention(*tensors)
+    assert counted.names == ["fastdiff.attention.default"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 500, 300, 16, 16), (3, 5, 7, 300, 16, 16)], ids=str)
+def test_threads_do_not_change_the_bits(shape) -> None:
+    tensors, results = make(shape), []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(ops.attention(*tensors))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    calls = [make(shape, seed=seed) for seed, shape in enumerate(SHAPES.values())] * 3
+    wanted = [ops.attention(*tensors) for tensors in calls]
+    torch.set_num_threads(2)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda tensors: ops.attention(*tensors), calls)
+        assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("shape", ["odd", "one of everything", "wider values"])
+def test_opcheck(shape, dtype) -> None:
+    torch.library.opcheck(torch.ops.fastdiff.attention.default, (*make(SHAPES[shape], dtype), 0.25))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_fakes_have_the_strides_of_the_kernel(shape) -> None:
+    tensors = make(shape)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = ops.attention(*map(mode.from_tensor, tensors))
+    real = ops.attention(*tensors)
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(
+        st.integers(0, 2), st.integers(1, 3), st.integers(0, 60), st.integers(1, 300),
+        st.integers(1, 40), st.integers(1, 40),
+    ),
+    dtype=st.sampled_from(DTYPES), scale=st.none() | st.floats(-2, 2, width=32),
+)  # fmt: skip
+def test_any_shape(shape, dtype, scale) -> None:
+    assert_as_accurate(call(scale), *make(shape, dtype), cancelling=True)
+
+
+# Bad input.
+
+Q, K, V = make((2, 3, 4, 5, 6, 7))
+REFUSED = [
+    ("integers", lambda: ops.attention(Q.long(), K.long(), V.long()), TypeError,
+     "q must be floating point, got torch.int64"),
+    ("a sparse tensor", lambda: ops.attention(Q.to_sparse(), K, V), TypeError, "dense tensor"),
+    ("sparse values", lambda: ops.attention(Q, K, V.to_sparse()), TypeError,
+     "v must be a dense tensor"),
+    ("no heads", lambda: ops.attention(Q[:, 0], K[:, 0], V[:, 0]), ValueError,
+     r"\[B, H, L, D\], got \(2, 4, 6\), \(2, 5, 6\) and \(2, 5, 7\)"),
+    ("keys of another width", lambda: ops.attention(Q, K[..., :5], V), ValueError,
+     r"k must have shape \(2, 3, 5, 6\), got \(2, 3, 5, 5\)"),
+    ("keys of other heads", lambda: ops.attention(Q, K[:, :1], V), ValueError, "k must have shape"),
+    ("keys of another batch", lambda: ops.attention(Q, K[:1], V), ValueError, "k must have shape"),
+    ("fewer values", lambda: ops.attention(Q, K, V[:, :, :4]), ValueError,
+     r"v must have shape \(2, 3, 5, 7\), got \(2, 3, 4, 7\)"),
+    ("keys of another dtype", lambda: ops.attention(Q, K.bfloat16(), V), TypeError,
+     "k must have the dtype of q, torch.float32, got torch.bfloat16"),
+    ("values of another dtype", lambda: ops.attention(Q, K, V.double()), TypeError,
+     "v must have the dtype of q"),
+    ("values elsewhere", lambda: ops.attention(Q, K, V.to("meta")), ValueError,
+     "v must be on the device of q, cpu, got meta"),
+    ("no keys", lambda: ops.attention(Q, K[:, :, :0], V[:, :, :0]), ValueError,
+     r"one key at least, got k of \(2, 3, 0, 6\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"), [pytest.param(*row[1:], id=row[0]) for row in REFUSED]
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_bad_input(backend, bad, error, message) -> None:
+    with fastdiff.backend(backend), pytest.raises(error, match=message):
+        bad()
+
+
+STRAIGHT = {
+    "float64": lambda op: op(Q.double(), K.double(), V.double(), 1.0),
+    "integers": lambda op: op(Q.long(), K.long(), V.long(), 1.0),
+    "three dimensions": lambda op: op(Q[0], K[0], V[0], 1.0),
+    "q of three dimensions": lambda op: op(Q[0], K, V, 1.0),
+    "k of three dimensions": lambda op: op(Q, K[0], V, 1.0),
+    "v of five dimensions": lambda op: op(Q, K, V[None], 1.0),
+    "keys of another width": lambda op: op(Q, K[..., :5], V, 1.0),
+    "keys of another batch": lambda op: op(Q, K[:1], V, 1.0),
+    "values of other heads": lambda op: op(Q, K, V[:, :1], 1.0),
+    "more values": lambda op: op(Q, K[:, :, :4], V, 1.0),
+    "keys of another dtype": lambda op: op(Q, K.bfloat16(), V, 1.0),
+    "values of another dtype": lambda op: op(Q, K, V.half(), 1.0),
+    "values elsewhere": lambda op: op(Q, K, V.to("meta"), 1.0),
+    "no keys": lambda op: op(Q, K[:, :, :0], V[:, :, :0], 1.0),
+}
+
+
+@pytest.mark.parametrize("bad", STRAIGHT.values(), ids=STRAIGHT)
+def test_the_kernel_checks_for_itself(bad) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        bad(torch.ops.fastdiff.attention)
+
+
+# Keys whose packed size does not fit 64 bits or any memory, though they are one number repeated: a
+# crash would take the test run with it, so a process of their own computes them.
+SCRIPT = """
+import torch
+from fastdiff import ops
+one = torch.zeros(1, 1, 1, 1)
+for keys in (2**50, -(-(2**64) // 130) - 64, 2**63 - 65, 2**63 - 1):
+    many = one.expand(1, 1, keys, 1)
+    try:
+        print(keys, ops.attention(one, many, many), flush=True)
+    except (MemoryError, RuntimeError, ValueError):
+        print("refused", flush=True)
+"""
+
+
+def test_huge_sizes_are_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["refused"] * 4, done.stderr
+    assert done.returncode == 0
