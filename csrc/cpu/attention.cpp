@@ -26,6 +26,8 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
   check_tensor(k, {q.size(0), q.size(1), k.size(2), q.size(3)}, type, "k");
   check_tensor(v, {q.size(0), q.size(1), k.size(2), v.size(3)}, type, "v");
   TORCH_CHECK_VALUE(k.size(2) >= 1, "there must be one key at least, got k of ", k.sizes());
+  for (const auto size : {k.size(2), q.size(3), v.size(3)})
+    TORCH_CHECK_VALUE(size < int64_t{1} << 31, "keys and widths must be under 2^31, got ", size);
   Attention p{.dtype = type,
               .batch = q.size(0),
               .heads = q.size(1),
@@ -43,7 +45,7 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
   p.v = v_held.const_data_ptr();
   p.out = out.mutable_data_ptr();
   const int64_t heads = p.batch * p.heads, for_keys = attention_packed(p.keys, p.width);
-  auto packed = at::empty({heads * (for_keys + attention_packed(p.keys, p.value_width))},
+  auto packed = at::empty({heads, for_keys + attention_packed(p.keys, p.value_width)},
                           q.options().dtype(at::kFloat));
   p.packed_k = packed.mutable_data_ptr<float>();
   p.packed_v = p.packed_k + heads * for_keys;

@@ -13,6 +13,9 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
+// Sides of kernels, strides and paddings, and channels, beyond which fastdiff/ops/conv2d.py takes
+// the reference: no size that is computed from them can overflow.
+constexpr int64_t kLargest = 64, kMostChannels = int64_t{1} << 20;
 constexpr int64_t kAlgorithms = 3;  // direct, winograd2, winograd4: fastdiff/ops/conv2d.py
 
 void check_algorithm(int64_t algorithm, at::IntArrayRef kernel, at::IntArrayRef stride) {
@@ -29,6 +32,14 @@ void check_type(const at::Tensor& x, const char* name) {
   check_device(x, at::kCPU, name);
 }
 
+void check_weight_size(at::IntArrayRef size) {
+  TORCH_CHECK_VALUE(size.size() == 4, "a weight must have sizes K, C, R, S, got ", size);
+  for (int d = 0; d < 4; ++d)
+    TORCH_CHECK_VALUE(size[d] >= 1 && size[d] <= (d < 2 ? kMostChannels : kLargest),
+                      "a weight must have 1 to ", kMostChannels, " channels and sides of 1 to ",
+                      kLargest, ", got ", size);
+}
+
 // Floats that the packed weight takes; with `weight` and `out`, packs it.
 int64_t pack(int64_t algorithm, at::IntArrayRef sizes, const float* weight, float* out) {
   int64_t size = 0;
@@ -39,15 +50,18 @@ int64_t pack(int64_t algorithm, at::IntArrayRef sizes, const float* weight, floa
   return size;
 }
 
+int64_t packed_size(at::IntArrayRef weight_size, int64_t algorithm) {
+  check_weight_size(weight_size);
+  check_algorithm(algorithm, weight_size.slice(2), {1, 1});
+  return pack(algorithm, weight_size, nullptr, nullptr);
+}
+
 at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t algorithm) {
   check_type(weight, "weight");
-  TORCH_CHECK_VALUE(weight.dim() == 4, "weight must be [K, C, R, S], got ", weight.sizes());
-  check_algorithm(algorithm, weight.sizes().slice(2), {1, 1});
+  auto out =
+      at::empty({packed_size(weight.sizes(), algorithm)}, weight.options().dtype(at::kFloat));
   const auto plain = weight.to(at::kFloat).contiguous();
-  const auto size = pack(algorithm, weight.sizes(), nullptr, nullptr);
-  auto out = at::empty({size}, plain.options());
-  if (size > 0)
-    pack(algorithm, weight.sizes(), plain.const_data_ptr<float>(), out.mutable_data_ptr<float>());
+  pack(algorithm, weight.sizes(), plain.const_data_ptr<float>(), out.mutable_data_ptr<float>());
   return out;
 }
 
@@ -85,12 +99,15 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
                                               double scale, bool statistics) {
   check_type(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be [N, C, H, W], got ", x.sizes());
-  TORCH_CHECK_VALUE(weight_size.size() == 4, "weight_size must be K, C, R, S, got ", weight_size);
-  TORCH_CHECK_VALUE(stride.size() == 2 && stride[0] >= 1 && stride[1] >= 1,
-                    "stride must be two numbers of 1 or more, got ", stride);
-  TORCH_CHECK_VALUE(padding.size() == 4, "padding must be four numbers, got ", padding);
+  check_weight_size(weight_size);
+  TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 4,
+                    "wanted two strides and four paddings, got ", stride, " and ", padding);
+  for (const auto step : stride)
+    TORCH_CHECK_VALUE(step >= 1 && step <= kLargest, "stride must be 1 to ", kLargest, ", got ",
+                      stride);
   for (const auto side : padding)
-    TORCH_CHECK_VALUE(side >= 0, "padding must not be negative, got ", padding);
+    TORCH_CHECK_VALUE(side >= 0 && side <= kLargest, "padding must be 0 to ", kLargest, ", got ",
+                      padding);
   check_algorithm(algorithm, weight_size.slice(2), stride);
   const auto type = x.scalar_type();
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3), k = weight_size[0];
@@ -100,10 +117,8 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
     check_tensor(*skip, {n, skip->size(1), h, w}, type, "skip");
     channels += skip->size(1);
   }
-  TORCH_CHECK_VALUE(weight_size[1] == channels && k >= 1 && channels >= 1 && weight_size[2] >= 1 &&
-                        weight_size[3] >= 1,
-                    "a weight of ", weight_size, " does not fit an input of ", channels,
-                    " channels");
+  TORCH_CHECK_VALUE(weight_size[1] == channels, "a weight of ", weight_size,
+                    " does not fit an input of ", channels, " channels");
   check_tensor(packed, {pack(algorithm, weight_size, nullptr, nullptr)}, at::kFloat, "packed");
   TORCH_CHECK_VALUE(packed.is_contiguous(), "packed must be contiguous");
   const int64_t up = upsample ? 2 : 1;
@@ -161,6 +176,10 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(fastdiff, CompositeExplicitAutograd, m) {
+  m.impl("conv2d_packed_size", packed_size);
+}
 
 TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("conv2d_pack", conv2d_pack_cpu);

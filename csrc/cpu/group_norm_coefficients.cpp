@@ -65,6 +65,7 @@ at::Tensor group_norm_coefficients_cpu(at::TensorList statistics, int64_t groups
               *grow = rows(scale, {n, channels}, "scale"),
               *move = rows(shift, {n, channels}, "shift");
   auto out = at::empty({n, 2, channels}, parts[0].options().dtype(at::kFloat));
+  if (out.numel() == 0) return out;
   std::vector<double> mean(channels), variance(channels);
   const int64_t width = channels / groups;
   float* gain = out.mutable_data_ptr<float>();

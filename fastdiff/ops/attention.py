@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_floating, check_same_kind
+from fastdiff.ops.checks import check_floating, check_no_gradient, check_same_kind
 from fastdiff.ops.conv2d import kernel_runs
 from fastdiff.ops.dispatch import check_devices
 
@@ -26,9 +26,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         [B, H, L, D'], which lies in memory as [B, L, H, D']; sums are taken in float32 or better.
 
     Raises:
+        RuntimeError: a gradient is wanted, which there is none of.
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit.
     """
+    check_no_gradient(q, k, v)
     check_floating(q, "q")
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(

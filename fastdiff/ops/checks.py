@@ -55,6 +55,12 @@ def check_device(value: Tensor, x: Tensor, name: str, like: str) -> None:
     _check_dense(value, name)
 
 
+def check_no_gradient(*tensors: Tensor | None) -> None:
+    """RuntimeError if autograd is to record what is computed from one of ``tensors``."""
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        raise RuntimeError("this operation has no gradient: call it under torch.no_grad()")
+
+
 def _check_dense(x: Tensor, name: str) -> None:
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")

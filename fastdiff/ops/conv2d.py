@@ -12,12 +12,20 @@ import torch
 from torch import Tensor
 
 from fastdiff import backend, reference
-from fastdiff.ops.checks import check_floating, check_same_kind
+from fastdiff.ops.checks import (
+    check_device,
+    check_floating,
+    check_no_gradient,
+    check_same_kind,
+)
 from fastdiff.ops.dispatch import check_devices
 
 ALGORITHMS = ("direct", "winograd2", "winograd4")  # the number that C++ knows them by
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+LARGEST = 64  # side of a kernel, stride and padding that the C++ kernel takes
+MOST_CHANNELS = 2**20
 
+torch.library.define("fastdiff::conv2d_packed_size", "(int[] weight_size, int algorithm) -> int")
 torch.library.define("fastdiff::conv2d_pack", "(Tensor weight, int algorithm) -> Tensor")
 torch.library.define(
     "fastdiff::conv2d",
@@ -74,12 +82,14 @@ def conv2d(
         variance over each channel's pixels.
 
     Raises:
+        RuntimeError: a gradient is wanted, which there is none of.
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit, or the algorithm does not suit the convolution.
     """
+    check_no_gradient(x, weight, bias, skip, norm, emb, residual)
     args = (stride, padding, upsample, norm, silu, emb, residual, scale, statistics)
     check(x, skip, weight, bias, algorithm, *args)
-    if not kernel_runs(x):
+    if not (kernel_runs(x) and within_limits(weight.shape, stride, padding)):
         return reference.conv2d(x, skip, weight, bias, *args)
     number = ALGORITHMS.index(algorithm)
     if packed is None:
@@ -90,12 +100,29 @@ def conv2d(
 
 def conv2d_pack(weight: Tensor, algorithm: str) -> Tensor:
     """``weight`` [K, C, R, S] as the kernel of ``algorithm`` reads it: a flat float32 tensor."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {algorithm!r}, wanted one of {', '.join(ALGORITHMS)}")
     return torch.ops.fastdiff.conv2d_pack(weight, ALGORITHMS.index(algorithm))
 
 
 def kernel_runs(x: Tensor) -> bool:
     """Whether the C++ kernel, and not the reference, computes on ``x``."""
     return x.dtype in KERNEL_DTYPES and x.is_cpu and backend.kernel_runs(x)
+
+
+def packed_bytes(weight_size: Sequence[int], algorithm: str) -> int:
+    """Memory that ``conv2d_pack`` takes for a weight [K, C, R, S]."""
+    return 4 * torch.ops.fastdiff.conv2d_packed_size(weight_size, ALGORITHMS.index(algorithm))
+
+
+def within_limits(
+    weight_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> bool:
+    """Whether the C++ kernel takes such a convolution: all but those of absurd sizes."""
+    return (
+        max(*weight_size[2:], *stride, *padding) <= LARGEST
+        and max(weight_size[:2]) <= MOST_CHANNELS
+    )
 
 
 def suits(algorithm: str, kernel_size: Sequence[int], stride: Sequence[int]) -> bool:
@@ -148,6 +175,10 @@ def check(
         check_same_kind(skip, x, "skip", "x")
         channels += skip.shape[1]
     k, wanted, *kernel_size = weight.shape
+    if 0 in (*weight.shape, *size):
+        raise ValueError(
+            f"neither weight nor image may be empty, got {tuple(weight.shape)} and {tuple(x.shape)}"
+        )
     if wanted != channels:
         raise ValueError(f"weight is for {wanted} channels, the input has {channels}")
     check_same_kind(weight, x, "weight", "x")
@@ -175,10 +206,18 @@ def check(
             if value.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
             check_same_kind(value, x, name, "x")
+    if norm is not None:
+        check_device(norm, x, "norm", "x")
     if norm is not None and (norm.shape != (n, 2, channels) or norm.dtype != torch.float32):
         raise ValueError(
             f"norm must be float32 [{n}, 2, {channels}], got {norm.dtype} {tuple(norm.shape)}"
         )
+
+
+@torch.library.register_fake("fastdiff::conv2d_pack")
+def _fake_pack(weight: Tensor, algorithm: int) -> Tensor:
+    size = torch.ops.fastdiff.conv2d_packed_size(weight.shape, algorithm)
+    return weight.new_empty(size, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastdiff::conv2d")

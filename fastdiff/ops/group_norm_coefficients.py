@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import backend, reference
-from fastdiff.ops.checks import check_floating
+from fastdiff.ops.checks import check_floating, check_no_gradient
+from fastdiff.ops.dispatch import check_devices
 
 torch.library.define("fastdiff::channel_statistics", "(Tensor x) -> Tensor")
 torch.library.define(
@@ -27,6 +28,7 @@ def channel_statistics(x: Tensor) -> Tensor:
 
     What ``conv2d`` takes of its result on the way; this is for tensors that come from elsewhere.
     """
+    check_no_gradient(x)
     check_floating(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x must be [N, C, ...], got {tuple(x.shape)}")
@@ -64,6 +66,7 @@ def group_norm_coefficients(
         TypeError: the statistics are not float64.
         ValueError: shapes do not fit, or num_groups does not divide C.
     """
+    check_no_gradient(*statistics, weight, bias, scale, shift)
     args = (list(statistics), num_groups, weight, bias, eps, scale, shift)
     _check(*args)
     op = torch.ops.fastdiff.group_norm_coefficients
@@ -101,7 +104,11 @@ def _check(
         ("shift", shift, (n, channels)),
     )
     for name, given, shape in optional:
-        if given is not None and given.shape != shape:
+        if given is None:
+            continue
+        if given.device != statistics[0].device:
+            raise ValueError(f"{name} must be on {statistics[0].device}, got {given.device}")
+        if given.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
 
 
@@ -114,6 +121,7 @@ def _fake_statistics(x: Tensor) -> Tensor:
 def _fake(  # type: ignore[no-untyped-def]
     statistics, num_groups, weight, bias, eps, scale, shift
 ):
+    check_devices(*statistics, weight, bias, scale, shift)
     channels = sum(value.shape[1] for value in statistics)
     shape = (statistics[0].shape[0], 2, channels)
     return statistics[0].new_empty(shape, dtype=torch.float32)

@@ -412,6 +412,6 @@ print(ops.group_norm_coefficients([torch.zeros(3, 0, 2, dtype=torch.float64)], 2
 
 def test_many_groups_of_no_channels() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=20
     )
     assert done.stdout.strip() == "torch.Size([3, 2, 0])", done.stderr

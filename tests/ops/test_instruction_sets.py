@@ -26,7 +26,12 @@ HERE = torch.backends.cpu.get_cpu_capability()
 LEVELS = {"DEFAULT": "default", "AVX2": "avx2", "AVX512": "avx512"}
 KNOWN = list(LEVELS)[: list(LEVELS).index(HERE) + 1] if HERE in LEVELS else ["DEFAULT"]
 FOLDER = Path(__file__).parent
-SHAPES = ("test_conv2d.py", "test_attention.py", "test_group_norm_coefficients.py")
+SHAPES = (
+    "test_conv2d.py",
+    "test_attention.py",
+    "test_geglu.py",
+    "test_group_norm_coefficients.py",
+)
 
 
 @pytest.mark.parametrize("wanted", [*KNOWN, "best"])

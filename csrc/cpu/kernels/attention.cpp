@@ -12,6 +12,7 @@ namespace fastdiff::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kKeys = 256;  // of a block
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 template <class T>
 void pack_head(const Attention& p, int64_t unit) {
@@ -88,7 +89,7 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
       rows[i] = wide + i * p.width;
     }
     weights[i] = scores + i * scores_ld;
-    top[i] = -std::numeric_limits<float>::infinity();
+    top[i] = kNone;
   }
   const float* keys = p.packed_k + unit * attention_packed(p.keys, p.width);
   const float* values = p.packed_v + unit * attention_packed(p.keys, p.value_width);
@@ -101,7 +102,8 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
       float* row = scores + i * scores_ld;
       const float now = largest(row, block, top[i]);
       const float shrink = now == top[i] ? 1.f : std::exp2(top[i] - now);
-      sum[i] = sum[i] * shrink + exponentials(row, block, now);
+      // Where all scores so far are -inf none counts.
+      sum[i] = sum[i] * shrink + exponentials(row, block, now == kNone ? 0.f : now);
       top[i] = now;
       if (k0 > 0 && shrink != 1.f)
         for (int64_t c = 0; c < p.value_width; c += kLanes)
@@ -113,6 +115,7 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     values += block * packed_columns(p.value_width);
   }
   for (int64_t i = 0; i < count; ++i) {
+    if (top[i] == kNone) sum[i] = std::numeric_limits<float>::quiet_NaN();  // as PyTorch has it
     T* to =
         static_cast<T*>(p.out) + ((image * p.queries + begin + i) * p.heads + head) * p.value_width;
     for (int64_t c = 0; c < p.value_width; c += kLanes)

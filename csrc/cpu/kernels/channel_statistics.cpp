@@ -9,7 +9,7 @@
 namespace fastdiff::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kStretch = 256;
+constexpr int64_t kStretch = 32;
 
 template <class T>
 void slice(const ChannelStatistics& p, int64_t image, int64_t first, int64_t last) {
@@ -40,7 +40,8 @@ void slice(const ChannelStatistics& p, int64_t image, int64_t first, int64_t las
   double* out = p.out + (image * p.channels + first) * 2;
   for (int64_t c = 0; c < width; ++c) {
     out[2 * c] = mean[c];
-    out[2 * c + 1] = std::max(0., deviation[c] / static_cast<double>(p.pixels));
+    const double variance = deviation[c] / static_cast<double>(p.pixels);
+    out[2 * c + 1] = variance < 0 ? 0 : variance;  // NaN stays
   }
 }
 

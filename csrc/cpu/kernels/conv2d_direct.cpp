@@ -21,7 +21,7 @@ struct Direct {
   const int64_t stretch, depth;
   const Division division;
   const int64_t chunk, chunk_ld, filter_chunks;
-  std::vector<float> partials;
+  std::vector<double> partials;
 
   explicit Direct(const Conv2d& p)
       : p(p),
@@ -35,7 +35,7 @@ struct Direct {
         chunk(division.chunk),
         chunk_ld(chunk + kLine),
         filter_chunks((p.filters + chunk - 1) / chunk),
-        partials(p.statistics ? grid.segments.size() * 3 * p.filters : 0) {}
+        partials(p.statistics ? grid.segments.size() * 2 * p.filters : 0) {}
 
   void run() {
     if (division.by_block) {
@@ -135,9 +135,9 @@ struct Direct {
     for (int64_t i = segment.top; i < segment.bottom; ++i) {
       const int64_t pixel = (segment.image * p.out_height + i) * p.out_width;
       for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld)
-        epilogue.write(pixel + j, load_lanes(from));
+        epilogue.write(pixel + j, load_lanes(from)), epilogue.settle();
     }
-    if (kStatistics) epilogue.finish(partials.data() + s * 3 * p.filters + k);
+    if (kStatistics) epilogue.finish(partials.data() + s * 2 * p.filters + k);
   }
 };
 

@@ -1,15 +1,17 @@
 // What a convolution writes through: bias, embedding, residual and scale; and the statistics of
 // what it wrote.
 //
-// Of each segment and channel the sums of y - y0 and (y - y0)^2 are kept, y0 being the segment's
-// first value: so a mean that is large beside the deviation costs no accuracy. The segments are
-// joined in float64 (Chan, Golub & LeVeque 1983, eq. 2.1).
+// Of every 32 pixels or so the sums of y - y0 and (y - y0)^2 are kept, y0 being the first of them,
+// and joined to mean and squared deviations in float64 (Chan, Golub & LeVeque 1983, eq. 2.1): so
+// neither a mean that is large beside the deviation nor a single large value costs accuracy.
 #pragma once
 
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/vectors.h"
 
 namespace fastdiff::CPU_CAPABILITY {
+
+constexpr int64_t kTogether = 32;  // pixels
 
 // One vector of channels, k..k + lanes, of one segment. Everything is its own, so that the compiler
 // knows that no write to y changes it.
@@ -20,7 +22,8 @@ struct Epilogue {
   T* y;
   float scale;
   F add{}, first{}, sum{}, squares{};
-  bool begun = false;
+  int64_t pending = 0, joined = 0;  // pixels in the sums, and in mean and deviations
+  double mean[kLanes] = {}, deviations[kLanes] = {};
 
   FASTDIFF_INLINE void begin(const Conv2d& p, int64_t image, int64_t k) {
     lanes = std::min(kLanes, p.filters - k);
@@ -41,42 +44,61 @@ struct Epilogue {
     if constexpr (kStatistics) {
       // Of the rounded values: those are what the norm will see.
       if constexpr (!std::is_same_v<T, float>) value = load_lanes(y + pixel * filters, lanes);
-      if (!begun) first = value, begun = true;
+      if (pending++ == 0) first = value;
       const F centred = value - first;
       sum += centred;
       squares += centred * centred;
     }
   }
 
-  // Leaves the sums in a segment's [3, K], of which `partial` is this vector's first.
-  FASTDIFF_INLINE void finish(float* partial) const {
-    store_lanes(partial, first, lanes);
-    store_lanes(partial + filters, sum, lanes);
-    store_lanes(partial + 2 * filters, squares, lanes);
+  // To be called every few pixels.
+  FASTDIFF_INLINE void settle() {
+    if (kStatistics && pending >= kTogether) join();
+  }
+
+  void join() {
+    const double n = static_cast<double>(pending), before = static_cast<double>(joined);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const double off = sum[i] / n, delta = first[i] + off - mean[i];
+      deviations[i] += squares[i] - n * off * off + delta * delta * (before * n / (before + n));
+      mean[i] += delta * (n / (before + n));
+    }
+    sum = squares = F{};
+    joined += pending;
+    pending = 0;
+  }
+
+  // Leaves mean and deviations in a segment's [2, K], of which `partial` is this vector's first.
+  void finish(double* partial) {
+    if (pending > 0) join();
+    for (int64_t i = 0; i < lanes; ++i) {
+      partial[i] = mean[i];
+      partial[filters + i] = deviations[i];
+    }
   }
 };
 
-// Joins the segments' sums, [segments, 3, K], to mean and variance of each image and channel.
+// Joins what the segments have, [segments, 2, K], to mean and variance of each image and channel.
 // `pixels(i)` is how many pixels segment i has.
 template <class Pixels>
-void join_statistics(const Conv2d& p, const std::vector<Segment>& segments, const float* partials,
+void join_statistics(const Conv2d& p, const std::vector<Segment>& segments, const double* partials,
                      Pixels&& pixels) {
   for (size_t begin = 0, end; begin < segments.size(); begin = end) {
     const int64_t image = segments[begin].image;
     for (end = begin; end < segments.size() && segments[end].image == image;) ++end;
+    double* out = p.statistics + image * p.filters * 2;
     for (int64_t k = 0; k < p.filters; ++k) {
-      double count = 0, mean = 0, squares = 0;
+      double count = 0, mean = 0, deviations = 0;
       for (size_t i = begin; i < end; ++i) {
-        const float* partial = partials + i * 3 * p.filters + k;
-        const double n = pixels(segments[i]);
-        const double off = partial[p.filters] / n, delta = partial[0] + off - mean;
-        squares += partial[2 * p.filters] - n * off * off + delta * delta * count * n / (count + n);
-        mean += delta * n / (count + n);
+        const double* partial = partials + i * 2 * p.filters + k;
+        const double n = pixels(segments[i]), delta = partial[0] - mean;
+        deviations += partial[p.filters] + delta * delta * (count * n / (count + n));
+        mean += delta * (n / (count + n));
         count += n;
       }
-      double* out = p.statistics + (image * p.filters + k) * 2;
-      out[0] = mean;
-      out[1] = std::max(0., squares / count);
+      const double variance = deviations / count;
+      out[2 * k] = mean;
+      out[2 * k + 1] = variance < 0 ? 0 : variance;  // NaN stays
     }
   }
 }

@@ -79,7 +79,7 @@ struct Filtering<4> {
 template <class T, int m>
 struct Winograd {
   static constexpr int kTile = m + 2, kPlanes = kTile * kTile;
-  static constexpr int64_t kChannels = 2 * kLine;  // that are read and transformed at a time
+  static constexpr int64_t kChannels = kLine;  // that are read and transformed at a time
   // Tiles of a block: what keeps the products in L2, or more where that saves reading a weight from
   // memory again.
   static constexpr int64_t kTiles = 48, kManyTiles = 128;
@@ -91,7 +91,7 @@ struct Winograd {
   const int64_t depth, ld, plane;                // of the transformed input
   const int64_t chunk, chunk_ld, product_plane;  // filters at a time, and of the products
   const int64_t channel_chunks, filter_chunks;
-  std::vector<float> partials;
+  std::vector<double> partials;
 
   explicit Winograd(const Conv2d& p)
       : p(p),
@@ -107,7 +107,7 @@ struct Winograd {
         product_plane(grid.largest * chunk_ld + kLine),
         channel_chunks((p.channels + kChannels - 1) / kChannels),
         filter_chunks((p.filters + chunk - 1) / chunk),
-        partials(p.statistics ? grid.segments.size() * 3 * p.filters : 0) {}
+        partials(p.statistics ? grid.segments.size() * 2 * p.filters : 0) {}
 
   void run() {
     if (division.by_block) {
@@ -241,11 +241,12 @@ struct Winograd {
               for (int64_t q = 0; q < width; ++q)
                 epilogue.write(pixel + a * p.out_width + q, out[a * m + q]);
           }
+          epilogue.settle();
         }
       }
     if (kStatistics)
       for (int v = 0; v < parts; ++v)
-        epilogues[v].finish(partials.data() + s * 3 * p.filters + k + v * kLanes);
+        epilogues[v].finish(partials.data() + s * 2 * p.filters + k + v * kLanes);
   }
 
   FASTDIFF_INLINE void transform_output(const float* from, F* out) const {

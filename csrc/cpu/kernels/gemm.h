@@ -18,7 +18,7 @@ constexpr int kVectors = 4;
 constexpr int kVectors = 2;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;  // columns of a panel of B
-constexpr int64_t kDepth = 768;                // of k at a time
+constexpr int64_t kDepth = 384;                // of k at a time
 
 constexpr int64_t rounded_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
@@ -37,7 +37,7 @@ FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int6
   for (int m = 0; m < M; ++m) {
     a[m] = rows[m] + offset;
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[m][v] = accumulate ? load_lanes(c + m * ldc + v * kLanes) : F{};
+    for (int v = 0; v < V; ++v) acc[m][v] = F{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     F column[V];
@@ -52,7 +52,11 @@ FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int6
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store_lanes(c + m * ldc + v * kLanes, acc[m][v]);
+    for (int v = 0; v < V; ++v) {
+      float* out = c + m * ldc + v * kLanes;
+      // Added at the end: a sum in pieces rounds less than one long chain.
+      store_lanes(out, accumulate ? load_lanes(out) + acc[m][v] : acc[m][v]);
+    }
   }
 }
 
