@@ -18,6 +18,14 @@ using Optional = std::optional<at::Tensor>;
 constexpr int64_t kLargest = 64, kMostChannels = int64_t{1} << 20;
 constexpr int64_t kAlgorithms = 3;  // direct, winograd2, winograd4: fastdiff/ops/conv2d.py
 
+Threads threads() {
+  return {at::in_parallel_region() ? 1 : at::get_num_threads(),
+          [](int64_t units, Threads::Body body, void* context) {
+            at::parallel_for(0, units, 1,
+                             [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          }};
+}
+
 void check_algorithm(int64_t algorithm, at::IntArrayRef kernel, at::IntArrayRef stride) {
   TORCH_CHECK_VALUE(algorithm >= 0 && algorithm < kAlgorithms, "unknown algorithm ", algorithm);
   const bool plain = kernel[0] == 3 && kernel[1] == 3 && stride[0] == 1 && stride[1] == 1;
@@ -46,7 +54,7 @@ int64_t pack(int64_t algorithm, at::IntArrayRef sizes, const float* weight, floa
   const auto kernel = algorithm == 0   ? FASTDIFF_KERNEL(conv2d_direct_pack)
                       : algorithm == 1 ? FASTDIFF_KERNEL(conv2d_winograd2_pack)
                                        : FASTDIFF_KERNEL(conv2d_winograd4_pack);
-  kernel(weight, sizes.data(), out, &size);
+  kernel(weight, sizes.data(), out, &size, threads());
   return size;
 }
 
@@ -167,7 +175,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
   p.packed = packed.const_data_ptr<float>();
   p.y = y.mutable_data_ptr();
   p.statistics = statistics ? found.mutable_data_ptr<double>() : nullptr;
-  p.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  p.threads = threads();
   const auto kernel = algorithm == 0   ? FASTDIFF_KERNEL(conv2d_direct)
                       : algorithm == 1 ? FASTDIFF_KERNEL(conv2d_winograd2)
                                        : FASTDIFF_KERNEL(conv2d_winograd4);

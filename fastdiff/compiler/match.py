@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from fastdiff.compiler.graph import argument, dtype_of, is_weight, op, pair, value
 from fastdiff.compiler.patterns import Norm
+from fastdiff.ops.conv2d import within_limits
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def anchor(node: Node, dtypes: Sequence[torch.dtype]) -> Match | None:
         return Match(node, kind, size, weight, bias, (1, 1), (0, 0, 0, 0), Activation(x, 1),
                      Activation(node, 1))  # fmt: skip
     stride2, sides = pair(argument(node, "stride", 1)), _padding(node, w.shape)
-    if stride2 is None or sides is None:
+    if stride2 is None or sides is None or not within_limits(w.shape, stride2, sides):
         return None
     return Match(node, kind, (w.shape[2], w.shape[3]), weight, bias, stride2, sides,
                  Activation(x, 1), Activation(node, 1))  # fmt: skip

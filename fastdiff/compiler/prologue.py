@@ -18,6 +18,7 @@ from fastdiff.compiler.patterns import (
     zero_padding,
 )
 from fastdiff.compiler.views import same_pixels, step_up
+from fastdiff.ops.conv2d import LARGEST
 
 
 def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
@@ -37,7 +38,10 @@ def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
         if is_transparent(node) or (is_cast(node) and match.dtype == torch.bfloat16):
             here = Activation(node.args[0], channel)  # type: ignore[arg-type]
         elif kind == "pad" and spatial and not seen and (sides := zero_padding(node)) is not None:
-            padding = tuple(a + b for a, b in zip(padding, sides, strict=True))  # type: ignore[assignment]
+            wider = tuple(a + b for a, b in zip(padding, sides, strict=True))
+            if max(wider) > LARGEST:
+                return
+            padding = wider  # type: ignore[assignment]
             here = Activation(argument(node, "input"), channel)
             seen.append("pad")
         elif kind == "interpolate" and spatial and not upsample and mine and doubles(node):

@@ -5,8 +5,8 @@
 
 #include <limits>
 
-#include "cpu/kernels/conv2d_grid.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/memory.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 namespace {

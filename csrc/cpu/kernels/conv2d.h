@@ -3,11 +3,19 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
-#include <vector>
 
 #include "cpu/isa.h"
 
 namespace fastdiff {
+
+// How many threads there are, and how they are given work: body(context, begin, end) for ranges
+// that together are 0..units-1. PyTorch's threads, from where they are (at::parallel_for is a
+// template of a header, which kernels do without).
+struct Threads {
+  using Body = void (*)(void* context, int64_t begin, int64_t end);
+  int64_t count;
+  void (*run)(int64_t units, Body body, void* context);
+};
 
 // y = (conv(up(silu(norm(cat(x, skip))))) + bias + emb + residual) * scale. T is `dtype`, float32
 // or bfloat16; images are [N, H, W, C], a pixel's channels side by side and `ld` elements from the
@@ -31,25 +39,7 @@ struct Conv2d {
   const void* residual;  // like y, or null
   void* y;               // [N, H', W', K]
   double* statistics;    // [N, K, 2], mean and variance; or null
-  int64_t threads;
-};
-
-// A rectangle of one image's units (pixels, or tiles of a Winograd convolution), whose numbers
-// within their block begin at `first`.
-struct Segment {
-  int64_t image, top, bottom, left, right, first;
-
-  int64_t width() const { return right - left; }
-  int64_t units() const { return (bottom - top) * width(); }
-};
-
-// A batch's units in blocks, each the segments blocks[i] up to blocks[i + 1] of the list.
-struct Grid {
-  std::vector<Segment> segments;
-  std::vector<int64_t> blocks;
-  int64_t largest = 0;  // units of a block at most
-
-  int64_t count() const { return static_cast<int64_t>(blocks.size()) - 1; }
+  Threads threads;
 };
 
 FASTDIFF_DECLARE(conv2d_direct, const Conv2d&)
@@ -59,10 +49,10 @@ FASTDIFF_DECLARE(conv2d_winograd4, const Conv2d&)
 // Packs a weight [K, C, R, S] that has the given strides. With `out` null only `size`, the number
 // of floats, is told.
 FASTDIFF_DECLARE(conv2d_direct_pack, const float* weight, const int64_t* sizes, float* out,
-                 int64_t* size)
+                 int64_t* size, const Threads&)
 FASTDIFF_DECLARE(conv2d_winograd2_pack, const float* weight, const int64_t* sizes, float* out,
-                 int64_t* size)
+                 int64_t* size, const Threads&)
 FASTDIFF_DECLARE(conv2d_winograd4_pack, const float* weight, const int64_t* sizes, float* out,
-                 int64_t* size)
+                 int64_t* size, const Threads&)
 
 }  // namespace fastdiff

@@ -21,7 +21,7 @@ struct Direct {
   const int64_t stretch, depth;
   const Division division;
   const int64_t chunk, chunk_ld, filter_chunks;
-  std::vector<double> partials;
+  Array<double> partials;
 
   explicit Direct(const Conv2d& p)
       : p(p),
@@ -31,7 +31,7 @@ struct Direct {
         grid(make_grid(p.images, p.out_height, p.out_width, kTarget)),
         stretch(p.kernel_w * p.channels),
         depth(p.kernel_h * stretch),
-        division(divide(grid, p.filters, depth * p.filters, p.threads, kPanel)),
+        division(divide(grid, p.filters, depth * p.filters, p.threads.count, kPanel)),
         chunk(division.chunk),
         chunk_ld(chunk + kLine),
         filter_chunks((p.filters + chunk - 1) / chunk),
@@ -39,7 +39,7 @@ struct Direct {
 
   void run() {
     if (division.by_block) {
-      share(grid.count(), p.threads, [&](int64_t begin, int64_t end) {
+      share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           const auto rows = read(block);
           multiply(block, 0, filter_chunks, rows);
@@ -48,7 +48,7 @@ struct Direct {
     } else {
       for (int64_t block = 0; block < grid.count(); ++block) {
         const auto rows = read(block);
-        share(filter_chunks, p.threads,
+        share(p.threads, filter_chunks,
               [&](int64_t begin, int64_t end) { multiply(block, begin, end, rows); });
       }
     }
@@ -62,10 +62,9 @@ struct Direct {
   }
 
   // Where each pixel's window begins.
-  std::vector<const float*> read(int64_t block) const {
+  Array<const float*> read(int64_t block) const {
     static thread_local Scratch scratch;
-    std::vector<const float*> rows;
-    rows.reserve(grid.largest);
+    Array<const float*> rows(grid.largest);
     const int64_t begin = grid.blocks[block], end = grid.blocks[block + 1];
     const auto patch_height = [&](const Segment& segment) {
       return (segment.bottom - segment.top - 1) * p.stride_h + p.kernel_h;
@@ -87,8 +86,8 @@ struct Direct {
         for (int64_t j = 0; j < segment.width(); ++j) {
           const int64_t pixel =
               (segment.image * p.height + segment.top + i) * p.width + segment.left + j;
-          rows.push_back(in_place ? static_cast<const float*>(p.x) + pixel * p.x_ld
-                                  : patch + (i * p.stride_h * width + j * p.stride_w) * p.channels);
+          rows.add(in_place ? static_cast<const float*>(p.x) + pixel * p.x_ld
+                            : patch + (i * p.stride_h * width + j * p.stride_w) * p.channels);
         }
       if (!in_place) patch += height * width * p.channels;
     }
@@ -96,10 +95,10 @@ struct Direct {
   }
 
   // Chunks begin..end of the filters of a block.
-  void multiply(int64_t block, int64_t begin, int64_t end, const std::vector<const float*>& rows) {
+  void multiply(int64_t block, int64_t begin, int64_t end, const Array<const float*>& rows) {
     static thread_local Scratch scratch;
     float* products = scratch.at_least(grid.largest * chunk_ld);
-    const int64_t first = grid.blocks[block], pixels = static_cast<int64_t>(rows.size());
+    const int64_t first = grid.blocks[block], pixels = rows.size();
     const int64_t row = patch_width(grid.segments[first]) * p.channels;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t k0 = part * chunk, k1 = std::min(p.filters, k0 + chunk);
@@ -152,12 +151,13 @@ void conv2d_direct(const Conv2d& p) {
 }
 
 // Panels of [R, S, C, filters].
-void conv2d_direct_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size) {
+void conv2d_direct_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,
+                        const Threads& threads) {
   const int64_t filters = sizes[0], channels = sizes[1], window = sizes[2] * sizes[3];
   const int64_t depth = window * channels;
   *size = depth * packed_columns(filters);
   if (!out) return;
-  at::parallel_for(0, (filters + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+  share(threads, (filters + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kPanel; first < std::min(filters, end * kPanel); first += kPanel) {
       const int64_t columns = std::min(kPanel, filters - first), packed = packed_columns(columns);
       float* panel = out + first * depth;

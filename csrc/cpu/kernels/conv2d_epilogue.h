@@ -6,8 +6,7 @@
 // neither a mean that is large beside the deviation nor a single large value costs accuracy.
 #pragma once
 
-#include "cpu/kernels/conv2d.h"
-#include "cpu/kernels/vectors.h"
+#include "cpu/kernels/conv2d_grid.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 
@@ -58,10 +57,11 @@ struct Epilogue {
 
   void join() {
     const double n = static_cast<double>(pending), before = static_cast<double>(joined);
+    const double each = 1 / n, share = n / (before + n), weight = before * share;
     for (int64_t i = 0; i < kLanes; ++i) {
-      const double off = sum[i] / n, delta = first[i] + off - mean[i];
-      deviations[i] += squares[i] - n * off * off + delta * delta * (before * n / (before + n));
-      mean[i] += delta * (n / (before + n));
+      const double off = sum[i] * each, delta = first[i] + off - mean[i];
+      deviations[i] += squares[i] - sum[i] * off + delta * delta * weight;
+      mean[i] += delta * share;
     }
     sum = squares = F{};
     joined += pending;
@@ -81,15 +81,15 @@ struct Epilogue {
 // Joins what the segments have, [segments, 2, K], to mean and variance of each image and channel.
 // `pixels(i)` is how many pixels segment i has.
 template <class Pixels>
-void join_statistics(const Conv2d& p, const std::vector<Segment>& segments, const double* partials,
+void join_statistics(const Conv2d& p, const Array<Segment>& segments, const double* partials,
                      Pixels&& pixels) {
-  for (size_t begin = 0, end; begin < segments.size(); begin = end) {
+  for (int64_t begin = 0, end; begin < segments.size(); begin = end) {
     const int64_t image = segments[begin].image;
     for (end = begin; end < segments.size() && segments[end].image == image;) ++end;
     double* out = p.statistics + image * p.filters * 2;
     for (int64_t k = 0; k < p.filters; ++k) {
       double count = 0, mean = 0, deviations = 0;
-      for (size_t i = begin; i < end; ++i) {
+      for (int64_t i = begin; i < end; ++i) {
         const double* partial = partials + i * 2 * p.filters + k;
         const double n = pixels(segments[i]), delta = partial[0] - mean;
         deviations += partial[p.filters] + delta * delta * (count * n / (count + n));

@@ -2,12 +2,29 @@
 // a block's channels among the threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/memory.h"
 #include "cpu/kernels/vectors.h"
 
 namespace fastdiff::CPU_CAPABILITY {
+
+// A rectangle of one image's units (pixels, or tiles of a Winograd convolution), whose numbers
+// within their block begin at `first`.
+struct Segment {
+  int64_t image, top, bottom, left, right, first;
+
+  int64_t width() const { return right - left; }
+  int64_t units() const { return (bottom - top) * width(); }
+};
+
+// A batch's units in blocks, each the segments blocks[i] up to blocks[i + 1] of the list.
+struct Grid {
+  Array<Segment> segments;
+  Array<int64_t> blocks;
+  int64_t largest = 0;  // units of a block at most
+
+  int64_t count() const { return blocks.size() - 1; }
+};
 
 // Blocks of about `target` units: several whole images, rows of one image, or part of a row.
 inline Grid make_grid(int64_t images, int64_t rows, int64_t columns, int64_t target) {
@@ -16,15 +33,15 @@ inline Grid make_grid(int64_t images, int64_t rows, int64_t columns, int64_t tar
   const auto add = [&](Segment segment) {
     segment.first = units;
     units += segment.units();
-    grid.segments.push_back(segment);
+    grid.segments.add(segment);
   };
   const auto close = [&] {
     grid.largest = std::max(grid.largest, units);
-    grid.blocks.push_back(static_cast<int64_t>(grid.segments.size()));
+    grid.blocks.add(grid.segments.size());
     units = 0;
   };
   const auto pieces = [&](int64_t length, int64_t most) { return (length + most - 1) / most; };
-  grid.blocks.push_back(0);
+  grid.blocks.add(0);
   if (rows * columns * 2 <= target) {
     const int64_t count = pieces(images, target / (rows * columns));
     for (int64_t b = 0; b < count; ++b) {
@@ -45,16 +62,6 @@ inline Grid make_grid(int64_t images, int64_t rows, int64_t columns, int64_t tar
       }
   return grid;
 }
-
-// Floats that stay this thread's from call to call, so that no call faults pages in.
-struct Scratch {
-  float* at_least(size_t floats) {
-    if (held.size() < floats + kLine) held = std::vector<float>(floats + kLine);
-    const auto address = reinterpret_cast<uintptr_t>(held.data());
-    return held.data() + (-(address / sizeof(float)) & (kLine - 1));
-  }
-  std::vector<float> held;
-};
 
 // How the work is divided: whole blocks for each thread, or the filters of each block among all of
 // them. The latter reads the weight once for all threads, which counts where the blocks are few and
@@ -83,11 +90,16 @@ inline Division divide(const Grid& grid, int64_t filters, int64_t weight_floats,
   return {false, best};
 }
 
-// body(begin, end) for ranges of 0..count-1, on all threads.
+// body(begin, end) for ranges of 0..units-1, on all threads.
 template <class Body>
-void share(int64_t count, int64_t threads, Body&& body) {
-  if (threads == 1) return body(0, count);
-  at::parallel_for(0, count, 1, body);
+void share(const Threads& threads, int64_t units, Body&& body) {
+  if (threads.count == 1) return body(0, units);
+  threads.run(
+      units,
+      [](void* context, int64_t begin, int64_t end) {
+        (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end);
+      },
+      &body);
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

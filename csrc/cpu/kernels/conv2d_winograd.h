@@ -91,14 +91,14 @@ struct Winograd {
   const int64_t depth, ld, plane;                // of the transformed input
   const int64_t chunk, chunk_ld, product_plane;  // filters at a time, and of the products
   const int64_t channel_chunks, filter_chunks;
-  std::vector<double> partials;
+  Array<double> partials;
 
   explicit Winograd(const Conv2d& p)
       : p(p),
         weight_floats(kPlanes * p.channels * p.filters),
         grid(make_grid(p.images, (p.out_height + m - 1) / m, (p.out_width + m - 1) / m,
                        weight_floats > kShared ? kManyTiles : kTiles)),
-        division(divide(grid, p.filters, weight_floats, p.threads, kPanel)),
+        division(divide(grid, p.filters, weight_floats, p.threads.count, kPanel)),
         depth(rounded_up(p.channels, kLanes)),
         ld(depth + kLine),
         plane(grid.largest * ld),
@@ -111,7 +111,7 @@ struct Winograd {
 
   void run() {
     if (division.by_block) {
-      share(grid.count(), p.threads, [&](int64_t begin, int64_t end) {
+      share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
         float* v = scratch.at_least(kPlanes * plane);
         for (int64_t block = begin; block < end; ++block) {
@@ -123,9 +123,9 @@ struct Winograd {
       static thread_local Scratch scratch;
       float* v = scratch.at_least(kPlanes * plane);
       for (int64_t block = 0; block < grid.count(); ++block) {
-        share(channel_chunks, p.threads,
+        share(p.threads, channel_chunks,
               [&](int64_t begin, int64_t end) { read(block, begin, end, v); });
-        share(filter_chunks, p.threads,
+        share(p.threads, filter_chunks,
               [&](int64_t begin, int64_t end) { multiply(block, begin, end, v); });
       }
     }
@@ -187,8 +187,8 @@ struct Winograd {
     float* products = scratch.at_least(kPlanes * product_plane);
     const Segment& last = grid.segments[grid.blocks[block + 1] - 1];
     const int64_t tiles = last.first + last.units();
-    std::vector<const float*> rows(tiles);
-    for (int64_t t = 0; t < tiles; ++t) rows[t] = v + t * ld;
+    Array<const float*> rows(tiles);
+    for (int64_t t = 0; t < tiles; ++t) rows.add(v + t * ld);
     for (int64_t part = begin; part < end; ++part) {
       const int64_t k0 = part * chunk, k1 = std::min(p.filters, k0 + chunk);
       for (int64_t a = 0; a < kPlanes; ++a)
@@ -275,13 +275,14 @@ void winograd(const Conv2d& p) {
 // G g G^T of each filter and channel in float64: panels of [planes, C, filters], each plane's rows
 // padded with zeros to whole vectors of channels.
 template <int m>
-void winograd_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size) {
+void winograd_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,
+                   const Threads& threads) {
   constexpr int kTile = m + 2, kPlanes = kTile * kTile;
   const int64_t filters = sizes[0], channels = sizes[1], depth = rounded_up(channels, kLanes);
   *size = kPlanes * depth * packed_columns(filters);
   if (!out) return;
   std::memset(out, 0, *size * sizeof(float));
-  at::parallel_for(0, (filters + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+  share(threads, (filters + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * kPanel; k < std::min(filters, end * kPanel); ++k) {
       const int64_t first = k / kPanel * kPanel;
       const int64_t packed = packed_columns(std::min(kPanel, filters - first));
