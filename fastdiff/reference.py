@@ -248,7 +248,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) v, computed in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = (q.to(wide) @ k.to(wide).transpose(2, 3) * scale).softmax(dim=3)
-    return (weights @ v.to(wide)).to(q.dtype)
+    y = (weights @ v.to(wide)).to(q.dtype)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """a * gelu(b) with x = [a, b] along the last dimension, computed in float32 at least."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return (a * F.gelu(b)).to(x.dtype).contiguous()
 
 
 def ema_update(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:

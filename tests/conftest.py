@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Results are then the same bits in every run, and no run writes to the user's cache.
+os.environ.setdefault("FASTDIFF_PLAN", "heuristic")
+
 from fastdiff import schedules
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.training import make_unet

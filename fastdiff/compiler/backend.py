@@ -14,9 +14,10 @@ from torch._dynamo.backends import registry
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastdiff.compiler import composed, report
+from fastdiff.compiler import composed, report, timings
 from fastdiff.compiler.effects import changes_modes, frozen_nodes, name_of
 from fastdiff.compiler.find import find
+from fastdiff.compiler.gated import gated
 from fastdiff.compiler.graph import argument, is_number, value
 from fastdiff.compiler.layout import restore_strides
 from fastdiff.compiler.normalise import mark_parameters, normalise
@@ -35,7 +36,7 @@ class Options:
 
     Attributes:
         precision: ``fast``, or ``strict`` for direct arithmetic alone.
-        packed_bytes: bound of the memory for transformed weights; None for any.
+        packed_bytes: bound of the memory for packed and joined weights; None for any.
     """
 
     precision: str = "fast"
@@ -52,7 +53,7 @@ class Options:
                 "wanted precision or packed_bytes"
             )
         options = cls(**given)
-        if options.precision not in PRECISIONS:
+        if options.precision not in tuple(PRECISIONS):
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {options.precision!r}"
             )
@@ -75,13 +76,15 @@ def backend(
         gm: what Dynamo made of the model.
         example_inputs: of the same sizes and kinds as all that it will be called with.
         options: ``precision``: "fast" (Winograd convolutions, the default) or "strict" (direct
-            arithmetic alone). ``packed_bytes``: how much memory weights may take that are
-            transformed for Winograd, None (the default) for as much as is useful.
+            arithmetic alone). ``packed_bytes``: how much memory the weights that this graph packs
+            or joins may take besides the model's own, spent where it saves the most time; None (the
+            default) for as much as is useful.
 
     Raises:
-        ValueError: an option is unknown, or a value of one.
+        ValueError: an option is unknown, or a value of one or of FASTDIFF_PLAN.
     """
     chosen = Options.of(options)
+    timings.measured()  # raises
     found = report.GraphReport()
     compiled = compile_graph(gm, example_inputs, chosen, found)
     report.record(found)
@@ -171,7 +174,7 @@ def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> None:
     matches = find(gm.graph, frozen)
     rewriter = Rewriter(gm, matches, frozen, options.precision, options.packed_bytes)
     found.emitted = rewriter.run()
-    found.composed = composed.norms(gm.graph, frozen, alone=True)
+    found.composed = composed.norms(gm.graph, frozen, alone=True) + gated(gm.graph, frozen)
     restore_strides(gm.graph, frozen)
     found.leave(gm.graph, frozen)
     gm.graph.lint()

@@ -44,7 +44,8 @@ def norms(
         if call is None:
             continue
         args, kwargs = call
-        kwargs["silu"] = silu
+        if not silu:
+            kwargs["silu"] = False
         with graph.inserting_before(node):
             new = graph.call_function(ops.group_norm_silu, args, kwargs)
             new.meta |= {"example_value": node.meta.get("example_value"), OURS: True}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,23 +17,39 @@ from torch import Tensor
 from fastdiff.ops.conv2d import conv2d_pack
 from fastdiff.ops.weights_state import weights_state
 
+# Makes a weight [K, C, ...], and a bias [K] where it has one, of the parts.
+Combine = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 _lock = threading.RLock()
-_packed: dict[tuple[int, ...], PackedWeight] = {}
+_packed: dict[tuple[Any, ...], PackedWeight] = {}
+
+
+def behind(parts: Sequence[Tensor]) -> tuple[Tensor, None]:
+    """One behind the other along the output channels."""
+    found = [part.detach() for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found), None
 
 
 class PackedWeight:
-    """A weight, or several one behind the other along the output channels, at one moment.
+    """A weight, or several as one, at one moment.
+
+    Args:
+        parts: what it is made of.
+        kernel: height and width.
+        combine: makes it of them; equal to another that makes the same.
 
     Attributes:
-        weight: [K, C, R, S] of all parts; for one part it shares its memory.
+        weight: [K, C, R, S]; of one part alone it shares the memory.
+        bias: [K] where ``combine`` makes one.
     """
 
-    def __init__(self, parts: Sequence[Tensor], kernel: tuple[int, int]) -> None:
-        self.key = tuple(map(id, parts))
+    def __init__(
+        self, parts: Sequence[Tensor], kernel: tuple[int, int], combine: Combine = behind
+    ) -> None:
+        self.key = (combine, *map(id, parts))
         self.references = [weakref.ref(part, self._forget) for part in parts]
         # Before anything is packed: what is written meanwhile is then seen the next time.
         self.state = weights_state(parts)
-        flat = parts[0].detach() if len(parts) == 1 else torch.cat([p.detach() for p in parts])
+        flat, self.bias = combine(parts)
         self.weight = flat.view(*flat.shape[:2], *kernel)
         self.by_algorithm: dict[str, Tensor] = {}
 
@@ -56,22 +73,24 @@ class PackedWeight:
                     found = self.by_algorithm[algorithm] = conv2d_pack(self.weight, algorithm)
         return found
 
-    @property
-    def nbytes(self) -> int:
-        """Memory besides that of the parameters."""
-        copied = self.weight.nbytes if len(self.key) > 1 else 0
-        return copied + sum(packed.nbytes for packed in list(self.by_algorithm.values()))
+    def memory(self) -> dict[str, int]:
+        """Bytes besides those of the parameters, by algorithm, and of a copy of them."""
+        copied = self.weight.nbytes if len(self.references) > 1 else 0
+        packed = list(self.by_algorithm.items())
+        return {"copy": copied, **{name: weight.nbytes for name, weight in packed}}
 
 
-def current(parts: Sequence[Tensor], kernel: tuple[int, int]) -> PackedWeight:
+def current(
+    parts: Sequence[Tensor], kernel: tuple[int, int], combine: Combine = behind
+) -> PackedWeight:
     """The packed form of what ``parts`` hold now."""
-    key = tuple(map(id, parts))
+    key = (combine, *map(id, parts))
     found = _packed.get(key)
     if found is None or not found.is_current(parts):
         with _lock:
             found = _packed.get(key)
             if found is None or not found.is_current(parts):
-                found = _packed[key] = PackedWeight(parts, kernel)
+                found = _packed[key] = PackedWeight(parts, kernel, combine)
     return found
 
 
@@ -81,15 +100,22 @@ class Watch:
     Args:
         counts: how many weights make up each packed one.
         kernels: height and width of each.
+        combines: what makes each of its parts; by default they are put one behind the other.
     """
 
     __name__ = "weights"
     __qualname__ = "weights"
 
-    def __init__(self, counts: Sequence[int], kernels: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int],
+        kernels: Sequence[tuple[int, int]],
+        combines: Sequence[Combine] | None = None,
+    ) -> None:
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         self.slices = [slice(e - c, e) for e, c in zip(ends, counts, strict=True)]
         self.kernels = list(kernels)
+        self.combines = list(combines or [behind] * len(self.kernels))
         self.last: tuple[int, list[weakref.ref[PackedWeight]]] | None = None
 
     def __call__(self, *weights: Tensor) -> list[PackedWeight | None]:
@@ -101,8 +127,8 @@ class Watch:
             if None not in found:
                 return found
         packed = [
-            current(weights[part], kernel)
-            for part, kernel in zip(self.slices, self.kernels, strict=True)
+            current(weights[part], kernel, combine)
+            for part, kernel, combine in zip(self.slices, self.kernels, self.combines, strict=True)
         ]
         self.last = state, [weakref.ref(weight) for weight in packed]
         return [*packed]

@@ -1,43 +1,71 @@
-"""Which algorithm computes a convolution of given sizes."""
+"""Which algorithm computes a convolution of given sizes, and what memory its weight takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
-from fastdiff.ops.conv2d import output_size, suits
+from fastdiff.backend import isa
+from fastdiff.compiler import timings
+from fastdiff.compiler.timings import NAMES, Sizes
+from fastdiff.ops.conv2d import conv2d_pack, output_size
 
-PRECISIONS = ("fast", "strict")
+PRECISIONS = {"fast": NAMES, "strict": ("plain", "direct")}
 TILES = 16  # of F(4x4), below which its transforms and its weights' 36 planes do not pay
+# PyTorch's convolution must be that much quicker than ours: what ours do on the way, the norm and
+# the additions, are passes of their own beside it.
+PLAIN = 0.8
 
 
-def choose(
-    size: Sequence[int],
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    upsample: bool,
-    dtype: torch.dtype,
-    precision: str,
-    threads: int,
-) -> str:
-    """The name of the algorithm, one of ``fastdiff.ops.conv2d.ALGORITHMS``.
-
-    Called once for each size that a convolution sees.
+def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
+    """The quickest of the algorithms ``allowed``, names of ``timings.NAMES``.
 
     Args:
-        size: [N, C, H, W] of what is read.
-        weight_size: [K, C, R, S].
-        stride: down and across.
-        padding: above, below, left and right.
-        upsample: whether pixels are read twice in both directions.
-        dtype: of the images.
-        precision: ``fast``, or ``strict`` for direct arithmetic alone.
-        threads: that will compute.
+        sizes: of the convolution.
+        allowed: what it may use; ``plain`` suits every convolution.
+        measured: look at the clock, once for each size, or only at the sizes.
     """
-    k, channels, *kernel = weight_size
-    if precision == "strict" or not suits("winograd4", kernel, stride) or min(k, channels) < 16:
-        return "direct"
-    height, width = output_size(size[2:], kernel, stride, padding, upsample)
-    return "winograd4" if size[0] * height * width >= 16 * TILES else "winograd2"
+    names = sizes.among(allowed)
+    if len(names) == 1:
+        return names[0]
+    seconds = timings.of([sizes], names)[0] if measured else heuristic(sizes)
+    return min(reversed(names), key=lambda name: cost(seconds, name))
+
+
+def heuristic(sizes: Sizes) -> dict[str, float]:
+    """About how long each algorithm takes, from the sizes alone."""
+    k, c, *kernel = sizes.weight
+    height, width = output_size(sizes.x[2:], kernel, sizes.stride, sizes.padding, sizes.upsample)
+    pixels = sizes.x[0] * height * width
+    unit = 1e-11 * pixels * k * c * kernel[0] * kernel[1]
+    shares = {"plain": 1.0, "direct": 0.75, "winograd2": 0.5, "winograd4": 0.35}
+    if min(k, c) < 16:
+        shares["winograd2"], shares["winograd4"] = 0.9, 0.95
+    elif pixels < 16 * TILES:
+        shares["winograd4"] = 0.6
+    return {name: shares[name] * unit for name in sizes.among(NAMES)}
+
+
+def cost(seconds: dict[str, float], name: str) -> float:
+    """Seconds of an algorithm, those of ``plain`` with what it is at a disadvantage."""
+    return seconds[name] / PLAIN if name == "plain" else seconds[name]
+
+
+@lru_cache(maxsize=1)
+def _lanes() -> int:
+    """Filters that a packed weight has side by side, which its size is a multiple of."""
+    if isa() == "none":
+        return 1
+    return conv2d_pack(torch.ones(1, 1, 1, 1), "direct").numel()
+
+
+def packed_bytes(name: str, weight: Sequence[int]) -> int:
+    """Bytes of what ``conv2d_pack`` gives for a weight [K, C, R, S]; none for ``plain``."""
+    k, c, *kernel = weight
+    lanes = _lanes()
+    filters, depth = -(-k // lanes) * lanes, -(-c // lanes) * lanes
+    rows = {"plain": 0, "direct": c * kernel[0] * kernel[1], "winograd2": 16 * depth,
+            "winograd4": 36 * depth}  # fmt: skip
+    return 4 * rows[name] * filters

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from fastdiff.compiler.effects import name_of, written
 from fastdiff.compiler.graph import argument, dtype_of, is_weight, op, value
 from fastdiff.compiler.layout import OURS
+from fastdiff.compiler.packing import PackedWeight
 from fastdiff.compiler.rewrite import Emitted
 
 
@@ -79,7 +80,7 @@ class Fused:
         what: the operations that it does.
         shape: weight's and, where it has run, input's sizes.
         algorithm: that of each size so far.
-        packed_bytes: memory of its packed weights.
+        packed_bytes: memory of its packed weights, but for those of a row above.
     """
 
     what: str
@@ -192,25 +193,33 @@ def explain(
     with _listening() as heard:
         torch.compile(model, backend=anew, dynamic=dynamic)(*inputs, **kwargs)
     left: Counter[tuple[str, str]] = Counter()
+    counted: set[tuple[PackedWeight, str]] = set()
     for report in heard:
         left.update(report.left)
     return Explanation(
         graphs=len(heard),
         breaks=tuple((Counter(breaks) - before).elements()),
         reasons=tuple(report.reason for report in heard if report.reason is not None),
-        fused=tuple(_row(e) for report in heard for e in report.emitted),
+        fused=tuple(_row(e, counted) for report in heard for e in report.emitted),
         left=dict(left),
         composed=sum(report.composed for report in heard),
     )
 
 
-def _row(emitted: Emitted) -> Fused:
+def _row(emitted: Emitted, counted: set[tuple[PackedWeight, str]]) -> Fused:
     plans = getattr(emitted.call, "plans", {})
     sizes = [*([emitted.weight_size] if emitted.weight_size else []), *(key[0] for key in plans)]
     packed = None if emitted.call.seen is None else emitted.call.seen()
+    size = 0
+    if packed is not None:
+        for name, used in packed.memory().items():
+            # Other graphs may have packed the same weight for algorithms of theirs.
+            if name in ("copy", *plans.values()) and (packed, name) not in counted:
+                counted.add((packed, name))
+                size += used
     return Fused(
         emitted.what,
         " on ".join("x".join(map(str, size)) for size in sizes),
         ", ".join(dict.fromkeys(plans.values())) or ("product" if sizes else "streamed"),
-        0 if packed is None else packed.nbytes,
+        size,
     )

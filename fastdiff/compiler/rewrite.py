@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fastdiff.compiler import runtime
+from fastdiff.compiler import runtime, single_head
+from fastdiff.compiler.budget import Budget
 from fastdiff.compiler.effects import is_known, written
 from fastdiff.compiler.graph import argument, is_number, is_weight, value
 from fastdiff.compiler.layout import OURS
 from fastdiff.compiler.match import Activation, Match, Norm
-from fastdiff.compiler.packing import Watch
+from fastdiff.compiler.packing import Combine, Watch, behind
 from fastdiff.compiler.patterns import as_rows, plain_attention
+from fastdiff.compiler.single_head import SingleHead
 
 
 @dataclass(eq=False)
@@ -50,15 +52,21 @@ class Rewriter:
     ) -> None:
         self.frozen = frozen
         self.graph: Graph = gm.graph
-        self.precision, self.budget = precision, runtime.Budget(packed_bytes)
+        self.budget = Budget(precision, packed_bytes)
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.new: dict[Node, Node] = {}  # what now gives the value of a node of the matches
         self.statistics: dict[Activation, Node] = {}
         self.norms: dict[tuple[Node, Node, Node | None], Node] = {}
         self.weights: list[list[Node]] = []
         self.kernels: list[tuple[int, int]] = []
+        self.combines: list[Combine] = []
         self.emitted: list[Emitted] = []
-        self.groups, self.single = _merged(matches, self.order)
+        self.heads: list[SingleHead] = []
+        # What it makes of weights is rounded once more, and is memory that no bound is spent on.
+        if precision == "fast" and packed_bytes is None:
+            self.heads, matches = single_head.take(matches, frozen)
+        self.of_head = {head.out.anchor: head for head in self.heads}
+        self.groups, self.single = self.budget.plan(*_merged(matches, self.order))
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with gm.graph.inserting_before(first):
             self.watch = gm.graph.call_function(operator.pos, ())
@@ -66,16 +74,20 @@ class Rewriter:
 
     def run(self) -> list[Emitted]:
         """Rewrite, and tell what was put in."""
-        steps: list[tuple[int, Match | list[Match]]] = []
+        steps: list[tuple[int, Match | list[Match] | SingleHead]] = []
         steps += [(self.order[m.end.node], m) for m in self.single]
         steps += [(self.order[group[0].anchor], group) for group in self.groups]
+        steps += [(self.order[head.attention], head) for head in self.heads]
         for _, step in sorted(steps, key=lambda pair: pair[0]):
             if isinstance(step, Match):
                 self._one(step)
+            elif isinstance(step, SingleHead):
+                self._single_head(step)
             else:
                 self._several(step)
+        done = {head.attention for head in self.heads}
         for node in list(self.graph.nodes):
-            if node not in self.frozen and plain_attention(node):
+            if node not in self.frozen | done and plain_attention(node):
                 self._attention(node)
         self._finish()
         return self.emitted
@@ -88,23 +100,26 @@ class Rewriter:
         node.meta[OURS] = True
         return node
 
-    def _weight(self, parts: list[Node], kernel: tuple[int, int]) -> int:
+    def _weight(self, parts: list[Node], kernel: tuple[int, int], combine: Combine = behind) -> int:
         self.weights.append(parts)
         self.kernels.append(kernel)
+        self.combines.append(combine)
         return len(self.weights) - 1
 
     def _one(self, match: Match) -> None:
         found = value(match.weight)
         assert found is not None
-        index = self._weight([match.weight], match.kernel)
+        head = self.of_head.get(match.anchor)
+        parts, combine = head.values() if head else ([match.weight], behind)
+        index = self._weight(parts, match.kernel, combine)
         convolution = self._convolution(match, index)
         norm = self._coefficients(match)
         with self.graph.inserting_before(match.end.node):
+            bias = self._derived_bias(index) if head else self._value(match.bias)
             emb = self._per_channel(match.emb)
             node = self._call(
                 convolution, self.watch, self._value(match.x.node), self._value(match.skip),
-                self._value(match.bias), norm, emb, self._value(match.residual),
-                self._scale(match),
+                bias, norm, emb, self._value(match.residual), self._scale(match),
             )  # fmt: skip
             y = node
             if match.statistics:
@@ -136,6 +151,31 @@ class Rewriter:
                 self._replace(match.anchor, self._call(operator.getitem, parts, i))
         self._tell(call, first, len(group), (sum(sizes), channels, 1, 1))
 
+    def _single_head(self, head: SingleHead) -> None:
+        """The rows, x A^T + c of them, and the attention; the output layer comes in its turn."""
+        parts, combine = head.scores()
+        index = self._weight(parts, (1, 1), combine)
+        query, norm = head.query, head.q.norm
+        product, attention = self._convolution(query, index), runtime.Attention(head.scale)
+        with self.graph.inserting_before(head.attention):
+            rows = self._value(head.q.x.node)
+            if norm is not None:
+                given = (self._value(argument(norm.node, name)) for name in ("weight", "bias"))
+                groups, eps = argument(norm.node, "num_groups"), argument(norm.node, "eps", 1e-5)
+                rows = self._call(runtime.normalised_rows, rows, groups, *given, self._value(eps))
+            bias = self._derived_bias(index)
+            q = self._call(product, self.watch, rows, None, bias, None, None, None, 1.0)
+            heads = [self._call(torch.unsqueeze, x, 1) for x in (q, rows)]
+            y = self._call(attention, heads[0], heads[1], heads[1])
+            self.new[head.out.x.node] = self._call(torch.squeeze, y, 1)
+        channels = int(value(head.q.weight).shape[1])  # type: ignore[union-attr]
+        what = "norm + linear" if norm is not None else "linear"
+        self.emitted.append(Emitted(product, what, 3, (channels, channels, 1, 1)))
+        self.emitted.append(Emitted(attention, "single-head attention", 1, ()))
+
+    def _derived_bias(self, index: int) -> Node:
+        return self._call(getattr, self._call(operator.getitem, self.watch, index), "bias")
+
     def _attention(self, node: Node) -> None:
         call = runtime.Attention(argument(node, "scale"))
         q, k, v = (argument(node, name) for name in ("query", "key", "value"))
@@ -147,7 +187,7 @@ class Rewriter:
         return runtime.Convolution(
             index, match.x.form, match.end.form, stride=match.stride, padding=match.padding,
             upsample=match.upsample, silu=match.silu, statistics=match.statistics,
-            precision=self.precision, budget=self.budget,
+            allowed=self.budget.allowed(self.weights[index]), measured=self.budget.measured,
         )  # fmt: skip
 
     def _replace(self, old: Node, new: Node) -> None:
@@ -217,7 +257,7 @@ class Rewriter:
             self.graph.erase_node(self.watch)
         else:
             counts = [len(parts) for parts in self.weights]
-            self.watch.target = Watch(counts, self.kernels)
+            self.watch.target = Watch(counts, self.kernels, self.combines)
             with self.graph.inserting_before(self.watch):
                 self.watch.args = tuple(self._early(w) for parts in self.weights for w in parts)
         remove_unused(self.graph)

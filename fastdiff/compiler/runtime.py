@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,8 +15,10 @@ from fastdiff import reference
 from fastdiff.backend import kernel_runs as has_kernel
 from fastdiff.compiler import plan
 from fastdiff.compiler.packing import PackedWeight
+from fastdiff.compiler.timings import Sizes
 from fastdiff.ops.conv2d import ALGORITHMS, kernel_runs
 from fastdiff.ops.group_norm_coefficients import channel_statistics
+from fastdiff.ops.group_norm_silu import group_norm_silu
 
 # To and from [N, C, H, W], by the number of dimensions and the one of the channels. All of them are
 # views of channels-last memory.
@@ -39,24 +39,6 @@ _attention = torch.ops.fastdiff.attention.default
 _coefficients = torch.ops.fastdiff.group_norm_coefficients.default
 
 
-@dataclass(eq=False)
-class Budget:
-    """Bytes that a graph may pack weights into; None for any number."""
-
-    left: int | None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def take(self, size: int) -> bool:
-        """Whether there are ``size`` left, which then are taken."""
-        with self.lock:
-            if self.left is None:
-                return True
-            if size > self.left:
-                return False
-            self.left -= size
-            return True
-
-
 class Convolution:
     """A convolution or a linear layer with its surroundings, for any size of its input.
 
@@ -69,8 +51,8 @@ class Convolution:
         upsample: whether pixels are read twice in both directions.
         silu: whether it reads through SiLU.
         statistics: give those of the result too.
-        precision: ``fast`` or ``strict``.
-        budget: of packed bytes.
+        allowed: the algorithms that it may use, of ``timings.NAMES``.
+        measured: whether the quickest of them is found by the clock.
     """
 
     __name__ = "conv2d"
@@ -87,14 +69,14 @@ class Convolution:
         upsample: bool = False,
         silu: bool = False,
         statistics: bool = False,
-        precision: str = "fast",
-        budget: Budget,
+        allowed: Sequence[str],
+        measured: bool,
     ) -> None:
         self.index = index
         self.enter, self.enter_y, self.leave = _ENTER[x_form], _ENTER[y_form], _LEAVE[y_form]
-        self.stride, self.padding = list(stride), list(padding)
+        self.stride, self.padding = stride, padding
         self.upsample, self.silu, self.statistics = upsample, silu, statistics
-        self.precision, self.budget = precision, budget
+        self.allowed, self.measured = allowed, measured
         self.regroups = x_form[0] != y_form[0]
         self.plans: dict[tuple[Any, ...], str] = {}
         self.seen: weakref.ref[PackedWeight] | None = None
@@ -124,13 +106,12 @@ class Convolution:
             emb = emb.expand(x.shape[0], -1)
         args = (self.stride, self.padding, self.upsample, norm, self.silu, emb, residual, scale,
                 self.statistics)  # fmt: skip
-        if kernel_runs(x):
-            algorithm = self.algorithm(x, weight)
+        algorithm = self.algorithm(x, weight)
+        if algorithm != "plain":
             packed = weight.packed(algorithm)
             number = ALGORITHMS.index(algorithm)
             y, found = _op(x, skip, packed, weight.weight.shape, number, bias, *args)
         else:
-            self.algorithm(x, weight)
             y, found = reference.conv2d(x, skip, weight.weight, bias, *args)
         if shape is not None:
             y = y.reshape(shape)
@@ -139,27 +120,22 @@ class Convolution:
         return (y, found) if self.statistics else y
 
     def algorithm(self, x: Tensor, weight: PackedWeight) -> str:
-        """That for images of the size of x."""
-        key = (x.shape, x.dtype, torch.get_num_threads())
+        """That for images of the size of x; ``plain`` is PyTorch's own convolution."""
+        key = (x.shape, x.dtype, torch.get_num_threads(), kernel_runs(x))
         found = self.plans.get(key)
         if found is None:
-            found = self.plans[key] = self._choose(x, weight)
+            found = self.plans[key] = self._choose(x, weight) if key[-1] else "plain"
             self.seen = weakref.ref(weight)
         return found
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
-        size = weight.weight.shape
-        found = plan.choose(
-            x.shape, size, self.stride, self.padding, self.upsample, x.dtype, self.precision,
+        n, _, height, width = x.shape
+        size = tuple(weight.weight.shape)
+        sizes = Sizes(
+            (n, size[1], height, width), size, self.stride, self.padding, self.upsample, x.dtype,
             torch.get_num_threads(),
         )  # fmt: skip
-        planes = {"winograd4": 36 / 9, "winograd2": 16 / 9}
-        for name in dict.fromkeys((found, "winograd2") if found != "direct" else ()):
-            if name in self.plans.values() or self.budget.take(
-                int(4 * size.numel() * planes[name])
-            ):
-                return name
-        return "direct"
+        return plan.choose(sizes, self.allowed, self.measured and x.numel() > 0)
 
 
 class Product:
@@ -232,6 +208,16 @@ def coefficients(
 def statistics_of(x: Tensor, channel: int) -> Tensor:
     """``channel_statistics`` where the channels are any dimension."""
     return channel_statistics(x if channel == 1 else x.movedim(channel, 1))
+
+
+def normalised_rows(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """group_norm(x) of images [N, C, *pixels] as rows [N, L, C]."""
+    rows = x.flatten(2).transpose(1, 2).contiguous()
+    images = rows.unsqueeze(2).permute(0, 3, 1, 2)
+    y = group_norm_silu(images, num_groups, weight, bias, eps, silu=False)
+    return y.flatten(2).transpose(1, 2)
 
 
 def join(*parts: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 """How long each algorithm takes for a convolution of given sizes, measured once a machine.
 
 The measurements are kept in the user's cache directory, one file for each processor, instruction
-set and version of PyTorch. A file that cannot be read or is of another machine is not used.
-
-Environment: FASTDIFF_CACHE names another directory. FASTDIFF_PLAN=heuristic measures nothing and
-reads nothing: choices are then the same in every process (``plan.heuristic``).
+set and version of PyTorch. What cannot be read, or is of another machine, is not used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -22,14 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastdiff import backend
-from fastdiff.ops.conv2d import ALGORITHMS, conv2d, conv2d_pack, suits
+from fastdiff import reference
+from fastdiff.backend import isa
+from fastdiff.ops.conv2d import ALGORITHMS, conv2d_pack, suits
 
 log = logging.getLogger("fastdiff.compiler")
 VERSION = 1  # of the file's form and of what the kernels do; another is not used
-ROUNDS = 3  # of which the quickest counts
+NAMES = ("plain", *ALGORITHMS)  # PyTorch's own convolution, which packs nothing, before ours
+ROUNDS, MOST = 3, 12  # calls, of which the quickest counts; until two of them agree
+SPREAD = 1.15  # within which they do
+SLOW = 0.05  # seconds, from which a single call counts
+HOPELESS, SHORT = 2.0, 0.005  # times the best and seconds, from which the first call is enough
+LARGE = 8 << 20  # bytes of a weight whose packed forms are not held at the same time
 _lock = threading.RLock()
+_op = torch.ops.fastdiff.conv2d.default
+Table = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,13 @@ class Sizes:
 
     @property
     def key(self) -> str:
-        """As a line of the file names it."""
+        """As a row of the file is named."""
         numbers = (*self.x, *self.weight, *self.stride, *self.padding, int(self.upsample))
         return f"{','.join(map(str, numbers))},{str(self.dtype)[6:]},{self.threads}"
 
-    @property
-    def algorithms(self) -> list[str]:
-        """Those that can compute it."""
-        return [name for name in ALGORITHMS if suits(name, self.weight[2:], self.stride)]
+    def among(self, names: Sequence[str]) -> list[str]:
+        """Those of ``names`` that can compute it."""
+        return [n for n in names if n == "plain" or suits(n, self.weight[2:], self.stride)]
 
 
 def measured() -> bool:
@@ -74,27 +81,47 @@ def measured() -> bool:
     return value == "measured"
 
 
-def of(sizes: Sequence[Sizes]) -> list[dict[str, float]]:
-    """Seconds by algorithm for each of ``sizes``: from the file, or measured now and kept there."""
+def of(sizes: Sequence[Sizes], names: Sequence[str] = NAMES) -> list[dict[str, float]]:
+    """Seconds by algorithm for each of ``sizes``: from the file, or measured now and kept there.
+
+    Args:
+        sizes: of convolutions whose kernel runs here.
+        names: wanted algorithms, of ``NAMES``; those that a convolution does not suit are not
+            measured, and there may be others in what is returned.
+    """
     with _lock:
-        table = _table()
-        missing = [s for s in dict.fromkeys(sizes) if set(table.get(s.key, ())) != {*s.algorithms}]
+        file = path()
+        table = _tables.get(file)
+        if table is None:
+            table = _tables[file] = _load(file)
+        missing = [s for s in dict.fromkeys(sizes) if _lacks(table, s, names)]
         if missing:
-            log.info("measuring %d convolutions for %s", len(missing), path())
+            log.info("measuring %d convolutions for %s", len(missing), file or "this process")
             for size in missing:
-                table[size.key] = _measure(size)
-            _save(table)
-        return [table[s.key] for s in sizes]
+                row, sure = _measure(size, size.among(names))
+                table.setdefault(size.key, {}).update(row)
+                (_unsure.discard if sure else _unsure.add)(size.key)
+            _save(file, table)
+        return [dict(table[s.key]) for s in sizes]
 
 
-def path() -> Path:
-    """The file of this machine."""
+def _lacks(table: Table, sizes: Sizes, names: Sequence[str]) -> bool:
+    return not table.get(sizes.key, {}).keys() >= {*sizes.among(names)}
+
+
+def path() -> Path | None:
+    """The file of this machine; None where the user has no directory for it."""
     folder = os.environ.get("FASTDIFF_CACHE")
     if not folder:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(home) / "fastdiff")
-    name = "".join(c if c.isalnum() else "-" for c in f"{_processor()}-{backend.isa()}".lower())
-    return Path(folder) / f"convolutions-{name}.json"
+        home = os.environ.get("XDG_CACHE_HOME", "")
+        try:
+            # The XDG specification: a relative path is to be ignored.
+            root = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+        except RuntimeError:
+            return None
+        folder = str(root / "fastdiff")
+    name = f"{_processor()}-{isa()}-torch-{torch.__version__}".lower()
+    return Path(folder) / f"convolutions-{''.join(c if c.isalnum() else '-' for c in name)}.json"
 
 
 def _processor() -> str:
@@ -102,76 +129,121 @@ def _processor() -> str:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         pass
     return platform.processor() or platform.machine()
 
 
 def _machine() -> dict[str, Any]:
-    return {"version": VERSION, "torch": torch.__version__, "cores": os.cpu_count()}
+    return {
+        "version": VERSION,
+        "processor": _processor(),
+        "isa": isa(),
+        "torch": str(torch.__version__),
+        "cores": os.cpu_count(),
+    }
 
 
-_tables: dict[Path, dict[str, dict[str, float]]] = {}
+_tables: dict[Path | None, Table] = {}
+_unsure: set[str] = set()  # measured while the machine did other things: not for later processes
 
 
-def _table() -> dict[str, dict[str, float]]:
-    file = path()
-    if file not in _tables:
-        _tables[file] = _load(file)
-    return _tables[file]
-
-
-def _load(file: Path) -> dict[str, dict[str, float]]:
+def _load(file: Path | None, level: int = logging.WARNING) -> Table:
+    """What a file says that can be believed; a notice tells of the rest."""
+    if file is None:
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["machine"] != _machine():
-            log.warning("%s is of another version or machine: measuring anew", file)
+            log.log(level, "%s is of another version or machine: measuring anew", file)
             return {}
-        return {
-            str(key): {str(name): float(seconds) for name, seconds in row.items()}
-            for key, row in content["seconds"].items()
-        }
+        rows = content["seconds"].items()
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s cannot be used (%s): measuring anew", file, error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        log.log(level, "%s cannot be used (%r): measuring anew", file, error)
         return {}
+    table = {key: row for key, row in rows if _is_row(row)}
+    if len(table) < len(rows):
+        wrong = len(rows) - len(table)
+        log.log(level, "%s: %d rows are not seconds by algorithm: measuring anew", file, wrong)
+    return table
 
 
-def _save(table: dict[str, dict[str, float]]) -> None:
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(
+        name in NAMES and type(seconds) is float and math.isfinite(seconds) and seconds > 0
+        for name, seconds in row.items()
+    )
+
+
+def _save(file: Path | None, table: Table) -> None:
     """Write the file as a whole; where that cannot be done the process keeps what it measured."""
-    file = path()
-    # What another process has measured meanwhile.
-    for key, row in _load(file).items():
-        table.setdefault(key, row)
+    if file is None:
+        return
+    for key, row in _load(
+        file, logging.DEBUG
+    ).items():  # what other processes have measured meanwhile
+        table[key] = {**row, **table.get(key, {})}
+    kept = {key: row for key, row in table.items() if key not in _unsure}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, suffix=".new", delete=False, encoding="utf-8"
-        ) as new:
-            json.dump({"machine": _machine(), "seconds": table}, new)
-        os.replace(new.name, file)
+        descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".new")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as new:
+                json.dump({"machine": _machine(), "seconds": kept}, new)
+            os.replace(name, file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
     except OSError as error:
         log.warning("%s cannot be written (%s): the next process measures again", file, error)
 
 
-def _measure(sizes: Sizes) -> dict[str, float]:
-    """Seconds by algorithm, in turns; of values that tell nothing, since times do not."""
-    n, c, h, w = sizes.x
+def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool]:
+    """Seconds by algorithm, of values that tell nothing: times do not depend on them.
+
+    In turns, so that what else the machine does meanwhile hits all of them, but for weights so
+    large that no two packed ones should be in memory.
+
+    Returns:
+        The seconds, and whether those of the quickest could be had again.
+    """
+    found: dict[str, list[float]] = {}  # ascending
     with torch.inference_mode():
-        layout = {"memory_format": torch.channels_last}
-        x = torch.empty((n, c, h, w), dtype=sizes.dtype, **layout).fill_(0.5)  # type: ignore[arg-type]
-        weight = torch.full(sizes.weight, 0.5, dtype=sizes.dtype)
-        best: dict[str, float] = {}
-        packed = {name: conv2d_pack(weight, name) for name in sizes.algorithms}
-        for turn in range(ROUNDS + 1):  # the first warms up
-            for name in packed:
-                begin = time.perf_counter()
-                conv2d(
-                    x, weight, stride=sizes.stride, padding=sizes.padding, upsample=sizes.upsample,
-                    packed=packed[name], algorithm=name,
-                )  # fmt: skip
-                seconds = time.perf_counter() - begin
-                if turn > 0:
-                    best[name] = min(seconds, best.get(name, seconds))
-    return best
+        n, c, h, w = sizes.x
+        x = torch.full((n, h, w, c), 0.5, dtype=sizes.dtype, device="cpu").permute(0, 3, 1, 2)
+        weight = torch.full(sizes.weight, 0.5, dtype=sizes.dtype, device="cpu")
+        large = 4 * weight.numel() > LARGE
+        packed: dict[str, Tensor] = {}
+        left = [[name] for name in names] if large else [list(names)]
+        for together in left:
+            packed.clear()
+            for turn in range(MOST + 1):
+                for name in list(together):
+                    if name != "plain" and name not in packed:
+                        packed[name] = conv2d_pack(weight, name)
+                    seconds = _time(sizes, name, x, weight, packed.get(name))
+                    found[name] = sorted([*(found[name] if turn > 1 else ()), seconds])
+                    best = min(times[0] for times in found.values())
+                    hopeless = seconds > max(HOPELESS * best, SHORT)
+                    agreed = turn >= ROUNDS and _agree(found[name])
+                    if hopeless or agreed or (turn > 0 and seconds > SLOW):
+                        together.remove(name)
+    quickest = min(found.values())
+    return {name: times[0] for name, times in found.items()}, _agree(quickest)
+
+
+def _agree(times: Sequence[float]) -> bool:
+    return times[0] > SLOW or (len(times) > 1 and times[1] <= SPREAD * times[0])
+
+
+def _time(sizes: Sizes, name: str, x: Tensor, weight: Tensor, packed: Tensor | None) -> float:
+    args = (sizes.stride, sizes.padding, sizes.upsample, None, False, None, None, 1.0, False)
+    begin = time.perf_counter()
+    if packed is None:
+        reference.conv2d(x, None, weight, None, *args)
+    else:
+        _op(x, None, packed, sizes.weight, ALGORITHMS.index(name), None, *args)
+    return time.perf_counter() - begin

@@ -26,7 +26,7 @@ def step_up(node: Node, channel: int) -> tuple[Node, int] | None:
         return None
     if before.dtype != after.dtype:
         return None
-    order = _order(node, after.ndim)
+    order = order_of(node, after.ndim)
     if order is not None:
         if order[0] != 0 or not _keeps_pixels(order, channel):
             return None
@@ -40,14 +40,14 @@ def step_down(node: Node, channel: int) -> int | None:
     before, after = value(node.args[0] if node.args else None), value(node)
     if op(node) not in VIEWS or before is None or after is None or before.dtype != after.dtype:
         return None
-    order = _order(node, after.ndim)
+    order = order_of(node, after.ndim)
     if order is not None:
         moved = order.index(channel)
         return moved if order[0] == 0 and _keeps_pixels(order, moved) else None
     return _reshaped(after.shape, before.shape, channel)
 
 
-def _order(node: Node, ndim: int) -> list[int] | None:
+def order_of(node: Node, ndim: int) -> list[int] | None:
     """For each dimension of the result the one of the input that it is; None for a reshape."""
     if op(node) == "transpose":
         first, second = argument(node, "dim0"), argument(node, "dim1")

@@ -10,6 +10,7 @@ from fastdiff.ops.conv_epilogue import conv_epilogue
 from fastdiff.ops.denoising_loss import denoising_loss
 from fastdiff.ops.denoising_loss_from_seed import denoising_loss_from_seed
 from fastdiff.ops.ema_update import ema_update
+from fastdiff.ops.geglu import geglu
 from fastdiff.ops.group_norm_coefficients import channel_statistics, group_norm_coefficients
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
@@ -29,6 +30,7 @@ __all__ = [
     "denoising_loss",
     "denoising_loss_from_seed",
     "ema_update",
+    "geglu",
     "group_norm_coefficients",
     "group_norm_silu",
     "new_history",

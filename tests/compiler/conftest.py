@@ -22,3 +22,10 @@ def _no_graphs() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _no_clock(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each run chooses the same algorithms, and none touches the user's cache."""
+    monkeypatch.setenv("FASTDIFF_PLAN", "heuristic")
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
