@@ -114,7 +114,7 @@ class Convolution:
         else:
             y, found = reference.conv2d(x, skip, weight.weight, bias, *args)
         if shape is not None:
-            y = y.reshape(shape)
+            y = _channels_last(y, shape)
         if self.leave is not None:
             y = self.leave(y)
         return (y, found) if self.statistics else y
@@ -210,12 +210,22 @@ def statistics_of(x: Tensor, channel: int) -> Tensor:
     return channel_statistics(x if channel == 1 else x.movedim(channel, 1))
 
 
+def _channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory of pixels in order as images [N, C, H, W].
+
+    A reshape gives a batch of one a stride by which PyTorch does not know the layout.
+    """
+    _, c, h, w = shape
+    return x.as_strided(shape, (c * h * w, 1, c * w, c))
+
+
 def normalised_rows(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """group_norm(x) of images [N, C, *pixels] as rows [N, L, C]."""
     rows = x.flatten(2).transpose(1, 2).contiguous()
-    images = rows.unsqueeze(2).permute(0, 3, 1, 2)
+    n, length, channels = rows.shape
+    images = _channels_last(rows, (n, channels, length, 1))
     y = group_norm_silu(images, num_groups, weight, bias, eps, silu=False)
     return y.flatten(2).transpose(1, 2)
 
