@@ -133,8 +133,11 @@ struct Direct {
     const float* from = products + segment.first * chunk_ld;
     for (int64_t i = segment.top; i < segment.bottom; ++i) {
       const int64_t pixel = (segment.image * p.out_height + i) * p.out_width;
-      for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld)
-        epilogue.write(pixel + j, load_lanes(from)), epilogue.settle();
+      for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld) {
+        const F value = load_lanes(from);
+        epilogue.expect(1, pixel + j, value);
+        epilogue.write(pixel + j, value);
+      }
     }
     if (kStatistics) epilogue.finish(partials.data() + s * 2 * p.filters + k);
   }

@@ -33,26 +33,41 @@ struct Epilogue {
     scale = p.scale;
     if (p.bias) add = load_lanes(static_cast<const T*>(p.bias) + k, lanes);
     if (p.emb) add += load_lanes(static_cast<const T*>(p.emb) + image * p.emb_ld + k, lanes);
+    add *= scale;
+  }
+
+  // Values of `count` pixels follow, of which `value` is the first.
+  FASTDIFF_INLINE void expect(int64_t count, int64_t pixel, F value) {
+    if constexpr (kStatistics) {
+      if (pending >= kTogether) join();
+      if (pending == 0) {
+        first = finished(pixel, value);
+        if constexpr (!std::is_same_v<T, float>) {
+          T rounded[kLanes];
+          store_lanes(rounded, first);
+          first = load_lanes(rounded);
+        }
+      }
+      pending += count;
+    }
   }
 
   FASTDIFF_INLINE void write(int64_t pixel, F value) {
-    value += add;
-    if (residual) value += load_lanes(residual + pixel * residual_ld, lanes);
-    value *= scale;
+    value = finished(pixel, value);
     store_lanes(y + pixel * filters, value, lanes);
     if constexpr (kStatistics) {
       // Of the rounded values: those are what the norm will see.
       if constexpr (!std::is_same_v<T, float>) value = load_lanes(y + pixel * filters, lanes);
-      if (pending++ == 0) first = value;
       const F centred = value - first;
       sum += centred;
       squares += centred * centred;
     }
   }
 
-  // To be called every few pixels.
-  FASTDIFF_INLINE void settle() {
-    if (kStatistics && pending >= kTogether) join();
+  FASTDIFF_INLINE F finished(int64_t pixel, F value) const {
+    value = value * scale + add;
+    if (residual) value += load_lanes(residual + pixel * residual_ld, lanes) * scale;
+    return value;
   }
 
   void join() {

@@ -230,6 +230,7 @@ struct Winograd {
           F out[m * m];
           transform_output(from + v * kLanes, out);
           auto& epilogue = epilogues[v];
+          epilogue.expect(height * width, pixel, out[0]);
           if (height == m && width == m) {
 #pragma GCC unroll 4
             for (int a = 0; a < m; ++a)
@@ -241,7 +242,6 @@ struct Winograd {
               for (int64_t q = 0; q < width; ++q)
                 epilogue.write(pixel + a * p.out_width + q, out[a * m + q]);
           }
-          epilogue.settle();
         }
       }
     if (kStatistics)
