@@ -21,7 +21,7 @@ from random_unet import EMB, build, nets
     dynamic=st.sampled_from([None, None, None, True]),
 )
 @hypothesis.settings(
-    max_examples=20,
+    max_examples=12,
     deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck),
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],

@@ -434,8 +434,9 @@ def test_nothing_is_packed_for_plain():
     assert plan.packed_bytes("plain", (16, 16, 3, 3)) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", ["measured", "heuristic"])
+@pytest.mark.parametrize(
+    ("value", "dtype"), [("measured", torch.float32), ("heuristic", torch.bfloat16)], ids=str
+)
 @torch.no_grad()
 def test_the_bound_holds_and_more_is_more(monkeypatch, clock, value, dtype):
     monkeypatch.setenv("FASTDIFF_PLAN", value)

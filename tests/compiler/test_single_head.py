@@ -150,12 +150,11 @@ def ill_conditioned(weight: Tensor, decades: float) -> Tensor:
     return ((u * values) @ vh * (s.norm() / values.norm())).float()
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("grow", [1.0, 30.0], ids=["plain", "scores x30"])
 @pytest.mark.parametrize("decades", [0.0, 4.0], ids=["random", "ill-conditioned"])
 @torch.no_grad()
-def test_accuracy(decades: float, grow: float, seed: int) -> None:
-    model, x = Attention(48, seed=seed), image(48, size=(9, 8))
+def test_accuracy(decades: float, grow: float) -> None:
+    model, x = Attention(48), image(48, size=(9, 8))
     for layer in (model.q, model.k, model.v, model.out):
         if decades:
             layer.weight.copy_(ill_conditioned(layer.weight, decades))
