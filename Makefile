@@ -10,13 +10,16 @@ ISA := AVX2
 CHECKED := detect_leaks=0:allocator_may_return_null=1
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 
-.PHONY: sample test asan bench bench-unet quality theory gpu-audit cuda-check lint format doctor venv clean
+.PHONY: sample test test-slow asan bench bench-unet quality theory gpu-audit cuda-check lint format doctor venv clean
 
 sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
 	$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare
 
 test: venv  ## the whole test suite
 	$(RUN) -m pytest
+
+test-slow: venv  ## the tests that `make test` leaves out for their time: 5 minutes
+	$(RUN) -m pytest -m slow
 
 asan: venv  ## the operations' tests, their C++ under the address and undefined behaviour sanitizers
 	rm -rf build/asan

@@ -84,7 +84,7 @@ def test_weights_change_under_dynamic_sizes():
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("lucid", [(2, (8, 12)), (3, (16, 10)), (2, (6, 4))]),
+        pytest.param("lucid", [(2, (8, 12)), (3, (16, 10)), (2, (6, 4))], marks=pytest.mark.slow),
         ("diffusers", [(2, (8, 12)), (3, (16, 10)), (2, (6, 4))]),
         ("plain-decoder", [(2, (8, 12)), (3, (5, 3)), (2, (2, 7))]),
     ],

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from judging import LAYOUTS, assert_as_eager, compiled
 from random_unet import EMB, build, nets
 
 
+@pytest.mark.slow
 @hypothesis.given(
     spec=nets(),
     batch=st.integers(1, 3),
@@ -21,7 +23,7 @@ from random_unet import EMB, build, nets
     dynamic=st.sampled_from([None, None, None, True]),
 )
 @hypothesis.settings(
-    max_examples=12,
+    max_examples=25,
     deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck),
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],

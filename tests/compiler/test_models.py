@@ -11,6 +11,12 @@ from torch import nn
 OWN_CAST = ("guided", "improved")  # take and return float32 whatever their convolutions' dtype
 
 
+def cases(quick):
+    """All models, those marked slow that are not among ``quick``."""
+    slow = pytest.mark.slow
+    return [name if name in quick else pytest.param(name, marks=slow) for name in CASES]
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_odd_size_batch_1(name):
@@ -19,7 +25,7 @@ def test_odd_size_batch_1(name):
     assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("improved", "diffusers")])
+@pytest.mark.parametrize("name", cases(["lucid", "autoencoder"]))
 @torch.no_grad()
 def test_channels_last_batch_3(name):
     model = make(name)
@@ -27,7 +33,7 @@ def test_channels_last_batch_3(name):
     assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "diffusers-cifar"])
+@pytest.mark.parametrize("name", cases(["diffusers", "plain-decoder", "fastdiff"]))
 @torch.no_grad()
 def test_bfloat16(name):
     model = cast(make(name), torch.bfloat16)

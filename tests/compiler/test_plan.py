@@ -443,7 +443,7 @@ def test_the_bound_holds_and_more_is_more(monkeypatch, clock, value, dtype):
     clock("")
     model, case = small_net().to(dtype), small_inputs(3, (16, 24), dtype=dtype)
     found = []
-    for bound in (0, 1_000, 10_000, 50_000, 100_000, 200_000, 300_000, 10**12, None):
+    for bound in (0, 10_000, 50_000, 200_000, 10**12, None):
         torch.compiler.reset()
         options = {"packed_bytes": bound}
         assert_as_eager(compiled(model, options=options)(*case), model, case)
@@ -453,8 +453,7 @@ def test_the_bound_holds_and_more_is_more(monkeypatch, clock, value, dtype):
         if bound == 0:
             assert {row.algorithm for row in told.fused} <= {"plain", "streamed"}
     assert found[:-1] == sorted(found[:-1])
-    assert found[0] == 0 < found[3] < found[5] < found[-2]
-    assert len(set(found)) >= 6
+    assert found[0] == 0 < found[2] < found[3] < found[-2]
 
 
 @torch.no_grad()
