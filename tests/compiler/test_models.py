@@ -17,7 +17,9 @@ def cases(quick):
     return [name if name in quick else pytest.param(name, marks=slow) for name in CASES]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", cases(["guided", "lucid", "diffusers-cifar", "conditional", "autoencoder", "fastdiff"])
+)
 @torch.no_grad()
 def test_odd_size_batch_1(name):
     model = make(name)
@@ -25,7 +27,7 @@ def test_odd_size_batch_1(name):
     assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
 
 
-@pytest.mark.parametrize("name", cases(["lucid", "autoencoder"]))
+@pytest.mark.parametrize("name", cases(["autoencoder"]))
 @torch.no_grad()
 def test_channels_last_batch_3(name):
     model = make(name)
@@ -33,7 +35,7 @@ def test_channels_last_batch_3(name):
     assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
 
 
-@pytest.mark.parametrize("name", cases(["diffusers", "plain-decoder", "fastdiff"]))
+@pytest.mark.parametrize("name", cases(["diffusers", "plain-decoder"]))
 @torch.no_grad()
 def test_bfloat16(name):
     model = cast(make(name), torch.bfloat16)
@@ -42,7 +44,14 @@ def test_bfloat16(name):
     assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
 
 
-@pytest.mark.parametrize("name", ["guided", "plain-decoder", "diffusers", "conditional"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain-decoder",
+        "diffusers",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("guided", "conditional")),
+    ],
+)
 @torch.no_grad()
 def test_strict(name):
     model = make(name)
@@ -51,6 +60,7 @@ def test_strict(name):
     assert_as_eager(found, model, args, kwargs, precision="strict")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fastdiff", "autoencoder"])
 @torch.no_grad()
 def test_channels_last_weights(name):
@@ -73,9 +83,9 @@ def test_compiled_in_place():
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        ("guided", "fast"),
+        pytest.param("guided", "fast", marks=pytest.mark.slow),
         ("diffusers", "fast"),
-        ("diffusers", "strict"),
+        pytest.param("diffusers", "strict", marks=pytest.mark.slow),
         ("plain-decoder", "fast"),
         ("plain-decoder", "strict"),
     ],

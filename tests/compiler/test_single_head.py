@@ -108,6 +108,7 @@ def assert_accurate(model: nn.Module, x: Tensor) -> None:
     assert fast <= 4 * max(strict, eager) + unit, (fast, strict, eager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", ["qkvo", "", "q", "k", "v", "o", "qv", "vo", "kvo"])
 @torch.no_grad()
 def test_biases(bias: str) -> None:
@@ -133,6 +134,7 @@ def test_surroundings(what: list[str], options: dict[str, Any]) -> None:
     assert_accurate(model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("batch", "size"), [(1, (1, 1)), (1, (5, 5)), (1, (4, 6)), (3, (1, 9))])
 @torch.no_grad()
@@ -239,6 +241,7 @@ LEFT_ALONE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", LEFT_ALONE, ids=lambda body: body.__name__)
 @torch.no_grad()
 def test_others_are_left(body: Callable[..., Tensor]) -> None:
@@ -275,6 +278,7 @@ KEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
 @torch.no_grad()
 def test_what_others_read_is_left(kept: Callable[..., Tensor]) -> None:
