@@ -160,6 +160,7 @@ def _values() -> Values:
         "seed": torch.tensor([[2**40 + 1, 0], [-7, 2**33]]),
         "row": torch.tensor(TIMESTEPS),
         "weight_of_ema": torch.tensor(0.125),
+        "filters": normal(c, c, 3, 3) / math.sqrt(9 * c),
     }
 
 
@@ -248,6 +249,43 @@ def _sampler_step(v: Values) -> Sequence[Tensor]:
     return first, second, history
 
 
+def _channel_statistics(v: Values) -> Sequence[Tensor]:
+    return ops.channel_statistics(v["x"]).unbind(2)
+
+
+def _group_norm_coefficients(v: Values) -> Sequence[Tensor]:
+    statistics = [ops.channel_statistics(x) for x in v["x"].split((13, SHAPE[1] - 13), dim=1)]
+    options: dict[str, Any] = {key: v[key] for key in ("scale", "shift")}
+    found = ops.group_norm_coefficients(statistics, GROUPS, v["weight"], v["bias"], **options)
+    return found.unbind(1)
+
+
+def _conv2d(v: Values) -> Sequence[Tensor]:
+    """F(4x4) is left out: it has a bound of its own."""
+    statistics = [ops.channel_statistics(v["x"])]
+    options: dict[str, Any] = {
+        "padding": (1, 1, 1, 1), "silu": True, "emb": v["add"], "residual": v["residual"],
+        "norm": ops.group_norm_coefficients(statistics, GROUPS),
+    }  # fmt: skip
+    return [
+        ops.conv2d(v["x"], v["filters"], v["bias"], **options, algorithm=algorithm)[0]
+        for algorithm in ("direct", "winograd2")
+    ]
+
+
+def _attention(v: Values) -> Sequence[Tensor]:
+    n, c = SHAPE[:2]
+    query, key, value = (
+        v[name].reshape(n, GROUPS, c // GROUPS, -1).transpose(2, 3)
+        for name in ("residual", "grad", "noise")
+    )
+    return (ops.attention(query, key, value),)
+
+
+def _geglu(v: Values) -> Sequence[Tensor]:
+    return (ops.geglu(v["x"].movedim(1, -1)),)
+
+
 CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "group_norm_silu": _group_norm_silu,
     "group_norm_silu_backward": _group_norm_silu_backward,
@@ -261,4 +299,9 @@ CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "ema_update": _ema_update,
     "philox_normal": _philox_normal,
     "sampler_step": _sampler_step,
+    "channel_statistics": _channel_statistics,
+    "group_norm_coefficients": _group_norm_coefficients,
+    "conv2d": _conv2d,
+    "attention": _attention,
+    "geglu": _geglu,
 }
