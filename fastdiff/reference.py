@@ -169,7 +169,6 @@ def upsample_nearest2x_backward(grad: Tensor) -> Tensor:
     return F.avg_pool2d(grad, 2, divisor_override=1)
 
 
-@torch.no_grad()
 def channel_statistics(x: Tensor) -> Tensor:
     """Mean and biased variance over each channel's pixels, float64 [N, C, 2]."""
     values = x.flatten(2).double() if x.ndim > 2 else x.double().unsqueeze(2)
@@ -234,13 +233,16 @@ def conv2d(
     if upsample:
         h = F.interpolate(h, scale_factor=2.0, mode="nearest")
     top, bottom, left, right = padding
-    h = F.pad(h, (left, right, top, bottom))
-    y = F.conv2d(h, weight, bias, tuple(stride))
+    if (top, left) != (bottom, right):  # a convolution of PyTorch's pads both sides alike
+        h, top, left = F.pad(h, (left, right, top, bottom)), 0, 0
+    y = F.conv2d(h, weight, bias, tuple(stride), (top, left))
     if emb is not None:
         y = y + _per_channel(emb, y)
     if residual is not None:
         y = y + residual
-    y = (y * scale).contiguous(memory_format=torch.channels_last)
+    if scale != 1:
+        y = y * scale
+    y = y.contiguous(memory_format=torch.channels_last)
     return y, channel_statistics(y) if statistics else None
 
 
@@ -258,6 +260,7 @@ def geglu(x: Tensor) -> Tensor:
     return (a * F.gelu(b)).to(x.dtype).contiguous()
 
 
+@torch.no_grad()
 def ema_update(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:
     """a += weight (p - a) for each average and its parameter."""
     if weight.device.type == "cpu" and all(

@@ -177,3 +177,11 @@ def test_philox_normal() -> None:
         for a, b, f in ((u[0], u[1], math.cos), (u[0], u[1], math.sin), (u[2], u[3], math.cos))
     ]
     assert out[0].tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_ema_update_is_not_recorded() -> None:
+    average, parameter = normal(3), normal(3, seed=1).requires_grad_()
+    wanted = 0.75 * average + 0.25 * parameter.detach()
+    reference.ema_update([average], [parameter], torch.tensor(0.25))
+    assert not average.requires_grad
+    torch.testing.assert_close(average, wanted)

@@ -17,9 +17,7 @@ at::Tensor neighbouring(const at::Tensor& x, int64_t (&strides)[3]) {
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          double scale) {
   const auto type = q.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16,
-                   "q must be float32 or bfloat16, got ", type);
-  check_device(q, at::kCPU, "q");
+  check_float_or_bfloat16(q, "q");
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
                     "q, k and v must be [B, H, L, D], got ", q.sizes(), ", ", k.sizes(), " and ",
                     v.sizes());

@@ -34,12 +34,6 @@ void check_algorithm(int64_t algorithm, at::IntArrayRef kernel, at::IntArrayRef 
                     stride);
 }
 
-void check_type(const at::Tensor& x, const char* name) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, name,
-                   " must be float32 or bfloat16, got ", x.scalar_type());
-  check_device(x, at::kCPU, name);
-}
-
 void check_weight_size(at::IntArrayRef size) {
   TORCH_CHECK_VALUE(size.size() == 4, "a weight must have sizes K, C, R, S, got ", size);
   for (int d = 0; d < 4; ++d)
@@ -65,7 +59,7 @@ int64_t packed_size(at::IntArrayRef weight_size, int64_t algorithm) {
 }
 
 at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t algorithm) {
-  check_type(weight, "weight");
+  check_float_or_bfloat16(weight, "weight");
   auto out =
       at::empty({packed_size(weight.sizes(), algorithm)}, weight.options().dtype(at::kFloat));
   const auto plain = weight.to(at::kFloat).contiguous();
@@ -105,7 +99,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
                                               bool upsample, const Optional& norm, bool silu,
                                               const Optional& emb, const Optional& residual,
                                               double scale, bool statistics) {
-  check_type(x, "x");
+  check_float_or_bfloat16(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be [N, C, H, W], got ", x.sizes());
   check_weight_size(weight_size);
   TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 4,

@@ -11,9 +11,7 @@ namespace {
 
 at::Tensor geglu_cpu(const at::Tensor& x) {
   const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16,
-                   "x must be float32 or bfloat16, got ", type);
-  check_device(x, at::kCPU, "x");
+  check_float_or_bfloat16(x, "x");
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) % 2 == 0, "x must be [..., 2D], got ", x.sizes());
   auto sizes = x.sizes().vec();
   sizes.back() /= 2;

@@ -22,6 +22,13 @@ inline void check_floating(const at::Tensor& x, const char* name) {
   check_device(x, at::kCPU, name);
 }
 
+// The types of the operations that only the compiler calls.
+inline void check_float_or_bfloat16(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, name,
+                   " must be float32 or bfloat16, got ", x.scalar_type());
+  check_device(x, at::kCPU, name);
+}
+
 inline void check_tensor(const at::Tensor& value, at::IntArrayRef sizes, at::ScalarType type,
                          const char* name) {
   check_tensor(value, sizes, type, at::kCPU, name);

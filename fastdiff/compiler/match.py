@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fastdiff.compiler.graph import argument, dtype_of, is_weight, op, pair, value
 from fastdiff.compiler.patterns import Norm
-from fastdiff.ops.conv2d import within_limits
+from fastdiff.ops.conv2d import MOST_CHANNELS, within_limits
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def anchor(node: Node, dtypes: Sequence[torch.dtype]) -> Match | None:
     w = value(weight)
     assert w is not None
     if not all(isinstance(size, int) for size in w.shape) or w.layout != torch.strided:
+        return None
+    if max(w.shape[:2]) > MOST_CHANNELS:
         return None
     if kind == "linear":
         if w.ndim != 2 or shape.ndim not in (2, 3, 4):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import torch
-
-from fastdiff.backend import isa
 from fastdiff.compiler import timings
 from fastdiff.compiler.timings import NAMES, Sizes
-from fastdiff.ops.conv2d import conv2d_pack, output_size
+from fastdiff.ops.conv2d import output_size
+from fastdiff.ops.conv2d import packed_bytes as kernel_bytes
 
 PRECISIONS = {"fast": NAMES, "strict": ("plain", "direct")}
 TILES = 16  # of F(4x4), below which its transforms and its weights' 36 planes do not pay
@@ -53,19 +50,6 @@ def cost(seconds: dict[str, float], name: str) -> float:
     return seconds[name] / PLAIN if name == "plain" else seconds[name]
 
 
-@lru_cache(maxsize=1)
-def _lanes() -> int:
-    """Filters that a packed weight has side by side, which its size is a multiple of."""
-    if isa() == "none":
-        return 1
-    return conv2d_pack(torch.ones(1, 1, 1, 1), "direct").numel()
-
-
 def packed_bytes(name: str, weight: Sequence[int]) -> int:
     """Bytes of what ``conv2d_pack`` gives for a weight [K, C, R, S]; none for ``plain``."""
-    k, c, *kernel = weight
-    lanes = _lanes()
-    filters, depth = -(-k // lanes) * lanes, -(-c // lanes) * lanes
-    rows = {"plain": 0, "direct": c * kernel[0] * kernel[1], "winograd2": 16 * depth,
-            "winograd4": 36 * depth}  # fmt: skip
-    return 4 * rows[name] * filters
+    return 0 if name == "plain" else kernel_bytes(weight, name)

@@ -111,7 +111,9 @@ def kernel_runs(x: Tensor) -> bool:
 
 
 def packed_bytes(weight_size: Sequence[int], algorithm: str) -> int:
-    """Memory that ``conv2d_pack`` takes for a weight [K, C, R, S]."""
+    """Memory that ``conv2d_pack`` takes for a weight [K, C, R, S]; none without the extension."""
+    if backend.extension is None:
+        return 0
     return 4 * torch.ops.fastdiff.conv2d_packed_size(weight_size, ALGORITHMS.index(algorithm))
 
 
