@@ -16,6 +16,7 @@ from building.tools import (
     COMPILE_RULE,
     CSRC,
     CannotBuildError,
+    compile_bindings,
     compiler,
     folder_for,
     ninja_command,
@@ -92,10 +93,9 @@ def build_file(output: Path) -> list[str]:
         f"  command = $cxx $optimise -shared $in -o $out {torch_libraries()} -ltorch_cpu -lc10",
         "  description = link $out",
     ]
-    objects = []
-    for source in sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp")):
-        objects.append(f"{source.parent.name}_{source.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {source}")
+    bindings = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
+    objects = [f"{source.parent.name}_{source.stem}.o" for source in bindings]
+    lines += compile_bindings(bindings, objects)
     for source in sorted(CSRC.glob("cpu/kernels/*.cpp")):
         for isa, isa_flags in isas().items():
             objects.append(f"{source.stem}.{isa}.o")

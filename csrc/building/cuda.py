@@ -15,6 +15,7 @@ from building.tools import (
     COMPILE_RULE,
     CSRC,
     CannotBuildError,
+    compile_bindings,
     compiler,
     folder_for,
     ninja_command,
@@ -170,13 +171,12 @@ def build_file(
         f"  command = $cxx -shared $in -o $out {places} {link}",
         "  description = link $out",
     ]
-    objects = []
+    bindings = [CSRC / "cuda" / "binding.cpp", *sorted(CSRC.glob("cuda/bindings/*.cpp"))]
+    objects = [f"{source.stem}.o" for source in bindings]
+    lines += compile_bindings(bindings, objects)
     for source in sorted(CSRC.glob("cuda/*.cu")):
         objects.append(f"{source.stem}.cu.o")
         lines.append(f"build {objects[-1]}: nvcc {source}")
-    for source in [CSRC / "cuda" / "binding.cpp", *sorted(CSRC.glob("cuda/bindings/*.cpp"))]:
-        objects.append(f"{source.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {source}")
     lines.append(f"build {output}: link {' '.join(objects)}")
     return lines
 

@@ -18,11 +18,12 @@ from fastdiff.compiler import composed, report, timings
 from fastdiff.compiler.effects import changes_modes, frozen_nodes, name_of
 from fastdiff.compiler.find import find
 from fastdiff.compiler.gated import gated
-from fastdiff.compiler.graph import argument, is_number, value
+from fastdiff.compiler.graph import argument, is_number, is_weight, value
 from fastdiff.compiler.layout import restore_strides
 from fastdiff.compiler.normalise import mark_parameters, normalise
 from fastdiff.compiler.patterns import DTYPES
 from fastdiff.compiler.plan import PRECISIONS
+from fastdiff.compiler.replay import Replay
 from fastdiff.compiler.rewrite import Rewriter, remove_unused
 
 log = logging.getLogger("fastdiff.compiler")
@@ -106,8 +107,8 @@ def compile_graph(
     devices = sorted({v.device.type for v in values})
     found.reason = _reason(gm, values, devices)
     if found.reason is None:
-        _fuse(gm, options, found)
-    elif devices == ["cuda"]:
+        return _fuse(gm, options, found)
+    if devices == ["cuda"]:
         found.composed = composed.gpu(gm)
         found.leave(gm.graph)
         gm.recompile()
@@ -166,7 +167,8 @@ def node_argument(node: Node, name: str, index: int, default: Any) -> Any:
     return node.kwargs.get(name, node.args[index] if index < len(node.args) else default)
 
 
-def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> None:
+def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> Compiled:
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     remove_unused(gm.graph)
     normalise(gm)
     remove_unused(gm.graph)
@@ -178,6 +180,11 @@ def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> None:
     restore_strides(gm.graph, frozen)
     found.leave(gm.graph, frozen)
     gm.graph.lint()
+    gm.recompile()
+    if not rewriter.weights:
+        return gm.forward
+    varying = [i for i, node in enumerate(placeholders) if not is_weight(node)]
+    return Replay(gm, rewriter.watch, varying)
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:

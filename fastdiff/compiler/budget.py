@@ -14,7 +14,7 @@ from fastdiff.backend import kernel_runs
 from fastdiff.compiler import timings
 from fastdiff.compiler.graph import value
 from fastdiff.compiler.match import Match
-from fastdiff.compiler.plan import PRECISIONS, cost, heuristic, packed_bytes
+from fastdiff.compiler.plan import PRECISIONS, cost, estimates, packed_bytes
 from fastdiff.compiler.timings import Sizes
 
 CALL = 5e-6  # seconds, of a call of anything
@@ -122,9 +122,7 @@ class Budget:
         if self.bound is not None:
             wanted += [[m] for group in groups for m in group]
         sizes = list(dict.fromkeys(_sizes(ms) for ms in wanted if not _is_product(ms[0])))
-        if not self.measured:
-            return {size: heuristic(size) for size in sizes}
-        return dict(zip(sizes, timings.of(sizes, self.names), strict=True))
+        return dict(zip(sizes, estimates(sizes, self.names, self.measured), strict=True))
 
     def _alone(self, matches: list[Match], table: Table) -> _Unit:
         """Convolutions by one weight."""

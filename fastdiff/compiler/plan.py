@@ -27,8 +27,20 @@ def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
     names = sizes.among(allowed)
     if len(names) == 1:
         return names[0]
-    seconds = timings.of([sizes], names)[0] if measured else heuristic(sizes)
-    return min(reversed(names), key=lambda name: cost(seconds, name))
+    found = estimates([sizes], names, measured)[0]
+    return min(reversed(names), key=lambda name: cost(found, name))
+
+
+def estimates(
+    sizes: Sequence[Sizes], names: Sequence[str], measured: bool
+) -> list[dict[str, float]]:
+    """How long each algorithm takes, for each of ``sizes``: by the clock, where it could be
+    believed, or else by the sizes alone.
+    """
+    if not measured:
+        return [heuristic(size) for size in sizes]
+    rows = zip(sizes, timings.of(sizes, names), strict=True)
+    return [row if timings.is_sure(size) else heuristic(size) for size, row in rows]
 
 
 def heuristic(sizes: Sizes) -> dict[str, float]:
@@ -45,9 +57,9 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
     return {name: shares[name] * unit for name in sizes.among(NAMES)}
 
 
-def cost(seconds: dict[str, float], name: str) -> float:
+def cost(row: dict[str, float], name: str) -> float:
     """Seconds of an algorithm, those of ``plain`` with what it is at a disadvantage."""
-    return seconds[name] / PLAIN if name == "plain" else seconds[name]
+    return row[name] / PLAIN if name == "plain" else row[name]
 
 
 def packed_bytes(name: str, weight: Sequence[int]) -> int:

@@ -112,7 +112,8 @@ class Convolution:
             number = ALGORITHMS.index(algorithm)
             y, found = _op(x, skip, packed, weight.weight.shape, number, bias, *args)
         else:
-            y, found = reference.conv2d(x, skip, weight.weight, bias, *args)
+            y, _ = reference.conv2d(x, skip, weight.weight, bias, *args[:-1], False)
+            found = channel_statistics(y) if self.statistics else None
         if shape is not None:
             y = _channels_last(y, shape)
         if self.leave is not None:

@@ -27,10 +27,16 @@ from fastdiff import reference
 from fastdiff.backend import isa
 from fastdiff.ops.conv2d import ALGORITHMS, conv2d_pack, suits
 
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None  # type: ignore[assignment]
+
 log = logging.getLogger("fastdiff.compiler")
 VERSION = 1  # of the file's form and of what the kernels do; another is not used
 NAMES = ("plain", *ALGORITHMS)  # PyTorch's own convolution, which packs nothing, before ours
 ROUNDS, MOST = 3, 12  # calls, of which the quickest counts; until two of them agree
+TRIES = 4  # calls until one is not interrupted
 SPREAD = 1.15  # within which they do
 SLOW = 0.05  # seconds, from which a single call counts
 HOPELESS, SHORT = 2.0, 0.005  # times the best and seconds, from which the first call is enough
@@ -103,6 +109,11 @@ def of(sizes: Sequence[Sizes], names: Sequence[str] = NAMES) -> list[dict[str, f
                 (_unsure.discard if sure else _unsure.add)(size.key)
             _save(file, table)
         return [dict(table[s.key]) for s in sizes]
+
+
+def is_sure(sizes: Sizes) -> bool:
+    """Whether the machine was at leisure when ``of`` measured them."""
+    return sizes.key not in _unsure
 
 
 def _lacks(table: Table, sizes: Sizes, names: Sequence[str]) -> bool:
@@ -211,6 +222,7 @@ def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool
         The seconds, and whether those of the quickest could be had again.
     """
     found: dict[str, list[float]] = {}  # ascending
+    disturbed: set[str] = set()
     with torch.inference_mode():
         n, c, h, w = sizes.x
         x = torch.full((n, h, w, c), 0.5, dtype=sizes.dtype, device="cpu").permute(0, 3, 1, 2)
@@ -224,19 +236,41 @@ def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool
                 for name in list(together):
                     if name != "plain" and name not in packed:
                         packed[name] = conv2d_pack(weight, name)
-                    seconds = _time(sizes, name, x, weight, packed.get(name))
+                    seconds, calm = _calm_time(sizes, name, x, weight, packed.get(name))
+                    if not calm:
+                        disturbed.add(name)
                     found[name] = sorted([*(found[name] if turn > 1 else ()), seconds])
                     best = min(times[0] for times in found.values())
                     hopeless = seconds > max(HOPELESS * best, SHORT)
                     agreed = turn >= ROUNDS and _agree(found[name])
                     if hopeless or agreed or (turn > 0 and seconds > SLOW):
                         together.remove(name)
-    quickest = min(found.values())
-    return {name: times[0] for name, times in found.items()}, _agree(quickest)
+    quickest = min(found, key=lambda name: found[name])
+    sure = _agree(found[quickest]) and quickest not in disturbed
+    return {name: times[0] for name, times in found.items()}, sure
 
 
 def _agree(times: Sequence[float]) -> bool:
     return times[0] > SLOW or (len(times) > 1 and times[1] <= SPREAD * times[0])
+
+
+def _calm_time(*args: Any) -> tuple[float, bool]:
+    """``_time``, and whether no thread had to make way for another process's meanwhile.
+
+    Where one has, all others wait for it: a slice of the scheduler's, whatever is measured.
+    """
+    quickest = math.inf
+    for _ in range(TRIES):
+        before = _interruptions()
+        seconds = _time(*args)
+        if _interruptions() == before:
+            return seconds, True
+        quickest = min(quickest, seconds)
+    return quickest, False
+
+
+def _interruptions() -> int:
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _time(sizes: Sizes, name: str, x: Tensor, weight: Tensor, packed: Tensor | None) -> float:

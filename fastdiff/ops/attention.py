@@ -9,6 +9,7 @@ from fastdiff import reference
 from fastdiff.ops.checks import check_floating, check_no_gradient, check_same_kind
 from fastdiff.ops.conv2d import kernel_runs
 from fastdiff.ops.dispatch import check_devices
+from fastdiff.profiling import span
 
 torch.library.define("fastdiff::attention", "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 
@@ -49,9 +50,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         raise ValueError(f"there must be one key at least, got k of {tuple(k.shape)}")
     if scale is None:
         scale = d**-0.5 if d else 1.0
-    if kernel_runs(q):
-        return torch.ops.fastdiff.attention(q, k, v, scale)
-    return reference.attention(q, k, v, scale)
+    with span("attention"):
+        return (torch.ops.fastdiff if kernel_runs(q) else reference).attention(q, k, v, scale)
 
 
 @torch.library.register_fake("fastdiff::attention")

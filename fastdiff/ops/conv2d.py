@@ -19,6 +19,7 @@ from fastdiff.ops.checks import (
     check_same_kind,
 )
 from fastdiff.ops.dispatch import check_devices
+from fastdiff.profiling import span
 
 ALGORITHMS = ("direct", "winograd2", "winograd4")  # the number that C++ knows them by
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -89,13 +90,14 @@ def conv2d(
     check_no_gradient(x, weight, bias, skip, norm, emb, residual)
     args = (stride, padding, upsample, norm, silu, emb, residual, scale, statistics)
     check(x, skip, weight, bias, algorithm, *args)
-    if not (kernel_runs(x) and within_limits(weight.shape, stride, padding)):
-        return reference.conv2d(x, skip, weight, bias, *args)
-    number = ALGORITHMS.index(algorithm)
-    if packed is None:
-        packed = conv2d_pack(weight, algorithm)
-    y, found = torch.ops.fastdiff.conv2d(x, skip, packed, weight.shape, number, bias, *args)
-    return y, found if statistics else None
+    with span("conv2d"):
+        if not (kernel_runs(x) and within_limits(weight.shape, stride, padding)):
+            return reference.conv2d(x, skip, weight, bias, *args)
+        number = ALGORITHMS.index(algorithm)
+        if packed is None:
+            packed = conv2d_pack(weight, algorithm)
+        y, found = torch.ops.fastdiff.conv2d(x, skip, packed, weight.shape, number, bias, *args)
+        return y, found if statistics else None
 
 
 def conv2d_pack(weight: Tensor, algorithm: str) -> Tensor:

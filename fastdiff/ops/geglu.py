@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops.checks import check_floating
+from fastdiff.ops.checks import check_floating, check_no_gradient
 from fastdiff.ops.conv2d import kernel_runs
+from fastdiff.profiling import span
 
 torch.library.define("fastdiff::geglu", "(Tensor x) -> Tensor")
 
@@ -25,13 +26,16 @@ def geglu(x: Tensor) -> Tensor:
         [..., D], contiguous; computed in float32 at least and rounded once.
 
     Raises:
+        RuntimeError: a gradient is wanted, which there is none of.
         TypeError: x is not floating point or not dense.
         ValueError: x has no dimension, or the last one is odd.
     """
+    check_no_gradient(x)
     check_floating(x, "x")
     if x.ndim < 1 or x.shape[-1] % 2:
         raise ValueError(f"x must be [..., 2D], got {tuple(x.shape)}")
-    return torch.ops.fastdiff.geglu(x) if kernel_runs(x) else reference.geglu(x)
+    with span("geglu"):
+        return (torch.ops.fastdiff if kernel_runs(x) else reference).geglu(x)
 
 
 @torch.library.register_fake("fastdiff::geglu")

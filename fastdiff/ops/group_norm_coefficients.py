@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdiff import backend, reference
 from fastdiff.ops.checks import check_floating, check_no_gradient
 from fastdiff.ops.dispatch import check_devices
+from fastdiff.profiling import span
 
 torch.library.define("fastdiff::channel_statistics", "(Tensor x) -> Tensor")
 torch.library.define(
@@ -32,11 +33,8 @@ def channel_statistics(x: Tensor) -> Tensor:
     check_floating(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x must be [N, C, ...], got {tuple(x.shape)}")
-    return (
-        torch.ops.fastdiff.channel_statistics(x)
-        if x.is_cpu and backend.kernel_runs(x)
-        else reference.channel_statistics(x)
-    )
+    with span("channel_statistics"):
+        return (torch.ops.fastdiff if _has_kernel(x) else reference).channel_statistics(x)
 
 
 def group_norm_coefficients(
@@ -69,9 +67,13 @@ def group_norm_coefficients(
     check_no_gradient(*statistics, weight, bias, scale, shift)
     args = (list(statistics), num_groups, weight, bias, eps, scale, shift)
     _check(*args)
-    op = torch.ops.fastdiff.group_norm_coefficients
-    on_cpu = statistics[0].is_cpu and backend.kernel_runs(statistics[0])
-    return op(*args) if on_cpu else reference.group_norm_coefficients(*args)
+    ours = torch.ops.fastdiff if _has_kernel(statistics[0]) else reference
+    with span("group_norm_coefficients"):
+        return ours.group_norm_coefficients(*args)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cpu and backend.kernel_runs(x)
 
 
 def _check(

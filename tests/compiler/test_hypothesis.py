@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from judging import LAYOUTS, assert_as_eager, compiled
+from judging import LAYOUTS, assert_as_eager, compiled, settled
 from random_unet import EMB, build, nets
 
 
@@ -42,7 +42,7 @@ def test_drawn_nets(spec, batch, size, layout, dtype, precision, dynamic):
     except ValueError:  # a norm of one value
         hypothesis.reject()
     net = compiled(model, options={"precision": precision}, dynamic=dynamic)
-    found = net(*given)
+    found = settled(net, given)
     assert_as_eager(found, model, (x, emb), precision=precision)
     assert torch.equal(given[0], x)
     assert torch.equal(given[1], emb)

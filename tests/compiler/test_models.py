@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from judging import LAYOUTS, assert_as_eager, compiled, distance
+from judging import LAYOUTS, assert_as_eager, compiled, distance, settled
 from models import CASES, cast, in_float64, inputs, make, randomized
 from torch import nn
 
@@ -24,7 +24,7 @@ def cases(quick):
 def test_odd_size_batch_1(name):
     model = make(name)
     args, kwargs = inputs(name, 1, CASES[name].odd)
-    assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
+    assert_as_eager(settled(compiled(model), args, kwargs), model, args, kwargs)
 
 
 @pytest.mark.parametrize("name", cases(["autoencoder"]))
@@ -32,7 +32,7 @@ def test_odd_size_batch_1(name):
 def test_channels_last_batch_3(name):
     model = make(name)
     args, kwargs = inputs(name, 3, layout=torch.channels_last)
-    assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
+    assert_as_eager(settled(compiled(model), args, kwargs), model, args, kwargs)
 
 
 @pytest.mark.parametrize("name", cases(["diffusers", "plain-decoder"]))
@@ -41,7 +41,7 @@ def test_bfloat16(name):
     model = cast(make(name), torch.bfloat16)
     dtype = torch.float32 if name in OWN_CAST else torch.bfloat16
     args, kwargs = inputs(name, 3, CASES[name].odd, dtype, torch.channels_last)
-    assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
+    assert_as_eager(settled(compiled(model), args, kwargs), model, args, kwargs)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_bfloat16(name):
 def test_strict(name):
     model = make(name)
     args, kwargs = inputs(name, 2)
-    found = compiled(model, options={"precision": "strict"})(*args, **kwargs)
+    found = settled(compiled(model, options={"precision": "strict"}), args, kwargs)
     assert_as_eager(found, model, args, kwargs, precision="strict")
 
 
@@ -66,7 +66,7 @@ def test_strict(name):
 def test_channels_last_weights(name):
     model = make(name).to(memory_format=torch.channels_last)
     args, kwargs = inputs(name, 1, layout=torch.channels_last)
-    assert_as_eager(compiled(model)(*args, **kwargs), model, args, kwargs)
+    assert_as_eager(settled(compiled(model), args, kwargs), model, args, kwargs)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -32,6 +33,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(timings, "_tables", {})
     monkeypatch.setattr(timings, "_unsure", set())
+    monkeypatch.setattr(timings, "_interruptions", lambda: 0)
     return tmp_path / "cache"
 
 
@@ -126,6 +128,23 @@ def test_a_cold_first_call_does_not_count(monkeypatch):
     calls = {name: iter([5e-4, 2e-3, 1e-3, 1.1e-3]) for name in NAMES}
     monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: next(calls[name]))
     assert timings._measure(SIZE, NAMES) == (dict.fromkeys(NAMES, 1e-3), True)
+
+
+def test_calls_that_were_interrupted_do_not_count(monkeypatch):
+    times, interruptions = iter([8e-3, 8e-3, 1e-3, 8e-3]), iter([0, 1, 1, 2, 2, 2])
+    monkeypatch.setattr(timings, "_time", lambda *_: next(times))
+    monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
+    assert timings._calm_time() == (1e-3, True)
+
+
+def test_what_was_always_interrupted_is_chosen_by_its_size(monkeypatch):
+    interruptions = itertools.count()
+    monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: ROW[name] / 100)
+    monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
+    assert timings._measure(SIZE, NAMES) == ({n: ROW[n] / 100 for n in NAMES}, False)
+    monkeypatch.setattr(plan, "heuristic", lambda size: {**ROW, "direct": 1e-9})
+    assert plan.choose(SIZE, NAMES, measured=True) == "direct"
+    assert written(timings.path())["seconds"] == {}
 
 
 def test_a_busy_machine_is_asked_more_often(monkeypatch, caplog):

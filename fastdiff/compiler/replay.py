@@ -1,0 +1,141 @@
+"""A fused graph that runs without Python between its operations once it has run a few times.
+
+Between two operations Python takes longer than it seems to: after a large convolution its own data
+have left the cache. So what the graph does for inputs of one size is recorded (``recording``), and
+from then on C++ runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastdiff.backend import current, isa
+from fastdiff.compiler.packing import PackedWeight, Watch
+from fastdiff.compiler.recording import Recorder, Recording, Source
+
+MOST = 64  # recordings that a graph keeps
+
+
+class Replay:
+    """A fused graph as a function of its inputs.
+
+    The first call of inputs of new sizes runs in Python, and the second is recorded.
+
+    Args:
+        gm: the graph.
+        watch: its node that gives the packed weights.
+        varying: numbers of the inputs whose sizes or values may change.
+    """
+
+    def __init__(self, gm: GraphModule, watch: Node, varying: Sequence[int]) -> None:
+        assert isinstance(watch.target, Watch)
+        self.gm, self.watch, self.varying = gm, watch.target, list(varying)
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        # Python's numbers, as Dynamo passes those that may change.
+        self.numbers = [i for i in self.varying if _is_number(placeholders[i])]
+        self.attributes = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr"]
+        watched: list[Any] = list(watch.args)
+        self.watched: list[int | str] = [
+            placeholders.index(n) if n.op == "placeholder" else str(n.target) for n in watched
+        ]
+        self.seen: dict[tuple[Any, ...], Recording | None] = {}  # None: will be recorded
+        self.hopeless: set[tuple[Any, ...]] = set()
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What the graph gives."""
+        key = self._key(inputs)
+        if key not in self.seen or key in self.hopeless:
+            self._see(key)
+            return self.gm.forward(*inputs)
+        recording, weights = self.seen[key], self._weights(inputs)
+        if recording is not None:
+            return recording.run(inputs, weights)
+        recorder = Recorder(self._names(inputs, weights), [inputs[i] for i in self.numbers])
+        with recorder:
+            result = self.gm.forward(*inputs)
+        recording = recorder.finish(result)
+        if recording is not None:
+            self.seen[key] = recording
+        elif not recorder.packs:
+            self.hopeless.add(key)
+        return result
+
+    def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """All that decides what the graph does."""
+        key: list[Any] = [torch.get_num_threads(), current()]
+        for i in self.varying:
+            x = inputs[i]
+            if i in self.numbers:
+                key.append(x.item())
+            elif isinstance(x, Tensor):
+                key.append((x.shape, x.stride(), x.dtype))
+            else:
+                key.append((type(x), x))
+        return tuple(key)
+
+    def _see(self, key: tuple[Any, ...]) -> None:
+        if key in self.hopeless:
+            return
+        while len(self.seen) >= MOST:
+            oldest = next(iter(self.seen))
+            self.seen.pop(oldest, None)
+            self.hopeless.discard(oldest)
+        self.seen[key] = None
+        if isa() == "none":  # C++ that would run it
+            self.hopeless.add(key)
+
+    def _weights(self, inputs: Sequence[Any]) -> list[PackedWeight]:
+        found = [inputs[w] if isinstance(w, int) else _attribute(self.gm, w) for w in self.watched]
+        return self.watch(*found)  # type: ignore[return-value]
+
+    def _names(
+        self, inputs: Sequence[Any], weights: Sequence[PackedWeight]
+    ) -> Iterator[tuple[Tensor, Source]]:
+        """Every tensor that is there before the graph runs, and where a later call has it from."""
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor):
+                yield x, partial(_input, i)
+        for name in self.attributes:
+            if isinstance(x := _attribute(self.gm, name), Tensor):
+                yield x, partial(_constant, self.gm, name)
+        for i, weight in enumerate(weights):
+            yield weight.weight, partial(_weight, i, "weight")
+            if weight.bias is not None:
+                yield weight.bias, partial(_weight, i, "bias")
+            for name, packed in list(weight.by_algorithm.items()):
+                yield packed, partial(_packed, i, name)
+
+
+def _input(i: int, inputs: Sequence[Any], _: Sequence[PackedWeight]) -> Any:
+    return inputs[i]
+
+
+def _constant(gm: GraphModule, name: str, *_: Any) -> Any:
+    return _attribute(gm, name)
+
+
+def _weight(i: int, name: str, _: Sequence[Any], weights: Sequence[PackedWeight]) -> Any:
+    return getattr(weights[i], name)
+
+
+def _packed(i: int, algorithm: str, _: Sequence[Any], weights: Sequence[PackedWeight]) -> Any:
+    return weights[i].packed(algorithm)
+
+
+def _is_number(node: Node) -> bool:
+    return bool(node.users) and all(
+        user.op == "call_method" and user.target == "item" for user in node.users
+    )
+
+
+def _attribute(gm: GraphModule, name: str) -> Any:
+    found: Any = gm
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
