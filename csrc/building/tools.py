@@ -119,16 +119,17 @@ COMPILE_RULE = (
 )
 
 
-def compile_bindings(sources: Sequence[Path], objects: Sequence[str]) -> list[str]:
+def compile_bindings(sources: Sequence[Path], objects: Sequence[str], more: str = "") -> list[str]:
     """The lines of build.ninja for sources that include PyTorch: 20 seconds each, were its headers
     not compiled beforehand.
     """
     header = CSRC / "precompiled.h"
     ready = f"{header.name}.gch"
-    lines = [f"build {ready}: compile {header}", "  more = -x c++-header"]
+    lines = [f"build {ready}: compile {header}", f"  more = {more} -x c++-header"]
     for source, name in zip(sources, objects, strict=True):
         # The compiler looks for it where ninja runs, and there finds the compiled one.
-        lines += [f"build {name}: compile {source} | {ready}", f"  more = -include {header.name}"]
+        lines.append(f"build {name}: compile {source} | {ready}")
+        lines.append(f"  more = {more} -include {header.name}")
     return lines
 
 

@@ -123,9 +123,9 @@ def _library() -> Path:
     link = f"$cxx -shared $in -o $out {tools.torch_libraries()} -ltorch_cpu -lc10"
     cuda = tools.CSRC / "cuda"
     with_torch = [cuda / "binding.cpp", *sorted(cuda.glob("bindings/*.cpp"))]
-    sources = [HERE / "emulation.cpp", *_kernels(), *with_torch]
-    more = dict.fromkeys(with_torch, tools.torch_flags())
-    return _build(_rules("", link), sources, folder / "fastdiff_emulated.so", more=more)
+    sources = [HERE / "emulation.cpp", *_kernels()]
+    output = folder / "fastdiff_emulated.so"
+    return _build(_rules("", link), sources, output, with_torch=with_torch)
 
 
 def _kernels() -> list[Path]:
@@ -153,16 +153,19 @@ def _build(
     sources: list[Path],
     output: Path,
     others: Sequence[Path] = (),
-    more: dict[Path, str] | None = None,
+    with_torch: Sequence[Path] = (),
 ) -> Path:
-    """Compile the sources, each with ``more`` flags, and link them with the other objects."""
+    """Compile the sources and those that include PyTorch, and link them with the other objects."""
     if platform.system() != "Linux":
         pytest.skip("the emulation is built with Linux's tools")
     lines = list(rules)
     for source in sources:
-        flags = "-x c++" if source.suffix == ".cu" else (more or {}).get(source, "")
+        flags = "-x c++" if source.suffix == ".cu" else ""
         lines += [f"build {_object(source)}: compile {source}", f"  more = {flags}"]
-    objects = " ".join([*map(_object, sources), *map(str, others)])
+    if with_torch:
+        bindings = [_object(source) for source in with_torch]
+        lines += tools.compile_bindings(with_torch, bindings, tools.torch_flags())
+    objects = " ".join([*map(_object, [*sources, *with_torch]), *map(str, others)])
     lines.append(f"build {output}: link {objects} | {SHARED}")
     tools.run_ninja(output.parent, lines, quiet=True)
     return output
