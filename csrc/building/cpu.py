@@ -16,7 +16,7 @@ from building.tools import (
     COMPILE_RULE,
     CSRC,
     CannotBuildError,
-    compile_bindings,
+    compile_with,
     compiler,
     folder_for,
     ninja_command,
@@ -95,10 +95,11 @@ def build_file(output: Path) -> list[str]:
     ]
     bindings = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
     objects = [f"{source.parent.name}_{source.stem}.o" for source in bindings]
-    lines += compile_bindings(bindings, objects)
-    for source in sorted(CSRC.glob("cpu/kernels/*.cpp")):
-        for isa, isa_flags in isas().items():
-            objects.append(f"{source.stem}.{isa}.o")
-            lines += [f"build {objects[-1]}: compile {source}", f"  more = {isa_flags}"]
+    lines += compile_with(CSRC / "precompiled.h", bindings, objects, "bindings")
+    kernels = sorted(CSRC.glob("cpu/kernels/*.cpp"))
+    for isa, isa_flags in isas().items():
+        made = [f"{source.stem}.{isa}.o" for source in kernels]
+        lines += compile_with(CSRC / "cpu/kernels/precompiled.h", kernels, made, isa, isa_flags)
+        objects += made
     lines.append(f"build {output}: link {' '.join(objects)}")
     return lines

@@ -15,7 +15,7 @@ from building.tools import (
     COMPILE_RULE,
     CSRC,
     CannotBuildError,
-    compile_bindings,
+    compile_with,
     compiler,
     folder_for,
     ninja_command,
@@ -173,7 +173,7 @@ def build_file(
     ]
     bindings = [CSRC / "cuda" / "binding.cpp", *sorted(CSRC.glob("cuda/bindings/*.cpp"))]
     objects = [f"{source.stem}.o" for source in bindings]
-    lines += compile_bindings(bindings, objects)
+    lines += compile_with(CSRC / "precompiled.h", bindings, objects, "bindings")
     for source in sorted(CSRC.glob("cuda/*.cu")):
         objects.append(f"{source.stem}.cu.o")
         lines.append(f"build {objects[-1]}: nvcc {source}")

@@ -119,17 +119,24 @@ COMPILE_RULE = (
 )
 
 
-def compile_bindings(sources: Sequence[Path], objects: Sequence[str], more: str = "") -> list[str]:
-    """The lines of build.ninja for sources that include PyTorch: 20 seconds each, were its headers
-    not compiled beforehand.
+def compile_with(
+    header: Path, sources: Sequence[Path], objects: Sequence[str], folder: str, more: str = ""
+) -> list[str]:
+    """The lines of build.ninja for sources that include ``header``, which is compiled once for all.
+
+    Args:
+        header: in csrc; PyTorch's headers take up to 20 seconds.
+        sources: to compile.
+        objects: what they become.
+        folder: for the compiled header, another one for other flags.
+        more: flags.
     """
-    header = CSRC / "precompiled.h"
-    ready = f"{header.name}.gch"
+    name = header.relative_to(CSRC)
+    ready = f"{folder}/{name}.gch"
     lines = [f"build {ready}: compile {header}", f"  more = {more} -x c++-header"]
-    for source, name in zip(sources, objects, strict=True):
-        # The compiler looks for it where ninja runs, and there finds the compiled one.
-        lines.append(f"build {name}: compile {source} | {ready}")
-        lines.append(f"  more = {more} -include {header.name}")
+    for source, made in zip(sources, objects, strict=True):
+        lines.append(f"build {made}: compile {source} | {ready}")
+        lines.append(f"  more = {more} -iquote {folder} -include {name}")
     return lines
 
 

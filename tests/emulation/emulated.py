@@ -164,7 +164,8 @@ def _build(
         lines += [f"build {_object(source)}: compile {source}", f"  more = {flags}"]
     if with_torch:
         bindings = [_object(source) for source in with_torch]
-        lines += tools.compile_bindings(with_torch, bindings, tools.torch_flags())
+        header, flags = tools.CSRC / "precompiled.h", tools.torch_flags()
+        lines += tools.compile_with(header, with_torch, bindings, "bindings", flags)
     objects = " ".join([*map(_object, [*sources, *with_torch]), *map(str, others)])
     lines.append(f"build {output}: link {objects} | {SHARED}")
     tools.run_ninja(output.parent, lines, quiet=True)

@@ -19,6 +19,10 @@ constexpr int kVectors = 2;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;  // columns of a panel of B
 constexpr int64_t kDepth = 384;                // of k at a time
+#ifndef AHEAD
+#define AHEAD 32
+#endif
+constexpr int64_t kAhead = AHEAD * kLine;
 
 constexpr int64_t rounded_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
@@ -42,7 +46,10 @@ FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int6
   for (int64_t k = 0; k < depth; ++k) {
     F column[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) column[v] = load_lanes(b + (k * V + v) * kLanes);
+    for (int v = 0; v < V; ++v) {
+      column[v] = load_lanes(b + (k * V + v) * kLanes);
+      if ((v * kLanes) % kLine == 0) __builtin_prefetch(b + (k * V + v) * kLanes + kAhead);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
