@@ -6,6 +6,10 @@
 #include <optional>
 #include <tuple>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "cpu/tensors.h"
 
 namespace fastdiff {
@@ -58,10 +62,24 @@ int64_t packed_size(at::IntArrayRef weight_size, int64_t algorithm) {
   return pack(algorithm, weight_size, nullptr, nullptr);
 }
 
+// Asks for large pages, before anything is written: a weight is read from end to end, once a call.
+void prefer_large_pages(const at::Tensor& memory) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kLargePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(memory.data_ptr());
+  const auto first = (begin + kPage - 1) / kPage * kPage;
+  const auto last = (begin + memory.nbytes()) / kPage * kPage;
+  // Advice: where it cannot be had, nothing changes.
+  if (last >= first + kLargePage)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t algorithm) {
   check_float_or_bfloat16(weight, "weight");
   auto out =
       at::empty({packed_size(weight.sizes(), algorithm)}, weight.options().dtype(at::kFloat));
+  prefer_large_pages(out);
   const auto plain = weight.to(at::kFloat).contiguous();
   pack(algorithm, weight.sizes(), plain.const_data_ptr<float>(), out.mutable_data_ptr<float>());
   return out;

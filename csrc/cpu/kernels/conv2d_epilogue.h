@@ -64,6 +64,12 @@ struct Epilogue {
     }
   }
 
+  // The cache lines that `write` will touch.
+  FASTDIFF_INLINE void prefetch(int64_t pixel) const {
+    __builtin_prefetch(y + pixel * filters, 1);
+    if (residual) __builtin_prefetch(residual + pixel * residual_ld);
+  }
+
   FASTDIFF_INLINE F finished(int64_t pixel, F value) const {
     value = value * scale + add;
     if (residual) value += load_lanes(residual + pixel * residual_ld, lanes) * scale;

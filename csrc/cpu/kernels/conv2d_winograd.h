@@ -78,20 +78,14 @@ struct Filtering<4> {
   }
 };
 
-#ifndef STEP
-#define STEP kLine
-#endif
-constexpr int64_t kStep = STEP;
-#ifndef TILES
-#define TILES 48
-#endif
 template <class T, int m>
 struct Winograd {
   static constexpr int kTile = m + 2, kPlanes = kTile * kTile;
   static constexpr int64_t kChannels = kLine;  // that are read and transformed at a time
   // Tiles of a block: what keeps the products in L2, or more where that saves reading a weight from
   // memory again.
-  static constexpr int64_t kTiles = TILES, kManyTiles = 128;
+  static constexpr int64_t kTiles = 48, kManyTiles = 128;
+  static constexpr int64_t kNear = 1 << 18;  // elements of y that are in L2 when they are written
 
   const Conv2d& p;
   const int64_t weight_floats;
@@ -112,13 +106,8 @@ struct Winograd {
         ld(depth + kLine),
         plane(grid.largest * ld),
         chunk(division.chunk),
-#ifdef TILED
-        chunk_ld(kPlanes * chunk + kLine),
-        product_plane(chunk),
-#else
         chunk_ld(chunk),
         product_plane(grid.largest * chunk_ld + kLine),
-#endif
         channel_chunks((p.channels + kChannels - 1) / kChannels),
         filter_chunks((p.filters + chunk - 1) / chunk),
         partials(p.statistics ? grid.segments.size() * 2 * p.filters : 0) {}
@@ -198,7 +187,7 @@ struct Winograd {
   // Chunks begin..end of the filters of a block: products of the planes, and what they make of y.
   void multiply(int64_t block, int64_t begin, int64_t end, const float* v) {
     static thread_local Scratch scratch;
-    float* products = scratch.at_least(kPlanes * product_plane + grid.largest * chunk_ld);
+    float* products = scratch.at_least(kPlanes * product_plane);
     const Segment& last = grid.segments[grid.blocks[block + 1] - 1];
     const int64_t tiles = last.first + last.units();
     Array<const float*> rows(tiles);
@@ -215,7 +204,7 @@ struct Winograd {
                            b + d * packed, columns, c, chunk_ld, d > 0);
         }
       for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s)
-        for (int64_t k = k0; k < k1; k += kStep) {
+        for (int64_t k = k0; k < k1; k += kLine) {
           if (p.statistics) {
             write<true>(s, k, products + k - k0);
           } else {
@@ -228,32 +217,23 @@ struct Winograd {
   // A cache line's filters of a segment.
   template <bool kStatistics>
   void write(int64_t s, int64_t k, const float* products) {
-    constexpr int kParts = kStep / kLanes;
+    constexpr int kParts = kLine / kLanes;
     const Segment& segment = grid.segments[s];
     const int parts =
         static_cast<int>(std::min<int64_t>(kParts, (p.filters - k + kLanes - 1) / kLanes));
     Epilogue<T, kStatistics> epilogues[kParts];
     for (int v = 0; v < parts; ++v) epilogues[v].begin(p, segment.image, k + v * kLanes);
     const float* from = products + segment.first * chunk_ld;
+    const int64_t out_height = p.out_height, out_width = p.out_width;  // y might be p's memory
+    const bool far = p.images * out_height * out_width * p.filters > kNear;
     for (int64_t i = segment.top; i < segment.bottom; ++i)
       for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld) {
-        const int64_t pixel = (segment.image * p.out_height + i * m) * p.out_width + j * m;
-        const int64_t height = std::min<int64_t>(m, p.out_height - i * m),
-                      width = std::min<int64_t>(m, p.out_width - j * m);
-#ifdef PFY
-        if (j + 1 < segment.right) {
-          const float* next = from + chunk_ld;
-          (void)next;
+        const int64_t pixel = (segment.image * out_height + i * m) * out_width + j * m;
+        const int64_t height = std::min<int64_t>(m, out_height - i * m),
+                      width = std::min<int64_t>(m, out_width - j * m);
+        if (far && j + 1 < segment.right)  // the next tile's lines, while this one is computed
           for (int a = 0; a < m; ++a)
-            for (int q = 0; q < m; ++q)
-              for (int v = 0; v < parts; v += kLine / kLanes) {
-                const int64_t at = (pixel + m + a * p.out_width + q) * p.filters + k + v * kLanes;
-                __builtin_prefetch(static_cast<const T*>(p.y) + at, 1);
-                if (p.residual)
-                  __builtin_prefetch(static_cast<const T*>(p.residual) + (pixel + m + a * p.out_width + q) * p.residual_ld + k + v * kLanes, 0);
-              }
-        }
-#endif
+            for (int q = 0; q < m; ++q) epilogues[0].prefetch(pixel + a * out_width + m + q);
         for (int v = 0; v < parts; ++v) {
           F out[m * m];
           transform_output(from + v * kLanes, out);
@@ -263,12 +243,11 @@ struct Winograd {
 #pragma GCC unroll 4
             for (int a = 0; a < m; ++a)
 #pragma GCC unroll 4
-              for (int q = 0; q < m; ++q)
-                epilogue.write(pixel + a * p.out_width + q, out[a * m + q]);
+              for (int q = 0; q < m; ++q) epilogue.write(pixel + a * out_width + q, out[a * m + q]);
           } else {
             for (int64_t a = 0; a < height; ++a)
               for (int64_t q = 0; q < width; ++q)
-                epilogue.write(pixel + a * p.out_width + q, out[a * m + q]);
+                epilogue.write(pixel + a * out_width + q, out[a * m + q]);
           }
         }
       }

@@ -19,10 +19,7 @@ constexpr int kVectors = 2;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;  // columns of a panel of B
 constexpr int64_t kDepth = 384;                // of k at a time
-#ifndef AHEAD
-#define AHEAD 32
-#endif
-constexpr int64_t kAhead = AHEAD * kLine;
+constexpr int64_t kAhead = 32 * kLine;         // floats of B that are on their way from memory
 
 constexpr int64_t rounded_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
