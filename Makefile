@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Two processes, whatever the cores: each holds a PyTorch. Threads that wait leave their core to
+# the other process.
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses 2 --dist worksteal
 QUALITY := --out benchmarks/results
 SOURCES := $(shell find csrc -type f)
 ISA := AVX2
@@ -16,10 +19,10 @@ sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: sa
 	$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare
 
 test: venv  ## the whole test suite
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-slow: venv  ## the tests that `make test` leaves out for their time: 5 minutes
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 asan: venv  ## the operations' tests, their C++ under the address and undefined behaviour sanitizers
 	rm -rf build/asan

@@ -34,7 +34,9 @@ ACCESS = np.dtype(
 SANITIZERS = {
     "none": "",
     "thread": "-DFASTDIFF_EMULATE_THREADS -fsanitize=thread",
-    "address": "-DFASTDIFF_EMULATE_THREADS -fsanitize=address,undefined -fno-sanitize-recover=all",
+    # A null pointer stops the address sanitizer too; GCC takes half as long again to look for it.
+    "address": "-DFASTDIFF_EMULATE_THREADS -fsanitize=address,undefined "
+    "-fno-sanitize=null,object-size -fno-sanitize-recover=all",
 }
 
 
