@@ -7,6 +7,7 @@ from then on C++ runs it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from fastdiff.compiler.packing import PackedWeight, Watch
 from fastdiff.compiler.recording import Recorder, Recording, Source
 
 MOST = 64  # recordings that a graph keeps
+NEW, PYTHON = "new", "python"  # will be recorded; runs in Python for good
 
 
 class Replay:
@@ -44,27 +46,34 @@ class Replay:
         self.watched: list[int | str] = [
             placeholders.index(n) if n.op == "placeholder" else str(n.target) for n in watched
         ]
-        self.seen: dict[tuple[Any, ...], Recording | None] = {}  # None: will be recorded
-        self.hopeless: set[tuple[Any, ...]] = set()
+        self.seen: dict[tuple[Any, ...], Recording | str] = {}
+        self.lock = threading.Lock()  # for changes of ``seen``
 
     def __call__(self, *inputs: Any) -> Any:
         """What the graph gives."""
         key = self._key(inputs)
-        if key not in self.seen or key in self.hopeless:
-            self._see(key)
+        state = self.seen.get(key)
+        if state is None:
+            self._note(key, PYTHON if isa() == "none" else NEW)  # it takes C++ to run a recording
+        if state is None or state is PYTHON:
             return self.gm.forward(*inputs)
-        recording, weights = self.seen[key], self._weights(inputs)
-        if recording is not None:
-            return recording.run(inputs, weights)
+        weights = self._weights(inputs)
+        if isinstance(state, Recording):
+            return state.run(inputs, weights)
         recorder = Recorder(self._names(inputs, weights), [inputs[i] for i in self.numbers])
         with recorder:
             result = self.gm.forward(*inputs)
         recording = recorder.finish(result)
-        if recording is not None:
-            self.seen[key] = recording
-        elif not recorder.packs:
-            self.hopeless.add(key)
+        if not recorder.packs:
+            self._note(key, recording or PYTHON)
         return result
+
+    def _note(self, key: tuple[Any, ...], state: Recording | str) -> None:
+        with self.lock:
+            self.seen.pop(key, None)
+            while len(self.seen) >= MOST:
+                del self.seen[next(iter(self.seen))]
+            self.seen[key] = state
 
     def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """All that decides what the graph does."""
@@ -78,17 +87,6 @@ class Replay:
             else:
                 key.append((type(x), x))
         return tuple(key)
-
-    def _see(self, key: tuple[Any, ...]) -> None:
-        if key in self.hopeless:
-            return
-        while len(self.seen) >= MOST:
-            oldest = next(iter(self.seen))
-            self.seen.pop(oldest, None)
-            self.hopeless.discard(oldest)
-        self.seen[key] = None
-        if isa() == "none":  # C++ that would run it
-            self.hopeless.add(key)
 
     def _weights(self, inputs: Sequence[Any]) -> list[PackedWeight]:
         found = [inputs[w] if isinstance(w, int) else _attribute(self.gm, w) for w in self.watched]
