@@ -125,6 +125,7 @@ def test_kernels_have_no_data_race() -> None:
     assert_clean(emulated.build_driver("thread"))
 
 
+@pytest.mark.slow
 def test_kernels_stay_within_their_memory() -> None:
     assert_clean(emulated.build_driver("address"))
 
