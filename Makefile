@@ -21,7 +21,7 @@ sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: sa
 test: venv  ## the whole test suite
 	$(PYTEST)
 
-test-slow: venv  ## the tests that `make test` leaves out for their time: 5 minutes
+test-slow: venv  ## the tests that `make test` leaves out for their time: 15 minutes
 	$(PYTEST) -m slow
 
 asan: venv  ## the operations' tests, their C++ under the address and undefined behaviour sanitizers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,18 @@ class Realisation:
         kernels = triton_kernels() if self.is_triton else emulated_kernels()
         with in_place_of_the_cpus(kernels), fastdiff.backend("cpu"):
             yield
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are marked are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a kernel is interpreted or emulated, half of a test's cases are slow ones.
+
+    Which half is the same in every run.
+    """
+    for item in items:
+        without_gpu = "-interpreted" in item.name or "-emulated" in item.name
+        if without_gpu and zlib.crc32(item.name.encode()) % 2:
+            item.add_marker(pytest.mark.slow)
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
