@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Replay:
         return tuple(key)
 
     def _weights(self, inputs: Sequence[Any]) -> list[PackedWeight]:
-        found = [inputs[w] if isinstance(w, int) else _attribute(self.gm, w) for w in self.watched]
+        found = [inputs[w] if isinstance(w, int) else attrgetter(w)(self.gm) for w in self.watched]
         return self.watch(*found)  # type: ignore[return-value]
 
     def _names(
@@ -100,7 +101,7 @@ class Replay:
             if isinstance(x, Tensor):
                 yield x, partial(_input, i)
         for name in self.attributes:
-            if isinstance(x := _attribute(self.gm, name), Tensor):
+            if isinstance(x := attrgetter(name)(self.gm), Tensor):
                 yield x, partial(_constant, self.gm, name)
         for i, weight in enumerate(weights):
             yield weight.weight, partial(_weight, i, "weight")
@@ -115,7 +116,7 @@ def _input(i: int, inputs: Sequence[Any], _: Sequence[PackedWeight]) -> Any:
 
 
 def _constant(gm: GraphModule, name: str, *_: Any) -> Any:
-    return _attribute(gm, name)
+    return attrgetter(name)(gm)
 
 
 def _weight(i: int, name: str, _: Sequence[Any], weights: Sequence[PackedWeight]) -> Any:
@@ -130,10 +131,3 @@ def _is_number(node: Node) -> bool:
     return bool(node.users) and all(
         user.op == "call_method" and user.target == "item" for user in node.users
     )
-
-
-def _attribute(gm: GraphModule, name: str) -> Any:
-    found: Any = gm
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found

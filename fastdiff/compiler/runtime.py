@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.backend import kernel_runs as has_kernel
 from fastdiff.compiler import plan
 from fastdiff.compiler.packing import PackedWeight
 from fastdiff.compiler.timings import Sizes
 from fastdiff.ops.conv2d import ALGORITHMS, kernel_runs
 from fastdiff.ops.group_norm_coefficients import channel_statistics
+from fastdiff.ops.group_norm_coefficients import kernel_runs as has_kernel
 from fastdiff.ops.group_norm_silu import group_norm_silu
 
 # To and from [N, C, H, W], by the number of dimensions and the one of the channels. All of them are
@@ -201,7 +201,7 @@ def coefficients(
     if shift is not None and shift.shape[0] != n:
         shift = shift.expand(n, -1)
     args = (statistics, num_groups, weight, bias, eps, scale, shift)
-    if statistics[0].is_cpu and has_kernel(statistics[0]):
+    if has_kernel(statistics[0]):
         return _coefficients(*args)
     return reference.group_norm_coefficients(*args)
 

@@ -34,7 +34,7 @@ def channel_statistics(x: Tensor) -> Tensor:
     if x.ndim < 2:
         raise ValueError(f"x must be [N, C, ...], got {tuple(x.shape)}")
     with span("channel_statistics"):
-        return (torch.ops.fastdiff if _has_kernel(x) else reference).channel_statistics(x)
+        return (torch.ops.fastdiff if kernel_runs(x) else reference).channel_statistics(x)
 
 
 def group_norm_coefficients(
@@ -67,12 +67,13 @@ def group_norm_coefficients(
     check_no_gradient(*statistics, weight, bias, scale, shift)
     args = (list(statistics), num_groups, weight, bias, eps, scale, shift)
     _check(*args)
-    ours = torch.ops.fastdiff if _has_kernel(statistics[0]) else reference
+    ours = torch.ops.fastdiff if kernel_runs(statistics[0]) else reference
     with span("group_norm_coefficients"):
         return ours.group_norm_coefficients(*args)
 
 
-def _has_kernel(x: Tensor) -> bool:
+def kernel_runs(x: Tensor) -> bool:
+    """Whether the C++ kernels, and not the reference, compute on ``x``."""
     return x.is_cpu and backend.kernel_runs(x)
 
 
