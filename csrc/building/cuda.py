@@ -108,6 +108,11 @@ def architectures(listed: str | None, codes: frozenset[int]) -> list[Architectur
     return found
 
 
+def chosen_architectures() -> list[Architecture]:
+    """What the environment's TORCH_CUDA_ARCH_LIST asks for, see `architectures`."""
+    return architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit().codes)
+
+
 def nvcc_flags(chosen: list[Architecture]) -> str:
     """What the kernels are compiled with."""
     targets = []
@@ -129,14 +134,14 @@ def check() -> None:
         raise CannotBuildError(
             f"{found.nvcc} is of CUDA {found.version}, torch is built for CUDA {facts['cuda']}"
         )
-    architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), found.codes)
+    chosen_architectures()
     ninja_command(), compiler()
 
 
 def build(name: str) -> Path:
     """Build the extension as a library of that file name; CannotBuildError where that fails."""
     folder = folder_for("ninja-cuda")
-    chosen = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit().codes)
+    chosen = chosen_architectures()
     link = f"{torch_libraries()} -ltorch_cpu -ltorch_cuda -lc10 -lc10_cuda -lcudart"
     run_ninja(folder, build_file(folder / name, chosen, link=link))
     return folder / name

@@ -2,11 +2,13 @@
 
 Without a GPU and with any torch, also one for CPUs, whose wheel has the headers: the kernels must
 not spill registers, and what the linked extension leaves undefined must be what libraries provide,
-or c10's and ATen's CUDA part where this torch lacks it.
+or c10's and ATen's CUDA part where this torch lacks it. TORCH_CUDA_ARCH_LIST, where it is set, says
+for which architectures instead.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from building.cuda import DEFAULT, architectures, build_file, toolkit
+from building.cuda import DEFAULT, build_file, chosen_architectures, toolkit
 from building.tools import (
     BUILD,
     CSRC,
@@ -55,13 +57,15 @@ def run() -> bool:
         print(f"cuda_check: skipped: {reason}")
         return True
     try:
-        known = architectures(None, nvcc.codes)
+        chosen = chosen_architectures()
         print(f"cuda_check: CUDA {nvcc.version}, torch {torch_facts()['version']}")
-        folder, library = compiled(known)
+        folder, library = compiled(chosen)
     except CannotBuildError as reason:
         print(f"cuda_check: failed: {reason}", file=sys.stderr)
         return False
-    faults = [f"compute capability {c} is unknown to nvcc" for c in DEFAULT[len(known) :]]
+    faults = []
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        faults = [f"compute capability {c} is unknown to nvcc" for c in DEFAULT[len(chosen) :]]
     faults += spills(folder)
     faults += [f"nothing provides the symbol {name}" for name in missing_symbols(library)]
     for fault in faults:

@@ -38,7 +38,14 @@ def units(operations: Sequence[str] | None, archs: Sequence[int]) -> list[Unit]:
     from building import cuda, cuda_check, tools
 
     try:
-        folder, _ = cuda_check.compiled(cuda.architectures(None, cuda.toolkit().codes), quiet=True)
+        chosen = cuda.chosen_architectures()
+        missing = sorted({*map(str, archs)} - {arch.number for arch in chosen})
+        if missing:
+            raise NotCheckedError(
+                f"not compiled for sm_{', sm_'.join(missing)}, which nvcc or TORCH_CUDA_ARCH_LIST "
+                "leaves out"
+            )
+        folder, _ = cuda_check.compiled(chosen, quiet=True)
     except tools.CannotBuildError as reason:
         raise NotCheckedError(str(reason)) from None
     found = []

@@ -11,23 +11,35 @@
 namespace fastdiff::CPU_CAPABILITY {
 namespace {
 
+bool pointwise(const Conv2d& p) {
+  return p.kernel_h * p.kernel_w * p.stride_h * p.stride_w == 1 && !p.upsample &&
+         p.out_height == p.height && p.out_width == p.width;
+}
+
+// A 1x1 convolution's images are one line each.
+Conv2d in_lines(Conv2d p) {
+  if (pointwise(p)) {
+    p.width = p.out_width = p.height * p.width;
+    p.height = p.out_height = 1;
+  }
+  return p;
+}
+
 template <class T>
 struct Direct {
   static constexpr int64_t kTarget = 96;  // pixels of a block
 
-  const Conv2d& p;
-  const bool pointwise, in_place;
+  const Conv2d p;
+  const bool in_place;
   const Grid grid;
   const int64_t stretch, depth;
   const Division division;
   const int64_t chunk, chunk_ld, filter_chunks;
   Array<double> partials;
 
-  explicit Direct(const Conv2d& p)
-      : p(p),
-        pointwise(p.kernel_h * p.kernel_w * p.stride_h * p.stride_w == 1 && !p.upsample &&
-                  p.out_height == p.height && p.out_width == p.width),
-        in_place(pointwise && !p.skip && !p.norm && !p.silu && std::is_same_v<T, float>),
+  explicit Direct(const Conv2d& given)
+      : p(in_lines(given)),
+        in_place(pointwise(p) && !p.skip && !p.norm && !p.silu && std::is_same_v<T, float>),
         grid(make_grid(p.images, p.out_height, p.out_width, kTarget)),
         stretch(p.kernel_w * p.channels),
         depth(p.kernel_h * stretch),
@@ -77,19 +89,19 @@ struct Direct {
     }
     for (int64_t s = begin; s < end; ++s) {
       const Segment& segment = grid.segments[s];
+      if (in_place) {
+        const float* line = static_cast<const float*>(p.x) + segment.image * p.width * p.x_ld;
+        for (int64_t j = segment.left; j < segment.right; ++j) rows.add(line + j * p.x_ld);
+        continue;
+      }
       const int64_t height = patch_height(segment), width = patch_width(segment);
-      if (!in_place)
-        read_patch<T>(p, segment.image, segment.top * p.stride_h - p.top,
-                      segment.left * p.stride_w - p.left, height, width, 0, p.channels, patch,
-                      p.channels);
+      read_patch<T>(p, segment.image, segment.top * p.stride_h - p.top,
+                    segment.left * p.stride_w - p.left, height, width, 0, p.channels, patch,
+                    p.channels);
       for (int64_t i = 0; i < segment.bottom - segment.top; ++i)
-        for (int64_t j = 0; j < segment.width(); ++j) {
-          const int64_t pixel =
-              (segment.image * p.height + segment.top + i) * p.width + segment.left + j;
-          rows.add(in_place ? static_cast<const float*>(p.x) + pixel * p.x_ld
-                            : patch + (i * p.stride_h * width + j * p.stride_w) * p.channels);
-        }
-      if (!in_place) patch += height * width * p.channels;
+        for (int64_t j = 0; j < segment.width(); ++j)
+          rows.add(patch + (i * p.stride_h * width + j * p.stride_w) * p.channels);
+      patch += height * width * p.channels;
     }
     return rows;
   }
@@ -113,33 +125,33 @@ struct Direct {
             b += deep * packed;
           }
       }
-      for (int64_t s = first; s < grid.blocks[block + 1]; ++s)
-        for (int64_t k = k0; k < k1; k += kLanes) {
-          if (p.statistics) {
-            write<true>(s, k, products + k - k0);
-          } else {
-            write<false>(s, k, products + k - k0);
-          }
+      for (int64_t s = first; s < grid.blocks[block + 1]; ++s) {
+        if (p.statistics) {
+          write<true>(s, k0, k1, products);
+        } else {
+          write<false>(s, k0, k1, products);
         }
+      }
     }
   }
 
-  // One vector of filters of a segment.
+  // A chunk's filters, k0..k1, of a segment: all of a run's before the next run's, since each pixel
+  // is in pages of its own where filters are many.
   template <bool kStatistics>
-  void write(int64_t s, int64_t k, const float* products) {
+  void write(int64_t s, int64_t k0, int64_t k1, const float* products) {
     const Segment& segment = grid.segments[s];
-    Epilogue<T, kStatistics> epilogue;
-    epilogue.begin(p, segment.image, k);
+    Epilogues<T, kStatistics, std::max(kPanel, kChunk)> epilogues(p, segment.image, k0, k1);
     const float* from = products + segment.first * chunk_ld;
+    const int64_t out_height = p.out_height, out_width = p.out_width;  // y might be p's memory
     for (int64_t i = segment.top; i < segment.bottom; ++i) {
-      const int64_t pixel = (segment.image * p.out_height + i) * p.out_width;
-      for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld) {
-        const F value = load_lanes(from);
-        epilogue.expect(1, pixel + j, value);
-        epilogue.write(pixel + j, value);
+      const int64_t line = (segment.image * out_height + i) * out_width;
+      for (int64_t j = segment.left, end; j < segment.right; j = end) {
+        end = std::min(j + kRun, segment.right);
+        epilogues.write_run(line + j, end - j, from, chunk_ld);
+        from += (end - j) * chunk_ld;
       }
     }
-    if (kStatistics) epilogue.finish(partials.data() + s * 2 * p.filters + k);
+    if (kStatistics) epilogues.finish(partials.data() + s * 2 * p.filters + k0);
   }
 };
 

@@ -10,7 +10,9 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-constexpr int64_t kTogether = 32;  // pixels
+constexpr int64_t kTogether = 32;   // pixels
+constexpr int64_t kRun = 8;         // pixels of a line that are written together
+constexpr int64_t kNear = 1 << 18;  // elements of y that are in L2 when they are written
 
 // One vector of channels, k..k + lanes, of one segment. Everything is its own, so that the compiler
 // knows that no write to y changes it.
@@ -52,19 +54,28 @@ struct Epilogue {
     }
   }
 
-  FASTDIFF_INLINE void write(int64_t pixel, F value) {
+  // What a stretch of pixels adds to the sums: apart from them, since y might be their memory.
+  struct Sums {
+    F first, sum{}, squares{};
+  };
+
+  FASTDIFF_INLINE void write(int64_t pixel, F value, Sums& sums) const {
     value = finished(pixel, value);
     store_lanes(y + pixel * filters, value, lanes);
     if constexpr (kStatistics) {
       // Of the rounded values: those are what the norm will see.
       if constexpr (!std::is_same_v<T, float>) value = load_lanes(y + pixel * filters, lanes);
-      const F centred = value - first;
-      sum += centred;
-      squares += centred * centred;
+      const F centred = value - sums.first;
+      sums.sum += centred;
+      sums.squares += centred * centred;
     }
   }
 
-  // The cache lines that `write` will touch.
+  FASTDIFF_INLINE void include(const Sums& sums) {
+    sum += sums.sum;
+    squares += sums.squares;
+  }
+
   FASTDIFF_INLINE void prefetch(int64_t pixel) const {
     __builtin_prefetch(y + pixel * filters, 1);
     if (residual) __builtin_prefetch(residual + pixel * residual_ld);
@@ -96,6 +107,46 @@ struct Epilogue {
       partial[i] = mean[i];
       partial[filters + i] = deviations[i];
     }
+  }
+};
+
+// Channels begin..end of one segment, at most kChannels.
+template <class T, bool kStatistics, int64_t kChannels>
+struct Epilogues {
+  const int64_t vectors;
+  const bool far;
+  Epilogue<T, kStatistics> each[kChannels / kLanes];
+
+  Epilogues(const Conv2d& p, int64_t image, int64_t begin, int64_t end)
+      : vectors((end - begin + kLanes - 1) / kLanes),
+        far(p.images * p.out_height * p.out_width * p.filters > kNear) {
+    for (int64_t v = 0; v < vectors; ++v) each[v].begin(p, image, begin + v * kLanes);
+  }
+
+  FASTDIFF_INLINE Epilogue<T, kStatistics>& operator[](int64_t v) { return each[v]; }
+
+  // The first cache lines that writing the pixel will touch.
+  FASTDIFF_INLINE void prefetch(int64_t pixel, int64_t v = 0) const {
+    if (far) each[v].prefetch(pixel);
+  }
+
+  // `count` pixels, at most kRun, whose products lie `ld` apart.
+  FASTDIFF_INLINE void write_run(int64_t pixel, int64_t count, const float* from, int64_t ld) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const float* products = from + v * kLanes;
+      each[v].expect(count, pixel, load_lanes(products));
+      typename Epilogue<T, kStatistics>::Sums sums{each[v].first};
+      for (int64_t i = 0; i < count; ++i, products += ld) {
+        if (v * kLanes % kLine == 0) prefetch(pixel + i + kRun, v);
+        each[v].write(pixel + i, load_lanes(products), sums);
+      }
+      each[v].include(sums);
+    }
+  }
+
+  // Leaves mean and deviations in a segment's [2, K], of which `partial` is the first channel's.
+  void finish(double* partial) {
+    for (int64_t v = 0; v < vectors; ++v) each[v].finish(partial + v * kLanes);
   }
 };
 

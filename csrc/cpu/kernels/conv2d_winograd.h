@@ -85,7 +85,6 @@ struct Winograd {
   // Tiles of a block: what keeps the products in L2, or more where that saves reading a weight from
   // memory again.
   static constexpr int64_t kTiles = 48, kManyTiles = 128;
-  static constexpr int64_t kNear = 1 << 18;  // elements of y that are in L2 when they are written
 
   const Conv2d& p;
   const int64_t weight_floats;
@@ -217,43 +216,39 @@ struct Winograd {
   // A cache line's filters of a segment.
   template <bool kStatistics>
   void write(int64_t s, int64_t k, const float* products) {
-    constexpr int kParts = kLine / kLanes;
     const Segment& segment = grid.segments[s];
-    const int parts =
-        static_cast<int>(std::min<int64_t>(kParts, (p.filters - k + kLanes - 1) / kLanes));
-    Epilogue<T, kStatistics> epilogues[kParts];
-    for (int v = 0; v < parts; ++v) epilogues[v].begin(p, segment.image, k + v * kLanes);
+    Epilogues<T, kStatistics, kLine> epilogues(p, segment.image, k, std::min(k + kLine, p.filters));
     const float* from = products + segment.first * chunk_ld;
     const int64_t out_height = p.out_height, out_width = p.out_width;  // y might be p's memory
-    const bool far = p.images * out_height * out_width * p.filters > kNear;
     for (int64_t i = segment.top; i < segment.bottom; ++i)
       for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld) {
         const int64_t pixel = (segment.image * out_height + i * m) * out_width + j * m;
         const int64_t height = std::min<int64_t>(m, out_height - i * m),
                       width = std::min<int64_t>(m, out_width - j * m);
-        if (far && j + 1 < segment.right)  // the next tile's lines, while this one is computed
+        if (j + 1 < segment.right)  // the next tile's lines, while this one is computed
           for (int a = 0; a < m; ++a)
-            for (int q = 0; q < m; ++q) epilogues[0].prefetch(pixel + a * out_width + m + q);
-        for (int v = 0; v < parts; ++v) {
+            for (int q = 0; q < m; ++q) epilogues.prefetch(pixel + a * out_width + m + q);
+        for (int64_t v = 0; v < epilogues.vectors; ++v) {
           F out[m * m];
           transform_output(from + v * kLanes, out);
           auto& epilogue = epilogues[v];
           epilogue.expect(height * width, pixel, out[0]);
+          typename Epilogue<T, kStatistics>::Sums sums{epilogue.first};
           if (height == m && width == m) {
 #pragma GCC unroll 4
             for (int a = 0; a < m; ++a)
 #pragma GCC unroll 4
-              for (int q = 0; q < m; ++q) epilogue.write(pixel + a * out_width + q, out[a * m + q]);
+              for (int q = 0; q < m; ++q)
+                epilogue.write(pixel + a * out_width + q, out[a * m + q], sums);
           } else {
             for (int64_t a = 0; a < height; ++a)
               for (int64_t q = 0; q < width; ++q)
-                epilogue.write(pixel + a * out_width + q, out[a * m + q]);
+                epilogue.write(pixel + a * out_width + q, out[a * m + q], sums);
           }
+          epilogue.include(sums);
         }
       }
-    if (kStatistics)
-      for (int v = 0; v < parts; ++v)
-        epilogues[v].finish(partials.data() + s * 2 * p.filters + k + v * kLanes);
+    if (kStatistics) epilogues.finish(partials.data() + s * 2 * p.filters + k);
   }
 
   FASTDIFF_INLINE void transform_output(const float* from, F* out) const {
