@@ -42,31 +42,37 @@ void pack_head(const Attention& p, int64_t unit) {
     }
 }
 
+// The lanes of values[j] that are among the first `count`; the others are `fill`.
+FASTDIFF_INLINE F last_lanes(const float* values, int64_t j, int64_t count, float fill) {
+  F value = load_lanes(values + j);
+  for (int64_t i = count - j; i < kLanes; ++i) value[i] = fill;
+  return value;
+}
+
 // Largest of the first `count` values, `worst` or more.
 inline float largest(const float* values, int64_t count, float worst) {
   F found = worst - F{};
-  for (int64_t j = 0; j < count; j += kLanes) {
-    F value = load_lanes(values + j);
-    for (int64_t i = count - j; i < kLanes; ++i) value[i] = worst;
-    found = found > value ? found : value;
-  }
-  float best = worst;
-  for (int64_t i = 0; i < kLanes; ++i) best = std::max(best, found[i]);
-  return best;
+  const auto include = [&](F value) FASTDIFF_HOT { found = found > value ? found : value; };
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) include(load_lanes(values + j));
+  if (j < count) include(last_lanes(values, j, count, worst));
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) found[i] = std::max(found[i], found[i + half]);
+  return found[0];
 }
 
-// values = 2^(values - top); returns their sum.
-inline float exponentials(float* values, int64_t count, float top) {
+// values = 2^(values - top), top being the largest; returns the sums of each lane.
+inline F exponentials(float* values, int64_t count, float top) {
   F sum{};
-  for (int64_t j = 0; j < count; j += kLanes) {
-    F value = exp2_lanes(load_lanes(values + j) - top);
-    for (int64_t i = count - j; i < kLanes; ++i) value[i] = 0;
+  const auto replace = [&](int64_t j, F value) FASTDIFF_HOT {
+    value = exp2_lanes(value - top);
     store_lanes(values + j, value);
     sum += value;
-  }
-  float total = 0;
-  for (int64_t i = 0; i < kLanes; ++i) total += sum[i];
-  return total;
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) replace(j, load_lanes(values + j));
+  if (j < count) replace(j, last_lanes(values, j, count, kNone));
+  return sum;
 }
 
 template <class T>
@@ -79,7 +85,8 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
   float *out = scores + kQueries * scores_ld, *wide = out + kQueries * out_ld;
   const T* q = static_cast<const T*>(p.q) + image * p.q_strides[0] + head * p.q_strides[1];
   const float *rows[kQueries], *weights[kQueries];
-  float top[kQueries], sum[kQueries] = {};
+  float top[kQueries];
+  F sums[kQueries] = {};  // of each lane
   for (int64_t i = 0; i < count; ++i) {
     const T* row = q + (begin + i) * p.q_strides[2];
     if constexpr (std::is_same_v<T, float>) {
@@ -103,7 +110,7 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
       const float now = largest(row, block, top[i]);
       const float shrink = now == top[i] ? 1.f : std::exp2(top[i] - now);
       // Where all scores so far are -inf none counts.
-      sum[i] = sum[i] * shrink + exponentials(row, block, now == kNone ? 0.f : now);
+      sums[i] = sums[i] * shrink + exponentials(row, block, now == kNone ? 0.f : now);
       top[i] = now;
       if (k0 > 0 && shrink != 1.f)
         for (int64_t c = 0; c < p.value_width; c += kLanes)
@@ -115,11 +122,13 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     values += block * packed_columns(p.value_width);
   }
   for (int64_t i = 0; i < count; ++i) {
-    if (top[i] == kNone) sum[i] = std::numeric_limits<float>::quiet_NaN();  // as PyTorch has it
+    float sum = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[i][lane];
+    if (top[i] == kNone) sum = std::numeric_limits<float>::quiet_NaN();  // as PyTorch has it
     T* to =
         static_cast<T*>(p.out) + ((image * p.queries + begin + i) * p.heads + head) * p.value_width;
     for (int64_t c = 0; c < p.value_width; c += kLanes)
-      store_lanes(to + c, load_lanes(out + i * out_ld + c) / sum[i], p.value_width - c);
+      store_lanes(to + c, load_lanes(out + i * out_ld + c) / sum, p.value_width - c);
   }
 }
 
