@@ -229,7 +229,8 @@ def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool
         weight = torch.full(sizes.weight, 0.5, dtype=sizes.dtype, device="cpu")
         large = 4 * weight.numel() > LARGE
         packed: dict[str, Tensor] = {}
-        left = [[name] for name in names] if large else [list(names)]
+        likely = list(reversed(names))  # the quickest first, beside which others are hopeless
+        left = [[name] for name in likely] if large else [likely]
         for together in left:
             packed.clear()
             for turn in range(MOST + 1):
@@ -257,13 +258,14 @@ def _agree(times: Sequence[float]) -> bool:
 def _calm_time(*args: Any) -> tuple[float, bool]:
     """``_time``, and whether no thread had to make way for another process's meanwhile.
 
-    Where one has, all others wait for it: a slice of the scheduler's, whatever is measured.
+    Where one has, all others wait for it: a slice of the scheduler's, whatever is measured, and
+    much only beside a short call.
     """
     quickest = math.inf
     for _ in range(TRIES):
         before = _interruptions()
         seconds = _time(*args)
-        if _interruptions() == before:
+        if seconds > SLOW or _interruptions() == before:
             return seconds, True
         quickest = min(quickest, seconds)
     return quickest, False
