@@ -438,6 +438,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(which, make_trainer, images, tm
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_ends_it_at_once(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path)
     taken = []

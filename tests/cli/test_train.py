@@ -160,6 +160,7 @@ def test_sigterm_does_the_same(
     assert handlers == [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_second_ctrl_c_ends_at_once_without_a_checkpoint(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
