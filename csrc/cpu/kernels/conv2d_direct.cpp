@@ -140,7 +140,7 @@ struct Direct {
   template <bool kStatistics>
   void write(int64_t s, int64_t k0, int64_t k1, const float* products) {
     const Segment& segment = grid.segments[s];
-    Epilogues<T, kStatistics, std::max(kPanel, kChunk)> epilogues(p, segment.image, k0, k1);
+    Epilogues<T, kStatistics, largest_chunk(kPanel)> epilogues(p, segment.image, k0, k1);
     const float* from = products + segment.first * chunk_ld;
     const int64_t out_height = p.out_height, out_width = p.out_width;  // y might be p's memory
     for (int64_t i = segment.top; i < segment.bottom; ++i) {

@@ -14,8 +14,7 @@ constexpr int64_t kTogether = 32;   // pixels
 constexpr int64_t kRun = 8;         // pixels of a line that are written together
 constexpr int64_t kNear = 1 << 18;  // elements of y that are in L2 when they are written
 
-// One vector of channels, k..k + lanes, of one segment. Everything is its own, so that the compiler
-// knows that no write to y changes it.
+// One vector of channels, k..k + lanes, of one segment, with copies of what it needs of Conv2d.
 template <class T, bool kStatistics>
 struct Epilogue {
   int64_t lanes, filters, residual_ld;
@@ -125,7 +124,7 @@ struct Epilogues {
 
   FASTDIFF_INLINE Epilogue<T, kStatistics>& operator[](int64_t v) { return each[v]; }
 
-  // The first cache lines that writing the pixel will touch.
+  // The cache lines that writing the pixel's vector v will touch.
   FASTDIFF_INLINE void prefetch(int64_t pixel, int64_t v = 0) const {
     if (far) each[v].prefetch(pixel);
   }

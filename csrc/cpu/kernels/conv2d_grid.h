@@ -68,10 +68,11 @@ inline Grid make_grid(int64_t images, int64_t rows, int64_t columns, int64_t tar
 // where the weight does not stay in the cache that the threads share.
 struct Division {
   bool by_block;
-  int64_t chunk;  // filters at a time, whole panels
+  int64_t chunk;  // filters at a time, whole panels, at most largest_chunk(panel)
 };
 
 constexpr int64_t kChunk = 64;
+constexpr int64_t largest_chunk(int64_t panel) { return std::max(panel, kChunk); }
 constexpr int64_t kShared = 4 << 20;  // floats of that cache, more or less
 
 inline Division divide(const Grid& grid, int64_t filters, int64_t weight_floats, int64_t threads,
@@ -79,10 +80,10 @@ inline Division divide(const Grid& grid, int64_t filters, int64_t weight_floats,
   const int64_t blocks = grid.count();
   const bool even = blocks % threads == 0 || blocks >= 4 * threads;
   if (threads == 1 || (even && (weight_floats <= kShared || blocks >= 16 * threads)))
-    return {true, std::max(panel, kChunk)};
+    return {true, largest_chunk(panel)};
   // The chunk that leaves the busiest thread the least, the largest of equals.
   int64_t best = panel, least = filters + panel;
-  for (int64_t chunk = std::max(panel, kChunk); chunk >= panel; chunk -= panel) {
+  for (int64_t chunk = largest_chunk(panel); chunk >= panel; chunk -= panel) {
     const int64_t chunks = (filters + chunk - 1) / chunk;
     const int64_t most = (chunks + threads - 1) / threads * chunk;
     if (most < least) best = chunk, least = most;
