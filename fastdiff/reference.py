@@ -221,8 +221,11 @@ def conv2d(
     residual: Tensor | None,
     scale: float,
     statistics: bool,
+    gated: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(conv(up(act(norm(cat(x, skip))))) + bias + emb + residual) * scale, and its statistics."""
+    """(conv(up(act(norm(cat(x, skip))))) + bias + emb + residual) * scale, and its statistics; or
+    that gated.
+    """
     h = x if skip is None else torch.cat((x, skip), dim=1)
     if norm is not None:
         wide = torch.promote_types(h.dtype, torch.float32)
@@ -242,6 +245,8 @@ def conv2d(
         y = y + residual
     if scale != 1:
         y = y * scale
+    if gated:
+        y = geglu(y.movedim(1, -1)).movedim(-1, 1)
     y = y.contiguous(memory_format=torch.channels_last)
     return y, channel_statistics(y) if statistics else None
 

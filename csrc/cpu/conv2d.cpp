@@ -20,6 +20,7 @@ using Optional = std::optional<at::Tensor>;
 // Sides of kernels, strides and paddings, and channels, beyond which fastdiff/ops/conv2d.py takes
 // the reference: no size that is computed from them can overflow.
 constexpr int64_t kLargest = 64, kMostChannels = int64_t{1} << 20;
+constexpr int64_t kGated = 128;  // filters of a gated one come in multiples: fastdiff/ops/conv2d.py
 constexpr int64_t kAlgorithms = 3;  // direct, winograd2, winograd4: fastdiff/ops/conv2d.py
 
 Threads threads() {
@@ -116,7 +117,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
                                               at::IntArrayRef stride, at::IntArrayRef padding,
                                               bool upsample, const Optional& norm, bool silu,
                                               const Optional& emb, const Optional& residual,
-                                              double scale, bool statistics) {
+                                              double scale, bool statistics, bool gated) {
   check_float_or_bfloat16(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be [N, C, H, W], got ", x.sizes());
   check_weight_size(weight_size);
@@ -148,12 +149,20 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
                     weight_size.slice(2));
   const int64_t out_h = (tall - weight_size[2]) / stride[0] + 1,
                 out_w = (wide - weight_size[3]) / stride[1] + 1;
+  if (gated) {
+    TORCH_CHECK_VALUE(algorithm == 0 && k % kGated == 0, "a gated convolution is direct and has ",
+                      "filters in multiples of ", kGated, ", got algorithm ", algorithm, " and ",
+                      k);
+    TORCH_CHECK_VALUE(!emb && !residual && scale == 1 && !statistics,
+                      "a gated convolution has no emb, residual, scale or statistics");
+  }
   if (bias) check_tensor(*bias, {k}, type, "bias");
   if (norm) check_tensor(*norm, {n, 2, channels}, at::kFloat, "norm");
   if (emb) check_tensor(*emb, {n, k}, type, "emb");
   if (residual) check_tensor(*residual, {n, k, out_h, out_w}, type, "residual");
 
-  auto y = at::empty({n, k, out_h, out_w}, x.options(), at::MemoryFormat::ChannelsLast);
+  auto y =
+      at::empty({n, gated ? k / 2 : k, out_h, out_w}, x.options(), at::MemoryFormat::ChannelsLast);
   auto found = at::empty({statistics ? n : 0, k, 2}, x.options().dtype(at::kDouble));
   if (!statistics) found = at::empty({0}, found.options());
   if (n == 0) return {y, found};
@@ -175,6 +184,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
            .out_width = out_w,
            .upsample = upsample,
            .silu = silu,
+           .gated = gated,
            .scale = static_cast<float>(scale)};
   const auto x_held = by_pixel(x, &p.x_ld);
   at::Tensor skip_held, norm_held, bias_held, emb_held, residual_held;

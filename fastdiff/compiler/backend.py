@@ -14,6 +14,7 @@ from torch._dynamo.backends import registry
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastdiff import ops
 from fastdiff.compiler import composed, report, timings
 from fastdiff.compiler.effects import changes_modes, frozen_nodes, name_of
 from fastdiff.compiler.find import find
@@ -173,10 +174,12 @@ def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> Compi
     normalise(gm)
     remove_unused(gm.graph)
     frozen = frozen_nodes(gm.graph)
+    gated(gm.graph, frozen)
     matches = find(gm.graph, frozen)
     rewriter = Rewriter(gm, matches, frozen, options.precision, options.packed_bytes)
     found.emitted = rewriter.run()
-    found.composed = composed.norms(gm.graph, frozen, alone=True) + gated(gm.graph, frozen)
+    found.composed = composed.norms(gm.graph, frozen, alone=True)
+    found.composed += sum(node.target is ops.geglu for node in gm.graph.nodes)
     restore_strides(gm.graph, frozen)
     found.leave(gm.graph, frozen)
     gm.graph.lint()

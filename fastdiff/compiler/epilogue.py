@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from fastdiff import ops
 from fastdiff.compiler.graph import argument, dtype_of, is_number, op, same_sizes, value
 from fastdiff.compiler.match import Activation, Match
 from fastdiff.compiler.patterns import is_per_channel, is_transparent, scale_of
 from fastdiff.compiler.views import step_down
+from fastdiff.ops.conv2d import GATED
 
 
 def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
@@ -23,6 +25,12 @@ def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
             return
         kind, channel = op(node), here.channel
         if is_transparent(node):
+            here = Activation(node, channel)
+        elif match.gated:
+            return
+        elif node.target is ops.geglu and not waiting and _may_be_gated(match, here):
+            match.gated = True
+            match.absorbed.append("geglu")
             here = Activation(node, channel)
         elif kind == "add" and not match.scale:
             other = _other(node, here.node)
@@ -58,6 +66,14 @@ def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
         if not waiting:
             match.end = here
             claimed.update(path)
+
+
+def _may_be_gated(match: Match, here: Activation) -> bool:
+    weight, ndim = value(match.weight), here.form[0]
+    assert weight is not None
+    plain = match.emb is None and match.residual is None and not match.scale
+    last = match.pointwise and here.channel == ndim - 1
+    return plain and last and weight.shape[0] % GATED == 0
 
 
 def _other(node: Node, mine: Node) -> Node | None:

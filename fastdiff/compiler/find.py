@@ -56,5 +56,5 @@ def _mark_statistics(matches: Iterable[Match]) -> None:
         if match.norm is None:
             continue
         for source in (match.x, match.skip and Activation(match.skip, 1)):
-            if source in found:
+            if source in found and not found[source].gated:
                 found[source].statistics = True

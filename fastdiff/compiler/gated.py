@@ -14,9 +14,8 @@ from fastdiff.compiler.patterns import DTYPES
 from fastdiff.compiler.rewrite import remove_unused
 
 
-def gated(graph: Graph, frozen: set[Node]) -> int:
-    """Put ``ops.geglu`` where a tensor's last dimension is halved and gated; how many."""
-    count = 0
+def gated(graph: Graph, frozen: set[Node]) -> None:
+    """Put ``ops.geglu`` where a tensor's last dimension is halved and gated."""
     for node in list(graph.nodes):
         x = None if node in frozen or op(node) != "mul" else _gated(node, frozen)
         if x is None:
@@ -25,9 +24,7 @@ def gated(graph: Graph, frozen: set[Node]) -> int:
             new = graph.call_function(ops.geglu, (x,))
         new.meta |= {"example_value": node.meta.get("example_value"), OURS: True}
         node.replace_all_uses_with(new)
-        count += 1
     remove_unused(graph)
-    return count
 
 
 def _gated(node: Node, frozen: set[Node]) -> Node | None:

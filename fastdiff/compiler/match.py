@@ -43,6 +43,7 @@ class Match:
         bias, emb, residual: nodes that it adds.
         scale: numbers and nodes that the sum is multiplied by (True) or divided by (False).
         statistics: somebody wants those of the result.
+        gated: its result is a * gelu(b), [a, b] being what it computes.
         absorbed: nodes that it stands for, for the report.
     """
 
@@ -63,6 +64,7 @@ class Match:
     residual: Node | None = None
     scale: list[tuple[Any, bool]] = field(default_factory=list)
     statistics: bool = False
+    gated: bool = False
     absorbed: list[str] = field(default_factory=list)
 
     @property

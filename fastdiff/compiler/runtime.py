@@ -51,6 +51,7 @@ class Convolution:
         upsample: whether pixels are read twice in both directions.
         silu: whether it reads through SiLU.
         statistics: give those of the result too.
+        gated: its result is a * gelu(b), [a, b] being what it computes.
         allowed: the algorithms that it may use, of ``timings.NAMES``.
         measured: whether the quickest of them is found by the clock.
     """
@@ -69,13 +70,15 @@ class Convolution:
         upsample: bool = False,
         silu: bool = False,
         statistics: bool = False,
+        gated: bool = False,
         allowed: Sequence[str],
         measured: bool,
     ) -> None:
         self.index = index
         self.enter, self.enter_y, self.leave = _ENTER[x_form], _ENTER[y_form], _LEAVE[y_form]
         self.stride, self.padding = stride, padding
-        self.upsample, self.silu, self.statistics = upsample, silu, statistics
+        self.upsample, self.silu = upsample, silu
+        self.statistics, self.gated = statistics, gated
         self.allowed, self.measured = allowed, measured
         self.regroups = x_form[0] != y_form[0]
         self.plans: dict[tuple[Any, ...], str] = {}
@@ -105,14 +108,14 @@ class Convolution:
         if emb is not None and emb.shape[0] != x.shape[0]:
             emb = emb.expand(x.shape[0], -1)
         args = (self.stride, self.padding, self.upsample, norm, self.silu, emb, residual, scale,
-                self.statistics)  # fmt: skip
+                self.statistics, self.gated)  # fmt: skip
         algorithm = self.algorithm(x, weight)
         if algorithm != "plain":
             packed = weight.packed(algorithm)
             number = ALGORITHMS.index(algorithm)
             y, found = _op(x, skip, packed, weight.weight.shape, number, bias, *args)
         else:
-            y, _ = reference.conv2d(x, skip, weight.weight, bias, *args[:-1], False)
+            y, _ = reference.conv2d(x, skip, weight.weight, bias, *args[:-2], False, self.gated)
             found = channel_statistics(y) if self.statistics else None
         if shape is not None:
             y = _channels_last(y, shape)

@@ -276,7 +276,7 @@ def _interruptions() -> int:
 
 
 def _time(sizes: Sizes, name: str, x: Tensor, weight: Tensor, packed: Tensor | None) -> float:
-    args = (sizes.stride, sizes.padding, sizes.upsample, None, False, None, None, 1.0, False)
+    args = (sizes.stride, sizes.padding, sizes.upsample, None, False, None, None, 1.0, False, False)
     begin = time.perf_counter()
     if packed is None:
         reference.conv2d(x, None, weight, None, *args)

@@ -25,6 +25,7 @@ ALGORITHMS = ("direct", "winograd2", "winograd4")  # the number that C++ knows t
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST = 64  # side of a kernel, stride and padding that the C++ kernel takes
 MOST_CHANNELS = 2**20
+GATED = 128  # filters of a gated convolution come in multiples of it
 
 torch.library.define("fastdiff::conv2d_packed_size", "(int[] weight_size, int algorithm) -> int")
 torch.library.define("fastdiff::conv2d_pack", "(Tensor weight, int algorithm) -> Tensor")
@@ -32,7 +33,7 @@ torch.library.define(
     "fastdiff::conv2d",
     "(Tensor x, Tensor? skip, Tensor packed, int[] weight_size, int algorithm, Tensor? bias, "
     "int[] stride, int[] padding, bool upsample, Tensor? norm, bool silu, Tensor? emb, "
-    "Tensor? residual, float scale, bool statistics) -> (Tensor, Tensor)",
+    "Tensor? residual, float scale, bool statistics, bool gated) -> (Tensor, Tensor)",
 )
 
 
@@ -51,6 +52,7 @@ def conv2d(
     residual: Tensor | None = None,
     scale: float = 1.0,
     statistics: bool = False,
+    gated: bool = False,
     packed: Tensor | None = None,
     algorithm: str = "direct",
 ) -> tuple[Tensor, Tensor | None]:
@@ -73,13 +75,16 @@ def conv2d(
         residual: like y.
         scale: multiplies the sum.
         statistics: take those of y on the way.
+        gated: y = a * gelu(b), [a, b] being the halves of conv(...) + bias, whose K channels are a
+            multiple of 128: GEGLU of Shazeer 2020 (arXiv:2002.05202). Direct, without emb,
+            residual, scale and statistics.
         packed: what ``conv2d_pack(weight, algorithm)`` gave; None packs for this call alone.
         algorithm: ``direct``, or for stride 1 and R = S = 3 ``winograd2`` or ``winograd4``, F(2x2)
             or F(4x4) of Lavin & Gray 2016 (arXiv:1509.09308), which take 1/2.25 and 1/4 of the
             multiplications; csrc/cpu/kernels/conv2d_winograd.cpp states what they cost in accuracy.
 
     Returns:
-        y [N, K, H', W'], channels-last, and None or its statistics: float64 [N, K, 2], mean and
+        y [N, K, H', W'], or gated [N, K / 2, H', W'], channels-last, and None or its statistics: float64 [N, K, 2], mean and
         variance over each channel's pixels.
 
     Raises:
@@ -88,7 +93,7 @@ def conv2d(
         ValueError: shapes or devices do not fit, or the algorithm does not suit the convolution.
     """
     check_no_gradient(x, weight, bias, skip, norm, emb, residual)
-    args = (stride, padding, upsample, norm, silu, emb, residual, scale, statistics)
+    args = (stride, padding, upsample, norm, silu, emb, residual, scale, statistics, gated)
     check(x, skip, weight, bias, algorithm, *args)
     with span("conv2d"):
         if not (kernel_runs(x) and within_limits(weight.shape, stride, padding)):
@@ -161,6 +166,7 @@ def check(
     residual: Tensor | None,
     scale: float,
     statistics: bool,
+    gated: bool,
 ) -> None:
     """Raise what ``conv2d`` says it raises."""
     check_floating(x, "x")
@@ -198,6 +204,13 @@ def check(
             f"{algorithm} is for 3x3 kernels and stride 1, "
             f"got {tuple(kernel_size)} and {tuple(stride)}"
         )
+    if gated and (k % GATED or algorithm != "direct"):
+        raise ValueError(
+            f"a gated convolution is direct and has filters in multiples of {GATED}, "
+            f"got {algorithm} and {k}"
+        )
+    if gated and (emb is not None or residual is not None or scale != 1 or statistics):
+        raise ValueError("a gated convolution has no emb, residual, scale or statistics")
     out = output_size(size, kernel_size, stride, padding, upsample)
     if min(out) < 1:
         raise ValueError(f"images of {tuple(size)} are smaller than the kernel {kernel_size}")
@@ -227,11 +240,11 @@ def _fake_pack(weight: Tensor, algorithm: int) -> Tensor:
 @torch.library.register_fake("fastdiff::conv2d")
 def _fake(  # type: ignore[no-untyped-def]
     x, skip, packed, weight_size, algorithm, bias, stride, padding, upsample, norm, silu, emb,
-    residual, scale, statistics,
+    residual, scale, statistics, gated,
 ):  # fmt: skip
     check_devices(x, skip, packed, bias, norm, emb, residual)
     k, _, *kernel_size = weight_size
     out = output_size(x.shape[2:], kernel_size, stride, padding, upsample)
-    y = x.new_empty((x.shape[0], k, *out)).to(memory_format=torch.channels_last)
+    y = x.new_empty((x.shape[0], k // 2 if gated else k, *out)).to(memory_format=torch.channels_last)
     shape = (x.shape[0], k, 2) if statistics else (0,)
     return y, x.new_empty(shape, dtype=torch.float64)

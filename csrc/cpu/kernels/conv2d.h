@@ -17,9 +17,10 @@ struct Threads {
   void (*run)(int64_t units, Body body, void* context);
 };
 
-// y = (conv(up(silu(norm(cat(x, skip))))) + bias + emb + residual) * scale. T is `dtype`, float32
-// or bfloat16; images are [N, H, W, C], a pixel's channels side by side and `ld` elements from the
-// next pixel's. Sums are taken in float32.
+// y = (conv(up(silu(norm(cat(x, skip))))) + bias + emb + residual) * scale, or where it is gated
+// a * gelu(b), [a, b] being the halves of conv(...) + bias. T is `dtype`, float32 or bfloat16;
+// images are [N, H, W, C], a pixel's channels side by side and `ld` elements from the next pixel's.
+// Sums are taken in float32.
 struct Conv2d {
   c10::ScalarType dtype;
   int64_t images, height, width;        // of x and skip
@@ -27,7 +28,7 @@ struct Conv2d {
   int64_t filters, kernel_h, kernel_w;  // of the weight
   int64_t stride_h, stride_w, top, left;
   int64_t out_height, out_width;
-  bool upsample, silu;
+  bool upsample, silu, gated;
   float scale;
   int64_t x_ld, skip_ld, emb_ld, residual_ld;
   const void* x;
@@ -37,7 +38,7 @@ struct Conv2d {
   const void* bias;      // [K] or null
   const void* emb;       // [N, K] or null
   const void* residual;  // like y, or null
-  void* y;               // [N, H', W', K]
+  void* y;               // [N, H', W', K], or gated K / 2
   double* statistics;    // [N, K, 2], mean and variance; or null
   Threads threads;
 };

@@ -27,14 +27,16 @@ Conv2d in_lines(Conv2d p) {
 
 template <class T>
 struct Direct {
-  static constexpr int64_t kTarget = 96;  // pixels of a block
+  static constexpr int64_t kTarget = 96;                   // pixels of a block
+  static constexpr int64_t kMost = largest_chunk(kPanel);  // channels of a chunk
 
   const Conv2d p;
   const bool in_place;
   const Grid grid;
   const int64_t stretch, depth;
+  const int64_t gates, outputs;  // 2 filters for each channel of y, or 1
   const Division division;
-  const int64_t chunk, chunk_ld, filter_chunks;
+  const int64_t chunk, chunk_ld, chunks;  // of y's channels
   Array<double> partials;
 
   explicit Direct(const Conv2d& given)
@@ -43,10 +45,12 @@ struct Direct {
         grid(make_grid(p.images, p.out_height, p.out_width, kTarget)),
         stretch(p.kernel_w * p.channels),
         depth(p.kernel_h * stretch),
-        division(divide(grid, p.filters, depth * p.filters, p.threads.count, kPanel)),
+        gates(p.gated ? 2 : 1),
+        outputs(p.filters / gates),
+        division(divide(grid, outputs, depth * p.filters, p.threads.count, kPanel)),
         chunk(division.chunk),
-        chunk_ld(chunk + kLine),
-        filter_chunks((p.filters + chunk - 1) / chunk),
+        chunk_ld(gates * chunk + kLine),
+        chunks((outputs + chunk - 1) / chunk),
         partials(p.statistics ? grid.segments.size() * 2 * p.filters : 0) {}
 
   void run() {
@@ -54,13 +58,13 @@ struct Direct {
       share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           const auto rows = read(block);
-          multiply(block, 0, filter_chunks, rows);
+          multiply(block, 0, chunks, rows);
         }
       });
     } else {
       for (int64_t block = 0; block < grid.count(); ++block) {
         const auto rows = read(block);
-        share(p.threads, filter_chunks,
+        share(p.threads, chunks,
               [&](int64_t begin, int64_t end) { multiply(block, begin, end, rows); });
       }
     }
@@ -106,41 +110,48 @@ struct Direct {
     return rows;
   }
 
-  // Chunks begin..end of the filters of a block.
+  // Chunks begin..end of y's channels of a block.
   void multiply(int64_t block, int64_t begin, int64_t end, const Array<const float*>& rows) {
     static thread_local Scratch scratch;
     float* products = scratch.at_least(grid.largest * chunk_ld);
     const int64_t first = grid.blocks[block], pixels = rows.size();
     const int64_t row = patch_width(grid.segments[first]) * p.channels;
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t k0 = part * chunk, k1 = std::min(p.filters, k0 + chunk);
-      for (int64_t k = k0; k < k1; k += kPanel) {
-        const int64_t columns = std::min(kPanel, k1 - k), packed = packed_columns(columns);
-        const float* b = p.packed + k * depth;
-        for (int64_t r = 0; r < p.kernel_h; ++r)
-          for (int64_t d = 0; d < stretch; d += kDepth) {
-            const int64_t deep = std::min(kDepth, stretch - d);
-            multiply_panel(pixels, rows.data(), r * row + d, deep, b, columns, products + k - k0,
-                           chunk_ld, r + d > 0);
-            b += deep * packed;
-          }
-      }
+      const int64_t k0 = part * chunk, k1 = std::min(outputs, k0 + chunk);
+      for (int64_t gate = 0; gate < gates; ++gate)
+        for (int64_t k = k0; k < k1; k += kPanel) {
+          const int64_t columns = std::min(kPanel, k1 - k), packed = packed_columns(columns);
+          const float* b = p.packed + (gate * outputs + k) * depth;
+          float* c = products + gate * (k1 - k0) + k - k0;
+          for (int64_t r = 0; r < p.kernel_h; ++r)
+            for (int64_t d = 0; d < stretch; d += kDepth) {
+              const int64_t deep = std::min(kDepth, stretch - d);
+              multiply_panel(pixels, rows.data(), r * row + d, deep, b, columns, c, chunk_ld,
+                             r + d > 0);
+              b += deep * packed;
+            }
+        }
       for (int64_t s = first; s < grid.blocks[block + 1]; ++s) {
-        if (p.statistics) {
-          write<true>(s, k0, k1, products);
+        const Segment& segment = grid.segments[s];
+        if (p.gated) {
+          Gated<T, kMost> gated(p, k0, k1);
+          write(segment, products, gated);
+        } else if (p.statistics) {
+          Epilogues<T, true, kMost> epilogues(p, segment.image, k0, k1);
+          write(segment, products, epilogues);
+          epilogues.finish(partials.data() + s * 2 * p.filters + k0);
         } else {
-          write<false>(s, k0, k1, products);
+          Epilogues<T, false, kMost> epilogues(p, segment.image, k0, k1);
+          write(segment, products, epilogues);
         }
       }
     }
   }
 
-  // A chunk's filters, k0..k1, of a segment: all of a run's before the next run's, since each pixel
-  // is in pages of its own where filters are many.
-  template <bool kStatistics>
-  void write(int64_t s, int64_t k0, int64_t k1, const float* products) {
-    const Segment& segment = grid.segments[s];
-    Epilogues<T, kStatistics, largest_chunk(kPanel)> epilogues(p, segment.image, k0, k1);
+  // A chunk of a segment: all of a run's channels before the next run's, since each pixel is in
+  // pages of its own where filters are many.
+  template <class Epilogues>
+  void write(const Segment& segment, const float* products, Epilogues& epilogues) {
     const float* from = products + segment.first * chunk_ld;
     const int64_t out_height = p.out_height, out_width = p.out_width;  // y might be p's memory
     for (int64_t i = segment.top; i < segment.bottom; ++i) {
@@ -151,7 +162,6 @@ struct Direct {
         from += (end - j) * chunk_ld;
       }
     }
-    if (kStatistics) epilogues.finish(partials.data() + s * 2 * p.filters + k0);
   }
 };
 

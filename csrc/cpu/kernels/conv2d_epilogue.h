@@ -149,6 +149,40 @@ struct Epilogues {
   }
 };
 
+// Channels begin..end of a gated convolution's y = a * gelu(b), at most kChannels.
+template <class T, int64_t kChannels>
+struct Gated {
+  static constexpr int64_t kVectors = kChannels / kLanes;
+  const int64_t vectors, channels;
+  T* const y;
+  const bool far;
+  F value[kVectors], gate[kVectors];  // biases
+
+  Gated(const Conv2d& p, int64_t begin, int64_t end)
+      : vectors((end - begin) / kLanes),
+        channels(p.filters / 2),
+        y(static_cast<T*>(p.y) + begin),
+        far(p.images * p.out_height * p.out_width * channels > kNear) {
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t v = 0; v < vectors; ++v) {
+      value[v] = bias ? load_lanes(bias + begin + v * kLanes) : F{};
+      gate[v] = bias ? load_lanes(bias + channels + begin + v * kLanes) : F{};
+    }
+  }
+
+  // `count` pixels, at most kRun, whose products lie `ld` apart, a's before b's.
+  FASTDIFF_INLINE void write_run(int64_t pixel, int64_t count, const float* from, int64_t ld) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const float *a = from + v * kLanes, *b = a + vectors * kLanes;
+      T* to = y + pixel * channels + v * kLanes;
+      for (int64_t i = 0; i < count; ++i, a += ld, b += ld, to += channels) {
+        if (far && v * kLanes % kLine == 0) __builtin_prefetch(to + kRun * channels, 1);
+        store_lanes(to, (load_lanes(a) + value[v]) * gelu(load_lanes(b) + gate[v]));
+      }
+    }
+  }
+};
+
 // Joins what the segments have, [segments, 2, K], to mean and variance of each image and channel.
 // `pixels(i)` is how many pixels segment i has.
 template <class Pixels>
