@@ -13,7 +13,6 @@ from comparison import Comparison, every_shape
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops.conv2d import ALGORITHMS
 
 GROUPS = 32
 PADDING = (1, 1, 1, 1)
@@ -26,7 +25,7 @@ bfloat16 = pytest.param(
         not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no native bfloat16"
     ),
 )
-every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+every_algorithm = pytest.mark.parametrize("algorithm", ["direct", "winograd2", "winograd4"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, bfloat16], ids=["f32", "bf16"])
 convolutions = every_shape(  # batch, channels in and out, size
     (8, 128, 128, 32), (8, 256, 256, 16), (2, 320, 320, 64), (1, 256, 256, 16)

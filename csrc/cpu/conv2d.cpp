@@ -20,8 +20,10 @@ using Optional = std::optional<at::Tensor>;
 // Sides of kernels, strides and paddings, and channels, beyond which fastdiff/ops/conv2d.py takes
 // the reference: no size that is computed from them can overflow.
 constexpr int64_t kLargest = 64, kMostChannels = int64_t{1} << 20;
-constexpr int64_t kGated = 128;  // filters of a gated one come in multiples: fastdiff/ops/conv2d.py
-constexpr int64_t kAlgorithms = 3;  // direct, winograd2, winograd4: fastdiff/ops/conv2d.py
+// As there: filters of a gated convolution and channels of a Strassen one come in multiples of
+// these, and algorithms have these numbers.
+constexpr int64_t kGated = 256, kHalves = 32;
+enum Algorithm : int64_t { kDirect, kWinograd2, kWinograd4, kStrassen, kAlgorithms };
 
 Threads threads() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
@@ -31,12 +33,16 @@ Threads threads() {
           }};
 }
 
-void check_algorithm(int64_t algorithm, at::IntArrayRef kernel, at::IntArrayRef stride) {
+void check_algorithm(int64_t algorithm, at::IntArrayRef weight, at::IntArrayRef stride) {
   TORCH_CHECK_VALUE(algorithm >= 0 && algorithm < kAlgorithms, "unknown algorithm ", algorithm);
-  const bool plain = kernel[0] == 3 && kernel[1] == 3 && stride[0] == 1 && stride[1] == 1;
-  TORCH_CHECK_VALUE(algorithm == 0 || plain,
-                    "Winograd is for 3x3 kernels and stride 1, got kernel ", kernel, " and stride ",
-                    stride);
+  const bool plain = weight[2] == 3 && weight[3] == 3 && stride[0] == 1 && stride[1] == 1;
+  TORCH_CHECK_VALUE((algorithm != kWinograd2 && algorithm != kWinograd4) || plain,
+                    "Winograd is for 3x3 kernels and stride 1, got a weight of ", weight,
+                    " and stride ", stride);
+  const bool halves = weight[2] == 1 && weight[3] == 1 && weight[1] % kHalves == 0;
+  TORCH_CHECK_VALUE(algorithm != kStrassen || halves,
+                    "Strassen is for 1x1 kernels and channels in multiples of ", kHalves,
+                    ", got a weight of ", weight);
 }
 
 void check_weight_size(at::IntArrayRef size) {
@@ -50,16 +56,17 @@ void check_weight_size(at::IntArrayRef size) {
 // Floats that the packed weight takes; with `weight` and `out`, packs it.
 int64_t pack(int64_t algorithm, at::IntArrayRef sizes, const float* weight, float* out) {
   int64_t size = 0;
-  const auto kernel = algorithm == 0   ? FASTDIFF_KERNEL(conv2d_direct_pack)
-                      : algorithm == 1 ? FASTDIFF_KERNEL(conv2d_winograd2_pack)
-                                       : FASTDIFF_KERNEL(conv2d_winograd4_pack);
+  const auto kernel = algorithm == kDirect      ? FASTDIFF_KERNEL(conv2d_direct_pack)
+                      : algorithm == kStrassen  ? FASTDIFF_KERNEL(conv2d_strassen_pack)
+                      : algorithm == kWinograd2 ? FASTDIFF_KERNEL(conv2d_winograd2_pack)
+                                                : FASTDIFF_KERNEL(conv2d_winograd4_pack);
   kernel(weight, sizes.data(), out, &size, threads());
   return size;
 }
 
 int64_t packed_size(at::IntArrayRef weight_size, int64_t algorithm) {
   check_weight_size(weight_size);
-  check_algorithm(algorithm, weight_size.slice(2), {1, 1});
+  check_algorithm(algorithm, weight_size, {1, 1});
   return pack(algorithm, weight_size, nullptr, nullptr);
 }
 
@@ -129,7 +136,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
   for (const auto side : padding)
     TORCH_CHECK_VALUE(side >= 0 && side <= kLargest, "padding must be 0 to ", kLargest, ", got ",
                       padding);
-  check_algorithm(algorithm, weight_size.slice(2), stride);
+  check_algorithm(algorithm, weight_size, stride);
   const auto type = x.scalar_type();
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3), k = weight_size[0];
   int64_t channels = x.size(1);
@@ -150,9 +157,10 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
   const int64_t out_h = (tall - weight_size[2]) / stride[0] + 1,
                 out_w = (wide - weight_size[3]) / stride[1] + 1;
   if (gated) {
-    TORCH_CHECK_VALUE(algorithm == 0 && k % kGated == 0, "a gated convolution is direct and has ",
-                      "filters in multiples of ", kGated, ", got algorithm ", algorithm, " and ",
-                      k);
+    TORCH_CHECK_VALUE(
+        (algorithm == kDirect || algorithm == kStrassen) && k % kGated == 0,
+        "a gated convolution is direct or Strassen's and has filters in multiples of ", kGated,
+        ", got algorithm ", algorithm, " and ", k, " filters");
     TORCH_CHECK_VALUE(!emb && !residual && scale == 1 && !statistics,
                       "a gated convolution has no emb, residual, scale or statistics");
   }
@@ -198,9 +206,10 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
   p.y = y.mutable_data_ptr();
   p.statistics = statistics ? found.mutable_data_ptr<double>() : nullptr;
   p.threads = threads();
-  const auto kernel = algorithm == 0   ? FASTDIFF_KERNEL(conv2d_direct)
-                      : algorithm == 1 ? FASTDIFF_KERNEL(conv2d_winograd2)
-                                       : FASTDIFF_KERNEL(conv2d_winograd4);
+  const auto kernel = algorithm == kDirect      ? FASTDIFF_KERNEL(conv2d_direct)
+                      : algorithm == kStrassen  ? FASTDIFF_KERNEL(conv2d_strassen)
+                      : algorithm == kWinograd2 ? FASTDIFF_KERNEL(conv2d_winograd2)
+                                                : FASTDIFF_KERNEL(conv2d_winograd4);
   kernel(p);
   return {y, found};
 }

@@ -93,17 +93,15 @@ class Budget:
         kept, apart = [], list(single)
         for unit, option in zip(units, chosen, strict=True):
             # What is left allows other choices where sizes, unknown now, are other ones.
+            whole = next((other for other in unit.options if other.together), option)
+            if not option.together and whole.size - option.size <= left:
+                option, left = whole, left - (whole.size - option.size)
             names = {"plain", option.name}
-            if not unit.group:
-                for other in unit.options:
-                    if other.name not in names and other.size <= left:
-                        names.add(other.name)
-                        left -= other.size
-            elif not option.together:
-                extra = unit.options[-1].size - option.size
-                if extra <= left:
-                    option, left = unit.options[-1], left - extra
-                    names.add(option.name)
+            for other in unit.options:
+                fits = other.together == option.together and other.size <= left
+                if fits and other.name not in names:
+                    names.add(other.name)
+                    left -= other.size
             allowed = tuple(name for name in self.names if name in names)
             if option.together:
                 kept.append(unit.matches)
@@ -145,18 +143,21 @@ class Budget:
         if _is_product(group[0]):
             options = [Option(0, len(group) * CALL), Option(copied, CALL, together=True)]
             return _Unit(group, options, group=True)
+        whole = _sizes(group)
+        names = whole.among(self.names)  # which suit each of them too
         options = [
             Option(
                 sum(packed_bytes(name, _sizes([match]).weight) for match in group),
                 sum(cost(table[_sizes([match])], name) + CALL for match in group),
                 name,
             )
-            for name in ("plain", "direct")
+            for name in names
         ]
-        whole = _sizes(group)
-        size = copied + packed_bytes("direct", whole.weight)
-        seconds = cost(table[whole], "direct") + CALL
-        return _Unit(group, [*options, Option(size, seconds, "direct", together=True)], group=True)
+        for name in names[1:]:
+            size = copied + packed_bytes(name, whole.weight)
+            seconds = cost(table[whole], name) + CALL
+            options.append(Option(size, seconds, name, together=True))
+        return _Unit(group, options, group=True)
 
 
 def spend(options: Sequence[Sequence[Option]], bound: int) -> tuple[list[Option], int]:

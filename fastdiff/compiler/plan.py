@@ -14,6 +14,8 @@ TILES = 16  # of F(4x4), below which its transforms and its weights' 36 planes d
 # PyTorch's convolution must be that much quicker than ours: what ours do on the way, the norm and
 # the additions, are passes of their own beside it.
 PLAIN = 0.8
+# And Strassen's than the direct one, whose weights take 4/7 of the memory.
+STRASSEN = 0.98
 
 
 def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
@@ -49,7 +51,9 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
     height, width = output_size(sizes.x[2:], kernel, sizes.stride, sizes.padding, sizes.upsample)
     pixels = sizes.x[0] * height * width
     unit = 1e-11 * pixels * k * c * kernel[0] * kernel[1]
-    shares = {"plain": 1.0, "direct": 0.75, "winograd2": 0.5, "winograd4": 0.35}
+    shares = {"plain": 1.0, "direct": 0.75, "winograd2": 0.5, "winograd4": 0.35, "strassen": 0.7}
+    if min(k, c) < 256 or pixels < 256:
+        shares["strassen"] = 0.8
     if min(k, c) < 16:
         shares["winograd2"], shares["winograd4"] = 0.9, 0.95
     elif pixels < 16 * TILES:
@@ -58,8 +62,8 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
 
 
 def cost(row: dict[str, float], name: str) -> float:
-    """Seconds of an algorithm, those of ``plain`` with what it is at a disadvantage."""
-    return row[name] / PLAIN if name == "plain" else row[name]
+    """Seconds of an algorithm, with what it is at a disadvantage."""
+    return row[name] / {"plain": PLAIN, "strassen": STRASSEN}.get(name, 1.0)
 
 
 def packed_bytes(name: str, weight: Sequence[int]) -> int:

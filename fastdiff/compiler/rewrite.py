@@ -186,7 +186,8 @@ class Rewriter:
     def _convolution(self, match: Match, index: int) -> runtime.Convolution:
         return runtime.Convolution(
             index, match.x.form, match.end.form, stride=match.stride, padding=match.padding,
-            upsample=match.upsample, silu=match.silu, statistics=match.statistics, gated=match.gated,
+            upsample=match.upsample, silu=match.silu, statistics=match.statistics,
+            gated=match.gated,
             allowed=self.budget.allowed(self.weights[index]), measured=self.budget.measured,
         )  # fmt: skip
 

@@ -21,11 +21,13 @@ from fastdiff.ops.checks import (
 from fastdiff.ops.dispatch import check_devices
 from fastdiff.profiling import span
 
-ALGORITHMS = ("direct", "winograd2", "winograd4")  # the number that C++ knows them by
+# The number that C++ knows them by.
+ALGORITHMS = ("direct", "winograd2", "winograd4", "strassen")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST = 64  # side of a kernel, stride and padding that the C++ kernel takes
 MOST_CHANNELS = 2**20
-GATED = 128  # filters of a gated convolution come in multiples of it
+GATED = 256  # filters of a gated convolution come in multiples of it
+HALVES = 32  # and channels of Strassen's
 
 torch.library.define("fastdiff::conv2d_packed_size", "(int[] weight_size, int algorithm) -> int")
 torch.library.define("fastdiff::conv2d_pack", "(Tensor weight, int algorithm) -> Tensor")
@@ -76,16 +78,18 @@ def conv2d(
         scale: multiplies the sum.
         statistics: take those of y on the way.
         gated: y = a * gelu(b), [a, b] being the halves of conv(...) + bias, whose K channels are a
-            multiple of 128: GEGLU of Shazeer 2020 (arXiv:2002.05202). Direct, without emb,
-            residual, scale and statistics.
+            multiple of 256: GEGLU of Shazeer 2020 (arXiv:2002.05202). Direct or Strassen's, without
+            emb, residual, scale and statistics.
         packed: what ``conv2d_pack(weight, algorithm)`` gave; None packs for this call alone.
-        algorithm: ``direct``, or for stride 1 and R = S = 3 ``winograd2`` or ``winograd4``, F(2x2)
-            or F(4x4) of Lavin & Gray 2016 (arXiv:1509.09308), which take 1/2.25 and 1/4 of the
-            multiplications; csrc/cpu/kernels/conv2d_winograd.cpp states what they cost in accuracy.
+        algorithm: ``direct``; for stride 1 and R = S = 3 ``winograd2`` or ``winograd4``, F(2x2) or
+            F(4x4) of Lavin & Gray 2016 (arXiv:1509.09308), which take 1/2.25 and 1/4 of the
+            multiplications; for R = S = 1 and channels in multiples of 32 ``strassen`` (Strassen
+            1969, Numerische Mathematik 13), which takes 7/8 of them. What they cost in accuracy is
+            in csrc/cpu/kernels/conv2d_winograd.h and strassen.h.
 
     Returns:
-        y [N, K, H', W'], or gated [N, K / 2, H', W'], channels-last, and None or its statistics: float64 [N, K, 2], mean and
-        variance over each channel's pixels.
+        y [N, K, H', W'], or gated [N, K / 2, H', W'], channels-last, and None or its statistics:
+        float64 [N, K, 2], mean and variance over each channel's pixels.
 
     Raises:
         RuntimeError: a gradient is wanted, which there is none of.
@@ -134,9 +138,12 @@ def within_limits(
     )
 
 
-def suits(algorithm: str, kernel_size: Sequence[int], stride: Sequence[int]) -> bool:
+def suits(algorithm: str, weight_size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether ``algorithm`` can compute such a convolution."""
-    return algorithm == "direct" or (tuple(kernel_size) == (3, 3) and tuple(stride) == (1, 1))
+    _, channels, *kernel_size = weight_size
+    if algorithm == "strassen":
+        return kernel_size == [1, 1] and channels % HALVES == 0
+    return algorithm == "direct" or (kernel_size == [3, 3] and tuple(stride) == (1, 1))
 
 
 def output_size(
@@ -199,15 +206,20 @@ def check(
             f"wanted two strides of 1 or more and four paddings of 0 or more, "
             f"got {tuple(stride)} and {tuple(padding)}"
         )
-    if not suits(algorithm, kernel_size, stride):
-        raise ValueError(
-            f"{algorithm} is for 3x3 kernels and stride 1, "
-            f"got {tuple(kernel_size)} and {tuple(stride)}"
+    if not suits(algorithm, weight.shape, stride):
+        wanted = (
+            f"1x1 kernels and channels in multiples of {HALVES}"
+            if algorithm == "strassen"
+            else "3x3 kernels and stride 1"
         )
-    if gated and (k % GATED or algorithm != "direct"):
         raise ValueError(
-            f"a gated convolution is direct and has filters in multiples of {GATED}, "
-            f"got {algorithm} and {k}"
+            f"{algorithm} is for {wanted}, got a weight of {tuple(weight.shape)} "
+            f"and stride {tuple(stride)}"
+        )
+    if gated and (k % GATED or algorithm not in ("direct", "strassen")):
+        raise ValueError(
+            "a gated convolution is direct or Strassen's and has filters in multiples of "
+            f"{GATED}, got {algorithm} and {k} filters"
         )
     if gated and (emb is not None or residual is not None or scale != 1 or statistics):
         raise ValueError("a gated convolution has no emb, residual, scale or statistics")
@@ -245,6 +257,8 @@ def _fake(  # type: ignore[no-untyped-def]
     check_devices(x, skip, packed, bias, norm, emb, residual)
     k, _, *kernel_size = weight_size
     out = output_size(x.shape[2:], kernel_size, stride, padding, upsample)
-    y = x.new_empty((x.shape[0], k // 2 if gated else k, *out)).to(memory_format=torch.channels_last)
+    y = x.new_empty((x.shape[0], k // 2 if gated else k, *out)).to(
+        memory_format=torch.channels_last
+    )
     shape = (x.shape[0], k, 2) if statistics else (0,)
     return y, x.new_empty(shape, dtype=torch.float64)

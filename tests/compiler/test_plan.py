@@ -20,10 +20,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 from fastdiff.compiler import backend, budget, explain, plan, timings
 from fastdiff.compiler.budget import Option, spend
 from fastdiff.compiler.timings import NAMES, Sizes
-from fastdiff.ops.conv2d import ALGORITHMS, conv2d_pack
+from fastdiff.ops.conv2d import ALGORITHMS, conv2d_pack, suits
 
 SIZE = Sizes((2, 16, 8, 12), (32, 16, 3, 3), (1, 1), (1, 1, 1, 1), False, torch.float32, 1)
-ROW = {"plain": 4e-3, "direct": 3e-3, "winograd2": 2e-3, "winograd4": 1e-3}
+ROW = {"plain": 4e-3, "direct": 3e-3, "winograd2": 2e-3, "winograd4": 1e-3, "strassen": 2e-3}
+OF_3X3 = SIZE.among(NAMES)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_measurements_are_kept(cache, monkeypatch):
     monkeypatch.setattr(timings, "SPREAD", 1e9)  # on a busy machine too
     first = timings.of([SIZE, SIZE])
     assert first[0] == first[1]
-    assert set(first[0]) == set(NAMES)
+    assert set(first[0]) == set(OF_3X3)
     assert all(0 < seconds < 10 for seconds in first[0].values())
     forget()
     assert timings.of([SIZE]) == first[:1]
@@ -88,7 +89,7 @@ def test_each_size_is_measured_once(clock):
 
 def test_only_what_is_wanted_is_measured():
     assert set(timings.of([SIZE], ("plain", "direct"))[0]) == {"plain", "direct"}
-    assert set(timings.of([SIZE])[0]) == set(NAMES)
+    assert set(timings.of([SIZE])[0]) == set(OF_3X3)
     strided = replace(SIZE, stride=(2, 2))
     assert set(timings.of([strided])[0]) == {"plain", "direct"}
 
@@ -118,16 +119,16 @@ def test_slow_algorithms_are_not_repeated(monkeypatch):
         return taken[name]
 
     monkeypatch.setattr(timings, "_time", time)
-    assert timings._measure(SIZE, NAMES) == (taken, True)
-    assert {name: calls.count(name) for name in NAMES} == {
+    assert timings._measure(SIZE, OF_3X3) == (taken, True)
+    assert {name: calls.count(name) for name in OF_3X3} == {
         "plain": 1, "direct": 1, "winograd2": 4, "winograd4": 2,
     }  # fmt: skip
 
 
 def test_a_cold_first_call_does_not_count(monkeypatch):
-    calls = {name: iter([5e-4, 2e-3, 1e-3, 1.1e-3]) for name in NAMES}
+    calls = {name: iter([5e-4, 2e-3, 1e-3, 1.1e-3]) for name in OF_3X3}
     monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: next(calls[name]))
-    assert timings._measure(SIZE, NAMES) == (dict.fromkeys(NAMES, 1e-3), True)
+    assert timings._measure(SIZE, OF_3X3) == (dict.fromkeys(OF_3X3, 1e-3), True)
 
 
 def test_calls_that_were_interrupted_do_not_count(monkeypatch):
@@ -148,7 +149,7 @@ def test_what_was_always_interrupted_is_chosen_by_its_size(monkeypatch):
     interruptions = itertools.count()
     monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: ROW[name] / 100)
     monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
-    assert timings._measure(SIZE, NAMES) == ({n: ROW[n] / 100 for n in NAMES}, False)
+    assert timings._measure(SIZE, OF_3X3) == ({n: ROW[n] / 100 for n in OF_3X3}, False)
     monkeypatch.setattr(plan, "heuristic", lambda size: {**ROW, "direct": 1e-9})
     assert plan.choose(SIZE, NAMES, measured=True) == "direct"
     assert written(timings.path())["seconds"] == {}
@@ -157,10 +158,10 @@ def test_what_was_always_interrupted_is_chosen_by_its_size(monkeypatch):
 def test_a_busy_machine_is_asked_more_often(monkeypatch, caplog):
     """And if no two times agree, later processes ask again."""
     busy = [8.0, 4.0, 2.0, 1.0, 5.0, 0.5, 0.52]
-    calls = {name: iter([seconds * 1e-3 for seconds in busy]) for name in NAMES}
+    calls = {name: iter([seconds * 1e-3 for seconds in busy]) for name in OF_3X3}
     monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: next(calls[name]))
-    assert timings._measure(SIZE, NAMES) == (dict.fromkeys(NAMES, 5e-4), True)
-    calls.update({name: iter([1e-3 / 1.2**turn for turn in range(13)]) for name in NAMES})
+    assert timings._measure(SIZE, OF_3X3) == (dict.fromkeys(OF_3X3, 5e-4), True)
+    calls.update({name: iter([1e-3 / 1.2**turn for turn in range(13)]) for name in OF_3X3})
     assert timings.of([SIZE], ("plain", "direct"))[0].keys() == {"plain", "direct"}
     assert next(calls["direct"], None) is None
     assert written(timings.path())["seconds"] == {}
@@ -324,6 +325,14 @@ def test_the_quickest_allowed(monkeypatch, row, allowed, wanted):
     assert plan.choose(SIZE, allowed, measured=True) == wanted
 
 
+@pytest.mark.parametrize(("share", "wanted"), [(0.99, "direct"), (0.97, "strassen")])
+def test_strassens_weights_must_be_worth_their_memory(monkeypatch, share, wanted):
+    size = Sizes((2, 64, 8, 12), (32, 64, 1, 1), (1, 1), (0,) * 4, False, torch.float32, 1)
+    row = {"plain": 1.0, "direct": 1e-3, "strassen": share * 1e-3}
+    monkeypatch.setattr(timings, "_measure", lambda size, names: (row, True))
+    assert plan.choose(size, NAMES, measured=True) == wanted
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "stride", "wanted"),
     [
@@ -333,6 +342,8 @@ def test_the_quickest_allowed(monkeypatch, row, allowed, wanted):
         ((1, 3, 32, 32), (64, 3, 3, 3), 1, "direct"),
         ((1, 64, 32, 32), (64, 64, 3, 3), 2, "direct"),
         ((1, 64, 32, 32), (64, 64, 1, 1), 1, "direct"),
+        ((1, 320, 32, 32), (320, 320, 1, 1), 1, "strassen"),
+        ((1, 320, 8, 8), (320, 320, 1, 1), 1, "direct"),
     ],
 )
 def test_heuristic(monkeypatch, cache, x, weight, stride, wanted):
@@ -382,8 +393,31 @@ def test_whatever_is_preferred_is_right(clock, name, precision):
     used = {row.algorithm for row in explain(model, *case, options=options).fused}
     if precision == "strict":
         assert not any("winograd" in algorithm for algorithm in used)
-    else:
+    elif name != "strassen":  # for which it has too few channels: see the next
         assert name in used
+
+
+@torch.no_grad()
+def test_linear_layers_by_strassen(clock):
+    clock("strassen")
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (f(x).unflatten(2, (4, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).flatten(2)) + x
+
+    model, x = Block().eval(), torch.randn(2, 50, 64)
+    assert_as_eager(compiled(model)(x), model, (x,))
+    rows = explain(model, x).fused
+    assert [row.algorithm for row in rows if "linear" in row.what] == ["strassen"] * 2
+    assert "strassen" not in {
+        row.algorithm for row in explain(model, x, options={"precision": "strict"}).fused
+    }
 
 
 @torch.no_grad()
@@ -448,11 +482,11 @@ def test_measuring_changes_nothing_around_it():
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("size", [(1, 1), (8, 8), (16, 16), (17, 33), (3, 128), (40, 24)])
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (16, 16), (17, 33), (3, 128), (40, 64)])
 def test_packed_bytes_of_a_weight(name, size):
     for kernel in (1, 3):
-        if kernel == 3 or name == "direct":
-            weight = torch.ones(*size, kernel, kernel)
+        weight = torch.ones(*size, kernel, kernel)
+        if suits(name, weight.shape, (1, 1)):
             assert plan.packed_bytes(name, weight.shape) == conv2d_pack(weight, name).nbytes
 
 
@@ -542,8 +576,8 @@ def test_a_large_bound_is_none(monkeypatch, clock):
     for bound in (None, 10**12):
         found.append([])
         explain(small_net(), *case, options={"packed_bytes": bound})
-    assert any(set(names) == set(NAMES) for names in found[1])
-    assert all(names == NAMES or names == ("plain", "direct") for names in found[1])
+    every = {tuple(OF_3X3), ("plain", "direct", "strassen"), ("plain", "direct")}
+    assert set(found[1]) == every
 
 
 def test_spending():

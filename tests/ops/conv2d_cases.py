@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastdiff.ops.conv2d import output_size
+from fastdiff.ops.conv2d import ALGORITHMS, output_size, suits
 
 OPTIONS = ("bias", "norm", "emb", "residual")
 DTYPES = (torch.float32, torch.bfloat16)
 DTYPE_IDS = ("f32", "bf16")
+OF_3X3 = [name for name in ALGORITHMS if suits(name, (1, 1, 3, 3), (1, 1))]
 AROUND = {"padding": (1, 1, 1, 1), "silu": True, "statistics": True}
 
 
@@ -23,6 +24,10 @@ class Case(NamedTuple):
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)  # above, below, left, right
     skip: int = 0  # channels
     upsample: bool = False
+
+    @property
+    def weight(self):
+        return (self.filters, self.x[1] + self.skip, *self.kernel)
 
     def settings(self):
         return {"stride": self.stride, "padding": self.padding, "upsample": self.upsample}
@@ -60,6 +65,12 @@ CASES = {
     "1x1, padded": Case((2, 5, 4, 3), 6, (1, 1), padding=(1, 2, 0, 1)),
     "1x1, upsampled": Case((2, 5, 4, 3), 6, (1, 1), padding=NO_PADDING, upsample=True),
     "1x1 of every other pixel": Case((2, 5, 6, 7), 6, (1, 1), (2, 2), NO_PADDING),
+    "1x1 of halves": Case((3, 32, 5, 7), 19, (1, 1), padding=NO_PADDING),
+    "1x1 of halves, one pixel": Case((1, 64, 1, 1), 70, (1, 1), padding=NO_PADDING),
+    "1x1 of halves of two": Case((2, 40, 5, 7), 150, (1, 1), padding=NO_PADDING, skip=24),
+    "1x1 of halves, deep": Case((1, 1600, 3, 67), 33, (1, 1), padding=NO_PADDING),
+    "1x1 of halves, padded": Case((2, 32, 6, 7), 40, (1, 1), (2, 2), (1, 2, 0, 1)),
+    "1x1 of halves, upsampled": Case((2, 32, 6, 7), 9, (1, 1), padding=NO_PADDING, upsample=True),
     "5x5": Case((2, 7, 9, 8), 10, (5, 5), padding=(2, 2, 2, 2)),
     "7x7": Case((1, 3, 12, 11), 10, (7, 7), padding=(3, 3, 3, 3)),
     "1x3": Case((2, 7, 5, 8), 10, (1, 3), padding=(0, 0, 1, 1)),
@@ -80,11 +91,11 @@ def make(case, dtype, options, seed=0):
     def normal(*size):
         return torch.randn(size, generator=g).to(dtype)
 
-    n, channels = case.x[0], case.x[1] + case.skip
+    n, channels = case.x[0], case.weight[1]
     fan_in = channels * math.prod(case.kernel)
     values = {
         "x": normal(*case.x),
-        "weight": (normal(case.filters, channels, *case.kernel) / math.sqrt(fan_in)).to(dtype),
+        "weight": (normal(*case.weight) / math.sqrt(fan_in)).to(dtype),
     }
     if case.skip:
         values["skip"] = normal(n, case.skip, *case.x[2:])

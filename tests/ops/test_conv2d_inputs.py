@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 from accuracy import LAYOUT_IDS, LAYOUTS, CountCalls
-from conv2d_cases import AROUND, CASES, DTYPE_IDS, DTYPES, OPTIONS, make
+from conv2d_cases import AROUND, CASES, DTYPE_IDS, DTYPES, OF_3X3, OPTIONS, make
 from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops.conv2d import ALGORITHMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +61,7 @@ def strided(view, dtype):
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", OF_3X3)
 def test_strides_do_not_change_the_bits(algorithm, dtype, view) -> None:
     tensors = strided(view, dtype)
     plain = {name: value.contiguous().clone() for name, value in tensors.items()}
@@ -99,7 +98,7 @@ def amid_nans(value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", OF_3X3)
 def test_reads_nothing_beside_its_inputs(algorithm, dtype, layout) -> None:
     """Vectors that reached beyond a tensor would show in the result."""
     values = make(CASES["skip that straddles vectors"], dtype, OPTIONS)
@@ -136,7 +135,7 @@ def test_is_one_dispatcher_call() -> None:
 
 
 @pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("algorithm", range(3), ids=ALGORITHMS)
+@pytest.mark.parametrize("algorithm", range(3), ids=OF_3X3)
 def test_opcheck(algorithm, statistics) -> None:
     values = make(CASES["skip"], torch.float32, OPTIONS)
     weight = values["weight"]
@@ -145,11 +144,11 @@ def test_opcheck(algorithm, statistics) -> None:
         torch.ops.fastdiff.conv2d.default,
         (values["x"], values["skip"], packed, weight.shape, algorithm, values["bias"], (1, 1),
          (1, 1, 1, 1), False, values["norm"], True, values["emb"], values["residual"], 0.5,
-         statistics),
+         statistics, False),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", range(3), ids=ALGORITHMS)
+@pytest.mark.parametrize("algorithm", range(3), ids=OF_3X3)
 def test_opcheck_of_packing(algorithm) -> None:
     for shape in ((5, 3, 3, 3), (16, 8, 3, 3)):
         torch.library.opcheck(
@@ -176,6 +175,7 @@ def test_fakes_have_the_strides_of_the_kernel(case) -> None:
 
 X, W = torch.zeros(2, 6, 4, 4), torch.zeros(5, 6, 3, 3)
 NORM = torch.zeros(2, 2, 6)
+GATED = torch.zeros(256, 6, 3, 3)
 REFUSED = [
     ("integers", lambda: ops.conv2d(X.long(), W.long()), TypeError, "x must be floating point"),
     ("a sparse tensor", lambda: ops.conv2d(X.to_sparse(), W), TypeError, "dense tensor"),
@@ -197,11 +197,26 @@ REFUSED = [
     ("a skip of another dtype", lambda: ops.conv2d(X, W, skip=X.double()), TypeError,
      "skip must have the dtype of x"),
     ("an unknown algorithm", lambda: ops.conv2d(X, W, algorithm="fft"), ValueError,
-     "unknown algorithm 'fft', wanted one of direct, winograd2, winograd4"),
+     "unknown algorithm 'fft', wanted one of direct, winograd2, winograd4, strassen"),
     ("winograd of 1x1", lambda: ops.conv2d(X, W[..., :1, :1], algorithm="winograd2"), ValueError,
-     r"winograd2 is for 3x3 kernels and stride 1, got \(1, 1\)"),
+     r"winograd2 is for 3x3 kernels and stride 1, got a weight of \(5, 6, 1, 1\)"),
     ("winograd of stride 2", lambda: ops.conv2d(X, W, stride=(2, 2), algorithm="winograd4"),
-     ValueError, r"winograd4 .* got \(3, 3\) and \(2, 2\)"),
+     ValueError, r"winograd4 .* got a weight of \(5, 6, 3, 3\) and stride \(2, 2\)"),
+    ("strassen of 3x3", lambda: ops.conv2d(X, W, algorithm="strassen"), ValueError,
+     r"strassen is for 1x1 kernels and channels in multiples of 32, got a weight of"),
+    ("strassen of 6 channels", lambda: ops.conv2d(X, W[..., :1, :1], algorithm="strassen"),
+     ValueError, r"strassen is for 1x1 kernels .* got a weight of \(5, 6, 1, 1\)"),
+    ("gated, of 5 filters", lambda: ops.conv2d(X, W, gated=True), ValueError,
+     "gated .* in multiples of 256, got direct and 5 filters"),
+    ("gated, by winograd", lambda: ops.conv2d(X, GATED, gated=True, algorithm="winograd2"),
+     ValueError, "gated convolution is direct or Strassen's .* got winograd2 and 256"),
+    ("gated, with statistics", lambda: ops.conv2d(X, GATED, gated=True, statistics=True),
+     ValueError, "a gated convolution has no emb, residual, scale or statistics"),
+    ("gated, scaled", lambda: ops.conv2d(X, GATED, gated=True, scale=0.5), ValueError, "no emb"),
+    ("gated, with an embedding", lambda: ops.conv2d(X, GATED, gated=True, emb=X[..., 0, 0]),
+     ValueError, "no emb"),
+    ("gated, with a residual", lambda: ops.conv2d(X, GATED, gated=True, residual=X), ValueError,
+     "no emb"),
     ("no stride", lambda: ops.conv2d(X, W, stride=(1, 0)), ValueError,
      r"strides of 1 or more .* got \(1, 0\)"),
     ("one stride", lambda: ops.conv2d(X, W, stride=(1,)), ValueError, "two strides"),
@@ -244,12 +259,18 @@ PACKED = ops.conv2d_pack(W, "direct")
 def straight(
     x=X, skip=None, packed=PACKED, size=(5, 6, 3, 3), algorithm=0, bias=None, stride=(1, 1),
     padding=(1, 1, 1, 1), upsample=False, norm=None, emb=None, residual=None,
+    gated=False,
 ):  # fmt: skip
     """The op itself, past the Python checks."""
     return torch.ops.fastdiff.conv2d(
         x, skip, packed, size, algorithm, bias, stride, padding, upsample, norm, False, emb,
-        residual, 1.0, False,
+        residual, 1.0, False, gated,
     )  # fmt: skip
+
+
+def gated(algorithm=0, **options):
+    packed = torch.ops.fastdiff.conv2d_pack(GATED, algorithm)
+    return straight(packed=packed, size=GATED.shape, algorithm=algorithm, gated=True, **options)
 
 
 STRAIGHT = {
@@ -267,9 +288,15 @@ STRAIGHT = {
     "packed, every other": lambda: straight(packed=PACKED.repeat_interleave(2)[::2]),
     "packed, repeated": lambda: straight(packed=PACKED[:1].expand(PACKED.shape)),
     "packed for another algorithm": lambda: straight(algorithm=1),
-    "an unknown algorithm": lambda: straight(algorithm=3),
+    "an unknown algorithm": lambda: straight(algorithm=4),
     "a negative algorithm": lambda: straight(algorithm=-1),
     "winograd of 1x1": lambda: straight(size=(5, 6, 1, 1), algorithm=1),
+    "strassen of 3x3": lambda: straight(algorithm=3),
+    "strassen of 6 channels": lambda: straight(size=(5, 6, 1, 1), algorithm=3),
+    "gated, of 5 filters": lambda: straight(gated=True),
+    "gated, by winograd": lambda: gated(algorithm=1),
+    "gated, with an embedding": lambda: gated(emb=torch.zeros(2, 256)),
+    "gated, with a residual": lambda: gated(residual=torch.zeros(2, 256, 4, 4)),
     "winograd of stride 2": lambda: straight(stride=(1, 2), algorithm=2),
     "a weight of three sizes": lambda: straight(size=(5, 6, 3)),
     "other channels": lambda: straight(size=(5, 5, 3, 3)),
@@ -298,6 +325,8 @@ STRAIGHT = {
     "packing, float64": lambda: torch.ops.fastdiff.conv2d_pack(W.double(), 0),
     "packing, three dimensions": lambda: torch.ops.fastdiff.conv2d_pack(W[0], 0),
     "packing, unknown": lambda: torch.ops.fastdiff.conv2d_pack(W, 7),
+    "packing, strassen of 3x3": lambda: torch.ops.fastdiff.conv2d_pack(W, 3),
+    "packing, strassen of 6 channels": lambda: torch.ops.fastdiff.conv2d_pack(W[..., :1, :1], 3),
     "packing, winograd of 1x3": lambda: torch.ops.fastdiff.conv2d_pack(W[:, :, :1], 2),
 }
 

@@ -104,7 +104,7 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     const int64_t block = std::min(kKeys, p.keys - k0);
     for (int64_t k = 0; k < block; k += kPanel)
       multiply_panel(count, rows, 0, p.width, keys + (k0 + k) * p.width,
-                     std::min(kPanel, block - k), scores + k, scores_ld, false);
+                     std::min(kPanel, block - k), Into{scores + k, scores_ld, false});
     for (int64_t i = 0; i < count; ++i) {
       float* row = scores + i * scores_ld;
       const float now = largest(row, block, top[i]);
@@ -118,7 +118,7 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     }
     for (int64_t first = 0; first < p.value_width; first += kPanel)
       multiply_panel(count, weights, 0, block, values + first * block,
-                     std::min(kPanel, p.value_width - first), out + first, out_ld, k0 > 0);
+                     std::min(kPanel, p.value_width - first), Into{out + first, out_ld, k0 > 0});
     values += block * packed_columns(p.value_width);
   }
   for (int64_t i = 0; i < count; ++i) {

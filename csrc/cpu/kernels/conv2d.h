@@ -44,12 +44,15 @@ struct Conv2d {
 };
 
 FASTDIFF_DECLARE(conv2d_direct, const Conv2d&)
+FASTDIFF_DECLARE(conv2d_strassen, const Conv2d&)
 FASTDIFF_DECLARE(conv2d_winograd2, const Conv2d&)
 FASTDIFF_DECLARE(conv2d_winograd4, const Conv2d&)
 
 // Packs a weight [K, C, R, S] that has the given strides. With `out` null only `size`, the number
 // of floats, is told.
 FASTDIFF_DECLARE(conv2d_direct_pack, const float* weight, const int64_t* sizes, float* out,
+                 int64_t* size, const Threads&)
+FASTDIFF_DECLARE(conv2d_strassen_pack, const float* weight, const int64_t* sizes, float* out,
                  int64_t* size, const Threads&)
 FASTDIFF_DECLARE(conv2d_winograd2_pack, const float* weight, const int64_t* sizes, float* out,
                  int64_t* size, const Threads&)

@@ -200,7 +200,7 @@ struct Winograd {
           float* c = products + a * product_plane + k - k0;
           for (int64_t d = 0; d < depth; d += kDepth)
             multiply_panel(tiles, rows.data(), a * plane + d, std::min(kDepth, depth - d),
-                           b + d * packed, columns, c, chunk_ld, d > 0);
+                           b + d * packed, columns, Into{c, chunk_ld, d > 0});
         }
       for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s)
         for (int64_t k = k0; k < k1; k += kLine) {

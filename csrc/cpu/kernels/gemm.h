@@ -29,9 +29,24 @@ constexpr int64_t rounded_up(int64_t value, int64_t step) {
 // depth * packed_columns(columns) floats; panel p begins at p * kPanel * depth.
 constexpr int64_t packed_columns(int64_t columns) { return rounded_up(columns, kLanes); }
 
-template <int M, int V>
+// Where a tile's sums go: into c, or to what is there.
+struct Into {
+  float* c;
+  int64_t ld;
+  bool accumulate;
+
+  Into below(int64_t rows) const { return {c + rows * ld, ld, accumulate}; }
+
+  FASTDIFF_INLINE void write(int m, int v, F sum) const {
+    float* out = c + m * ld + v * kLanes;
+    // Added at the end: a sum in pieces rounds less than one long chain.
+    store_lanes(out, accumulate ? load_lanes(out) + sum : sum);
+  }
+};
+
+template <int M, int V, class Out>
 FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int64_t depth,
-                                  const float* b, float* c, int64_t ldc, bool accumulate) {
+                                  const float* b, const Out& out) {
   F acc[M][V];
   const float* a[M];
 #pragma GCC unroll 8
@@ -56,56 +71,52 @@ FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int6
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      float* out = c + m * ldc + v * kLanes;
-      // Added at the end: a sum in pieces rounds less than one long chain.
-      store_lanes(out, accumulate ? load_lanes(out) + acc[m][v] : acc[m][v]);
-    }
+    for (int v = 0; v < V; ++v) out.write(m, v, acc[m][v]);
   }
 }
 
-template <int V>
+template <int V, class Out>
 inline void multiply_rows(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
-                          const float* b, float* c, int64_t ldc, bool accumulate) {
+                          const float* b, const Out& out) {
   switch (m) {
     case 1:
-      return micro_kernel<1, V>(rows, offset, depth, b, c, ldc, accumulate);
+      return micro_kernel<1, V>(rows, offset, depth, b, out);
     case 2:
-      return micro_kernel<2, V>(rows, offset, depth, b, c, ldc, accumulate);
+      return micro_kernel<2, V>(rows, offset, depth, b, out);
     case 3:
-      return micro_kernel<3, V>(rows, offset, depth, b, c, ldc, accumulate);
+      return micro_kernel<3, V>(rows, offset, depth, b, out);
     case 4:
-      return micro_kernel<4, V>(rows, offset, depth, b, c, ldc, accumulate);
+      return micro_kernel<4, V>(rows, offset, depth, b, out);
     case 5:
-      return micro_kernel<5, V>(rows, offset, depth, b, c, ldc, accumulate);
+      return micro_kernel<5, V>(rows, offset, depth, b, out);
     default:
-      return micro_kernel<6, V>(rows, offset, depth, b, c, ldc, accumulate);
+      return micro_kernel<6, V>(rows, offset, depth, b, out);
   }
 }
 
-// c [m, columns] (+)= A [m, depth] times one panel of B: `columns` is at most kPanel, and c is
-// written for whole vectors of columns. Row i of A begins at rows[i] + offset.
+// A [m, depth] times one panel of B: `columns` is at most kPanel, and `out` is written for whole
+// vectors of columns. Row i of A begins at rows[i] + offset.
+template <class Out>
 inline void multiply_panel(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
-                           const float* b, int64_t columns, float* c, int64_t ldc,
-                           bool accumulate) {
+                           const float* b, int64_t columns, const Out& out) {
   // Blocks of nearly the same height: 8 rows as 4 and 4, since 6 and 2 would leave units idle.
   const int64_t blocks = (m + kRows - 1) / kRows;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = m * block / blocks, count = m * (block + 1) / blocks - begin;
-    float* out = c + begin * ldc;
+    const Out below = out.below(begin);
     switch ((columns + kLanes - 1) / kLanes) {
       case 1:
-        multiply_rows<1>(count, rows + begin, offset, depth, b, out, ldc, accumulate);
+        multiply_rows<1>(count, rows + begin, offset, depth, b, below);
         break;
       case 2:
-        multiply_rows<2>(count, rows + begin, offset, depth, b, out, ldc, accumulate);
+        multiply_rows<2>(count, rows + begin, offset, depth, b, below);
         break;
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
       case 3:
-        multiply_rows<3>(count, rows + begin, offset, depth, b, out, ldc, accumulate);
+        multiply_rows<3>(count, rows + begin, offset, depth, b, below);
         break;
       default:
-        multiply_rows<4>(count, rows + begin, offset, depth, b, out, ldc, accumulate);
+        multiply_rows<4>(count, rows + begin, offset, depth, b, below);
 #endif
     }
   }

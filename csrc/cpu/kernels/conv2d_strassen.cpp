@@ -1,0 +1,68 @@
+// A 1x1 convolution with an eighth fewer multiplications (strassen.h): of a block the upper and the
+// lower half of its pixels, of the channels the first and the last half.
+#include <algorithm>
+
+#include "cpu/kernels/conv2d_direct.h"
+#include "cpu/kernels/strassen.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+namespace {
+
+// Of a block's rows the list has the upper half, the lower half (one of zeros at the end, where
+// their number is odd) and the sums of both.
+struct Sevenths {
+  static constexpr int64_t kPixels = 192, kColumns = kPair;
+
+  static int64_t packed(int64_t depth, int64_t filters) { return strassen_packed(depth, filters); }
+
+  const int64_t depth;
+
+  explicit Sevenths(const Conv2d& p) : depth(p.channels) {}
+
+  void complete(Array<const float*>& rows) const {
+    static thread_local Scratch scratch;
+    const int64_t half = (rows.size() + 1) / 2, ld = strassen_sums_ld(depth);
+    float* sums = scratch.at_least(depth + half * ld);
+    if (rows.size() < 2 * half) {
+      std::fill_n(sums, depth, 0.f);
+      rows.add(sums);
+    }
+    sums += depth;
+    for (int64_t i = 0; i < half; ++i, sums += ld) {
+      strassen_sums(rows[i], rows[half + i], depth, sums);
+      rows.add(sums);
+    }
+  }
+
+  void multiply(const Array<const float*>& rows, int64_t, const float* packed, int64_t k, int64_t,
+                float* c, int64_t ld) const {
+    const int64_t half = rows.size() / 3;
+    multiply_strassen({half, depth, rows.data(), rows.data() + 2 * half},
+                      packed + strassen_packed(depth, k), c, ld);
+  }
+};
+
+}  // namespace
+
+void conv2d_strassen(const Conv2d& p) {
+  if (p.dtype == c10::ScalarType::BFloat16) {
+    Direct<c10::BFloat16, Sevenths>(p).run();
+  } else {
+    Direct<float, Sevenths>(p).run();
+  }
+}
+
+void conv2d_strassen_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,
+                          const Threads& threads) {
+  const int64_t filters = sizes[0], channels = sizes[1];
+  *size = strassen_packed(channels, filters);
+  if (!out) return;
+  share(threads, (filters + kPair - 1) / kPair, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kPair; first < std::min(filters, end * kPair); first += kPair)
+      strassen_pack(channels, out + strassen_packed(channels, first), [&](int64_t k, int64_t j) {
+        return first + j < filters ? weight[(first + j) * channels + k] : 0.f;
+      });
+  });
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY
