@@ -65,7 +65,7 @@ inline float largest(const float* values, int64_t count, float worst) {
 inline F exponentials(float* values, int64_t count, float top) {
   F sum{};
   const auto replace = [&](int64_t j, F value) FASTDIFF_HOT {
-    value = exp2_lanes(value - top);
+    value = exp2_lanes<true>(value - top);
     store_lanes(values + j, value);
     sum += value;
   };

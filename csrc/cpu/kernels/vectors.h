@@ -70,14 +70,37 @@ FASTDIFF_INLINE void store_lanes(T* p, F value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(value[i]);
 }
 
+// x, but `low` where it is less, or `high` where it is more; NaN is kept. As instructions, since
+// GCC makes a comparison and a choice of what C++ can say.
+FASTDIFF_INLINE F at_least(F x, float low) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return reinterpret_cast<F>(_mm512_max_ps(_mm512_set1_ps(low), reinterpret_cast<__m512>(x)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return reinterpret_cast<F>(_mm256_max_ps(_mm256_set1_ps(low), reinterpret_cast<__m256>(x)));
+#else
+  return x < low ? F{} + low : x;
+#endif
+}
+
+FASTDIFF_INLINE F at_most(F x, float high) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return reinterpret_cast<F>(_mm512_min_ps(_mm512_set1_ps(high), reinterpret_cast<__m512>(x)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return reinterpret_cast<F>(_mm256_min_ps(_mm256_set1_ps(high), reinterpret_cast<__m256>(x)));
+#else
+  return x > high ? F{} + high : x;
+#endif
+}
+
 // 2^x = 2^n 2^f with n the nearest integer. 2^f over [-1/2, 1/2] is 1 + f q(f), q fitted by
 // Lawson's reweighted least squares: relative error 9.1e-08. NaN is kept; from 127 on the result is
-// 2^127, below -126 it may be 0 or 2^-126.
+// 2^127, unless `kNegative` says that there is nothing above 0; below -126 it may be 0 or 2^-126.
+template <bool kNegative = false>
 FASTDIFF_INLINE F exp2_lanes(F x) {
   using I = int32_t __attribute__((vector_size(kLanes * 4), may_alias));
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: added, it leaves n in the low bits
-  x = x < -126.f ? F{} - 126.f : x;
-  x = x > 127.f ? F{} + 127.f : x;
+  x = at_least(x, -126.f);
+  if constexpr (!kNegative) x = at_most(x, 127.f);
   const F shifted = x + kRound, f = x - (shifted - kRound);
   F q = 0.001326472731307149f * f + 0.009671512991189957f;
   q = q * f + 0.05550733581185341f;
@@ -100,7 +123,7 @@ FASTDIFF_INLINE F gelu(F x) {
   q = q * t + 0.2756577705600528f;
   q = q * t + 0.06476794089334095f;
   q = q * t + 0.11695901732546929f;
-  F tail = q * t * exp2_lanes(z * z * static_cast<float>(-kLog2e / 2));
+  F tail = q * t * exp2_lanes<true>(z * z * static_cast<float>(-kLog2e / 2));
   tail = z < 13.f ? tail : F{};  // beyond, the exponential is no longer exact and Phi no float
   return x * (x < 0.f ? tail : 1.f - tail);
 }
