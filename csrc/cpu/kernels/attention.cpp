@@ -34,8 +34,8 @@ void pack_head(const Attention& p, int64_t unit) {
   }
   to = p.packed_v + unit * attention_packed(p.keys, p.value_width);
   for (int64_t begin = 0; begin < p.keys; begin += kKeys)
-    for (int64_t first = 0; first < p.value_width; first += kPanel) {
-      const int64_t columns = std::min(kPanel, p.value_width - first);
+    for (int64_t first = 0, columns; first < p.value_width; first += columns) {
+      columns = panel_columns(p.value_width - first);
       for (int64_t j = begin; j < std::min(p.keys, begin + kKeys); ++j)
         for (int64_t c = 0; c < packed_columns(columns); c += kLanes, to += kLanes)
           store_lanes(to, load_lanes(v + j * p.v_strides[2] + first + c, columns - c));
@@ -116,9 +116,11 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
         for (int64_t c = 0; c < p.value_width; c += kLanes)
           store_lanes(out + i * out_ld + c, load_lanes(out + i * out_ld + c) * shrink);
     }
-    for (int64_t first = 0; first < p.value_width; first += kPanel)
-      multiply_panel(count, weights, 0, block, values + first * block,
-                     std::min(kPanel, p.value_width - first), Into{out + first, out_ld, k0 > 0});
+    for (int64_t first = 0, columns; first < p.value_width; first += columns) {
+      columns = panel_columns(p.value_width - first);
+      multiply_panel(count, weights, 0, block, values + first * block, columns,
+                     Into{out + first, out_ld, k0 > 0});
+    }
     values += block * packed_columns(p.value_width);
   }
   for (int64_t i = 0; i < count; ++i) {

@@ -13,9 +13,9 @@ namespace fastdiff::CPU_CAPABILITY {
 
 constexpr int kRows = 6;
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)  // 32 vector registers
-constexpr int kVectors = 4;
+constexpr int kVectors = 4, kMostVectors = 4;
 #else
-constexpr int kVectors = 2;
+constexpr int kVectors = 2, kMostVectors = 3;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;  // columns of a panel of B
 constexpr int64_t kDepth = 384;                // of k at a time
@@ -23,6 +23,12 @@ constexpr int64_t kAhead = 32 * kLine;         // floats of B that are on their 
 
 constexpr int64_t rounded_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
+}
+
+// Columns of the next panel where `left` are left and panels may differ: a last vector alone would
+// leave units idle, so it goes with the panel before where registers allow it.
+inline int64_t panel_columns(int64_t left) {
+  return std::min(left, left > kMostVectors * kLanes ? kPanel : kMostVectors * kLanes);
 }
 
 // Columns that B's last panel takes up: whole vectors. B of `depth` rows and `columns` columns is
@@ -87,37 +93,39 @@ inline void multiply_rows(int64_t m, const float* const* rows, int64_t offset, i
       return micro_kernel<3, V>(rows, offset, depth, b, out);
     case 4:
       return micro_kernel<4, V>(rows, offset, depth, b, out);
-    case 5:
-      return micro_kernel<5, V>(rows, offset, depth, b, out);
     default:
-      return micro_kernel<6, V>(rows, offset, depth, b, out);
+      if constexpr (V <= kVectors) {
+        if (m == 5) return micro_kernel<5, V>(rows, offset, depth, b, out);
+        return micro_kernel<6, V>(rows, offset, depth, b, out);
+      }
   }
 }
 
-// A [m, depth] times one panel of B: `columns` is at most kPanel, and `out` is written for whole
-// vectors of columns. Row i of A begins at rows[i] + offset.
+// A [m, depth] times one panel of B: `columns` is at most kMostVectors vectors, and `out` is
+// written for whole vectors of columns. Row i of A begins at rows[i] + offset.
 template <class Out>
 inline void multiply_panel(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
                            const float* b, int64_t columns, const Out& out) {
   // Blocks of nearly the same height: 8 rows as 4 and 4, since 6 and 2 would leave units idle.
-  const int64_t blocks = (m + kRows - 1) / kRows;
+  const int64_t vectors = (columns + kLanes - 1) / kLanes;
+  const int64_t most = vectors > kVectors ? kRows * kVectors / kMostVectors : kRows;
+  const int64_t blocks = (m + most - 1) / most;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = m * block / blocks, count = m * (block + 1) / blocks - begin;
     const Out below = out.below(begin);
-    switch ((columns + kLanes - 1) / kLanes) {
+    switch (vectors) {
       case 1:
         multiply_rows<1>(count, rows + begin, offset, depth, b, below);
         break;
       case 2:
         multiply_rows<2>(count, rows + begin, offset, depth, b, below);
         break;
-#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
       case 3:
         multiply_rows<3>(count, rows + begin, offset, depth, b, below);
         break;
       default:
-        multiply_rows<4>(count, rows + begin, offset, depth, b, below);
-#endif
+        if constexpr (kMostVectors > 3)
+          multiply_rows<4>(count, rows + begin, offset, depth, b, below);
     }
   }
 }
