@@ -23,7 +23,7 @@ constexpr int64_t kLargest = 64, kMostChannels = int64_t{1} << 20;
 // As there: filters of a gated convolution and channels of a Strassen one come in multiples of
 // these, and algorithms have these numbers.
 constexpr int64_t kGated = 256, kHalves = 32;
-enum Algorithm : int64_t { kDirect, kWinograd2, kWinograd4, kStrassen, kAlgorithms };
+enum Algorithm : int64_t { kDirect, kWinograd2, kWinograd4, kStrassen, kPhases4, kAlgorithms };
 
 Threads threads() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
@@ -36,7 +36,7 @@ Threads threads() {
 void check_algorithm(int64_t algorithm, at::IntArrayRef weight, at::IntArrayRef stride) {
   TORCH_CHECK_VALUE(algorithm >= 0 && algorithm < kAlgorithms, "unknown algorithm ", algorithm);
   const bool plain = weight[2] == 3 && weight[3] == 3 && stride[0] == 1 && stride[1] == 1;
-  TORCH_CHECK_VALUE((algorithm != kWinograd2 && algorithm != kWinograd4) || plain,
+  TORCH_CHECK_VALUE(algorithm == kDirect || algorithm == kStrassen || plain,
                     "Winograd is for 3x3 kernels and stride 1, got a weight of ", weight,
                     " and stride ", stride);
   const bool halves = weight[2] == 1 && weight[3] == 1 && weight[1] % kHalves == 0;
@@ -56,11 +56,11 @@ void check_weight_size(at::IntArrayRef size) {
 // Floats that the packed weight takes; with `weight` and `out`, packs it.
 int64_t pack(int64_t algorithm, at::IntArrayRef sizes, const float* weight, float* out) {
   int64_t size = 0;
-  const auto kernel = algorithm == kDirect      ? FASTDIFF_KERNEL(conv2d_direct_pack)
-                      : algorithm == kStrassen  ? FASTDIFF_KERNEL(conv2d_strassen_pack)
-                      : algorithm == kWinograd2 ? FASTDIFF_KERNEL(conv2d_winograd2_pack)
-                                                : FASTDIFF_KERNEL(conv2d_winograd4_pack);
-  kernel(weight, sizes.data(), out, &size, threads());
+  decltype(&DEFAULT::conv2d_direct_pack) const kernels[kAlgorithms] = {
+      FASTDIFF_KERNEL(conv2d_direct_pack), FASTDIFF_KERNEL(conv2d_winograd2_pack),
+      FASTDIFF_KERNEL(conv2d_winograd4_pack), FASTDIFF_KERNEL(conv2d_strassen_pack),
+      FASTDIFF_KERNEL(conv2d_phases4_pack)};
+  kernels[algorithm](weight, sizes.data(), out, &size, threads());
   return size;
 }
 
@@ -137,6 +137,10 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
     TORCH_CHECK_VALUE(side >= 0 && side <= kLargest, "padding must be 0 to ", kLargest, ", got ",
                       padding);
   check_algorithm(algorithm, weight_size, stride);
+  TORCH_CHECK_VALUE(algorithm != kPhases4 || (upsample && (padding[0] + padding[1]) % 2 == 0 &&
+                                              (padding[2] + padding[3]) % 2 == 0),
+                    "phases are of upsampled images with even padding, got upsample ", upsample,
+                    " and padding ", padding);
   const auto type = x.scalar_type();
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3), k = weight_size[0];
   int64_t channels = x.size(1);
@@ -206,11 +210,11 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const Optiona
   p.y = y.mutable_data_ptr();
   p.statistics = statistics ? found.mutable_data_ptr<double>() : nullptr;
   p.threads = threads();
-  const auto kernel = algorithm == kDirect      ? FASTDIFF_KERNEL(conv2d_direct)
-                      : algorithm == kStrassen  ? FASTDIFF_KERNEL(conv2d_strassen)
-                      : algorithm == kWinograd2 ? FASTDIFF_KERNEL(conv2d_winograd2)
-                                                : FASTDIFF_KERNEL(conv2d_winograd4);
-  kernel(p);
+  decltype(&DEFAULT::conv2d_direct) const kernels[kAlgorithms] = {
+      FASTDIFF_KERNEL(conv2d_direct), FASTDIFF_KERNEL(conv2d_winograd2),
+      FASTDIFF_KERNEL(conv2d_winograd4), FASTDIFF_KERNEL(conv2d_strassen),
+      FASTDIFF_KERNEL(conv2d_phases4)};
+  kernels[algorithm](p);
   return {y, found};
 }
 

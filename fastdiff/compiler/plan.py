@@ -14,8 +14,9 @@ TILES = 16  # of F(4x4), below which its transforms and its weights' 36 planes d
 # PyTorch's convolution must be that much quicker than ours: what ours do on the way, the norm and
 # the additions, are passes of their own beside it.
 PLAIN = 0.8
-# And Strassen's than the direct one, whose weights take 4/7 of the memory.
-STRASSEN = 0.98
+# And Strassen's than the direct one, and phases than winograd4, whose weights take less memory: 4/7
+# and 0.36 of it.
+LARGER = {"strassen": 0.98, "phases4": 0.95}
 
 
 def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
@@ -51,19 +52,20 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
     height, width = output_size(sizes.x[2:], kernel, sizes.stride, sizes.padding, sizes.upsample)
     pixels = sizes.x[0] * height * width
     unit = 1e-11 * pixels * k * c * kernel[0] * kernel[1]
-    shares = {"plain": 1.0, "direct": 0.75, "winograd2": 0.5, "winograd4": 0.35, "strassen": 0.7}
+    shares = {"plain": 1.0, "direct": 0.75, "winograd2": 0.5, "winograd4": 0.35}
+    shares |= {"strassen": 0.7, "phases4": 0.27}
     if min(k, c) < 256 or pixels < 256:
         shares["strassen"] = 0.8
     if min(k, c) < 16:
-        shares["winograd2"], shares["winograd4"] = 0.9, 0.95
+        shares["winograd2"], shares["winograd4"], shares["phases4"] = 0.9, 0.95, 0.95
     elif pixels < 16 * TILES:
-        shares["winograd4"] = 0.6
+        shares["winograd4"] = shares["phases4"] = 0.6
     return {name: shares[name] * unit for name in sizes.among(NAMES)}
 
 
 def cost(row: dict[str, float], name: str) -> float:
     """Seconds of an algorithm, with what it is at a disadvantage."""
-    return row[name] / {"plain": PLAIN, "strassen": STRASSEN}.get(name, 1.0)
+    return row[name] / {"plain": PLAIN, **LARGER}.get(name, 1.0)
 
 
 def packed_bytes(name: str, weight: Sequence[int]) -> int:

@@ -76,7 +76,8 @@ class Sizes:
 
     def among(self, names: Sequence[str]) -> list[str]:
         """Those of ``names`` that can compute it."""
-        return [n for n in names if n == "plain" or suits(n, self.weight, self.stride)]
+        given = (self.weight, self.stride, self.padding, self.upsample)
+        return [name for name in names if name == "plain" or suits(name, *given)]
 
 
 def measured() -> bool:

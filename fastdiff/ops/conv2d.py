@@ -22,7 +22,7 @@ from fastdiff.ops.dispatch import check_devices
 from fastdiff.profiling import span
 
 # The number that C++ knows them by.
-ALGORITHMS = ("direct", "winograd2", "winograd4", "strassen")
+ALGORITHMS = ("direct", "winograd2", "winograd4", "strassen", "phases4")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST = 64  # side of a kernel, stride and padding that the C++ kernel takes
 MOST_CHANNELS = 2**20
@@ -83,9 +83,11 @@ def conv2d(
         packed: what ``conv2d_pack(weight, algorithm)`` gave; None packs for this call alone.
         algorithm: ``direct``; for stride 1 and R = S = 3 ``winograd2`` or ``winograd4``, F(2x2) or
             F(4x4) of Lavin & Gray 2016 (arXiv:1509.09308), which take 1/2.25 and 1/4 of the
-            multiplications; for R = S = 1 and channels in multiples of 32 ``strassen`` (Strassen
-            1969, Numerische Mathematik 13), which takes 7/8 of them. What they cost in accuracy is
-            in csrc/cpu/kernels/conv2d_winograd.h and strassen.h.
+            multiplications; where such a convolution upsamples, with an even sum of paddings in
+            each direction, ``phases4``: four 2x2 convolutions of the image as it is by F(4x4),
+            1/5.76 of them; for R = S = 1 and channels in multiples of 32 ``strassen`` (Strassen
+            1969, Numerische Mathematik 13), 7/8 of them. What they cost in accuracy is in
+            csrc/cpu/kernels/conv2d_winograd.h and strassen.h.
 
     Returns:
         y [N, K, H', W'], or gated [N, K / 2, H', W'], channels-last, and None or its statistics:
@@ -138,11 +140,21 @@ def within_limits(
     )
 
 
-def suits(algorithm: str, weight_size: Sequence[int], stride: Sequence[int]) -> bool:
+def suits(
+    algorithm: str,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    upsample: bool,
+) -> bool:
     """Whether ``algorithm`` can compute such a convolution."""
     _, channels, *kernel_size = weight_size
     if algorithm == "strassen":
         return kernel_size == [1, 1] and channels % HALVES == 0
+    if algorithm == "phases4" and not (
+        upsample and sum(padding[:2]) % 2 == 0 and sum(padding[2:]) % 2 == 0
+    ):
+        return False
     return algorithm == "direct" or (kernel_size == [3, 3] and tuple(stride) == (1, 1))
 
 
@@ -206,15 +218,14 @@ def check(
             f"wanted two strides of 1 or more and four paddings of 0 or more, "
             f"got {tuple(stride)} and {tuple(padding)}"
         )
-    if not suits(algorithm, weight.shape, stride):
-        wanted = (
-            f"1x1 kernels and channels in multiples of {HALVES}"
-            if algorithm == "strassen"
-            else "3x3 kernels and stride 1"
-        )
+    if not suits(algorithm, weight.shape, stride, padding, upsample):
+        suited = {
+            "strassen": f"1x1 kernels and channels in multiples of {HALVES}",
+            "phases4": "3x3 kernels, stride 1, upsampled images and even sums of padding",
+        }.get(algorithm, "3x3 kernels and stride 1")
         raise ValueError(
-            f"{algorithm} is for {wanted}, got a weight of {tuple(weight.shape)} "
-            f"and stride {tuple(stride)}"
+            f"{algorithm} is for {suited}, got a weight of {tuple(weight.shape)}, "
+            f"stride {tuple(stride)}, padding {tuple(padding)} and upsample {upsample}"
         )
     if gated and (k % GATED or algorithm not in ("direct", "strassen")):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Gated linear units in a graph: which become ``ops.geglu``."""
+"""Gated linear units in a graph: which become ``ops.geglu``, or part of the linear layer before."""
 
 from __future__ import annotations
 
@@ -112,3 +112,87 @@ def test_a_tensor_that_is_written_to_is_left() -> None:
     assert_as_eager(compiled(model)(x), model, (x,), precision="strict")
     torch.compiler.reset()
     assert explain(model, x).composed == 0
+
+
+# -- in the epilogue of the linear layer, from 256 columns on
+
+
+def wide(body: Body) -> nn.Module:
+    return FeedForward(body, width=128).eval()
+
+
+def scaled(y: Tensor) -> Tensor:
+    a, b = (y * 0.5).chunk(2, dim=-1)
+    return a * F.gelu(b)
+
+
+def shifted(y: Tensor) -> Tensor:
+    a, b = (y + y.mean()).chunk(2, dim=-1)
+    return a * F.gelu(b)
+
+
+def read_twice(y: Tensor) -> Tensor:
+    a, b = y.chunk(2, dim=-1)
+    return a * F.gelu(b) + y[..., :128].tanh()
+
+
+def scaled_behind(y: Tensor) -> Tensor:
+    a, b = y.chunk(2, dim=-1)
+    return a * F.gelu(b) * 0.5
+
+
+def added_behind(y: Tensor) -> Tensor:
+    a, b = y.chunk(2, dim=-1)
+    c = a * F.gelu(b)
+    return c + c.flip(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("precision", ["fast", "strict"])
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "body", [chunked, gate_first, scaled_behind, added_behind], ids=lambda body: body.__name__
+)
+@torch.no_grad()
+def test_the_gate_is_part_of_the_linear_layer(body, dynamic, precision, dtype) -> None:
+    model, options = wide(body).to(dtype), {"precision": precision}
+    x = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    net = compiled(model, options=options, dynamic=dynamic)
+    assert_as_eager(net(x), model, (x,), precision=precision)
+    found = explain(model, x, options=options, dynamic=dynamic)
+    assert found.composed == 0
+    assert next(row.what for row in found.fused) == "linear + geglu"
+
+
+@pytest.mark.parametrize("body", [scaled, shifted, read_twice], ids=lambda body: body.__name__)
+@torch.no_grad()
+def test_what_stands_between_keeps_them_apart(body) -> None:
+    model, x = wide(body), torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(1))
+    assert_as_eager(compiled(model)(x), model, (x,))
+    found = explain(model, x)
+    assert found.composed == 1
+    assert not any("geglu" in row.what for row in found.fused)
+
+
+@torch.no_grad()
+def test_a_norm_takes_the_statistics_of_what_is_gated_itself() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.wide, self.norm = nn.Linear(64, 256), nn.GroupNorm(8, 128)
+            self.conv = nn.Conv1d(128, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.silu(self.norm(chunked(self.wide(x)).transpose(1, 2))))
+
+    model, x = Normed().eval(), torch.randn(2, 10, 64)
+    assert_as_eager(compiled(model)(x), model, (x,))
+    assert any(row.what == "linear + geglu" for row in explain(model, x).fused)
+
+
+@torch.no_grad()
+def test_rows_of_a_matrix_are_gated_apart() -> None:
+    model, x = wide(chunked), torch.randn(10, 8)
+    assert_as_eager(compiled(model)(x), model, (x,))
+    assert explain(model, x).composed == 1

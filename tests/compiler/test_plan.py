@@ -23,7 +23,8 @@ from fastdiff.compiler.timings import NAMES, Sizes
 from fastdiff.ops.conv2d import ALGORITHMS, conv2d_pack, suits
 
 SIZE = Sizes((2, 16, 8, 12), (32, 16, 3, 3), (1, 1), (1, 1, 1, 1), False, torch.float32, 1)
-ROW = {"plain": 4e-3, "direct": 3e-3, "winograd2": 2e-3, "winograd4": 1e-3, "strassen": 2e-3}
+ROW = {"plain": 4e-3, "direct": 3e-3, "winograd2": 2e-3, "winograd4": 1e-3, "strassen": 2e-3,
+       "phases4": 1e-3}  # fmt: skip
 OF_3X3 = SIZE.among(NAMES)
 
 
@@ -393,8 +394,19 @@ def test_whatever_is_preferred_is_right(clock, name, precision):
     used = {row.algorithm for row in explain(model, *case, options=options).fused}
     if precision == "strict":
         assert not any("winograd" in algorithm for algorithm in used)
-    elif name != "strassen":  # for which it has too few channels: see the next
+    elif name != "phases4":  # it does not upsample: see the next
         assert name in used
+
+
+@torch.no_grad()
+def test_upsampled_convolutions_by_phases(clock):
+    clock("phases4")
+    model = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 12, 3, padding=1), nn.Tanh())
+    x = torch.randn(2, 8, 5, 7)
+    assert_as_eager(compiled(model.eval())(x), model, (x,))
+    assert [row.algorithm for row in explain(model, x).fused] == ["phases4"]
+    strict = explain(model, x, options={"precision": "strict"}).fused
+    assert [row.algorithm for row in strict] == ["direct"]
 
 
 @torch.no_grad()
@@ -486,7 +498,7 @@ def test_measuring_changes_nothing_around_it():
 def test_packed_bytes_of_a_weight(name, size):
     for kernel in (1, 3):
         weight = torch.ones(*size, kernel, kernel)
-        if suits(name, weight.shape, (1, 1)):
+        if suits(name, weight.shape, (1, 1), (1,) * 4, upsample=True):
             assert plan.packed_bytes(name, weight.shape) == conv2d_pack(weight, name).nbytes
 
 

@@ -12,7 +12,7 @@ from fastdiff.ops.conv2d import ALGORITHMS, output_size, suits
 OPTIONS = ("bias", "norm", "emb", "residual")
 DTYPES = (torch.float32, torch.bfloat16)
 DTYPE_IDS = ("f32", "bf16")
-OF_3X3 = [name for name in ALGORITHMS if suits(name, (1, 1, 3, 3), (1, 1))]
+OF_3X3 = [name for name in ALGORITHMS if suits(name, (1, 1, 3, 3), (1, 1), (1,) * 4, False)]
 AROUND = {"padding": (1, 1, 1, 1), "silu": True, "statistics": True}
 
 
@@ -24,6 +24,9 @@ class Case(NamedTuple):
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)  # above, below, left, right
     skip: int = 0  # channels
     upsample: bool = False
+
+    def suits(self, algorithm):
+        return suits(algorithm, self.weight, self.stride, self.padding, self.upsample)
 
     @property
     def weight(self):
@@ -58,6 +61,11 @@ CASES = {
     "skip without channels": Case((2, 5, 5, 6), 9, skip=0),
     "upsampled": Case((2, 9, 5, 4), 6, upsample=True),
     "upsampled with a skip": Case((2, 5, 3, 4), 6, skip=6, upsample=True),
+    "upsampled, many tiles": Case((2, 35, 21, 19), 70, upsample=True),
+    "upsampled, padded evenly": Case((3, 9, 5, 4), 6, padding=(0, 2, 3, 1), upsample=True),
+    "upsampled, not padded": Case((2, 9, 7, 4), 17, padding=NO_PADDING, upsample=True),
+    "upsampled, padded oddly": Case((2, 9, 5, 4), 6, padding=(1, 0, 2, 1), upsample=True),
+    "upsampled, no images": Case((0, 9, 5, 4), 6, upsample=True),
     "1x1": Case((2, 21, 5, 7), 18, (1, 1), padding=NO_PADDING),
     "1x1 of one pixel": Case((3, 21, 1, 1), 18, (1, 1), padding=NO_PADDING),
     "1x1 of two": Case((2, 10, 5, 7), 18, (1, 1), padding=NO_PADDING, skip=5),

@@ -197,11 +197,16 @@ REFUSED = [
     ("a skip of another dtype", lambda: ops.conv2d(X, W, skip=X.double()), TypeError,
      "skip must have the dtype of x"),
     ("an unknown algorithm", lambda: ops.conv2d(X, W, algorithm="fft"), ValueError,
-     "unknown algorithm 'fft', wanted one of direct, winograd2, winograd4, strassen"),
+     "unknown algorithm 'fft', wanted one of direct, winograd2, winograd4, strassen, phases4"),
     ("winograd of 1x1", lambda: ops.conv2d(X, W[..., :1, :1], algorithm="winograd2"), ValueError,
      r"winograd2 is for 3x3 kernels and stride 1, got a weight of \(5, 6, 1, 1\)"),
     ("winograd of stride 2", lambda: ops.conv2d(X, W, stride=(2, 2), algorithm="winograd4"),
-     ValueError, r"winograd4 .* got a weight of \(5, 6, 3, 3\) and stride \(2, 2\)"),
+     ValueError, r"winograd4 .* got a weight of \(5, 6, 3, 3\), stride \(2, 2\)"),
+    ("phases of an image as it is", lambda: ops.conv2d(X, W, algorithm="phases4"), ValueError,
+     "phases4 is for 3x3 kernels, stride 1, upsampled images and even .* and upsample False"),
+    ("phases of odd padding",
+     lambda: ops.conv2d(X, W, padding=(1, 1, 0, 1), upsample=True, algorithm="phases4"),
+     ValueError, r"phases4 is for .* got .* padding \(1, 1, 0, 1\) and upsample True"),
     ("strassen of 3x3", lambda: ops.conv2d(X, W, algorithm="strassen"), ValueError,
      r"strassen is for 1x1 kernels and channels in multiples of 32, got a weight of"),
     ("strassen of 6 channels", lambda: ops.conv2d(X, W[..., :1, :1], algorithm="strassen"),
@@ -273,6 +278,11 @@ def gated(algorithm=0, **options):
     return straight(packed=packed, size=GATED.shape, algorithm=algorithm, gated=True, **options)
 
 
+def phases(upsample=True, **options):
+    packed = torch.ops.fastdiff.conv2d_pack(W, 4)
+    return straight(packed=packed, algorithm=4, upsample=upsample, **options)
+
+
 STRAIGHT = {
     "three dimensions": lambda: straight(X[0]),
     "float64": lambda: straight(X.double()),
@@ -288,7 +298,12 @@ STRAIGHT = {
     "packed, every other": lambda: straight(packed=PACKED.repeat_interleave(2)[::2]),
     "packed, repeated": lambda: straight(packed=PACKED[:1].expand(PACKED.shape)),
     "packed for another algorithm": lambda: straight(algorithm=1),
-    "an unknown algorithm": lambda: straight(algorithm=4),
+    "an unknown algorithm": lambda: straight(algorithm=5),
+    "phases of an image as it is": lambda: phases(upsample=False),
+    "phases of odd padding": lambda: phases(padding=(1, 2, 1, 1)),
+    "phases of 1x1": lambda: straight(size=(5, 6, 1, 1), algorithm=4, upsample=True),
+    "phases of stride 2": lambda: phases(stride=(2, 2)),
+    "phases, packed for another": lambda: straight(algorithm=4, upsample=True),
     "a negative algorithm": lambda: straight(algorithm=-1),
     "winograd of 1x1": lambda: straight(size=(5, 6, 1, 1), algorithm=1),
     "strassen of 3x3": lambda: straight(algorithm=3),

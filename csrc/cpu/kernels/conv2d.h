@@ -47,6 +47,7 @@ FASTDIFF_DECLARE(conv2d_direct, const Conv2d&)
 FASTDIFF_DECLARE(conv2d_strassen, const Conv2d&)
 FASTDIFF_DECLARE(conv2d_winograd2, const Conv2d&)
 FASTDIFF_DECLARE(conv2d_winograd4, const Conv2d&)
+FASTDIFF_DECLARE(conv2d_phases4, const Conv2d&)
 
 // Packs a weight [K, C, R, S] that has the given strides. With `out` null only `size`, the number
 // of floats, is told.
@@ -57,6 +58,8 @@ FASTDIFF_DECLARE(conv2d_strassen_pack, const float* weight, const int64_t* sizes
 FASTDIFF_DECLARE(conv2d_winograd2_pack, const float* weight, const int64_t* sizes, float* out,
                  int64_t* size, const Threads&)
 FASTDIFF_DECLARE(conv2d_winograd4_pack, const float* weight, const int64_t* sizes, float* out,
+                 int64_t* size, const Threads&)
+FASTDIFF_DECLARE(conv2d_phases4_pack, const float* weight, const int64_t* sizes, float* out,
                  int64_t* size, const Threads&)
 
 }  // namespace fastdiff

@@ -96,7 +96,7 @@ struct Direct {
       }
     }
     if (p.statistics)
-      join_statistics(p, grid.segments, partials.data(),
+      join_statistics(p, grid.segments, 1, partials.data(),
                       [](const Segment& segment) { return static_cast<double>(segment.units()); });
   }
 

@@ -183,20 +183,20 @@ struct Gated {
   }
 };
 
-// Joins what the segments have, [segments, 2, K], to mean and variance of each image and channel.
-// `pixels(i)` is how many pixels segment i has.
+// Joins what the segments' parts have, [segments, parts, 2, K], to mean and variance of each image
+// and channel. `pixels(segment)` is how many pixels each of a segment's parts has.
 template <class Pixels>
-void join_statistics(const Conv2d& p, const Array<Segment>& segments, const double* partials,
-                     Pixels&& pixels) {
+void join_statistics(const Conv2d& p, const Array<Segment>& segments, int64_t parts,
+                     const double* partials, Pixels&& pixels) {
   for (int64_t begin = 0, end; begin < segments.size(); begin = end) {
     const int64_t image = segments[begin].image;
     for (end = begin; end < segments.size() && segments[end].image == image;) ++end;
     double* out = p.statistics + image * p.filters * 2;
     for (int64_t k = 0; k < p.filters; ++k) {
       double count = 0, mean = 0, deviations = 0;
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = begin * parts; i < end * parts; ++i) {
         const double* partial = partials + i * 2 * p.filters + k;
-        const double n = pixels(segments[i]), delta = partial[0] - mean;
+        const double n = pixels(segments[i / parts]), delta = partial[0] - mean;
         deviations += partial[p.filters] + delta * delta * (count * n / (count + n));
         mean += delta * (n / (count + n));
         count += n;

@@ -2,14 +2,18 @@
 // arXiv:1509.09308), m = 2 or 4: 16 products for 4 outputs, or 36 for 16, where the direct way
 // takes 9 each.
 //
+// Of an upsampled image a window has but 2x2 different pixels. So the outputs of even and odd rows
+// and columns are four convolutions of the image itself, by kernels whose taps are sums of the 3x3
+// one's, and F(4x4, 2x2) takes 25 products for 16 outputs.
+//
 // Of a block of tiles: the input patch is read once (conv2d_patch.h) and transformed into planes
 // [(m + 2)^2, tiles, C]; each plane is multiplied with its plane of the weight; and the products
 // are transformed back, a few filters at a time, and written through the epilogue. Blocks are as
 // large as keeps a plane and a piece of the products in L2.
 //
 // Accuracy in float32, relative L2 against float64, for C = 16 / 256 / 2560 channels of zero mean:
-// direct 2e-7 / 9e-7 / 3e-6, m = 2 1.6e-7 / 5e-7 / 1.5e-6, m = 4 1.0e-6 / 3e-6 / 1e-5. The bound
-// for m = 4 is 2e-5. Where means are 100 times the deviation, m = 2 and 4 are as good as direct,
+// direct 2e-7 / 9e-7 / 3e-6, m = 2 1.6e-7 / 5e-7 / 1.5e-6, m = 4 1.0e-6 / 3e-6 / 1e-5, phases
+// 5e-7 / 2e-6 / 2e-6. The bound for m = 4 is 2e-5. Where means are 100 times the deviation, m = 2 and 4 are as good as direct,
 // which then loses digits itself (tests/ops/test_conv2d.py holds all three to this).
 #pragma once
 
@@ -22,13 +26,13 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-// The matrices of F(m, 3) for the points 0, 1, -1 (and 2, -2) and infinity, in one dimension:
-// input() is B^T, output() is A^T, and kWeight is G.
-template <int m>
+// The matrices of F(m, r) for the first m + r - 2 points of 0, 1, -1, 2, -2, and infinity, in one
+// dimension: input() is B^T, output() is A^T, and kWeight is G.
+template <int m, int r>
 struct Filtering;
 
 template <>
-struct Filtering<2> {
+struct Filtering<2, 3> {
   static constexpr double kWeight[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 
   static FASTDIFF_INLINE void input(const F* d, int64_t step, F* out, int64_t out_step) {
@@ -47,7 +51,32 @@ struct Filtering<2> {
 };
 
 template <>
-struct Filtering<4> {
+struct Filtering<4, 2> {
+  static constexpr double kWeight[5][2] = {
+      {1. / 2, 0}, {-1. / 2, -1. / 2}, {-1. / 6, 1. / 6}, {1. / 6, 1. / 3}, {0, 1}};
+
+  static FASTDIFF_INLINE void input(const F* d, int64_t step, F* out, int64_t out_step) {
+    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], f = d[4 * step];
+    const F outer = e - b;
+    out[0] = 2.f * (a - c) + outer;
+    out[out_step] = outer - (b + c);
+    out[2 * out_step] = e + 2.f * b - 3.f * c;
+    out[3 * out_step] = outer;
+    out[4 * out_step] = f - c - 2.f * outer;
+  }
+
+  static FASTDIFF_INLINE void output(const F* d, int64_t step, F* out, int64_t out_step) {
+    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], f = d[4 * step];
+    const F sum = b + c, difference = b - c;
+    out[0] = a + sum + e;
+    out[out_step] = difference + 2.f * e;
+    out[2 * out_step] = sum + 4.f * e;
+    out[3 * out_step] = difference + 8.f * e + f;
+  }
+};
+
+template <>
+struct Filtering<4, 3> {
   static constexpr double kWeight[6][3] = {{1. / 4, 0, 0},
                                            {-1. / 6, -1. / 6, -1. / 6},
                                            {-1. / 6, 1. / 6, -1. / 6},
@@ -78,15 +107,24 @@ struct Filtering<4> {
   }
 };
 
-template <class T, int m>
+// One of the convolutions that make up the whole: of outputs (row, column) and every kStep further
+// ones, whose first window begins at (top, left) of the input.
+struct Phase {
+  int64_t number, row, column, top, left;
+  const float* packed;
+};
+
+template <class T, int m, int r>
 struct Winograd {
-  static constexpr int kTile = m + 2, kPlanes = kTile * kTile;
+  static constexpr int kTile = m + r - 1, kPlanes = kTile * kTile;
+  static constexpr int64_t kStep = r == 2 ? 2 : 1, kPhases = kStep * kStep;
   static constexpr int64_t kChannels = kLine;  // that are read and transformed at a time
   // Tiles of a block: what keeps the products in L2, or more where that saves reading a weight from
   // memory again.
   static constexpr int64_t kTiles = 48, kManyTiles = 128;
 
-  const Conv2d& p;
+  const Conv2d p;
+  const int64_t height, width;  // outputs of a phase
   const int64_t weight_floats;
   const Grid grid;
   const Division division;
@@ -95,10 +133,12 @@ struct Winograd {
   const int64_t channel_chunks, filter_chunks;
   Array<double> partials;
 
-  explicit Winograd(const Conv2d& p)
-      : p(p),
-        weight_floats(kPlanes * p.channels * p.filters),
-        grid(make_grid(p.images, (p.out_height + m - 1) / m, (p.out_width + m - 1) / m,
+  explicit Winograd(const Conv2d& given)
+      : p(at_once(given)),
+        height(p.out_height / kStep),
+        width(p.out_width / kStep),
+        weight_floats(kPhases * kPlanes * p.channels * p.filters),
+        grid(make_grid(p.images, (height + m - 1) / m, (width + m - 1) / m,
                        weight_floats > kShared ? kManyTiles : kTiles)),
         division(divide(grid, p.filters, weight_floats, p.threads.count, kPanel)),
         depth(rounded_up(p.channels, kLanes)),
@@ -109,47 +149,69 @@ struct Winograd {
         product_plane(grid.largest * chunk_ld + kLine),
         channel_chunks((p.channels + kChannels - 1) / kChannels),
         filter_chunks((p.filters + chunk - 1) / chunk),
-        partials(p.statistics ? grid.segments.size() * 2 * p.filters : 0) {}
+        partials(p.statistics ? grid.segments.size() * kPhases * 2 * p.filters : 0) {}
+
+  // A phase reads the image as it is.
+  static Conv2d at_once(Conv2d p) {
+    if (r == 2) p.upsample = false;
+    return p;
+  }
+
+  Phase phase(int64_t number) const {
+    const int64_t row = number / kStep, column = number % kStep;
+    if (r == 3) return {number, row, column, -p.top, -p.left, p.packed};
+    // Row 2 i + row has taps at p.top rows above of the upsampled image and at the next two: which
+    // two of them are the same pixel depends on whether the first is the lower half of one.
+    const int64_t which = ((row - p.top) & 1) * 2 + ((column - p.left) & 1);
+    return {number,
+            row,
+            column,
+            (row - p.top) >> 1,
+            (column - p.left) >> 1,
+            p.packed + which * kPlanes * depth * packed_columns(p.filters)};
+  }
 
   void run() {
     if (division.by_block) {
       share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
         float* v = scratch.at_least(kPlanes * plane);
-        for (int64_t block = begin; block < end; ++block) {
-          read(block, 0, channel_chunks, v);
-          multiply(block, 0, filter_chunks, v);
-        }
+        for (int64_t block = begin; block < end; ++block)
+          for (int64_t i = 0; i < kPhases; ++i) {
+            read(block, phase(i), 0, channel_chunks, v);
+            multiply(block, phase(i), 0, filter_chunks, v);
+          }
       });
     } else {
       static thread_local Scratch scratch;
       float* v = scratch.at_least(kPlanes * plane);
-      for (int64_t block = 0; block < grid.count(); ++block) {
-        share(p.threads, channel_chunks,
-              [&](int64_t begin, int64_t end) { read(block, begin, end, v); });
-        share(p.threads, filter_chunks,
-              [&](int64_t begin, int64_t end) { multiply(block, begin, end, v); });
-      }
+      for (int64_t block = 0; block < grid.count(); ++block)
+        for (int64_t i = 0; i < kPhases; ++i) {
+          share(p.threads, channel_chunks,
+                [&](int64_t begin, int64_t end) { read(block, phase(i), begin, end, v); });
+          share(p.threads, filter_chunks,
+                [&](int64_t begin, int64_t end) { multiply(block, phase(i), begin, end, v); });
+        }
     }
     if (p.statistics)
-      join_statistics(p, grid.segments, partials.data(), [&](const Segment& segment) {
-        return static_cast<double>((std::min(segment.bottom * m, p.out_height) - segment.top * m) *
-                                   (std::min(segment.right * m, p.out_width) - segment.left * m));
+      join_statistics(p, grid.segments, kPhases, partials.data(), [&](const Segment& segment) {
+        return static_cast<double>((std::min(segment.bottom * m, height) - segment.top * m) *
+                                   (std::min(segment.right * m, width) - segment.left * m));
       });
   }
 
   // Transforms chunks begin..end of the input channels of a block into v.
-  void read(int64_t block, int64_t begin, int64_t end, float* v) const {
+  void read(int64_t block, const Phase& phase, int64_t begin, int64_t end, float* v) const {
     static thread_local Scratch scratch;
     for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s) {
       const Segment& segment = grid.segments[s];
-      const int64_t rows = (segment.bottom - segment.top) * m + 2,
-                    columns = segment.width() * m + 2;
+      const int64_t rows = (segment.bottom - segment.top) * m + r - 1,
+                    columns = segment.width() * m + r - 1;
       float* patch = scratch.at_least(rows * columns * kChannels);
       for (int64_t part = begin; part < end; ++part) {
         const int64_t c0 = part * kChannels, c1 = std::min(p.channels, c0 + kChannels);
-        read_patch<T>(p, segment.image, segment.top * m - p.top, segment.left * m - p.left, rows,
-                      columns, c0, c1, patch, kChannels);
+        read_patch<T>(p, segment.image, segment.top * m + phase.top, segment.left * m + phase.left,
+                      rows, columns, c0, c1, patch, kChannels);
         if (c1 % kLanes != 0)
           for (int64_t i = 0; i < rows * columns; ++i)
             for (int64_t c = c1 - c0; c < rounded_up(c1 - c0, kLanes); ++c)
@@ -172,19 +234,19 @@ struct Winograd {
       F d[kTile];
 #pragma GCC unroll 6
       for (int a = 0; a < kTile; ++a) d[a] = load_lanes(from + a * row + q * kChannels);
-      Filtering<m>::input(d, 1, columns + q, kTile);
+      Filtering<m, r>::input(d, 1, columns + q, kTile);
     }
 #pragma GCC unroll 6
     for (int a = 0; a < kTile; ++a) {
       F out[kTile];
-      Filtering<m>::input(columns + a * kTile, 1, out, 1);
+      Filtering<m, r>::input(columns + a * kTile, 1, out, 1);
 #pragma GCC unroll 6
       for (int q = 0; q < kTile; ++q) store_lanes(to + (a * kTile + q) * plane, out[q]);
     }
   }
 
   // Chunks begin..end of the filters of a block: products of the planes, and what they make of y.
-  void multiply(int64_t block, int64_t begin, int64_t end, const float* v) {
+  void multiply(int64_t block, const Phase& phase, int64_t begin, int64_t end, const float* v) {
     static thread_local Scratch scratch;
     float* products = scratch.at_least(kPlanes * product_plane);
     const Segment& last = grid.segments[grid.blocks[block + 1] - 1];
@@ -196,7 +258,7 @@ struct Winograd {
       for (int64_t a = 0; a < kPlanes; ++a)
         for (int64_t k = k0; k < k1; k += kPanel) {
           const int64_t columns = std::min(kPanel, k1 - k), packed = packed_columns(columns);
-          const float* b = p.packed + (k * kPlanes + a * packed) * depth;
+          const float* b = phase.packed + (k * kPlanes + a * packed) * depth;
           float* c = products + a * product_plane + k - k0;
           for (int64_t d = 0; d < depth; d += kDepth)
             multiply_panel(tiles, rows.data(), a * plane + d, std::min(kDepth, depth - d),
@@ -205,9 +267,9 @@ struct Winograd {
       for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s)
         for (int64_t k = k0; k < k1; k += kLine) {
           if (p.statistics) {
-            write<true>(s, k, products + k - k0);
+            write<true>(s, phase, k, products + k - k0);
           } else {
-            write<false>(s, k, products + k - k0);
+            write<false>(s, phase, k, products + k - k0);
           }
         }
     }
@@ -215,40 +277,43 @@ struct Winograd {
 
   // A cache line's filters of a segment.
   template <bool kStatistics>
-  void write(int64_t s, int64_t k, const float* products) {
+  void write(int64_t s, const Phase& phase, int64_t k, const float* products) {
     const Segment& segment = grid.segments[s];
     Epilogues<T, kStatistics, kLine> epilogues(p, segment.image, k, std::min(k + kLine, p.filters));
     const float* from = products + segment.first * chunk_ld;
-    const int64_t out_height = p.out_height, out_width = p.out_width;  // y might be p's memory
+    // Copies, since y might be p's memory.
+    const int64_t across = kStep, down = kStep * p.out_width;  // to the next pixel of the phase
+    const int64_t first = (segment.image * p.out_height + phase.row) * p.out_width + phase.column;
     for (int64_t i = segment.top; i < segment.bottom; ++i)
       for (int64_t j = segment.left; j < segment.right; ++j, from += chunk_ld) {
-        const int64_t pixel = (segment.image * out_height + i * m) * out_width + j * m;
-        const int64_t height = std::min<int64_t>(m, out_height - i * m),
-                      width = std::min<int64_t>(m, out_width - j * m);
+        const int64_t pixel = first + i * m * down + j * m * across;
+        const int64_t rows = std::min<int64_t>(m, height - i * m),
+                      columns = std::min<int64_t>(m, width - j * m);
         if (j + 1 < segment.right)  // the next tile's lines, while this one is computed
           for (int a = 0; a < m; ++a)
-            for (int q = 0; q < m; ++q) epilogues.prefetch(pixel + a * out_width + m + q);
+            for (int q = 0; q < m; ++q) epilogues.prefetch(pixel + a * down + (m + q) * across);
         for (int64_t v = 0; v < epilogues.vectors; ++v) {
           F out[m * m];
           transform_output(from + v * kLanes, out);
           auto& epilogue = epilogues[v];
-          epilogue.expect(height * width, pixel, out[0]);
+          epilogue.expect(rows * columns, pixel, out[0]);
           typename Epilogue<T, kStatistics>::Sums sums{epilogue.first};
-          if (height == m && width == m) {
+          if (rows == m && columns == m) {
 #pragma GCC unroll 4
             for (int a = 0; a < m; ++a)
 #pragma GCC unroll 4
               for (int q = 0; q < m; ++q)
-                epilogue.write(pixel + a * out_width + q, out[a * m + q], sums);
+                epilogue.write(pixel + a * down + q * across, out[a * m + q], sums);
           } else {
-            for (int64_t a = 0; a < height; ++a)
-              for (int64_t q = 0; q < width; ++q)
-                epilogue.write(pixel + a * out_width + q, out[a * m + q], sums);
+            for (int64_t a = 0; a < rows; ++a)
+              for (int64_t q = 0; q < columns; ++q)
+                epilogue.write(pixel + a * down + q * across, out[a * m + q], sums);
           }
           epilogue.include(sums);
         }
       }
-    if (kStatistics) epilogues.finish(partials.data() + s * 2 * p.filters + k);
+    if (kStatistics)
+      epilogues.finish(partials.data() + (s * kPhases + phase.number) * 2 * p.filters + k);
   }
 
   FASTDIFF_INLINE void transform_output(const float* from, F* out) const {
@@ -258,49 +323,76 @@ struct Winograd {
       F d[kTile];
 #pragma GCC unroll 6
       for (int a = 0; a < kTile; ++a) d[a] = load_lanes(from + (a * kTile + q) * product_plane);
-      Filtering<m>::output(d, 1, columns + q, kTile);
+      Filtering<m, r>::output(d, 1, columns + q, kTile);
     }
 #pragma GCC unroll 6
-    for (int a = 0; a < m; ++a) Filtering<m>::output(columns + a * kTile, 1, out + a * m, 1);
+    for (int a = 0; a < m; ++a) Filtering<m, r>::output(columns + a * kTile, 1, out + a * m, 1);
   }
 };
 
-template <int m>
+template <int m, int r>
 void winograd(const Conv2d& p) {
   if (p.dtype == c10::ScalarType::BFloat16) {
-    Winograd<c10::BFloat16, m>(p).run();
+    Winograd<c10::BFloat16, m, r>(p).run();
   } else {
-    Winograd<float, m>(p).run();
+    Winograd<float, m, r>(p).run();
   }
 }
 
-// G g G^T of each filter and channel in float64: panels of [planes, C, filters], each plane's rows
-// padded with zeros to whole vectors of channels.
-template <int m>
+// The taps of a 3x3 kernel that a phase's kernel has in place of each of its r.
+template <int r>
+void taps(const float* g, int64_t which, double (&out)[r][r]) {
+  const auto tap = [&](int a, int q) { return static_cast<double>(g[a * 3 + q]); };
+  for (int a = 0; a < r; ++a)
+    for (int q = 0; q < r; ++q) {
+      if (r == 3) {
+        out[a][q] = tap(a, q);
+        continue;
+      }
+      // Of an even number of rows above, 0 and 1 are the same pixel, else 1 and 2.
+      const bool odd_row = which / 2, odd_column = which % 2;
+      const int top = a == 0 ? 0 : odd_row ? 1 : 2, left = q == 0 ? 0 : odd_column ? 1 : 2;
+      const int bottom = a == 1 ? 2 : odd_row ? 0 : 1, right = q == 1 ? 2 : odd_column ? 0 : 1;
+      out[a][q] = 0;
+      for (int i = top; i <= bottom; ++i)
+        for (int j = left; j <= right; ++j) out[a][q] += tap(i, j);
+    }
+}
+
+// G g G^T of each filter and channel in float64: for each phase panels of [planes, C, filters],
+// each plane's rows padded with zeros to whole vectors of channels.
+template <int m, int r>
 void winograd_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,
                    const Threads& threads) {
-  constexpr int kTile = m + 2, kPlanes = kTile * kTile;
+  constexpr int kTile = m + r - 1, kPlanes = kTile * kTile, kPhases = r == 2 ? 4 : 1;
   const int64_t filters = sizes[0], channels = sizes[1], depth = rounded_up(channels, kLanes);
-  *size = kPlanes * depth * packed_columns(filters);
+  const int64_t each = kPlanes * depth * packed_columns(filters);
+  *size = kPhases * each;
   if (!out) return;
   std::memset(out, 0, *size * sizeof(float));
   share(threads, (filters + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * kPanel; k < std::min(filters, end * kPanel); ++k) {
       const int64_t first = k / kPanel * kPanel;
       const int64_t packed = packed_columns(std::min(kPanel, filters - first));
-      float* panel = out + first * kPlanes * depth + k - first;
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* g = weight + (k * channels + c) * 9;
-        const auto& G = Filtering<m>::kWeight;
-        double half[kTile][3];
-        for (int a = 0; a < kTile; ++a)
-          for (int s = 0; s < 3; ++s)
-            half[a][s] = G[a][0] * g[s] + G[a][1] * g[3 + s] + G[a][2] * g[6 + s];
-        for (int a = 0; a < kTile; ++a)
-          for (int q = 0; q < kTile; ++q) {
-            const double u = half[a][0] * G[q][0] + half[a][1] * G[q][1] + half[a][2] * G[q][2];
-            panel[((a * kTile + q) * depth + c) * packed] = static_cast<float>(u);
-          }
+      for (int64_t phase = 0; phase < kPhases; ++phase) {
+        float* panel = out + phase * each + first * kPlanes * depth + k - first;
+        for (int64_t c = 0; c < channels; ++c) {
+          const auto& G = Filtering<m, r>::kWeight;
+          double g[r][r], half[kTile][r];
+          taps<r>(weight + (k * channels + c) * 9, phase, g);
+          const auto product = [](const double (&row)[r], const auto& value) {
+            double sum = 0;
+            for (int i = 0; i < r; ++i) sum += row[i] * value(i);
+            return sum;
+          };
+          for (int a = 0; a < kTile; ++a)
+            for (int s = 0; s < r; ++s) half[a][s] = product(G[a], [&](int i) { return g[i][s]; });
+          for (int a = 0; a < kTile; ++a)
+            for (int q = 0; q < kTile; ++q) {
+              const double u = product(G[q], [&](int i) { return half[a][i]; });
+              panel[((a * kTile + q) * depth + c) * packed] = static_cast<float>(u);
+            }
+        }
       }
     }
   });

@@ -2,11 +2,11 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-void conv2d_winograd2(const Conv2d& p) { winograd<2>(p); }
+void conv2d_winograd2(const Conv2d& p) { winograd<2, 3>(p); }
 
 void conv2d_winograd2_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,
                            const Threads& threads) {
-  winograd_pack<2>(weight, sizes, out, size, threads);
+  winograd_pack<2, 3>(weight, sizes, out, size, threads);
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

@@ -1,0 +1,100 @@
+"""3x3 convolutions of upsampled images as four of the images themselves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conv2d_cases import DTYPE_IDS, DTYPES, OPTIONS, Case, make
+from torch import Tensor
+
+import fastdiff
+from fastdiff import ops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+UPSAMPLED = {
+    "blocks": Case((2, 24, 20, 21), 70, upsample=True),
+    "filters": Case((1, 96, 4, 5), 200, upsample=True),
+    "17 images": Case((17, 24, 4, 3), 70, upsample=True),
+    "a skip": Case((2, 13, 5, 6), 9, skip=7, upsample=True),
+    "wide padding": Case((2, 9, 5, 4), 6, padding=(0, 2, 3, 1), upsample=True),
+}
+every_case = pytest.mark.parametrize("case", UPSAMPLED.values(), ids=UPSAMPLED)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+
+
+def phases(case, values, **options):
+    return ops.conv2d(
+        **values, **case.settings(), silu=True, statistics=True, algorithm="phases4", **options
+    )
+
+
+@pytest.mark.parametrize("channels", [16, 256, 512])
+def test_accuracy_of_zero_means(channels) -> None:
+    """The bound that csrc/cpu/kernels/conv2d_winograd.h states."""
+    g = torch.Generator().manual_seed(channels)
+    x = torch.randn(1, channels, 20, 20, generator=g)
+    weight = torch.randn(24, channels, 3, 3, generator=g) / math.sqrt(9 * channels)
+    options = {"padding": (1, 1, 1, 1), "upsample": True}
+    with fastdiff.backend("reference"):
+        oracle, _ = ops.conv2d(x.double(), weight.double(), **options)
+    y, _ = ops.conv2d(x, weight, algorithm="phases4", **options)
+    assert (y - oracle).norm() < 3e-6 * oracle.norm()
+
+
+@every_case
+def test_threads_do_not_change_the_bits(case) -> None:
+    values = make(case, torch.float32, OPTIONS)
+    results = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(phases(case, values))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@every_dtype
+@every_case
+def test_packed_weights_and_strides_do_not_change_the_bits(case, dtype) -> None:
+    values = make(case, dtype, OPTIONS)
+    wanted = phases(case, values)
+    packed = ops.conv2d_pack(values["weight"].mT.contiguous().mT, "phases4")
+    values["weight"] = torch.full_like(values["weight"], torch.nan)  # only its shape is read
+    values["x"] = values["x"].mT.contiguous().mT
+    assert all(map(torch.equal, phases(case, values, packed=packed), wanted))
+
+
+def amid_nans(value: Tensor) -> Tensor:
+    """The value with NaNs before and behind it, in memory as it was."""
+    memory = torch.full((value.numel() + 2 * 64,), torch.nan, dtype=value.dtype)
+    return memory.as_strided(value.shape, value.stride(), 64).copy_(value)
+
+
+@every_dtype
+@every_case
+def test_reads_nothing_beside_its_inputs(case, dtype) -> None:
+    values = make(case, dtype, OPTIONS)
+    for name in {"x", "skip", "residual"} & set(values):
+        values[name] = values[name].contiguous(memory_format=torch.channels_last)
+    packed = ops.conv2d_pack(values["weight"], "phases4")
+    wanted = phases(case, values)
+    around = {name: amid_nans(value) for name, value in values.items()}
+    found = phases(case, around, packed=amid_nans(packed))
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_opcheck(statistics) -> None:
+    case = UPSAMPLED["a skip"]
+    values = make(case, torch.float32, OPTIONS)
+    weight = values["weight"]
+    torch.library.opcheck(torch.ops.fastdiff.conv2d_pack.default, (weight, 4))
+    packed = ops.conv2d_pack(weight, "phases4")
+    torch.library.opcheck(
+        torch.ops.fastdiff.conv2d.default,
+        (values["x"], values["skip"], packed, weight.shape, 4, values["bias"], (1, 1),
+         (1, 1, 1, 1), True, values["norm"], True, values["emb"], values["residual"], 0.5,
+         statistics, False),
+    )  # fmt: skip
