@@ -67,6 +67,18 @@ def test_threads_do_not_change_the_bits(case) -> None:
         assert all(map(torch.equal, results[0], other))
 
 
+@every_case
+def test_an_image_does_not_depend_on_the_others(case) -> None:
+    """To the bit, and where another one is not finite."""
+    values = make(case, torch.float32, OPTIONS)
+    whole, _ = ops.conv2d(**values, algorithm="strassen")
+    last = {name: v if name in ("weight", "bias") else v[-1:] for name, v in values.items()}
+    alone, _ = ops.conv2d(**last, algorithm="strassen")
+    assert torch.equal(alone, whole[-1:])
+    values["x"][:-1] = torch.nan
+    assert torch.equal(ops.conv2d(**values, algorithm="strassen")[0][-1:], whole[-1:])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @every_case
 def test_packed_weights_and_strides_do_not_change_the_bits(case, dtype) -> None:

@@ -29,7 +29,9 @@ inline Conv2d in_lines(Conv2d p) {
 
 // Rows of A are windows of r stretches, `row` apart.
 struct Windows {
-  static constexpr int64_t kPixels = 96, kColumns = kPanel;
+  static constexpr int64_t kColumns = kPanel;
+
+  static int64_t pixels(const Conv2d&) { return 96; }  // of a block
 
   static int64_t packed(int64_t depth, int64_t filters) { return depth * packed_columns(filters); }
 
@@ -69,7 +71,7 @@ struct Direct {
       : p(in_lines(given)),
         in_place(pointwise(p) && !p.skip && !p.norm && !p.silu && std::is_same_v<T, float>),
         product(p),
-        grid(make_grid(p.images, p.out_height, p.out_width, Product::kPixels)),
+        grid(make_grid(p.images, p.out_height, p.out_width, Product::pixels(p))),
         gates(p.gated ? 2 : 1),
         outputs(p.filters / gates),
         division(divide(grid, outputs,

@@ -1,5 +1,6 @@
 // A 1x1 convolution with an eighth fewer multiplications (strassen.h): of a block the upper and the
-// lower half of its pixels, of the channels the first and the last half.
+// lower half of its pixels, of the channels the first and the last half. Blocks are of one image
+// each, so that no image's result depends on another image.
 #include <algorithm>
 
 #include "cpu/kernels/conv2d_direct.h"
@@ -11,7 +12,11 @@ namespace {
 // Of a block's rows the list has the upper half, the lower half (one of zeros at the end, where
 // their number is odd) and the sums of both.
 struct Sevenths {
-  static constexpr int64_t kPixels = 192, kColumns = kPair;
+  static constexpr int64_t kColumns = kPair;
+
+  static int64_t pixels(const Conv2d& p) {
+    return std::min<int64_t>(192, p.out_height * p.out_width);
+  }
 
   static int64_t packed(int64_t depth, int64_t filters) { return strassen_packed(depth, filters); }
 

@@ -13,8 +13,9 @@
 //
 // Accuracy in float32, relative L2 against float64, for C = 16 / 256 / 2560 channels of zero mean:
 // direct 2e-7 / 9e-7 / 3e-6, m = 2 1.6e-7 / 5e-7 / 1.5e-6, m = 4 1.0e-6 / 3e-6 / 1e-5, phases
-// 5e-7 / 2e-6 / 2e-6. The bound for m = 4 is 2e-5. Where means are 100 times the deviation, m = 2 and 4 are as good as direct,
-// which then loses digits itself (tests/ops/test_conv2d.py holds all three to this).
+// 5e-7 / 2e-6 / 2e-6. The bound for m = 4 is 2e-5. Where means are 100 times the deviation, m = 2
+// and 4 are as good as direct, which then loses digits itself (tests/ops/test_conv2d.py holds all
+// three to this).
 #pragma once
 
 #include <cstring>
