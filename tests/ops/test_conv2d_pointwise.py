@@ -140,7 +140,7 @@ SUITED = [
 @pytest.mark.parametrize("options", [(), ("bias",), ("bias", "norm")], ids=["bare", "bias", "norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(("case", "algorithm"), SUITED)
-def test_gated(case, algorithm, dtype, options) -> None:
+def test_values_of_gated(case, algorithm, dtype, options) -> None:
     values = make(case, dtype, options)
 
     def run(*tensors: Tensor):

@@ -28,7 +28,6 @@ KNOWN = list(LEVELS)[: list(LEVELS).index(HERE) + 1] if HERE in LEVELS else ["DE
 FOLDER = Path(__file__).parent
 SHAPES = (
     "test_conv2d.py",
-    "test_conv2d_phases.py",
     "test_conv2d_pointwise.py",
     "test_attention.py",
     "test_geglu.py",
