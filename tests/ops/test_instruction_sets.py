@@ -28,6 +28,7 @@ KNOWN = list(LEVELS)[: list(LEVELS).index(HERE) + 1] if HERE in LEVELS else ["DE
 FOLDER = Path(__file__).parent
 SHAPES = (
     "test_conv2d.py",
+    "test_conv2d_phases.py",
     "test_conv2d_pointwise.py",
     "test_attention.py",
     "test_geglu.py",
@@ -55,7 +56,7 @@ def test_passes_the_self_check(wanted) -> None:
 @pytest.mark.parametrize("wanted", [level for level in KNOWN if level != HERE])
 def test_passes_the_tests_of_every_shape(wanted, pytestconfig) -> None:
     """Of the operations whose code differs by the width of vectors; the best set runs them too."""
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_values"]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_values or threads"]
     done = subprocess.run(
         [sys.executable, *command, "-c", str(pytestconfig.inipath), *[FOLDER / f for f in SHAPES]],
         env={**os.environ, "ATEN_CPU_CAPABILITY": LEVELS[wanted]},

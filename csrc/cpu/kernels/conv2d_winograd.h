@@ -268,19 +268,19 @@ struct Winograd {
       for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s)
         for (int64_t k = k0; k < k1; k += kLine) {
           if (p.statistics) {
-            write<true>(s, phase, k, products + k - k0);
+            write<true>(s, phase, k, std::min(k + kLine, k1), products + k - k0);
           } else {
-            write<false>(s, phase, k, products + k - k0);
+            write<false>(s, phase, k, std::min(k + kLine, k1), products + k - k0);
           }
         }
     }
   }
 
-  // A cache line's filters of a segment.
+  // Filters k..end of a segment, at most a cache line's.
   template <bool kStatistics>
-  void write(int64_t s, const Phase& phase, int64_t k, const float* products) {
+  void write(int64_t s, const Phase& phase, int64_t k, int64_t end, const float* products) {
     const Segment& segment = grid.segments[s];
-    Epilogues<T, kStatistics, kLine> epilogues(p, segment.image, k, std::min(k + kLine, p.filters));
+    Epilogues<T, kStatistics, kLine> epilogues(p, segment.image, k, end);
     const float* from = products + segment.first * chunk_ld;
     // Copies, since y might be p's memory.
     const int64_t across = kStep, down = kStep * p.out_width;  // to the next pixel of the phase
