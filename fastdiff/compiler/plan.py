@@ -13,10 +13,9 @@ PRECISIONS = {"fast": NAMES, "strict": ("plain", "direct")}
 TILES = 16  # of F(4x4), below which its transforms and its weights' 36 planes do not pay
 # PyTorch's convolution must be that much quicker than ours: what ours do on the way, the norm and
 # the additions, are passes of their own beside it.
-PLAIN = 0.8
 # And Strassen's than the direct one, and phases than winograd4, whose weights take less memory: 4/7
 # and 0.36 of it.
-LARGER = {"strassen": 0.98, "phases4": 0.95}
+WANTED = {"plain": 0.8, "strassen": 0.98, "phases4": 0.95}
 
 
 def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
@@ -65,7 +64,7 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
 
 def cost(row: dict[str, float], name: str) -> float:
     """Seconds of an algorithm, with what it is at a disadvantage."""
-    return row[name] / {"plain": PLAIN, **LARGER}.get(name, 1.0)
+    return row[name] / WANTED.get(name, 1.0)
 
 
 def packed_bytes(name: str, weight: Sequence[int]) -> int:

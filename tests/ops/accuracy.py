@@ -64,6 +64,12 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
 
 
+def amid_nans(value: Tensor) -> Tensor:
+    """The value with NaNs before and behind it, in memory as it was."""
+    memory = torch.full((value.numel() + 2 * 64,), torch.nan, dtype=value.dtype)
+    return memory.as_strided(value.shape, value.stride(), 64).copy_(value)
+
+
 class CountCalls(TorchDispatchMode):
     """Counts the calls that reach PyTorch's dispatcher, views and metadata included."""
 

@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
 from conv2d_cases import AROUND, CASES, DTYPE_IDS, DTYPES, OF_3X3, OPTIONS, Case, make
+from conv2d_judging import BOUNDS, call, judge, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
@@ -20,46 +19,12 @@ from fastdiff.ops.conv2d import ALGORITHMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Relative L2 error in float32 at most, of those that may exceed twice PyTorch's.
-BOUNDS = {"winograd4": 2e-5, "phases4": 2e-5, "strassen": 2e-6}
-
 SUITED = [
     pytest.param(case, algorithm, id=f"{name}-{algorithm}")
     for name, case in CASES.items()
     for algorithm in ALGORITHMS
     if case.suits(algorithm)
 ]
-
-
-def call(algorithm, names, **options):
-    """A function of the tensors that returns y."""
-
-    def run(*tensors: Tensor):
-        values = dict(zip(names, tensors, strict=True))
-        if "norm" in values:  # of the oracle too, where the other tensors are float64
-            values["norm"] = values["norm"].float()
-        y, found = ops.conv2d(algorithm=algorithm, **values, **options)
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        assert (found is not None) == options.get("statistics", False)
-        return [y]
-
-    return run
-
-
-def judge(algorithm, run, *tensors) -> None:
-    """Hold to twice PyTorch's error, or in float32 to the bound, which may be more than that."""
-    if algorithm not in BOUNDS or tensors[0].dtype != torch.float32:
-        return assert_as_accurate(run, *tensors)
-    with fastdiff.backend("reference"):
-        (wanted,) = run(*(value.double() for value in tensors))
-    (found,) = run(*tensors)
-    assert (found.dtype, found.shape) == (torch.float32, wanted.shape)
-    assert (found - wanted).norm() <= BOUNDS[algorithm] * wanted.norm()
-    return None
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["bare", "everything"])

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from accuracy import LAYOUT_IDS, LAYOUTS, CountCalls
+from accuracy import LAYOUT_IDS, LAYOUTS, CountCalls, amid_nans
 from conv2d_cases import AROUND, CASES, DTYPE_IDS, DTYPES, OF_3X3, OPTIONS, make
-from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
@@ -87,13 +86,6 @@ def test_an_embedding_of_any_strides() -> None:
         y, _ = ops.conv2d(**tensors, padding=(1, 1, 1, 1))
         tensors["emb"] = view.contiguous().clone()
         assert torch.equal(y, ops.conv2d(**tensors, padding=(1, 1, 1, 1))[0])
-
-
-def amid_nans(value: Tensor) -> Tensor:
-    """The value with NaNs before and behind it, in memory as it was."""
-    memory = torch.full((value.numel() + 2 * 64,), torch.nan, dtype=value.dtype)
-    view = memory.as_strided(value.shape, value.stride(), 64)
-    return view.copy_(value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from accuracy import amid_nans
 from conv2d_cases import DTYPE_IDS, DTYPES, OPTIONS, Case, make
-from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
@@ -64,12 +64,6 @@ def test_packed_weights_and_strides_do_not_change_the_bits(case, dtype) -> None:
     values["weight"] = torch.full_like(values["weight"], torch.nan)  # only its shape is read
     values["x"] = values["x"].mT.contiguous().mT
     assert all(map(torch.equal, phases(case, values, packed=packed), wanted))
-
-
-def amid_nans(value: Tensor) -> Tensor:
-    """The value with NaNs before and behind it, in memory as it was."""
-    memory = torch.full((value.numel() + 2 * 64,), torch.nan, dtype=value.dtype)
-    return memory.as_strided(value.shape, value.stride(), 64).copy_(value)
 
 
 @every_dtype

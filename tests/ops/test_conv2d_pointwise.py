@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
+from accuracy import amid_nans
 from conv2d_cases import DTYPE_IDS, DTYPES, NO_PADDING, OPTIONS, Case, make
-from torch import Tensor
+from conv2d_judging import call, judge, relative
 
-import fastdiff
 from fastdiff import ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,10 +24,6 @@ HALVES = {
     "skip": Case((2, 40, 5, 7), 150, (1, 1), padding=NO_PADDING, skip=24),
 }
 every_case = pytest.mark.parametrize("case", HALVES.values(), ids=HALVES)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize(("channels", "bound"), [(64, 4e-7), (1280, 1e-6), (5120, 1.2e-6)])
@@ -90,12 +85,6 @@ def test_packed_weights_and_strides_do_not_change_the_bits(case, dtype) -> None:
     assert torch.equal(ops.conv2d(**values, algorithm="strassen", packed=packed)[0], y)
 
 
-def amid_nans(value: Tensor) -> Tensor:
-    """The value with NaNs before and behind it, in memory as it was."""
-    memory = torch.full((value.numel() + 2 * 64,), torch.nan, dtype=value.dtype)
-    return memory.as_strided(value.shape, value.stride(), 64).copy_(value)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @every_case
 def test_reads_nothing_beside_its_inputs(case, dtype) -> None:
@@ -133,7 +122,7 @@ SUITED = [
     pytest.param(case, algorithm, id=f"{name}-{algorithm}")
     for name, case in GATED.items()
     for algorithm in POINTWISE
-    if algorithm == "direct" or case.x[1] % 32 == 0
+    if case.suits(algorithm)
 ]
 
 
@@ -143,25 +132,10 @@ SUITED = [
 def test_values_of_gated(case, algorithm, dtype, options) -> None:
     values = make(case, dtype, options)
 
-    def run(*tensors: Tensor):
-        found = dict(zip(values, tensors, strict=True))
-        if "norm" in found:
-            found["norm"] = found["norm"].float()
-        y, none = ops.conv2d(
-            **found, gated=True, silu=bool(options), algorithm=algorithm, **case.settings()
-        )
-        assert none is None
-        assert y.shape[1] == case.filters // 2
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        return [y]
-
-    if algorithm == "direct" or dtype != torch.float32:
-        return assert_as_accurate(run, *values.values())
-    with fastdiff.backend("reference"):
-        (wanted,) = run(*(value.double() for value in values.values()))
-    if case.x[0]:
-        assert relative(run(*values.values())[0], wanted) < 2e-6
-    return None
+    run = call(algorithm, list(values), gated=True, silu=bool(options), **case.settings())
+    (y,) = run(*values.values())
+    assert y.shape[1] == case.filters // 2
+    judge(algorithm, run, *values.values())
 
 
 @pytest.mark.parametrize("algorithm", POINTWISE)

@@ -2,13 +2,7 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-void conv2d_direct(const Conv2d& p) {
-  if (p.dtype == c10::ScalarType::BFloat16) {
-    Direct<c10::BFloat16, Windows>(p).run();
-  } else {
-    Direct<float, Windows>(p).run();
-  }
-}
+void conv2d_direct(const Conv2d& p) { direct<Windows>(p); }
 
 // Panels of [R, S, C, filters].
 void conv2d_direct_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,

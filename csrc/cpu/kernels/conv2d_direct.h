@@ -187,4 +187,13 @@ struct Direct {
   }
 };
 
+template <class Product>
+void direct(const Conv2d& p) {
+  if (p.dtype == c10::ScalarType::BFloat16) {
+    Direct<c10::BFloat16, Product>(p).run();
+  } else {
+    Direct<float, Product>(p).run();
+  }
+}
+
 }  // namespace fastdiff::CPU_CAPABILITY

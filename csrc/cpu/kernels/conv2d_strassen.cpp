@@ -49,13 +49,7 @@ struct Sevenths {
 
 }  // namespace
 
-void conv2d_strassen(const Conv2d& p) {
-  if (p.dtype == c10::ScalarType::BFloat16) {
-    Direct<c10::BFloat16, Sevenths>(p).run();
-  } else {
-    Direct<float, Sevenths>(p).run();
-  }
-}
+void conv2d_strassen(const Conv2d& p) { direct<Sevenths>(p); }
 
 void conv2d_strassen_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,
                           const Threads& threads) {

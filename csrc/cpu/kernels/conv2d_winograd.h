@@ -344,19 +344,19 @@ void winograd(const Conv2d& p) {
 template <int r>
 void taps(const float* g, int64_t which, double (&out)[r][r]) {
   const auto tap = [&](int a, int q) { return static_cast<double>(g[a * 3 + q]); };
+  // Of an even number of rows above, 0 and 1 are the same pixel, else 1 and 2.
+  const auto first = [](int a, bool odd) { return a == 0 ? 0 : odd ? 1 : 2; };
+  const auto last = [](int a, bool odd) { return a == 1 ? 2 : odd ? 0 : 1; };
   for (int a = 0; a < r; ++a)
     for (int q = 0; q < r; ++q) {
       if (r == 3) {
         out[a][q] = tap(a, q);
         continue;
       }
-      // Of an even number of rows above, 0 and 1 are the same pixel, else 1 and 2.
       const bool odd_row = which / 2, odd_column = which % 2;
-      const int top = a == 0 ? 0 : odd_row ? 1 : 2, left = q == 0 ? 0 : odd_column ? 1 : 2;
-      const int bottom = a == 1 ? 2 : odd_row ? 0 : 1, right = q == 1 ? 2 : odd_column ? 0 : 1;
       out[a][q] = 0;
-      for (int i = top; i <= bottom; ++i)
-        for (int j = left; j <= right; ++j) out[a][q] += tap(i, j);
+      for (int i = first(a, odd_row); i <= last(a, odd_row); ++i)
+        for (int j = first(q, odd_column); j <= last(q, odd_column); ++j) out[a][q] += tap(i, j);
     }
 }
 
