@@ -28,11 +28,12 @@ hypothesis.settings.load_profile("repeatable")
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)  # its numbers are then the same in every run and order
 
 
 @pytest.fixture
 def generator():
-    """A seeded generator, so that a test's numbers are the same in every run and order."""
+    """A seeded generator, for what takes one."""
     return torch.Generator().manual_seed(0)
 
 

@@ -130,7 +130,7 @@ def test_two_inputs_are_as_good_as_their_concatenation(channels, dtype, layout) 
 
 @pytest.mark.parametrize("dims", [0, 1, 3], ids=["no pixels", "1d", "3d"])
 def test_other_numbers_of_dimensions(dims) -> None:
-    x = torch.randn(2, 6, *range(3, 3 + dims), requires_grad=True)
+    x = torch.randn(2, 24, *range(3, 3 + dims), requires_grad=True)
     assert_as_accurate(call(3, ["x"]), x)
 
 
