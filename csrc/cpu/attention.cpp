@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/parallel.h"
 #include "cpu/tensors.h"
 
 namespace fastdiff {
@@ -47,11 +48,10 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
                           q.options().dtype(at::kFloat));
   p.packed_k = packed.mutable_data_ptr<float>();
   p.packed_v = p.packed_k + heads * for_keys;
-  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    FASTDIFF_KERNEL(attention_pack)(p, begin, end);
-  });
-  at::parallel_for(0, heads * ((p.queries + kQueries - 1) / kQueries), 1,
-                   [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention)(p, begin, end); });
+  for_ranges(heads, 1,
+             [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention_pack)(p, begin, end); });
+  for_ranges(heads * ((p.queries + kQueries - 1) / kQueries), 1,
+             [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention)(p, begin, end); });
   return out.transpose(1, 2);
 }
 

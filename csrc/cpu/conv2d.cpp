@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/parallel.h"
 #include "cpu/tensors.h"
 
 namespace fastdiff {
@@ -27,9 +28,9 @@ enum Algorithm : int64_t { kDirect, kWinograd2, kWinograd4, kStrassen, kPhases4,
 
 Threads threads() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
-          [](int64_t units, Threads::Body body, void* context) {
-            at::parallel_for(0, units, 1,
-                             [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          [](int64_t units, int64_t grain, Threads::Body body, void* context) {
+            for_ranges(units, grain,
+                       [&](int64_t begin, int64_t end) { body(context, begin, end); });
           }};
 }
 

@@ -115,6 +115,8 @@ class Convolution:
             number = ALGORITHMS.index(algorithm)
             y, found = _op(x, skip, packed, weight.weight.shape, number, bias, *args)
         else:
+            # As it was timed; PyTorch's result is then channels-last too.
+            x = x.contiguous(memory_format=torch.channels_last)
             y, _ = reference.conv2d(x, skip, weight.weight, bias, *args[:-2], False, self.gated)
             found = channel_statistics(y) if self.statistics else None
         if shape is not None:
@@ -261,12 +263,14 @@ def restore(strides: tuple[int, ...] | None, order: list[int]) -> Callable[[Tens
 
 
 def _restore(strides: tuple[int, ...] | None, order: list[int], x: Tensor) -> Tensor:
+    dense, step = [0] * x.ndim, 1
+    for d in reversed(order):
+        dense[d] = step
+        step *= max(x.shape[d], 1)
     if strides is None:
-        found, step = [0] * x.ndim, 1
-        for d in reversed(order):
-            found[d] = step
-            step *= max(x.shape[d], 1)
-        strides = tuple(found)
+        strides = tuple(dense)
     if x.stride() == strides:
         return x
+    if order == sorted(order) and strides == tuple(dense) and not x.is_contiguous():
+        return x.contiguous()  # which writes to nothing that is there, as ``recording`` likes it
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 import torch
-from judging import assert_as_eager, compiled
+from judging import assert_as_eager, compiled, settled
 from models import inputs, make
 from small import small_inputs, small_net
 from test_threads import run_together
@@ -57,6 +57,15 @@ def test_the_third_call_is_run_from_a_list(runs):
         assert_as_eager(net(*case), model, case)
         assert len(runs) == max(0, seed - 1)
     assert len(set(map(id, runs))) == 1
+
+
+@torch.no_grad()
+def test_a_number_for_the_time_is_no_hindrance(runs):
+    """It is a constant of the list, which nothing may write to."""
+    model = make("diffusers")
+    case = (inputs("diffusers")[0][0], 10)
+    assert_as_eager(settled(compiled(model), case), model, case)
+    assert len(runs) == 1
 
 
 @torch.no_grad()
