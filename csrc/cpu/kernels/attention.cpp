@@ -27,6 +27,7 @@ void pack_head(const Attention& p, int64_t unit) {
     for (int64_t d0 = 0; d0 < p.width; d0 += kLine)
       for (int64_t j = 0; j < packed; ++j) {
         const T* row = k + (first + j) * p.k_strides[2];
+        __builtin_prefetch(row + d0 + kLine);
         for (int64_t d = d0; d < std::min(p.width, d0 + kLine); ++d)
           to[d * packed + j] = j < columns ? static_cast<float>(row[d]) * factor : 0;
       }
@@ -36,9 +37,11 @@ void pack_head(const Attention& p, int64_t unit) {
   for (int64_t begin = 0; begin < p.keys; begin += kKeys)
     for (int64_t first = 0, columns; first < p.value_width; first += columns) {
       columns = panel_columns(p.value_width - first);
-      for (int64_t j = begin; j < std::min(p.keys, begin + kKeys); ++j)
+      for (int64_t j = begin; j < std::min(p.keys, begin + kKeys); ++j) {
+        __builtin_prefetch(v + (j + 8) * p.v_strides[2] + first);
         for (int64_t c = 0; c < packed_columns(columns); c += kLanes, to += kLanes)
           store_lanes(to, load_lanes(v + j * p.v_strides[2] + first + c, columns - c));
+      }
     }
 }
 

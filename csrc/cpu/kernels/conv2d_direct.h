@@ -76,7 +76,7 @@ struct Direct {
         outputs(p.filters / gates),
         division(divide(grid, outputs,
                         Product::packed(p.kernel_h * p.kernel_w * p.channels, p.filters),
-                        p.threads.count, Product::kColumns)),
+                        grid.largest * p.channels, p.threads.count, Product::kColumns)),
         chunk(division.chunk),
         chunk_ld(gates * chunk + kLine),
         chunks((outputs + chunk - 1) / chunk),

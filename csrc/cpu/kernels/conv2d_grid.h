@@ -73,15 +73,19 @@ struct Division {
 
 constexpr int64_t kChunk = 64;
 constexpr int64_t largest_chunk(int64_t panel) { return std::max(panel, kChunk); }
-constexpr int64_t kShared = 4 << 20;  // floats of that cache, more or less
+constexpr int64_t kShared = 4 << 20;    // floats of that cache, more or less
+constexpr int64_t kPrivate = 96 << 10;  // likewise, of a core's own
 
-inline Division divide(const Grid& grid, int64_t filters, int64_t weight_floats, int64_t threads,
-                       int64_t panel) {
+// `block_floats` is what each chunk of a block's filters reads.
+inline Division divide(const Grid& grid, int64_t filters, int64_t weight_floats,
+                       int64_t block_floats, int64_t threads, int64_t panel) {
   const int64_t blocks = grid.count();
   const bool even = blocks % threads == 0 || blocks >= 4 * threads;
   if (threads == 1 || (even && (weight_floats <= kShared || blocks >= 16 * threads)))
     return {true, largest_chunk(panel)};
-  // The chunk that leaves the busiest thread the least, the largest of equals.
+  // Where reading the block again is cheap small ones, since threads then end together.
+  if (block_floats <= kPrivate) return {false, std::max(panel, kLine)};
+  // Else the chunk that leaves the busiest thread the least, the largest of equals.
   int64_t best = panel, least = filters + panel;
   for (int64_t chunk = largest_chunk(panel); chunk >= panel; chunk -= panel) {
     const int64_t chunks = (filters + chunk - 1) / chunk;

@@ -120,6 +120,7 @@ struct Winograd {
   static constexpr int kTile = m + r - 1, kPlanes = kTile * kTile;
   static constexpr int64_t kStep = r == 2 ? 2 : 1, kPhases = kStep * kStep;
   static constexpr int64_t kChannels = kLine;  // that are read and transformed at a time
+  static constexpr int64_t kRow = 8;           // tiles that are transformed together
   // Tiles of a block: what keeps the products in L2, or more where that saves reading a weight from
   // memory again.
   static constexpr int64_t kTiles = 48, kManyTiles = 128;
@@ -128,8 +129,8 @@ struct Winograd {
   const int64_t height, width;  // outputs of a phase
   const int64_t weight_floats;
   const Grid grid;
+  const int64_t depth, ld, plane;  // of the transformed input
   const Division division;
-  const int64_t depth, ld, plane;                // of the transformed input
   const int64_t chunk, chunk_ld, product_plane;  // filters at a time, and of the products
   const int64_t channel_chunks, filter_chunks;
   Array<double> partials;
@@ -141,10 +142,10 @@ struct Winograd {
         weight_floats(kPhases * kPlanes * p.channels * p.filters),
         grid(make_grid(p.images, (height + m - 1) / m, (width + m - 1) / m,
                        weight_floats > kShared ? kManyTiles : kTiles)),
-        division(divide(grid, p.filters, weight_floats, p.threads.count, kPanel)),
         depth(rounded_up(p.channels, kLanes)),
         ld(depth + kLine),
         plane(grid.largest * ld),
+        division(divide(grid, p.filters, weight_floats, kPlanes * plane, p.threads.count, kPanel)),
         chunk(division.chunk),
         chunk_ld(chunk),
         product_plane(grid.largest * chunk_ld + kLine),
@@ -220,31 +221,37 @@ struct Winograd {
             for (int64_t c = c1 - c0; c < rounded_up(c1 - c0, kLanes); ++c)
               patch[i * kChannels + c] = 0;
         for (int64_t i = 0; i < segment.bottom - segment.top; ++i)
-          for (int64_t j = 0; j < segment.width(); ++j) {
+          for (int64_t j = 0; j < segment.width(); j += kRow) {
             const float* from = patch + (i * m * columns + j * m) * kChannels;
             float* to = v + (segment.first + i * segment.width() + j) * ld + c0;
             for (int64_t c = 0; c < c1 - c0; c += kLanes)
-              transform_input(from + c, columns * kChannels, to + c);
+              transform_input(from + c, columns * kChannels, std::min(kRow, segment.width() - j),
+                              to + c);
           }
       }
     }
   }
 
-  FASTDIFF_INLINE void transform_input(const float* from, int64_t row, float* to) const {
-    F columns[kPlanes];
-#pragma GCC unroll 6
-    for (int q = 0; q < kTile; ++q) {
+  // `tiles` neighbours in a row, at most kRow: down each column of pixels, of which neighbours
+  // share r - 1, then across.
+  FASTDIFF_INLINE void transform_input(const float* from, int64_t row, int64_t tiles,
+                                       float* to) const {
+    constexpr int64_t kMost = kRow * m + r - 1;
+    F down[kTile][kMost];
+    for (int64_t j = 0; j < tiles * m + r - 1; ++j) {
       F d[kTile];
 #pragma GCC unroll 6
-      for (int a = 0; a < kTile; ++a) d[a] = load_lanes(from + a * row + q * kChannels);
-      Filtering<m, r>::input(d, 1, columns + q, kTile);
+      for (int a = 0; a < kTile; ++a) d[a] = load_lanes(from + a * row + j * kChannels);
+      Filtering<m, r>::input(d, 1, &down[0][j], kMost);
     }
+    for (int64_t t = 0; t < tiles; ++t, to += ld) {
 #pragma GCC unroll 6
-    for (int a = 0; a < kTile; ++a) {
-      F out[kTile];
-      Filtering<m, r>::input(columns + a * kTile, 1, out, 1);
+      for (int a = 0; a < kTile; ++a) {
+        F out[kTile];
+        Filtering<m, r>::input(&down[a][t * m], 1, out, 1);
 #pragma GCC unroll 6
-      for (int q = 0; q < kTile; ++q) store_lanes(to + (a * kTile + q) * plane, out[q]);
+        for (int q = 0; q < kTile; ++q) store_lanes(to + (a * kTile + q) * plane, out[q]);
+      }
     }
   }
 

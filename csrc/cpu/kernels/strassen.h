@@ -66,9 +66,9 @@ inline void multiply_strassen(const Quarters& a, const float* b, float* c, int64
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t deep = std::min(kDepth, depth - k);
       if (k == 0) {
-        multiply_panel(a.half, rows, offset, deep, b, kPanel, first);
+        multiply_blocks<kVectors>(a.half, rows, offset, deep, b, first);
       } else {
-        multiply_panel(a.half, rows, offset + k, deep, b, kPanel, further);
+        multiply_blocks<kVectors>(a.half, rows, offset + k, deep, b, further);
       }
       b += deep * kPanel;
     }
