@@ -48,10 +48,10 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
                           q.options().dtype(at::kFloat));
   p.packed_k = packed.mutable_data_ptr<float>();
   p.packed_v = p.packed_k + heads * for_keys;
-  for_ranges(heads, 1,
-             [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention_pack)(p, begin, end); });
-  for_ranges(heads * ((p.queries + kQueries - 1) / kQueries), 1,
-             [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention)(p, begin, end); });
+  for_each_unit(
+      heads, [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention_pack)(p, begin, end); });
+  for_each_unit(heads * ((p.queries + kQueries - 1) / kQueries),
+                [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention)(p, begin, end); });
   return out.transpose(1, 2);
 }
 

@@ -28,9 +28,8 @@ enum Algorithm : int64_t { kDirect, kWinograd2, kWinograd4, kStrassen, kPhases4,
 
 Threads threads() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
-          [](int64_t units, int64_t grain, Threads::Body body, void* context) {
-            for_ranges(units, grain,
-                       [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          [](int64_t units, Threads::Body body, void* context) {
+            for_each_unit(units, [&](int64_t begin, int64_t end) { body(context, begin, end); });
           }};
 }
 

@@ -8,13 +8,13 @@
 
 namespace fastdiff {
 
-// How many threads there are, and how they are given work: body(context, begin, end) for ranges of
-// `grain` units that together are 0..units-1. PyTorch's threads, from where they are
-// (at::parallel_for is a template of a header, which kernels do without).
+// How many threads there are, and how they are given work: body(context, begin, end) for ranges
+// that together are 0..units-1. PyTorch's threads, from where they are (at::parallel_for is a
+// template of a header, which kernels do without).
 struct Threads {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
   int64_t count;
-  void (*run)(int64_t units, int64_t grain, Body body, void* context);
+  void (*run)(int64_t units, Body body, void* context);
 };
 
 // y = (conv(up(silu(norm(cat(x, skip))))) + bias + emb + residual) * scale, or where it is gated

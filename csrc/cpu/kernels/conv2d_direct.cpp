@@ -11,7 +11,7 @@ void conv2d_direct_pack(const float* weight, const int64_t* sizes, float* out, i
   const int64_t depth = window * channels;
   *size = depth * packed_columns(filters);
   if (!out) return;
-  share(threads, (filters + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+  share(threads, (filters + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kPanel; first < std::min(filters, end * kPanel); first += kPanel) {
       const int64_t columns = std::min(kPanel, filters - first), packed = packed_columns(columns);
       float* panel = out + first * depth;

@@ -84,7 +84,7 @@ struct Direct {
 
   void run() {
     if (division.by_block) {
-      share(p.threads, grid.count(), 1, [&](int64_t begin, int64_t end) {
+      share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           const auto rows = read(block);
           multiply(block, 0, chunks, rows);
@@ -93,7 +93,7 @@ struct Direct {
     } else {
       for (int64_t block = 0; block < grid.count(); ++block) {
         const auto rows = read(block);
-        share(p.threads, chunks, 1,
+        share(p.threads, chunks,
               [&](int64_t begin, int64_t end) { multiply(block, begin, end, rows); });
       }
     }

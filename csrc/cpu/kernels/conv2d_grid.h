@@ -95,12 +95,12 @@ inline Division divide(const Grid& grid, int64_t filters, int64_t weight_floats,
   return {false, best};
 }
 
-// body(begin, end) for ranges of `grain` units of 0..units-1, on all threads.
+// body(begin, end) for ranges of 0..units-1, on all threads.
 template <class Body>
-void share(const Threads& threads, int64_t units, int64_t grain, Body&& body) {
+void share(const Threads& threads, int64_t units, Body&& body) {
   if (threads.count == 1) return body(0, units);
   threads.run(
-      units, grain,
+      units,
       [](void* context, int64_t begin, int64_t end) {
         (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end);
       },

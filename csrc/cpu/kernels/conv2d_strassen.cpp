@@ -56,7 +56,7 @@ void conv2d_strassen_pack(const float* weight, const int64_t* sizes, float* out,
   const int64_t filters = sizes[0], channels = sizes[1];
   *size = strassen_packed(channels, filters);
   if (!out) return;
-  share(threads, (filters + kPair - 1) / kPair, 1, [&](int64_t begin, int64_t end) {
+  share(threads, (filters + kPair - 1) / kPair, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kPair; first < std::min(filters, end * kPair); first += kPair)
       strassen_pack(channels, out + strassen_packed(channels, first), [&](int64_t k, int64_t j) {
         return first + j < filters ? weight[(first + j) * channels + k] : 0.f;

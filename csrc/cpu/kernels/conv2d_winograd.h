@@ -175,7 +175,7 @@ struct Winograd {
 
   void run() {
     if (division.by_block) {
-      share(p.threads, grid.count(), 1, [&](int64_t begin, int64_t end) {
+      share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
         float* v = scratch.at_least(kPlanes * plane);
         for (int64_t block = begin; block < end; ++block)
@@ -187,13 +187,14 @@ struct Winograd {
     } else {
       static thread_local Scratch scratch;
       float* v = scratch.at_least(kPlanes * plane);
-      // Two ranges a thread: neighbouring lines of a pixel come to a core together.
-      const int64_t read_grain = std::max<int64_t>(1, channel_chunks / (2 * p.threads.count));
+      // Two parts a thread: neighbouring lines of a pixel come to a core together.
+      const int64_t parts = std::min(channel_chunks, 2 * p.threads.count);
       for (int64_t block = 0; block < grid.count(); ++block)
         for (int64_t i = 0; i < kPhases; ++i) {
-          share(p.threads, channel_chunks, read_grain,
-                [&](int64_t begin, int64_t end) { read(block, phase(i), begin, end, v); });
-          share(p.threads, filter_chunks, 1,
+          share(p.threads, parts, [&](int64_t begin, int64_t end) {
+            read(block, phase(i), channel_chunks * begin / parts, channel_chunks * end / parts, v);
+          });
+          share(p.threads, filter_chunks,
                 [&](int64_t begin, int64_t end) { multiply(block, phase(i), begin, end, v); });
         }
     }
@@ -380,7 +381,7 @@ void winograd_pack(const float* weight, const int64_t* sizes, float* out, int64_
   *size = kPhases * each;
   if (!out) return;
   std::memset(out, 0, *size * sizeof(float));
-  share(threads, (filters + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+  share(threads, (filters + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * kPanel; k < std::min(filters, end * kPanel); ++k) {
       const int64_t first = k / kPanel * kPanel;
       const int64_t packed = packed_columns(std::min(kPanel, filters - first));
