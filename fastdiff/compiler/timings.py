@@ -33,7 +33,7 @@ except ImportError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
 log = logging.getLogger("fastdiff.compiler")
-VERSION = 3  # of the file's form and of what the kernels do; another is not used
+VERSION = 4  # of the file's form and of what the kernels do; another is not used
 NAMES = ("plain", *ALGORITHMS)  # PyTorch's own convolution, which packs nothing, before ours
 ROUNDS, MOST = 3, 12  # calls, of which the quickest counts; until two of them agree
 TRIES = 4  # calls until one is not interrupted

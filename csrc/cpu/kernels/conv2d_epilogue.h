@@ -42,7 +42,7 @@ struct Epilogue {
     if constexpr (kStatistics) {
       if (pending >= kTogether) join();
       if (pending == 0) {
-        first = finished(pixel, value);
+        first = finished(residual_at(pixel), lanes, value);
         if constexpr (!std::is_same_v<T, float>) {
           T rounded[kLanes];
           store_lanes(rounded, first);
@@ -59,14 +59,22 @@ struct Epilogue {
   };
 
   FASTDIFF_INLINE void write(int64_t pixel, F value, Sums& sums) const {
-    value = finished(pixel, value);
-    store_lanes(y + pixel * filters, value, lanes);
-    if constexpr (kStatistics) {
-      // Of the rounded values: those are what the norm will see.
-      if constexpr (!std::is_same_v<T, float>) value = load_lanes(y + pixel * filters, lanes);
-      const F centred = value - sums.first;
-      sums.sum += centred;
-      sums.squares += centred * centred;
+    put(y + pixel * filters, residual_at(pixel), lanes, value, sums);
+  }
+
+  // `values` [m, m] of pixels that are `down` and `across` apart.
+  template <int m>
+  FASTDIFF_INLINE void write_tile(int64_t pixel, int64_t down, int64_t across, const F* values,
+                                  Sums& sums) const {
+    T* to = y + pixel * filters;
+    const T* from = residual_at(pixel);
+    // Apart, so that neither is asked again of each pixel.
+    if (lanes < kLanes) {
+      put_tile<m>(to, from, down, across, lanes, values, sums);
+    } else if (from) {
+      put_tile<m>(to, from, down, across, kLanes, values, sums);
+    } else {
+      put_tile<m>(to, nullptr, down, across, kLanes, values, sums);
     }
   }
 
@@ -75,15 +83,46 @@ struct Epilogue {
     squares += sums.squares;
   }
 
+  // The residual into L2 only: in L1 the lines of y have the same sets.
   FASTDIFF_INLINE void prefetch(int64_t pixel) const {
     __builtin_prefetch(y + pixel * filters, 1);
-    if (residual) __builtin_prefetch(residual + pixel * residual_ld);
+    if (residual) __builtin_prefetch(residual + pixel * residual_ld, 0, 2);
   }
 
-  FASTDIFF_INLINE F finished(int64_t pixel, F value) const {
+  FASTDIFF_INLINE const T* residual_at(int64_t pixel) const {
+    return residual ? residual + pixel * residual_ld : nullptr;
+  }
+
+  // `from` is the residual's channels, `count` of them, or null.
+  FASTDIFF_INLINE F finished(const T* from, int64_t count, F value) const {
     value = value * scale + add;
-    if (residual) value += load_lanes(residual + pixel * residual_ld, lanes) * scale;
+    if (from) value += load_lanes(from, count) * scale;
     return value;
+  }
+
+  FASTDIFF_INLINE void put(T* to, const T* from, int64_t count, F value, Sums& sums) const {
+    value = finished(from, count, value);
+    store_lanes(to, value, count);
+    if constexpr (kStatistics) {
+      // Of the rounded values: those are what the norm will see.
+      if constexpr (!std::is_same_v<T, float>) value = load_lanes(to, count);
+      const F centred = value - sums.first;
+      sums.sum += centred;
+      sums.squares += centred * centred;
+    }
+  }
+
+  template <int m>
+  FASTDIFF_INLINE void put_tile(T* to, const T* from, int64_t down, int64_t across, int64_t count,
+                                const F* values, Sums& sums) const {
+#pragma GCC unroll 4
+    for (int a = 0; a < m; ++a)
+#pragma GCC unroll 4
+      for (int q = 0; q < m; ++q) {
+        const int64_t pixel = a * down + q * across;
+        put(to + pixel * filters, from ? from + pixel * residual_ld : nullptr, count,
+            values[a * m + q], sums);
+      }
   }
 
   void join() {

@@ -73,7 +73,7 @@ struct Division {
 
 constexpr int64_t kChunk = 64;
 constexpr int64_t largest_chunk(int64_t panel) { return std::max(panel, kChunk); }
-constexpr int64_t kShared = 4 << 20;    // floats of that cache, more or less
+constexpr int64_t kShared = 8 << 20;    // floats of that cache, more or less
 constexpr int64_t kPrivate = 96 << 10;  // likewise, of a core's own
 
 // `block_floats` is what each chunk of a block's filters reads.

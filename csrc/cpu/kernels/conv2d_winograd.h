@@ -8,8 +8,7 @@
 //
 // Of a block of tiles: the input patch is read once (conv2d_patch.h) and transformed into planes
 // [(m + 2)^2, tiles, C]; each plane is multiplied with its plane of the weight; and the products
-// are transformed back, a few filters at a time, and written through the epilogue. Blocks are as
-// large as keeps a plane and a piece of the products in L2.
+// are transformed back, a few filters at a time, and written through the epilogue.
 //
 // Accuracy in float32, relative L2 against float64, for C = 16 / 256 / 2560 channels of zero mean:
 // direct 2e-7 / 9e-7 / 3e-6, m = 2 1.6e-7 / 5e-7 / 1.5e-6, m = 4 1.0e-6 / 3e-6 / 1e-5, phases
@@ -108,6 +107,13 @@ struct Filtering<4, 3> {
   }
 };
 
+// The distance of planes of that many floats: an odd number of cache lines, so that a line of each
+// goes to a set of the cache of its own. Were they multiples of 16 lines apart, as tiles and
+// channels would have it, 9 of 36 would share each set of 8.
+constexpr int64_t odd_lines(int64_t floats) {
+  return (rounded_up(floats, kLine) / kLine | 1) * kLine;
+}
+
 // One of the convolutions that make up the whole: of outputs (row, column) and every kStep further
 // ones, whose first window begins at (top, left) of the input.
 struct Phase {
@@ -121,9 +127,9 @@ struct Winograd {
   static constexpr int64_t kStep = r == 2 ? 2 : 1, kPhases = kStep * kStep;
   static constexpr int64_t kChannels = kLine;  // that are read and transformed at a time
   static constexpr int64_t kRow = 8;           // tiles that are transformed together
-  // Tiles of a block: what keeps the products in L2, or more where that saves reading a weight from
-  // memory again.
-  static constexpr int64_t kTiles = 48, kManyTiles = 128;
+  // Tiles of a block: with more its planes and products leave the cache, with less the weight is
+  // read more often, which counts where it comes from memory.
+  static constexpr int64_t kTiles = 64, kManyTiles = 128;
 
   const Conv2d p;
   const int64_t height, width;  // outputs of a phase
@@ -144,11 +150,11 @@ struct Winograd {
                        weight_floats > kShared ? kManyTiles : kTiles)),
         depth(rounded_up(p.channels, kLanes)),
         ld(depth + kLine),
-        plane(grid.largest * ld),
+        plane(odd_lines(grid.largest * ld)),
         division(divide(grid, p.filters, weight_floats, kPlanes * plane, p.threads.count, kPanel)),
         chunk(division.chunk),
         chunk_ld(chunk),
-        product_plane(grid.largest * chunk_ld + kLine),
+        product_plane(odd_lines(grid.largest * chunk_ld)),
         channel_chunks((p.channels + kChannels - 1) / kChannels),
         filter_chunks((p.filters + chunk - 1) / chunk),
         partials(p.statistics ? grid.segments.size() * kPhases * 2 * p.filters : 0) {}
@@ -310,11 +316,7 @@ struct Winograd {
           epilogue.expect(rows * columns, pixel, out[0]);
           typename Epilogue<T, kStatistics>::Sums sums{epilogue.first};
           if (rows == m && columns == m) {
-#pragma GCC unroll 4
-            for (int a = 0; a < m; ++a)
-#pragma GCC unroll 4
-              for (int q = 0; q < m; ++q)
-                epilogue.write(pixel + a * down + q * across, out[a * m + q], sums);
+            epilogue.template write_tile<m>(pixel, down, across, out, sums);
           } else {
             for (int64_t a = 0; a < rows; ++a)
               for (int64_t q = 0; q < columns; ++q)
