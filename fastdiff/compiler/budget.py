@@ -140,10 +140,11 @@ class Budget:
         """Linear layers that read the same: by one weight, or each by its own."""
         weights = [value(match.weight) for match in group]
         copied = sum(w.nbytes for w in weights if w is not None)
-        if _is_product(group[0]):
-            options = [Option(0, len(group) * CALL), Option(copied, CALL, together=True)]
-            return _Unit(group, options, group=True)
         whole = _sizes(group)
+        if _is_product(group[0]):
+            size = copied + packed_bytes("direct", whole.weight)
+            options = [Option(0, len(group) * CALL), Option(size, CALL, together=True)]
+            return _Unit(group, options, group=True)
         names = whole.among(self.names)  # which suit each of them too
         options = [
             Option(

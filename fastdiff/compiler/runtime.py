@@ -20,6 +20,7 @@ from fastdiff.ops.group_norm_coefficients import channel_statistics
 from fastdiff.ops.group_norm_coefficients import kernel_runs as has_kernel
 from fastdiff.ops.group_norm_silu import group_norm_silu
 
+FEW = 64  # rows, beyond which PyTorch's product, that packs its weight each time, is as quick
 # To and from [N, C, H, W], by the number of dimensions and the one of the channels. All of them are
 # views of channels-last memory.
 _ENTER: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
@@ -145,7 +146,7 @@ class Convolution:
 
 
 class Product:
-    """Several linear layers of the same rows as one product, for few rows.
+    """Several linear layers of the same rows as one product.
 
     Args:
         index: of its weight in what ``packing.Watch`` gives.
@@ -157,15 +158,28 @@ class Product:
 
     def __init__(self, index: int, silu: bool) -> None:
         self.index, self.silu = index, silu
+        self.plans: dict[tuple[Any, ...], str] = {}
         self.seen: weakref.ref[PackedWeight] | None = None
 
     def __call__(self, weights: Sequence[PackedWeight], x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., C] to [..., K]."""
+        """x [N, C] to [N, K]."""
         packed = weights[self.index]
-        if self.seen is None:
-            self.seen = weakref.ref(packed)
-        weight = packed.weight
-        return F.linear(F.silu(x) if self.silu else x, weight.view(weight.shape[:2]), bias)
+        weight, algorithm = packed.weight, self._algorithm(x, packed)
+        if algorithm == "plain":
+            return F.linear(F.silu(x) if self.silu else x, weight.view(weight.shape[:2]), bias)
+        args = ((1, 1), (0, 0, 0, 0), False, None, self.silu, None, None, 1.0, False, False)
+        rows, number = x.unsqueeze(2).unsqueeze(3), ALGORITHMS.index(algorithm)
+        y, _ = _op(rows, None, packed.packed(algorithm), weight.shape, number, bias, *args)
+        return y.flatten(1)
+
+    def _algorithm(self, x: Tensor, weight: PackedWeight) -> str:
+        key = (x.shape, kernel_runs(x))
+        found = self.plans.get(key)
+        if found is None:
+            found = "direct" if key[1] and x.shape[0] <= FEW else "plain"
+            self.plans[key] = found
+            self.seen = weakref.ref(weight)
+        return found
 
 
 class Attention:

@@ -1,0 +1,62 @@
+"""Linear layers of the same rows as one product, on the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from judging import assert_as_eager, compiled, settled
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff.compiler import explain, plan, runtime
+
+
+class Projections(nn.Module):
+    """The embedding as each block of a U-Net has it."""
+
+    def __init__(self, biases: bool = True) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(24, k, bias=biases) for k in (8, 40, 16))
+
+    def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(F.silu(emb)) for layer in self.each)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("biases", [True, False])
+def test_few_and_many(biases: bool, dtype: torch.dtype) -> None:
+    """One graph for all numbers of rows, of which few are read through the packed weight."""
+    model = Projections(biases).to(dtype).eval()
+    net = compiled(model, dynamic=True)
+    for rows in (3, 2, runtime.FEW, runtime.FEW + 1, 3):
+        case = (torch.randn(rows, 24).to(dtype),)
+        assert_as_eager(settled(net, case), model, case, precision="strict")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "algorithm"), [(runtime.FEW, "direct"), (99, "plain")])
+def test_what_is_told(rows: int, algorithm: str) -> None:
+    (row,) = explain(Projections().eval(), torch.randn(rows, 24)).fused
+    assert (row.what, row.algorithm) == ("silu + 3 x linear", algorithm)
+    copied = 4 * 64 * 24
+    packed = plan.packed_bytes("direct", (64, 24, 1, 1)) if algorithm == "direct" else 0
+    assert row.packed_bytes == copied + packed
+
+
+@torch.no_grad()
+def test_without_kernels() -> None:
+    with fastdiff.backend("reference"):
+        (row,) = explain(Projections().eval(), torch.randn(3, 24)).fused
+    assert row.algorithm == "plain"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_bound(spare: int) -> None:
+    """The copy and its packed form fit, or nothing is fused."""
+    size = 4 * 64 * 24 + plan.packed_bytes("direct", (64, 24, 1, 1))
+    options = {"packed_bytes": size + spare}
+    found = explain(Projections().eval(), torch.randn(3, 24), options=options)
+    assert found.packed_bytes == (size if spare == 0 else 0)
