@@ -105,9 +105,13 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
   const float* values = p.packed_v + unit * attention_packed(p.keys, p.value_width);
   for (int64_t k0 = 0; k0 < p.keys; k0 += kKeys) {
     const int64_t block = std::min(kKeys, p.keys - k0);
-    for (int64_t k = 0; k < block; k += kPanel)
-      multiply_panel(count, rows, 0, p.width, keys + (k0 + k) * p.width,
-                     std::min(kPanel, block - k), Into{scores + k, scores_ld, false});
+    for (int64_t k = 0; k < block; k += kPanel) {
+      const int64_t columns = std::min(kPanel, block - k);
+      const float* panel = keys + (k0 + k) * p.width;
+      multiply_panel(count, rows, 0, p.width, panel, columns,
+                     {panel + packed_columns(columns) * p.width},
+                     Into{scores + k, scores_ld, false});
+    }
     for (int64_t i = 0; i < count; ++i) {
       float* row = scores + i * scores_ld;
       const float now = largest(row, block, top[i]);
@@ -121,8 +125,9 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     }
     for (int64_t first = 0, columns; first < p.value_width; first += columns) {
       columns = panel_columns(p.value_width - first);
-      multiply_panel(count, weights, 0, block, values + first * block, columns,
-                     Into{out + first, out_ld, k0 > 0});
+      const float* panel = values + first * block;
+      multiply_panel(count, weights, 0, block, panel, columns,
+                     {panel + packed_columns(columns) * block}, Into{out + first, out_ld, k0 > 0});
     }
     values += block * packed_columns(p.value_width);
   }

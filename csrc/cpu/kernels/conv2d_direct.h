@@ -47,9 +47,10 @@ struct Windows {
     for (int64_t r = 0; r < stretches; ++r)
       for (int64_t d = 0; d < stretch; d += kDepth) {
         const int64_t deep = std::min(kDepth, stretch - d);
-        multiply_panel(rows.size(), rows.data(), r * row + d, deep, b, columns,
+        const float* next = b + deep * packed_columns(columns);
+        multiply_panel(rows.size(), rows.data(), r * row + d, deep, b, columns, {next},
                        Into{c, ld, r + d > 0});
-        b += deep * packed_columns(columns);
+        b = next;
       }
   }
 };

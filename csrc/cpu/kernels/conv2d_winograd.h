@@ -129,7 +129,7 @@ struct Winograd {
   static constexpr int64_t kRow = 8;           // tiles that are transformed together
   // Tiles of a block: with more its planes and products leave the cache, with less the weight is
   // read more often, which counts where it comes from memory.
-  static constexpr int64_t kTiles = 64, kManyTiles = 128;
+  static constexpr int64_t kTiles = 48, kManyTiles = 128;
 
   const Conv2d p;
   const int64_t height, width;  // outputs of a phase
@@ -262,6 +262,12 @@ struct Winograd {
     }
   }
 
+  // Filters k and further ones of the weight's plane a.
+  const float* panel(const Phase& phase, int64_t k, int64_t a) const {
+    return phase.packed +
+           (k * kPlanes + a * packed_columns(std::min(kPanel, p.filters - k))) * depth;
+  }
+
   // Chunks begin..end of the filters of a block: products of the planes, and what they make of y.
   void multiply(int64_t block, const Phase& phase, int64_t begin, int64_t end, const float* v) {
     static thread_local Scratch scratch;
@@ -272,15 +278,25 @@ struct Winograd {
     for (int64_t t = 0; t < tiles; ++t) rows.add(v + t * ld);
     for (int64_t part = begin; part < end; ++part) {
       const int64_t k0 = part * chunk, k1 = std::min(p.filters, k0 + chunk);
-      for (int64_t a = 0; a < kPlanes; ++a)
+      for (int64_t a = 0; a < kPlanes; ++a) {
+        const float* following = v + (a + 1) % kPlanes * plane;
         for (int64_t k = k0; k < k1; k += kPanel) {
+          const float* b = panel(phase, k, a);
+          const float* next = k + kPanel < k1   ? panel(phase, k + kPanel, a)
+                              : a + 1 < kPlanes ? panel(phase, k0, a + 1)
+                                                : panel(phase, k1, 0);
           const int64_t columns = std::min(kPanel, k1 - k), packed = packed_columns(columns);
-          const float* b = phase.packed + (k * kPlanes + a * packed) * depth;
           float* c = products + a * product_plane + k - k0;
-          for (int64_t d = 0; d < depth; d += kDepth)
-            multiply_panel(tiles, rows.data(), a * plane + d, std::min(kDepth, depth - d),
-                           b + d * packed, columns, Into{c, chunk_ld, d > 0});
+          for (int64_t d = 0; d < depth; d += kDepth) {
+            const int64_t deep = std::min(kDepth, depth - d);
+            const float* piece = b + d * packed;
+            multiply_panel(tiles, rows.data(), a * plane + d, deep, piece, columns,
+                           {d + deep < depth ? piece + deep * packed : next, following},
+                           Into{c, chunk_ld, d > 0});
+            following += deep * packed;
+          }
         }
+      }
       for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s)
         for (int64_t k = k0; k < k1; k += kLine) {
           if (p.statistics) {

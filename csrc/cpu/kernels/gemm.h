@@ -6,10 +6,16 @@
 // and not the loads are the limit; the rows' addresses fit the 16 general registers of x86-64. B
 // streams through L1, once for each kRows rows: a piece of kDepth by kPanel stays in L2 meanwhile.
 //
+// Weights come from memory at every call: all of a U-Net's are more than any cache holds. So while
+// a piece is multiplied the next one is fetched, evenly: were it fetched by the rows that need it
+// first, they would wait for the memory, which all others leave idle.
+//
 // Instructions count as well: where another thread has its share of the core, the decoder gives
 // three a cycle, and 24 of them for 12 multiply-adds of AVX2 then take 8 cycles in the place of 6.
-// So k is unrolled, and only the first rows fetch B.
+// So k is unrolled, and no more is fetched than is new.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/kernels/vectors.h"
 
@@ -23,7 +29,9 @@ constexpr int kVectors = 2, kMostVectors = 3;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;  // columns of a panel of B
 constexpr int64_t kDepth = 384;                // of k at a time
-constexpr int64_t kAhead = 32 * kLine;         // floats of B that are on their way from memory
+
+// Of k between two looks at how far it is; where all registers are taken, more would spill them.
+constexpr int steps(int vectors) { return vectors <= kVectors ? 4 : 2; }
 
 constexpr int64_t rounded_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
@@ -54,12 +62,17 @@ struct Into {
   }
 };
 
-// With kFetch what follows in B is asked of the memory meanwhile.
-template <int M, int V, bool kFetch, class Out>
+// What will be read next, and is brought into L2 meanwhile: as much of B as the present piece, and
+// as much of A, or null.
+struct Next {
+  const float *b, *a = nullptr;
+};
+
+// Fetches kFetch cache lines from `next` on for each steps(V) of k.
+template <int M, int V, int kFetch, class Out>
 FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int64_t depth,
-                                  const float* b, const Out out) {
-  // Of k between two looks at how far it is; where all registers are taken, more would spill them.
-  constexpr int64_t kSteps = V <= kVectors ? 4 : 2, kWidth = V * kLanes;
+                                  const float* b, const float* next, const Out out) {
+  constexpr int64_t kSteps = steps(V), kWidth = V * kLanes;
   F acc[M][V];
   const float* a[M];
 #pragma GCC unroll 8
@@ -71,10 +84,7 @@ FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int6
   const auto add = [&](int64_t k, const float* line) FASTDIFF_HOT {
     F column[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      column[v] = load_lanes(line + v * kLanes);
-      if (kFetch && v * kLanes % kLine == 0) __builtin_prefetch(line + v * kLanes + kAhead);
-    }
+    for (int v = 0; v < V; ++v) column[v] = load_lanes(line + v * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
@@ -85,6 +95,8 @@ FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int6
   for (; k + kSteps <= depth; k += kSteps, b += kSteps * kWidth) {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kSteps; ++i) add(k + i, b + i * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kFetch; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
   }
   for (; k < depth; ++k, b += kWidth) add(k, b);
 #pragma GCC unroll 8
@@ -94,38 +106,55 @@ FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int6
   }
 }
 
-template <int V, bool kFetch, class Out>
+template <int V, int kFetch, class Out>
 inline void multiply_rows(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
-                          const float* b, const Out& out) {
+                          const float* b, const float* next, const Out& out) {
   switch (m) {
     case 1:
-      return micro_kernel<1, V, kFetch>(rows, offset, depth, b, out);
+      return micro_kernel<1, V, kFetch>(rows, offset, depth, b, next, out);
     case 2:
-      return micro_kernel<2, V, kFetch>(rows, offset, depth, b, out);
+      return micro_kernel<2, V, kFetch>(rows, offset, depth, b, next, out);
     case 3:
-      return micro_kernel<3, V, kFetch>(rows, offset, depth, b, out);
+      return micro_kernel<3, V, kFetch>(rows, offset, depth, b, next, out);
     case 4:
-      return micro_kernel<4, V, kFetch>(rows, offset, depth, b, out);
+      return micro_kernel<4, V, kFetch>(rows, offset, depth, b, next, out);
     default:
       if constexpr (V <= kVectors) {
-        if (m == 5) return micro_kernel<5, V, kFetch>(rows, offset, depth, b, out);
-        return micro_kernel<6, V, kFetch>(rows, offset, depth, b, out);
+        if (m == 5) return micro_kernel<5, V, kFetch>(rows, offset, depth, b, next, out);
+        return micro_kernel<6, V, kFetch>(rows, offset, depth, b, next, out);
       }
   }
 }
 
-// Blocks of nearly the same height: 8 rows as 4 and 4, since 6 and 2 would leave units idle. The
-// first one brings B into the cache for all.
+// Blocks of nearly the same height: 8 rows as 4 and 4, since 6 and 2 would leave units idle. Four
+// of them, if there are as many, fetch a quarter each of what follows in B, and four of what
+// follows in A.
 template <int V, class Out>
 inline void multiply_blocks(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
-                            const float* b, const Out& out) {
+                            const float* b, const Next& next, const Out& out) {
   constexpr int64_t most = V > kVectors ? kRows * kVectors / kMostVectors : kRows;
+  constexpr int kLines = static_cast<int>(steps(V) * V * kLanes / kLine);  // of B, for each step
+  constexpr int kQuarter = kLines / std::min(kLines, 4), kHalf = kLines / std::min(kLines, 2);
   const int64_t blocks = (m + most - 1) / most, least = m / blocks, larger = m % blocks;
-  const int64_t first = least + (larger > 0);
-  multiply_rows<V, true>(first, rows, offset, depth, b, out);
-  for (int64_t block = 1, at = first, count; block < blocks; ++block, at += count) {
+  const int64_t lines = blocks * kQuarter >= kLines ? kQuarter : blocks > 1 ? kHalf : kLines;
+  const int64_t shares = kLines / lines, share = depth / steps(V) * lines * kLine;
+  for (int64_t block = 0, at = 0, count; block < blocks; ++block, at += count) {
     count = least + (block < larger);
-    multiply_rows<V, false>(count, rows + at, offset, depth, b, out.below(at));
+    const float* from = block < shares ? next.b : block < 2 * shares ? next.a : nullptr;
+    if (from) from += block % shares * share;
+    const auto multiply = [&](auto fetch) {
+      multiply_rows<V, decltype(fetch)::value>(count, rows + at, offset, depth, b, from,
+                                               out.below(at));
+    };
+    if (!from) {
+      multiply(std::integral_constant<int, 0>{});
+    } else if (lines == kQuarter) {
+      multiply(std::integral_constant<int, kQuarter>{});
+    } else if (lines == kHalf) {
+      multiply(std::integral_constant<int, kHalf>{});
+    } else {
+      multiply(std::integral_constant<int, kLines>{});
+    }
   }
 }
 
@@ -133,16 +162,17 @@ inline void multiply_blocks(int64_t m, const float* const* rows, int64_t offset,
 // written for whole vectors of columns. Row i of A begins at rows[i] + offset.
 template <class Out>
 inline void multiply_panel(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
-                           const float* b, int64_t columns, const Out& out) {
+                           const float* b, int64_t columns, const Next& next, const Out& out) {
   switch ((columns + kLanes - 1) / kLanes) {
     case 1:
-      return multiply_blocks<1>(m, rows, offset, depth, b, out);
+      return multiply_blocks<1>(m, rows, offset, depth, b, next, out);
     case 2:
-      return multiply_blocks<2>(m, rows, offset, depth, b, out);
+      return multiply_blocks<2>(m, rows, offset, depth, b, next, out);
     case 3:
-      return multiply_blocks<3>(m, rows, offset, depth, b, out);
+      return multiply_blocks<3>(m, rows, offset, depth, b, next, out);
     default:
-      if constexpr (kMostVectors > 3) return multiply_blocks<4>(m, rows, offset, depth, b, out);
+      if constexpr (kMostVectors > 3)
+        return multiply_blocks<4>(m, rows, offset, depth, b, next, out);
   }
 }
 

@@ -65,12 +65,13 @@ inline void multiply_strassen(const Quarters& a, const float* b, float* c, int64
   const auto product = [&](const float* const* rows, int64_t offset, auto first, auto further) {
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t deep = std::min(kDepth, depth - k);
+      const Next next{b + deep * kPanel};
       if (k == 0) {
-        multiply_blocks<kVectors>(a.half, rows, offset, deep, b, first);
+        multiply_blocks<kVectors>(a.half, rows, offset, deep, b, next, first);
       } else {
-        multiply_blocks<kVectors>(a.half, rows, offset + k, deep, b, further);
+        multiply_blocks<kVectors>(a.half, rows, offset + k, deep, b, next, further);
       }
-      b += deep * kPanel;
+      b = next.b;
     }
   };
   const auto alone = [&](float* to) { return Into{to, ld, true}; };
