@@ -19,6 +19,7 @@ from fastdiff.compiler.match import Activation, Match, Norm
 from fastdiff.compiler.packing import Combine, Watch, behind
 from fastdiff.compiler.patterns import as_rows, plain_attention
 from fastdiff.compiler.single_head import SingleHead
+from fastdiff.ops.conv2d import MOST_CHANNELS
 
 
 @dataclass(eq=False)
@@ -287,7 +288,8 @@ def _merged(matches: list[Match], order: dict[Node, int]) -> tuple[list[list[Mat
         groups[m.x, m.end.form, m.skip, norm, m.silu, m.bias is None].append(m)
     several = []
     for group in groups.values():
-        if len(group) > 1:
+        outputs = sum(int(value(m.weight).shape[0]) for m in group)  # type: ignore[union-attr]
+        if len(group) > 1 and outputs <= MOST_CHANNELS:
             several.append(sorted(group, key=lambda m: order[m.anchor]))
         else:
             single += group

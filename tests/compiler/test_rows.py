@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.compiler import explain, plan, runtime
+from fastdiff.ops.conv2d import MOST_CHANNELS
 
 
 class Projections(nn.Module):
     """The embedding as each block of a U-Net has it."""
 
-    def __init__(self, biases: bool = True) -> None:
+    def __init__(self, biases: bool = True, outputs: tuple[int, ...] = (8, 40, 16)) -> None:
         super().__init__()
-        self.each = nn.ModuleList(nn.Linear(24, k, bias=biases) for k in (8, 40, 16))
+        self.each = nn.ModuleList(nn.Linear(24, k, bias=biases) for k in outputs)
 
     def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
         return tuple(layer(F.silu(emb)) for layer in self.each)
@@ -60,3 +61,11 @@ def test_a_bound(spare: int) -> None:
     options = {"packed_bytes": size + spare}
     found = explain(Projections().eval(), torch.randn(3, 24), options=options)
     assert found.packed_bytes == (size if spare == 0 else 0)
+
+
+@torch.no_grad()
+def test_more_outputs_than_a_kernel_takes() -> None:
+    model = Projections(outputs=(MOST_CHANNELS // 2, MOST_CHANNELS // 2 + 1)).eval()
+    case = (torch.randn(2, 24),)
+    assert_as_eager(settled(compiled(model), case), model, case)
+    assert explain(model, *case).fused == ()
