@@ -69,11 +69,9 @@ def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
 
 
 def _may_be_gated(match: Match, here: Activation) -> bool:
-    weight, ndim = value(match.weight), here.form[0]
-    assert weight is not None
     plain = match.emb is None and match.residual is None and not match.scale
-    last = match.pointwise and here.channel == ndim - 1
-    return plain and last and weight.shape[0] % GATED == 0
+    last = match.pointwise and here.channel == here.form[0] - 1
+    return plain and last and match.filters % GATED == 0
 
 
 def _other(node: Node, mine: Node) -> Node | None:

@@ -75,6 +75,13 @@ class Match:
         return found
 
     @property
+    def filters(self) -> int:
+        """The weight's output channels."""
+        found = value(self.weight)
+        assert found is not None
+        return int(found.shape[0])
+
+    @property
     def pointwise(self) -> bool:
         """Whether each pixel is computed from itself alone."""
         return self.kernel == (1, 1) and self.stride == (1, 1) and not any(self.padding)

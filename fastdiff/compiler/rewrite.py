@@ -135,7 +135,7 @@ class Rewriter:
         norm = self._coefficients(first)
         rows = first.x.form[0] == 2
         call: Any = runtime.Product(index, first.silu) if rows else self._convolution(first, index)
-        sizes = [int(value(m.weight).shape[0]) for m in group]  # type: ignore[union-attr]
+        sizes = [m.filters for m in group]
         channels = int(value(first.weight).shape[1])  # type: ignore[union-attr]
         with self.graph.inserting_before(first.anchor):
             biases = [self._value(m.bias) for m in group if m.bias is not None]
@@ -288,8 +288,7 @@ def _merged(matches: list[Match], order: dict[Node, int]) -> tuple[list[list[Mat
         groups[m.x, m.end.form, m.skip, norm, m.silu, m.bias is None].append(m)
     several = []
     for group in groups.values():
-        outputs = sum(int(value(m.weight).shape[0]) for m in group)  # type: ignore[union-attr]
-        if len(group) > 1 and outputs <= MOST_CHANNELS:
+        if len(group) > 1 and sum(m.filters for m in group) <= MOST_CHANNELS:
             several.append(sorted(group, key=lambda m: order[m.anchor]))
         else:
             single += group

@@ -151,7 +151,7 @@ def _head(out: Match, by_end: dict[Node, Match], frozen: set[Node]) -> SingleHea
     if not same or len({id(m) for m in found}) != 3 or out in found:
         return None
     width, channels = (int(size) for size in value(q.weight).shape)  # type: ignore[union-attr]
-    if min(width, int(value(v.weight).shape[0])) < channels:  # type: ignore[union-attr]
+    if min(width, v.filters) < channels:
         return None  # attention over more channels would cost what the projections save
     scale = argument(node, "scale")
     return SingleHead(q, k, v, out, node, width**-0.5 if scale is None else float(scale))
