@@ -220,6 +220,6 @@ def _row(emitted: Emitted, counted: set[tuple[PackedWeight, str]]) -> Fused:
     return Fused(
         emitted.what,
         " on ".join("x".join(map(str, size)) for size in sizes),
-        ", ".join(dict.fromkeys(plans.values())) or ("product" if sizes else "streamed"),
+        ", ".join(dict.fromkeys(plans.values())) or "streamed",
         size,
     )

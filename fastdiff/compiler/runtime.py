@@ -40,7 +40,32 @@ _attention = torch.ops.fastdiff.attention.default
 _coefficients = torch.ops.fastdiff.group_norm_coefficients.default
 
 
-class Convolution:
+class Planned:
+    """What has a weight, and an algorithm for each size of its input.
+
+    Args:
+        index: of its weight in what ``packing.Watch`` gives.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.plans: dict[tuple[Any, ...], str] = {}
+        self.seen: weakref.ref[PackedWeight] | None = None
+
+    def algorithm(self, x: Tensor, weight: PackedWeight) -> str:
+        """That for inputs of the size of x; ``plain`` is PyTorch's own operation."""
+        key = (x.shape, x.dtype, torch.get_num_threads(), kernel_runs(x))
+        found = self.plans.get(key)
+        if found is None:
+            found = self.plans[key] = self._choose(x, weight) if key[-1] else "plain"
+            self.seen = weakref.ref(weight)
+        return found
+
+    def _choose(self, x: Tensor, weight: PackedWeight) -> str:
+        raise NotImplementedError
+
+
+class Convolution(Planned):
     """A convolution or a linear layer with its surroundings, for any size of its input.
 
     Args:
@@ -75,15 +100,13 @@ class Convolution:
         allowed: Sequence[str],
         measured: bool,
     ) -> None:
-        self.index = index
+        super().__init__(index)
         self.enter, self.enter_y, self.leave = _ENTER[x_form], _ENTER[y_form], _LEAVE[y_form]
         self.stride, self.padding = stride, padding
         self.upsample, self.silu = upsample, silu
         self.statistics, self.gated = statistics, gated
         self.allowed, self.measured = allowed, measured
         self.regroups = x_form[0] != y_form[0]
-        self.plans: dict[tuple[Any, ...], str] = {}
-        self.seen: weakref.ref[PackedWeight] | None = None
 
     def __call__(
         self,
@@ -126,15 +149,6 @@ class Convolution:
             y = self.leave(y)
         return (y, found) if self.statistics else y
 
-    def algorithm(self, x: Tensor, weight: PackedWeight) -> str:
-        """That for images of the size of x; ``plain`` is PyTorch's own convolution."""
-        key = (x.shape, x.dtype, torch.get_num_threads(), kernel_runs(x))
-        found = self.plans.get(key)
-        if found is None:
-            found = self.plans[key] = self._choose(x, weight) if key[-1] else "plain"
-            self.seen = weakref.ref(weight)
-        return found
-
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
         n, _, height, width = x.shape
         size = tuple(weight.weight.shape)
@@ -145,7 +159,7 @@ class Convolution:
         return plan.choose(sizes, self.allowed, self.measured and x.numel() > 0)
 
 
-class Product:
+class Product(Planned):
     """Several linear layers of the same rows as one product.
 
     Args:
@@ -157,14 +171,13 @@ class Product:
     __qualname__ = "product"
 
     def __init__(self, index: int, silu: bool) -> None:
-        self.index, self.silu = index, silu
-        self.plans: dict[tuple[Any, ...], str] = {}
-        self.seen: weakref.ref[PackedWeight] | None = None
+        super().__init__(index)
+        self.silu = silu
 
     def __call__(self, weights: Sequence[PackedWeight], x: Tensor, bias: Tensor | None) -> Tensor:
         """x [N, C] to [N, K]."""
         packed = weights[self.index]
-        weight, algorithm = packed.weight, self._algorithm(x, packed)
+        weight, algorithm = packed.weight, self.algorithm(x, packed)
         if algorithm == "plain":
             return F.linear(F.silu(x) if self.silu else x, weight.view(weight.shape[:2]), bias)
         args = ((1, 1), (0, 0, 0, 0), False, None, self.silu, None, None, 1.0, False, False)
@@ -172,14 +185,8 @@ class Product:
         y, _ = _op(rows, None, packed.packed(algorithm), weight.shape, number, bias, *args)
         return y.flatten(1)
 
-    def _algorithm(self, x: Tensor, weight: PackedWeight) -> str:
-        key = (x.shape, kernel_runs(x))
-        found = self.plans.get(key)
-        if found is None:
-            found = "direct" if key[1] and x.shape[0] <= FEW else "plain"
-            self.plans[key] = found
-            self.seen = weakref.ref(weight)
-        return found
+    def _choose(self, x: Tensor, weight: PackedWeight) -> str:
+        return "direct" if x.shape[0] <= FEW else "plain"
 
 
 class Attention:
