@@ -8,7 +8,8 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses 2 --dist worksteal
 QUALITY := --out benchmarks/results
 SOURCES := $(shell find csrc -type f)
-ISA := AVX2
+# What `make asan` checks: the instruction set that this machine uses, or DEFAULT, AVX2, ...
+ISA := best
 # Before Python itself, which is not built with them: the sanitizers', and C++'s, which they need.
 CHECKED := detect_leaks=0:allocator_may_return_null=1
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))

@@ -6,7 +6,8 @@ reason is left for ``fastdiff doctor``.
 Environment: FASTDIFF_CPU=0|1 and FASTDIFF_CUDA=0|1 forbid or force a part (a forced part that
 cannot be built is an error), CXX names the compiler, CUDA_HOME the CUDA toolkit,
 TORCH_CUDA_ARCH_LIST the devices to compile for, MAX_JOBS how many compilers run at once,
-FASTDIFF_SANITIZE the one instruction set that ``make asan`` builds the CPU part for.
+FASTDIFF_SANITIZE the one instruction set that ``make asan`` builds the CPU part for (``best`` is
+this machine's).
 
 ``python setup.py cuda_check`` checks the CUDA part where there is nvcc, without a GPU.
 """

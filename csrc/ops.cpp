@@ -2,9 +2,12 @@
 // (each csrc/cpu/<operation>.cpp does its own); the schemas are defined in fastdiff/ops.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -24,21 +27,30 @@ Isa isa() {
   return found;
 }
 
+namespace {
+
+constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512", "AVX512_BF16"};  // by Isa
+
+// What this extension was built with.
+std::vector<std::string> instruction_sets() {
+#ifdef FASTDIFF_SANITIZED
+  return {FASTDIFF_SANITIZED};  // whose kernels stand in for the portable ones
+#elif defined(FASTDIFF_HAVE_AVX2)
+  return {std::begin(kNames), std::end(kNames)};
+#else
+  return {kNames[0]};
+#endif
+}
+
+}  // namespace
 }  // namespace fastdiff
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastdiff's CPU kernels";
   m.attr("torch_version") = FASTDIFF_TORCH_VERSION;
+  m.attr("instruction_sets") = pybind11::tuple(pybind11::cast(fastdiff::instruction_sets()));
   m.def("isa", [] {
-    switch (fastdiff::isa()) {
-      case fastdiff::Isa::Avx512Bf16:
-        return "AVX512_BF16";
-      case fastdiff::Isa::Avx512:
-        return "AVX512";
-      case fastdiff::Isa::Avx2:
-        return "AVX2";
-      default:
-        return "DEFAULT";
-    }
+    const auto built = fastdiff::instruction_sets();
+    return built.size() == 1 ? built[0] : fastdiff::kNames[static_cast<int>(fastdiff::isa())];
   });
 }

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from building.tools import (
@@ -42,6 +44,11 @@ def isas() -> dict[str, str]:
     only = sanitized()
     if only:
         return {"DEFAULT": X86_ISAS[only].replace(f"CAPABILITY={only} ", "CAPABILITY=DEFAULT ")}
+    return isas_of_machine()
+
+
+def isas_of_machine() -> dict[str, str]:
+    """Instruction sets that processors of this machine's architecture may have."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return X86_ISAS
     return {"DEFAULT": X86_ISAS["DEFAULT"]}
@@ -58,14 +65,28 @@ def build(name: str) -> Path:
 def sanitized() -> str | None:
     """The instruction set that FASTDIFF_SANITIZE names, to build with sanitizers for it alone.
 
-    Its kernels stand in for the portable ones, the only others.
+    Its kernels stand in for the portable ones, the only others. ``best`` is the set that this
+    machine's processor would use.
     """
     wanted = os.environ.get("FASTDIFF_SANITIZE")
-    if wanted and wanted not in X86_ISAS:
+    if wanted and wanted not in (*X86_ISAS, "best"):
         raise CannotBuildError(
-            f"FASTDIFF_SANITIZE is {wanted!r}, wanted one of {', '.join(X86_ISAS)} or unset"
+            f"FASTDIFF_SANITIZE is {wanted!r}, wanted one of {', '.join(X86_ISAS)}, best, or unset"
         )
-    return wanted or None
+    return best_isa() if wanted == "best" else wanted or None
+
+
+@cache
+def best_isa() -> str:
+    """The last instruction set whose every flag this machine's processor has."""
+    probe = [*compiler().split(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    found = subprocess.run(probe, capture_output=True, text=True, check=False).stdout
+    macros = {line.split()[1].strip("_").lower() for line in found.splitlines()}
+    best = "DEFAULT"
+    for isa, flags in isas_of_machine().items():
+        if {flag[2:] for flag in flags.split() if flag.startswith("-m")} <= macros:
+            best = isa
+    return best
 
 
 def check() -> None:
@@ -82,6 +103,7 @@ def build_file(output: Path) -> list[str]:
         # come from the one that torch has loaded, and so do the threads.
         *(["-fopenmp"] if sys.platform == "linux" else []),
         *(f"-DFASTDIFF_HAVE_{isa}" for isa in isas()),
+        *([f"-DFASTDIFF_SANITIZED='\"{sanitized()}\"'"] if sanitized() else []),
         torch_flags(),
     ]
     lines = [

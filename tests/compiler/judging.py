@@ -1,4 +1,4 @@
-"""How compiled models are judged: against float64, beside eager PyTorch in the same dtype."""
+"""How compiled models are judged: shapes and strides by eager PyTorch, errors against float64."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def assert_as_eager(
     """Hold what the compiled model returned to what the model itself returns for the arguments.
 
     Shapes, dtypes and strides (or Dynamo's) are eager's. The error against float64, in units of the
-    largest value of an output, may be twice eager's and, for chance in what many layers round, two
-    units in the last place of bfloat16 or eight of float32 more; with ``fast`` precision 1e-4.
+    largest value of an output, may be four units in the last place of bfloat16, or eight of float32
+    (with ``fast`` precision 1e-4), and twice what moving each weight and argument by a unit of
+    float32 does to the output, which counts where means are large beside deviations. PyTorch's own
+    error is no part of it: it differs from one processor to another.
     """
     kwargs = kwargs or {}
     with torch.no_grad():
@@ -54,13 +56,21 @@ def assert_as_eager(
             wanted = predicted_strides(model, args, kwargs)[index]
             assert a.stride() == wanted, (index, a.stride(), b.stride(), wanted)
         dtype = narrowest(model, a)
-        allowed = (2 if dtype == torch.bfloat16 else 8) * torch.finfo(dtype).eps
+        allowed = (4 if dtype == torch.bfloat16 else 8) * torch.finfo(dtype).eps
         if precision == "fast":
             allowed = max(allowed, FAST)
-        error, theirs = distance(a, c), distance(b, c)
-        assert error <= 2 * theirs + allowed, (
-            f"output {index}: error {error:.3g} of the scale, eager's {theirs:.3g}"
+        error = distance(a, c)
+        if error > allowed:
+            allowed += 2 * distance(moved_outputs(model, args, kwargs)[index], c)
+        assert error <= allowed, (
+            f"output {index}: error {error:.3g} of the scale, not {allowed:.3g}"
         )
+
+
+def moved_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+    """The outputs where each weight and argument is a unit of float32 more or less."""
+    g = torch.Generator().manual_seed(0)
+    return pytree.tree_leaves(in_float64(model, args, kwargs, moved_by=g))
 
 
 def predicted_strides(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[int, ...]]:

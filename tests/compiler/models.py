@@ -191,25 +191,38 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model.convert_torso(dtype) if hasattr(model, "convert_torso") else model.to(dtype)
 
 
-def in_float64(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    """What the model would return if all its arithmetic were float64: the oracle."""
+def in_float64(
+    model: nn.Module, args: Any, kwargs: Any, moved_by: torch.Generator | None = None
+) -> Tensor:
+    """What the model would return if all its arithmetic were float64: the oracle.
+
+    With a generator each number of the weights and arguments is moved up or down by a unit of
+    float32 first, which shows what such a rounding does to the result.
+    """
     model = copy.deepcopy(model).double()
     if hasattr(model, "convert_torso"):
         model.convert_torso(torch.float64)
     with torch.no_grad(), _KeepFloat64():
-        return model(*doubled(args), **doubled(kwargs))
+        for parameter in model.parameters() if moved_by else ():
+            parameter.copy_(doubled(parameter, moved_by))
+        return model(*doubled(args, moved_by), **doubled(kwargs, moved_by))
 
 
-def doubled(value: Any) -> Any:
+def doubled(value: Any, moved_by: torch.Generator | None = None) -> Any:
     """Arguments with their floating-point tensors in float64, channels-first.
 
     Channels-last, PyTorch subtracts E[x]^2 from E[x^2], which costs digits even in float64.
     """
     if isinstance(value, Tensor):
-        return value.double().contiguous() if value.is_floating_point() else value
+        if not value.is_floating_point():
+            return value
+        signs = torch.randint(2, value.shape, generator=moved_by) * 2 - 1 if moved_by else 0
+        return value.double().contiguous() * (1 + torch.finfo(torch.float32).eps * signs)
     if isinstance(value, dict):
-        return {key: doubled(item) for key, item in value.items()}
-    return tuple(map(doubled, value)) if isinstance(value, tuple) else value
+        return {key: doubled(item, moved_by) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(doubled(item, moved_by) for item in value)
+    return value
 
 
 class _KeepFloat64(TorchFunctionMode):

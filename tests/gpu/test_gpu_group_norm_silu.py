@@ -78,7 +78,9 @@ def call(groups, names, silu=True):
 @pytest.mark.parametrize(("shape", "groups"), SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients(gpu, shape, groups, dtype, layout) -> None:
     values = make(gpu, shape, dtype, layout, OPTIONS)
-    assert_close_to_oracle(call(groups, list(values)), *values.values())
+    # Where each channel has a group of its own, what is added to it has no effect or gradient.
+    alone = groups == shape[1]
+    assert_close_to_oracle(call(groups, list(values)), *values.values(), cancelling=alone)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)

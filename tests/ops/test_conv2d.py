@@ -92,14 +92,22 @@ def test_accuracy_of_zero_means(channels, data) -> None:
         options["norm"] = torch.stack((gain, torch.randn(1, channels, generator=g)), dim=1)
     with fastdiff.backend("reference"):
         oracle, _ = ops.conv2d(x.double(), weight.double(), **options)
-        theirs, _ = ops.conv2d(x, weight, **options)
     error = {
         algorithm: relative(ops.conv2d(x, weight, algorithm=algorithm, **options)[0], oracle)
         for algorithm in OF_3X3
     }
-    assert error["direct"] < 2 * relative(theirs, oracle)
-    assert error["winograd2"] < 2 * relative(theirs, oracle)
+    assert error["direct"] < of_sums(9 * channels)
+    assert error["winograd2"] < 2 * of_sums(channels)
     assert error["winograd4"] < BOUNDS["winograd4"]
+
+
+def of_sums(terms) -> float:
+    """Relative error of float32 sums of terms that have a mean of zero.
+
+    A rounding is 2^-24 at most; the k-th addition rounds a sum of sqrt(k) terms' size, which makes
+    sqrt(terms / 6) roundings of the result; after 384 terms the kernel begins another sum.
+    """
+    return 2**-24 * (1 + math.sqrt(min(terms, 384) / 6))
 
 
 @pytest.mark.parametrize("taps", ["of any sum", "that sum to nothing"])

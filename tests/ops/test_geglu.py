@@ -55,10 +55,8 @@ def test_a_sweep_of_gates(dtype) -> None:
     """Each error relative to the gate's size, so that the tail counts too."""
     gates = torch.linspace(-12, 12, 20001).to(dtype)
     y = ops.geglu(torch.cat([torch.ones_like(gates), gates])).double()
-    wanted, theirs = F.gelu(gates.double()), F.gelu(gates).double()
     unit = torch.finfo(dtype).eps * gates.double().abs()
-    error, allowed = (y - wanted).abs(), (theirs - wanted).abs()
-    assert bool((error <= 2 * allowed.max() + unit).all())
+    assert bool(((y - F.gelu(gates.double())).abs() <= 2 * unit).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
@@ -142,7 +140,11 @@ def test_opcheck(shape, dtype) -> None:
     dtype=st.sampled_from(DTYPES), scale=st.floats(0.125, 30),
 )  # fmt: skip
 def test_any_shape(shape, width, dtype, scale) -> None:
-    assert_as_accurate(call, make((*shape, 2 * width), dtype, scale=scale))
+    x = make((*shape, 2 * width), dtype, scale=scale)
+    a, b = x.double().chunk(2, dim=-1)
+    # csrc/cpu/kernels/vectors.h: the formula itself is off by 5e-9 of the gate.
+    formula = 5e-9 * (a * b).abs().max().item() if x.numel() else 0.0
+    assert_as_accurate(call, x, formula=formula)
 
 
 REFUSED = {
