@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import math
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from fastdiff import _image_file
+from fastdiff._image_file import Depth
+from fastdiff._image_folder import find
 from fastdiff.errors import DataError, require
 from fastdiff.images import from_uint8
 
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
 HELD_OUT = 5  # every fifth image of each class
+TOLD = 10  # files that cannot be read which a message names; it counts the rest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +33,7 @@ class ImageSet:
     """Images of one size with their classes.
 
     Attributes:
-        images: [N, C, S, S], uint8 in 0..255 or float32 in [-1, 1].
+        images: [N, C, S, S], uint8 in 0..255 or float32 in [-1, 1] (a warning tells of others).
         labels: class of each image, int64 [N], or None.
         classes: names of the classes; empty without labels.
         name: what checkpoints record as their data set.
@@ -47,6 +52,16 @@ class ImageSet:
             raise DataError(f"images must have shape [N, C, S, S] with N >= 1, got {shape}")
         if self.images.dtype not in (torch.uint8, torch.float32):
             raise DataError(f"images must be uint8 or float32, got {self.images.dtype}")
+        if self.images.dtype == torch.float32:
+            low, high = (float(edge) for edge in self.images.aminmax())  # NaN if there is one
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise DataError("float32 images must be finite, got NaN or infinity")
+            if low < -1 or high > 1:
+                warnings.warn(
+                    f"fastdiff: float32 images lie in [-1, 1] as a rule, got {low:g} to {high:g}; "
+                    "give pixels of 0 to 255 as uint8, or scale them",
+                    stacklevel=3,  # past the dataclass's __init__
+                )
         if self.labels is None:
             if self.classes:
                 raise DataError(f"classes {self.classes} are named, but there are no labels")
@@ -138,49 +153,73 @@ def folder(
     *,
     grayscale: bool = False,
     flip: bool = False,
+    value_range: tuple[float, float] | None = None,
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> ImageSet:
     """Read every image of a folder: its largest centred square, resized to ``size``.
 
     Images in sub-folders belong to classes named after the sub-folders; class ids follow the
-    sorted names. Files and folders whose names begin with a dot are passed over.
+    sorted names. Files and folders whose names begin with a dot are passed over. Of a file with
+    several frames or pages the first is read. Images are turned upright by their EXIF data;
+    transparency becomes white.
 
     Args:
         path: the folder.
         size: height and width of the images.
         grayscale: one channel in place of three.
         flip: mirror a random half of the images left to right when training.
+        value_range: the values that are black and white in files of more than 8 bits a value:
+            (0, 4095) for what a camera of 12 bits saved in files of 16, (0, 1) for floating-point
+            images, say. What lies outside is clipped. None takes the whole range of the integers
+            that the file stores, 0..65535 for 16 bits, and warns if it looks too wide: if no value
+            in any such file of the folder reaches half of it. Files of 8 bits are read as they are.
+        skip_bad: go on without files that cannot be read, and log how many there were.
         progress: show a progress bar on standard error.
 
     Raises:
         DataError: no such folder, no images, images both beside and in sub-folders, a sub-folder
-            without images, a file that cannot be read (named in the text), or no size.
+            without images, a folder that cannot be listed, no size, or a ``value_range`` that is
+            none or that no file needs. Files that cannot be read (damaged, no image, a link to
+            nothing, or of a range that is unknown: floating-point values, integers outside
+            0..65535), named together with the reasons; with ``skip_bad`` only if no image, or
+            none of a class, is left.
     """
     _check_size(size)
+    _check_range(value_range)
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder of images" if root.exists() else f"no {root}")
-    direct = [entry for entry in _visible(root) if _is_image(entry)]
-    below = {entry.name: list(_images(entry)) for entry in _visible(root) if entry.is_dir()}
-    if direct and any(below.values()):
-        raise DataError(
-            f"{root} has images both in itself and in sub-folders; "
-            "put every image into a sub-folder named after its class, or none"
-        )
-    files = direct or [file for group in below.values() for file in group]
-    if not files:
-        raise DataError(f"{root} has no images (looked for {', '.join(sorted(SUFFIXES))})")
-    classes = () if direct else tuple(below)
-    for name in classes:
-        if not below[name]:
-            raise DataError(f"the class folder {root / name} has no images")
+    groups = find(root)  # "" stands for no class
+    files = [(name, file) for name, group in groups.items() for file in group]
     channels = 1 if grayscale else 3
     pixels = np.empty((len(files), size, size, channels), dtype=np.uint8)
-    for i, file in enumerate(tqdm(files, desc="reading images", disable=not progress)):
-        pixels[i] = _read(file, size, grayscale)
-    counts = torch.tensor([len(below[name]) for name in classes], dtype=torch.int64)
-    labels = torch.arange(len(classes)).repeat_interleave(counts) if classes else None
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    counts = dict.fromkeys(groups, 0)
+    done = 0
+    bad: list[str] = []
+    depths: list[tuple[Path, Depth]] = []
+    for name, file in tqdm(files, desc="reading images", disable=not progress):
+        try:
+            image, depth = _image_file.read(file, size, grayscale, value_range)
+        except DataError as error:
+            bad.append(str(error))
+            continue
+        pixels[done] = image
+        done += 1
+        counts[name] += 1
+        if depth is not None:
+            depths.append((file, depth))
+    _check_read(root, bad, counts, skip_bad)
+    if value_range is None:
+        _warn_of_unused_bits(depths)
+    elif not depths:
+        raise DataError(
+            f"value_range (--value-range) is for files of more than 8 bits a value; {root} has none"
+        )
+    classes = () if "" in groups else tuple(groups)
+    each = torch.tensor(list(counts.values()), dtype=torch.int64)
+    labels = torch.arange(len(classes)).repeat_interleave(each) if classes else None
+    images = torch.from_numpy(pixels[:done]).permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, labels, classes, root.resolve().name, flip)
 
 
@@ -228,38 +267,52 @@ def _check_size(size: int) -> None:
         raise DataError(f"the size of the images must be at least 1, got {size}")
 
 
-def _visible(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+def _check_range(value_range: tuple[float, float] | None) -> None:
+    if value_range is None:
+        return
+    low, high = value_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise DataError(
+            f"value_range must be two finite numbers, the lower first, got {low:g} and {high:g}"
+        )
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+def _check_read(root: Path, bad: list[str], counts: dict[str, int], skip_bad: bool) -> None:
+    """DataError for files that could not be read, or a line in the log with ``skip_bad``."""
+    if not bad:
+        return
+    total = len(bad) + sum(counts.values())
+    more = f"; and {len(bad) - TOLD} more" if len(bad) > TOLD else ""
+    reasons = "; ".join(bad[:TOLD]) + more
+    which = "the image" if len(bad) == 1 else f"{len(bad)} of {total} images:"
+    if not skip_bad:
+        raise DataError(
+            f"cannot read {which} {reasons} (skip_bad=True, --skip-bad, goes on without)"
+        )
+    for name, count in counts.items():
+        if not count:
+            raise DataError(f"none of the images in {root / name} can be read: {reasons}")
+    log.warning("left out %d of %d images that cannot be read: %s", len(bad), total, reasons)
 
 
-def _images(root: Path) -> Iterator[Path]:
-    """Image files in ``root`` and below, in sorted order."""
-    for entry in _visible(root):
-        if entry.is_dir():
-            yield from _images(entry)
-        elif _is_image(entry):
-            yield entry
+def _warn_of_unused_bits(depths: Iterable[tuple[Path, Depth]]) -> None:
+    """Warn of every kind of file none of which reaches half of the range it was read against.
 
-
-def _read(file: Path, size: int, grayscale: bool) -> np.ndarray:
-    """One file as uint8 [size, size, C]; transparency becomes white."""
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-                pixels = np.asarray(image).clip(0, 65535) >> 8
-                image = Image.fromarray(pixels.astype(np.uint8))
-            elif image.mode == "F":
-                raise ValueError("it holds floating-point values, whose range is unknown")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            image = ImageOps.fit(image.convert("L" if grayscale else "RGB"), (size, size))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {file}: {error}") from None
-    return np.asarray(image).reshape(size, size, -1)
+    A dark image alone is no sign of that: files of one kind are judged together.
+    """
+    kinds: dict[tuple[str, int], list[tuple[Path, Depth]]] = {}
+    for file, depth in depths:
+        kinds.setdefault((depth.kind, depth.white), []).append((file, depth))
+    for (kind, white), found in kinds.items():
+        file, brightest = max(found, key=lambda entry: entry[1].largest)
+        largest = int(brightest.largest)
+        if 0 < largest <= white // 2:
+            bits = max(8, largest.bit_length())
+            warnings.warn(
+                f"fastdiff: no value in the files of kind {kind} ({len(found)} of them) exceeds "
+                f"{largest}, that of {file}; read with {white} as white, their brightest pixel is "
+                f"{largest * 256 // (white + 1)} of 255. If {2**bits - 1} is white, say "
+                f"value_range=(0, {2**bits - 1}) (--value-range 0 {2**bits - 1}); (0, {white}) "
+                "keeps them dark without this warning",
+                stacklevel=3,
+            )

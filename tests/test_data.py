@@ -321,6 +321,8 @@ LABELS = torch.tensor([0, 1])
         pytest.param(lambda: ImageSet(GREY[:0]), "N >= 1", id="no images"),
         pytest.param(lambda: ImageSet(GREY[..., :2]), "shape", id="not square"),
         pytest.param(lambda: ImageSet(GREY.double()), "torch.float64", id="float64"),
+        pytest.param(lambda: ImageSet(GREY + torch.nan), "finite, got NaN", id="NaN"),
+        pytest.param(lambda: ImageSet(GREY - torch.inf), "finite", id="infinity"),
         pytest.param(lambda: ImageSet(GREY, LABELS), "labels must be", id="no class names"),
         pytest.param(lambda: ImageSet(GREY, LABELS, ("a",)), r"0\.\.0", id="label too large"),
         pytest.param(lambda: ImageSet(GREY, -LABELS, ("a", "b")), "labels", id="label negative"),
@@ -336,6 +338,12 @@ LABELS = torch.tensor([0, 1])
 def test_bad_arguments(make, message):
     with pytest.raises(DataError, match=message):
         make()
+
+
+def test_floats_of_another_scale_are_warned_of():
+    with pytest.warns(UserWarning, match=r"in \[-1, 1\] as a rule, got 0 to 255; .* as uint8"):
+        ImageSet(torch.linspace(0, 255, 32).view(2, 1, 4, 4))
+    ImageSet(torch.linspace(-1, 1, 32).view(2, 1, 4, 4))
 
 
 def test_digits_without_scikit_learn(monkeypatch):

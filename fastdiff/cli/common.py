@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastdiff import classifier, samplers
+from fastdiff import classifier, data, samplers
 from fastdiff.backend import NAMES, backend, describe, on_cuda
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
@@ -132,6 +132,38 @@ def add_sampler_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--classifier-scale", type=float, metavar="S", help="of its gradient (default: 1)"
     )
+
+
+def add_reading_arguments(group: argparse._ActionsContainer) -> None:
+    """--value-range, --skip-bad."""
+    group.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("BLACK", "WHITE"),
+        help="the values that are black and white in a folder's files of more than 8 bits a value: "
+        "0 4095 for 12 bits in files of 16, say",
+    )
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="go on without the files of a folder that cannot be read, saying how many",
+    )
+
+
+def read_folder(args: argparse.Namespace, size: int, **options: Any) -> data.ImageSet:
+    """The images of the folder --data, by the arguments of :func:`add_reading_arguments`.
+
+    Args:
+        args: the arguments.
+        size: height and width.
+        **options: see :func:`fastdiff.data.folder`.
+
+    Raises:
+        DataError: see there.
+    """
+    value_range = None if args.value_range is None else tuple(args.value_range)
+    return data.folder(args.data, size, value_range=value_range, skip_bad=args.skip_bad, **options)
 
 
 def add_seed_argument(command: argparse.ArgumentParser) -> None:

@@ -16,7 +16,15 @@ import torch
 
 from fastdiff import checkpoint, data
 from fastdiff.cli import objective
-from fastdiff.cli.common import add_machine_arguments, integers, machine, note, positive
+from fastdiff.cli.common import (
+    add_machine_arguments,
+    add_reading_arguments,
+    integers,
+    machine,
+    note,
+    positive,
+    read_folder,
+)
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.images import check_writable
 from fastdiff.recipe import TIMESTEP_SAMPLERS, WEIGHTINGS
@@ -48,6 +56,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     where.add_argument("--image-size", type=positive, default=16, help="height and width")
     where.add_argument("--grayscale", action="store_true", help="read a folder's images as grey")
     where.add_argument("--flip", action="store_true", help="mirror half of a folder's images")
+    add_reading_arguments(where)
     where.add_argument("--unconditional", action="store_true", help="do not learn the classes")
 
     model = command.add_argument_group("model")
@@ -202,8 +211,7 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
     arguments = facts.get("record", {}).get("arguments")
     if not isinstance(arguments, dict) or not set(arguments) <= set(vars(args)):
         raise CheckpointError(f"{folder} was not written by fastdiff train; resume it in Python")
-    recorded = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    given = _given(args, argv)
+    recorded, given = (_with_tuples(found) for found in (arguments, _given(args, argv)))
     for name, value in given.items():
         if name not in CHANGEABLE and value != recorded.get(name):
             raise InputError(
@@ -230,8 +238,13 @@ def _images(args: argparse.Namespace) -> data.ImageSet:
             raise InputError("--flip does not suit digits: a mirrored digit is none")
         images = data.digits("train", args.image_size)
     else:
-        images = data.folder(args.data, args.image_size, grayscale=args.grayscale, flip=args.flip)
+        images = read_folder(args, args.image_size, grayscale=args.grayscale, flip=args.flip)
     return images.without_labels() if args.unconditional else images
+
+
+def _with_tuples(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments from JSON, or of several words, in the form of the others."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
 
 
 def _plain(value: Any) -> Any:

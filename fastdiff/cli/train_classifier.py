@@ -18,10 +18,12 @@ from fastdiff.classifier_training import ClassifierOptions, ClassifierTrainer
 from fastdiff.cli.common import (
     add_checkpoint_argument,
     add_machine_arguments,
+    add_reading_arguments,
     integers,
     machine,
     note,
     positive,
+    read_folder,
 )
 from fastdiff.errors import InputError
 from fastdiff.images import check_writable
@@ -36,6 +38,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         required=True,
         help="digits (scikit-learn's), or a folder of images with one sub-folder a class",
     )
+    add_reading_arguments(command)
     command.add_argument("--out", type=Path, required=True, help="the folder to make")
 
     model = command.add_argument_group("classifier")
@@ -95,7 +98,7 @@ def _images(
     """Images to train on, and those held out."""
     if args.data == "digits":
         return data.digits("train", found.image_size), data.digits("test", found.image_size)
-    images = data.folder(args.data, found.image_size, grayscale=found.channels == 1)
+    images = read_folder(args, found.image_size, grayscale=found.channels == 1)
     if images.labels is None:
         raise InputError(f"{args.data} has no sub-folders, one a class: a classifier needs classes")
     return images.split()
