@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Sequence
@@ -91,12 +92,24 @@ def check_image_path(path: Path) -> None:
     Its folder is made if it is missing.
 
     Raises:
-        InputError: an unknown image format, a folder in its place, or no way to write there.
+        InputError: an unknown image format, one that this Pillow cannot write or that takes no
+            images in colour, a folder in its place, or no way to write there.
     """
-    Image.init()
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"cannot tell the image format of {str(path)!r}; end its name in .png")
+    kind = _format_of(path)
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+    except Exception as error:  # encoders raise what they like
+        raise InputError(f"cannot write {path} as {kind} ({error}); end its name in .png") from None
     check_writable(path)
+
+
+def _format_of(path: Path) -> str:
+    """Pillow's name of the format that a file's name says; InputError if it says none."""
+    Image.init()
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
+    if kind not in Image.SAVE:
+        raise InputError(f"cannot tell the image format of {str(path)!r}; end its name in .png")
+    return kind
 
 
 def check_writable(path: Path) -> None:
@@ -112,13 +125,20 @@ def check_writable(path: Path) -> None:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write an image so that ``path`` holds all of it or what it held before."""
-    check_image_path(path)
+    """Write an image so that ``path`` holds all of it or what it held before.
+
+    Raises:
+        InputError: an unknown image format, an image that it cannot hold (of more pixels than it
+            counts, say), or no way to write there.
+    """
+    kind = _format_of(path)
+    check_writable(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        image.save(partial)
+        image.save(partial, kind)
         os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    except Exception as error:  # encoders raise what they like, for too large an image say
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path}: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)

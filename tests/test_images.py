@@ -110,6 +110,15 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
 
 
+@pytest.mark.parametrize("suffix", ["webp", "jpg", "gif", "tga", "sgi"])
+def test_an_image_too_large_for_its_format_is_an_input_error(suffix, tmp_path):
+    """Each encoder has an error of its own for it."""
+    path = tmp_path / f"grid.{suffix}"
+    with pytest.raises(InputError, match=rf"cannot write .*grid\.{suffix}: ."):
+        images.save(Image.new("RGB", (70_000, 1)), path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checking_a_path_leaves_nothing_behind(tmp_path):
     images.check_image_path(tmp_path / "a.png")
     images.check_writable(tmp_path / "losses.jsonl")
@@ -121,6 +130,9 @@ def test_checking_a_path_leaves_nothing_behind(tmp_path):
     [
         pytest.param("picture", "end its name in .png", id="no suffix"),
         pytest.param("picture.mp4", "end its name in .png", id="a film"),
+        pytest.param("picture.h5", "save handler not installed", id="no writer"),
+        pytest.param("picture.xbm", "cannot write mode RGB as XBM", id="no colour"),
+        pytest.param("picture.blp", "Unsupported BLP image mode", id="no colour, another error"),
         pytest.param("folder.png", "it is a folder", id="a folder"),
         pytest.param("file/picture.png", "cannot write", id="a file for a folder"),
     ],
