@@ -262,7 +262,25 @@ def resolve(path: str | Path) -> Path:
     if not folder.exists():
         names = "".join(f", and no shipped model is called so ({n})" for n in shipped()[:1])
         raise CheckpointError(f"no checkpoint at {folder}: no such folder{names}")
-    raise CheckpointError(f"{folder} is not a fastdiff checkpoint: it has no {META}")
+    raise CheckpointError(
+        f"{folder} is not a fastdiff checkpoint: it has no {META}{_what_it_is(folder)}"
+    )
+
+
+def _what_it_is(folder: Path) -> str:
+    """What else a path is that is no checkpoint, and what to do with it, to end a sentence."""
+    if folder.is_file():
+        return "; it is a file: give the folder that it is in"
+    if (folder / "classifier.json").is_file():
+        return "; it holds a classifier, which guides a checkpoint's model"
+    names = ("model_index.json", CONFIG, f"unet/{CONFIG}")
+    if any((folder / name).is_file() for name in names):
+        return (
+            ", which says on what process a model was trained and what it predicts. It holds a "
+            "model of diffusers: read that with fastdiff.nn.UNet2DModel.from_pretrained, and write "
+            "fastdiff.checkpoint.Checkpoint(model, forward, prediction) by checkpoint.save"
+        )
+    return ""
 
 
 def shipped() -> tuple[str, ...]:

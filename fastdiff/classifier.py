@@ -27,6 +27,7 @@ from fastdiff._folder import (
     read_tensors,
     write_json,
 )
+from fastdiff.checkpoint import META as CHECKPOINT_META
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.nn import NoisyClassifier
@@ -155,6 +156,8 @@ def load(folder: str | Path) -> Classifier:
     path = Path(folder) / META
     if not path.is_file():
         what = "it has no " + META if Path(folder).is_dir() else "no such folder"
+        if (Path(folder) / CHECKPOINT_META).is_file():
+            what += ", but is a checkpoint of a diffusion model"
         raise CheckpointError(f"no classifier at {folder}: {what}")
     meta = read_json(path)
     check_format(meta, path)

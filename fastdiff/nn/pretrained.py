@@ -1,70 +1,132 @@
-"""Model folders as diffusers has them: config.json and diffusion_pytorch_model.safetensors."""
+"""Model folders as diffusers has them: config.json and the weights, alone or in a pipeline."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import reprlib
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastdiff.nn import weight_files
 from fastdiff.nn.config import CLASS_NAME, UNet2DConfig
+from fastdiff.nn.weight_files import INDEX, WEIGHTS, read_json
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, PIPELINE, UNET = "config.json", "model_index.json", "unet"
 
+# What diffusers' EMAModel writes beside the model's options: how the average came about.
+_AVERAGING = frozenset(
+    {
+        "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
+        "inv_gamma", "power",
+    }
+)  # fmt: skip
 _OLD_ATTENTION = re.compile(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_config(folder: Path) -> UNet2DConfig:
+def model_folder(folder: Path, subfolder: str | None) -> Path:
+    """The folder of a model, which may be a part of a pipeline.
+
+    Args:
+        folder: of a model, or of a pipeline: its part named unet is the model then.
+        subfolder: in ``folder``, instead.
+    """
+    if subfolder is not None:
+        return folder / subfolder
+    part = folder / UNET
+    pipeline = (folder / PIPELINE).is_file() or not (folder / CONFIG).is_file()
+    return part if pipeline and (part / CONFIG).is_file() else folder
+
+
+def read_config(folder: Path, ignore: Collection[str] = ()) -> UNet2DConfig:
     """The configuration in a model folder.
+
+    Keys that are not the model's options are passed over where they cannot change the result: those
+    that begin with _, without a word; those of an EMA's average, those whose value is None or
+    False, with a warning. (An option that diffusers adds is off at these values, so that older
+    configurations keep their meaning; should it add or remove weights, they do not fit.)
+
+    Args:
+        folder: of the model.
+        ignore: keys to pass over without a word, whatever their values.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: the file is no JSON object, is another class's, or see ``UNet2DConfig``.
+        ValueError: the file is no JSON object, is another class's, has another key that is not the
+            model's, or see ``UNet2DConfig``; ``ignore`` names an option of the model.
     """
-    path = _existing(folder, CONFIG)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    options = {field.name for field in fields(UNet2DConfig)}
+    if isinstance(ignore, str) or options & set(ignore):
+        raise ValueError(f"ignore must hold keys that are no options of the model, got {ignore!r}")
+    path = _config_path(folder)
+    values = read_json(path)
     kind = values.get("_class_name", CLASS_NAME)
     if kind != CLASS_NAME:
         raise ValueError(f"{path} describes a {kind}, wanted a {CLASS_NAME}")
-    return UNet2DConfig.from_dict(values)
+    unknown = {
+        key: value
+        for key, value in values.items()
+        if key not in options and key not in ignore and not key.startswith("_")
+    }
+    risky = [
+        key
+        for key, value in unknown.items()
+        if key not in _AVERAGING and value is not None and value is not False
+    ]
+    if risky:
+        raise ValueError(
+            f"{path}: {CLASS_NAME} has no option {_listed(unknown, risky)}, which may change what "
+            f"the model computes; if you know that it does not, say ignore={tuple(risky)!r}"
+        )
+    if unknown:
+        warnings.warn(
+            f"fastdiff: {path} has keys that are no options of {CLASS_NAME} and were passed over: "
+            f"{_listed(unknown, sorted(unknown))}",
+            stacklevel=3,  # the caller of from_pretrained
+        )
+    return UNet2DConfig.from_dict({key: values[key] for key in values if key in options})
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """The tensors in a model folder, under today's names.
 
     Checkpoints of diffusers' first releases name the attention's layers query, key, value and
     proj_attn.
 
     Raises:
-        FileNotFoundError: no such folder, or no safetensors file in it.
-        SafetensorError: the file is damaged.
+        ValueError: a layer has weights under both names, or see ``weight_files.read``.
+        FileNotFoundError, SafetensorError: see ``weight_files.read``.
     """
-    tensors = load_file(_existing(folder, WEIGHTS))
+    tensors = weight_files.read(folder, variant)
 
     def renamed(match: re.Match[str]) -> str:
         return f"{match[1]}{_NEW_ATTENTION[match[2]]}."
 
-    return {_OLD_ATTENTION.sub(renamed, name): value for name, value in tensors.items()}
+    today = {_OLD_ATTENTION.sub(renamed, name): value for name, value in tensors.items()}
+    if len(today) < len(tensors):
+        raise ValueError(f"{folder} has weights of an attention under their old and new names both")
+    return today
 
 
 def write(folder: Path, config: UNet2DConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write a model folder; it is made if need be, and files of these names are replaced."""
+    """Write a model folder; it is made if need be, and files of these names are replaced.
+
+    An index of shards, which would be read in place of the file written here, is deleted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / INDEX).unlink(missing_ok=True)
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -81,13 +143,18 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def check_names_and_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """ValueError unless both have the same names with the same shapes."""
+    """ValueError unless both have the same names with the same shapes, in floating point."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not the model's" for name in found if name not in wanted]
     problems += [
         f"{name} must have shape {_shape(wanted[name])}, got {_shape(value)}"
         for name, value in found.items()
         if name in wanted and value.shape != wanted[name].shape
+    ]
+    problems += [
+        f"{name} must be floating point, got {value.dtype}"
+        for name, value in found.items()
+        if not value.is_floating_point()  # weights of a quantized model, say
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -98,9 +165,22 @@ def _shape(value: Tensor) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _existing(folder: Path, name: str) -> Path:
+def _listed(values: Mapping[str, Any], keys: Collection[str]) -> str:
+    """Keys with their values, cut where they are long."""
+    return ", ".join(f"{key} ({reprlib.repr(values[key])})" for key in keys)
+
+
+def _config_path(folder: Path) -> Path:
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file: give the folder that it is in")
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} to read a model from (local folders only)")
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"no {name} in {folder}")
-    return folder / name
+    if (folder / CONFIG).is_file():
+        return folder / CONFIG
+    text = f"no {CONFIG} in {folder}"
+    parts = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG}"))
+    if (folder / PIPELINE).is_file():
+        text += f", which is a pipeline without a part named {UNET}"
+    if parts:
+        text += f"; these parts have one, say subfolder=: {', '.join(parts)}"
+    raise FileNotFoundError(text)

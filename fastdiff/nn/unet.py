@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,24 +71,41 @@ class UNet2DModel(nn.Module):
         self._checkpointing = False
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> UNet2DModel:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        ignore: Collection[str] = (),
+    ) -> UNet2DModel:
         """Read a model that this class or diffusers has saved, in eval mode.
 
         Args:
-            folder: with config.json and diffusion_pytorch_model.safetensors. Nothing is
-                downloaded, and nothing unpickled.
+            folder: with config.json and diffusion_pytorch_model.safetensors, or its shards and
+                their index; or a pipeline with such a folder named unet. Nothing is downloaded,
+                and nothing unpickled.
+            subfolder: in ``folder``, read instead: unet_ema, say.
+            variant: of the weights, such as fp16, which names their files. None takes those without
+                a variant; if there are none, but those of one variant, these, with a warning.
+            ignore: keys of config.json to pass over, though the class has no option of that name
+                and they may change the result.
 
         Returns:
             The model on the CPU, its parameters in torch's default dtype whatever the file's.
 
         Raises:
-            FileNotFoundError: the folder or one of the files is missing.
-            ValueError: the config is not supported, or the weights do not fit it.
-            SafetensorError: the file of weights is damaged.
+            FileNotFoundError: the folder or one of the files is missing; the text says what is
+                there instead.
+            ValueError: the config is not supported, the weights do not fit it, or an index of
+                shards is damaged. A key of config.json that the class does not know is refused with
+                its value, unless it cannot change the result: bookkeeping of diffusers' EMAModel,
+                None and False are passed over with a warning.
+            SafetensorError: a file of weights is damaged.
         """
-        folder = Path(folder)
-        config = pretrained.read_config(folder)
-        tensors = pretrained.read_weights(folder)
+        path = pretrained.model_folder(Path(folder), subfolder)
+        config = pretrained.read_config(path, ignore)
+        tensors = pretrained.read_weights(path, variant)
         with torch.device("meta"), pretrained.NoInitialisation():
             model = cls(**config.to_dict())
         pretrained.check_names_and_shapes(tensors, model.state_dict())
@@ -99,7 +116,8 @@ class UNet2DModel(nn.Module):
         """Write config.json and diffusion_pytorch_model.safetensors, as diffusers does.
 
         Args:
-            folder: is made if need be; files of these names in it are replaced.
+            folder: is made if need be; files of these names in it are replaced, and an index of
+                shards, which would be read in their place, is deleted.
         """
         pretrained.write(Path(folder), self.config, self.state_dict())
 

@@ -1,0 +1,77 @@
+"""Folders that are no checkpoints of fastdiff's: every command says what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastdiff import checkpoint, classifier, schedules
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.classifier import Architecture, Classifier
+from fastdiff.nn import UNet2DModel
+
+COMMANDS = {
+    "sample": ("sample", "--out", "{new}.png"),
+    "eval": ("eval",),
+    "export": ("export", "--out", "{new}"),
+    "train-classifier": ("train-classifier", "--data", "digits", "--out", "{new}"),
+}
+
+
+@pytest.fixture
+def theirs(tiny_unet: Callable, tmp_path: Path) -> Path:
+    """A pipeline as diffusers writes it."""
+    tiny_unet().save_pretrained(tmp_path / "pipeline" / "unet")
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    return tmp_path / "pipeline"
+
+
+@pytest.mark.parametrize("part", ["", "unet"], ids=["pipeline", "model"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_diffusers_folders(
+    name: str, part: str, run: Callable, theirs: Path, tmp_path: Path
+) -> None:
+    words = [word.format(new=tmp_path / "new") for word in COMMANDS[name]]
+    ran = run(*words, "--checkpoint", theirs / part)
+    assert ran.code == 2
+    assert "is not a fastdiff checkpoint: it has no fastdiff.json, which says" in ran.last
+    assert "a model of diffusers: read that with fastdiff.nn.UNet2DModel.from_pretra" in ran.last
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_of_diffusers_becomes_a_checkpoint_as_the_error_says(
+    run: Callable, theirs: Path, tmp_path: Path
+) -> None:
+    model = UNet2DModel.from_pretrained(theirs)
+    found = Checkpoint(model, schedules.linear(100), "eps")
+    checkpoint.save(found, tmp_path / "ours")
+    words = ("--count", 1, "--steps", 2, "--out", tmp_path / "new.png")
+    assert run("sample", "--checkpoint", tmp_path / "ours", *words).code == 0
+
+
+def test_classifiers_and_checkpoints_are_told_apart(
+    run: Callable, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    shape = Architecture(8, 1, (8, 8), 1, ())
+    guide = Classifier(shape.make(3), tiny_checkpoint.forward, shape, tiny_checkpoint.classes)
+    classifier.save(guide, tmp_path / "classifier")
+    checkpoint.save(tiny_checkpoint, tmp_path / "checkpoint")
+    ran = run("sample", "--checkpoint", tmp_path / "classifier", "--out", tmp_path / "new.png")
+    assert ran.code == 2
+    assert "it has no fastdiff.json; it holds a classifier" in ran.last
+    words = ("--classifier", tmp_path / "checkpoint", "--out", tmp_path / "new.png")
+    ran = run("sample", "--checkpoint", tmp_path / "checkpoint", *words)
+    assert ran.code == 2
+    assert "it has no classifier.json, but is a checkpoint of a diffusion model" in ran.last
+
+
+def test_a_file_of_a_checkpoint_is_not_its_folder(
+    run: Callable, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    checkpoint.save(tiny_checkpoint, tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / checkpoint.WEIGHTS
+    ran = run("export", "--checkpoint", file, "--out", tmp_path / "new")
+    assert ran.code == 2
+    assert "it is a file: give the folder that it is in" in ran.last
