@@ -258,7 +258,7 @@ def test_unusable_ranges(value_range, message, tmp_path):
         ("RGBA", (1, 2, 3, 0), "webp", [255] * 3),
         ("CMYK", (0, 0, 0, 255), "jpg", [0] * 3),
         ("CMYK", (0, 0, 0, 0), "tif", [255] * 3),
-        ("YCbCr", (90, 128, 128), "tif", [90] * 3),
+        ("YCbCr", (90, 128, 128), "jpg", [90] * 3),
     ],
 )
 def test_modes(mode, color, suffix, wanted, tmp_path):

@@ -75,3 +75,15 @@ def test_a_file_of_a_checkpoint_is_not_its_folder(
     ran = run("export", "--checkpoint", file, "--out", tmp_path / "new")
     assert ran.code == 2
     assert "it is a file: give the folder that it is in" in ran.last
+
+
+@pytest.mark.parametrize("name", [checkpoint.META, checkpoint.CONFIG])
+def test_json_that_is_nested_without_end(
+    name: str, run: Callable, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Python's parser gives up with a RecursionError, which is no ValueError."""
+    checkpoint.save(tiny_checkpoint, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / name).write_text("[" * 100_000)
+    ran = run("export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "new")
+    assert ran.code == 2
+    assert f"cannot read {tmp_path / 'checkpoint' / name}: " in ran.last
