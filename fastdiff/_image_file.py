@@ -107,6 +107,7 @@ def _with_8_bits(
     raw = _raw_mode(opened)
     values = _deep_values(file, opened, raw)  # [H, W] or [H, W, C]
     if values is None:
+        opened.load()  # before the metadata, whose errors are passed over
         return opened, None
     seen = values[..., :3] if opened.mode == "RGBA" else values
     low, high = float(seen.min()), float(seen.max())
