@@ -16,14 +16,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdiff import ops
 from fastdiff.compiler import composed, report, timings
-from fastdiff.compiler.effects import changes_modes, frozen_nodes, name_of
+from fastdiff.compiler.effects import changes_modes, drops, frozen_nodes, given, name_of
 from fastdiff.compiler.find import find
 from fastdiff.compiler.gated import gated
-from fastdiff.compiler.graph import argument, is_number, is_weight, value
+from fastdiff.compiler.graph import is_weight, value
 from fastdiff.compiler.layout import restore_strides
 from fastdiff.compiler.normalise import mark_parameters, normalise
 from fastdiff.compiler.patterns import DTYPES
 from fastdiff.compiler.plan import PRECISIONS
+from fastdiff.compiler.regions import open_regions
 from fastdiff.compiler.replay import Replay
 from fastdiff.compiler.rewrite import Rewriter, remove_unused
 
@@ -104,8 +105,11 @@ def compile_graph(
 ) -> Compiled:
     """``backend`` with checked options; ``inner`` stands for Inductor."""
     mark_parameters(gm, example_inputs)
-    values = [v for n in gm.graph.nodes if (v := value(n)) is not None]
+    values = _values(gm)
     devices = sorted({v.device.type for v in values})
+    if devices != ["cuda"]:  # Inductor has its own way with regions
+        open_regions(gm, _wants_gradients(values) or changes_modes(gm.graph))
+        values = _values(gm)
     found.reason = _reason(gm, values, devices)
     if found.reason is None:
         return _fuse(gm, options, found)
@@ -127,6 +131,14 @@ AUTOCAST = "autocast or a change of modes within the graph"
 SUBCLASS = "a tensor of a class of its own"
 
 
+def _values(gm: GraphModule) -> list[Tensor]:
+    return [v for n in gm.graph.nodes if (v := value(n)) is not None]
+
+
+def _wants_gradients(values: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(v.requires_grad for v in values)
+
+
 def _reason(gm: GraphModule, values: list[Tensor], devices: list[str]) -> str | None:
     """Why a graph cannot take the fast path."""
     if devices != ["cpu"]:
@@ -135,7 +147,7 @@ def _reason(gm: GraphModule, values: list[Tensor], devices: list[str]) -> str | 
         return SUBCLASS
     if torch.is_autocast_enabled("cpu") or changes_modes(gm.graph):
         return AUTOCAST
-    if torch.is_grad_enabled() and any(v.requires_grad for v in values):
+    if _wants_gradients(values):
         return "gradients are enabled and a tensor requires them"
     if any(isinstance(size, int) and size == 0 for v in values for size in v.shape):
         return "an empty tensor"
@@ -149,23 +161,8 @@ def _reason(gm: GraphModule, values: list[Tensor], devices: list[str]) -> str | 
 
 
 def _is_training(node: Node) -> bool:
-    name = name_of(node) or ""
-    if "dropout" in name:
-        if name.startswith(("alpha", "feature")) or node.op != "call_function":
-            return True
-        p = argument(node, "p", 0.5) if name in ("dropout", "dropout1d", "dropout2d") else None
-        return node_argument(node, "training", 2, True) is not False and not (
-            is_number(p) and p == 0
-        )
-    return (
-        name in ("batch_norm", "instance_norm")
-        and node_argument(node, "training", 5, False) is True
-    )
-
-
-def node_argument(node: Node, name: str, index: int, default: Any) -> Any:
-    """An argument of a function of torch.nn.functional."""
-    return node.kwargs.get(name, node.args[index] if index < len(node.args) else default)
+    norm = name_of(node) in ("batch_norm", "instance_norm")
+    return drops(node) or (norm and given(node, "training", 5, False) is True)
 
 
 def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> Compiled:

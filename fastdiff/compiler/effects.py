@@ -47,8 +47,16 @@ VIEWS = _words(
 # Give no tensor, or ask only for what strides do not change.
 _NO_TENSOR = frozenset({"size", "dim", "numel", "item", "getattr", "sym_sum", "_log_api_usage_once",
                         "ndimension", "is_floating_point", "__len__", "len"})  # fmt: skip
-_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode",
-          "_exit_inference_mode", "_saved_tensors_hooks_disable", "set_grad_enabled")  # fmt: skip
+_MODES = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+    "_saved_tensors_hooks_disable",
+    "set_grad_enabled",
+    "increment_nesting",
+)  # fmt: skip - the last begins vmap and its like
 _PLAIN: dict[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
 }  # fmt: skip
@@ -84,8 +92,32 @@ def is_fresh(node: Node) -> bool:
     return name_of(node) in FRESH and not written(node)
 
 
+def given(node: Node, name: str, index: int, default: Any) -> Any:
+    """An argument of a function of torch.nn.functional by its name and its position."""
+    return node.kwargs.get(name, node.args[index] if index < len(node.args) else default)
+
+
+def drops(node: Node) -> bool:
+    """Whether a node sets a random part of its input to zero, as in training."""
+    name = name_of(node) or ""
+    if "dropout" not in name:
+        return False
+    if name.startswith(("alpha", "feature")) or node.op != "call_function":
+        return True
+    p = given(node, "p", 1, 0.5)
+    return given(node, "training", 2, True) is not False and not (is_number(p) and p == 0)
+
+
+def is_random(node: Node) -> bool:
+    """Whether a node that ``is_known`` draws random numbers, so that later ones are others."""
+    if name_of(node) == "scaled_dot_product_attention":
+        p = given(node, "dropout_p", 4, 0.0)
+        return not (is_number(p) and p == 0)
+    return drops(node)
+
+
 def changes_modes(graph: Graph) -> bool:
-    """Whether nodes switch gradients, autocast or the like on or off."""
+    """Whether nodes switch gradients, autocast, vmap or the like on or off."""
     return any(
         any(mode in str(getattr(node.target, "__name__", node.target)) for mode in _MODES)
         for node in graph.nodes

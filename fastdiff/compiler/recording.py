@@ -65,6 +65,8 @@ class Recorder(TorchDispatchMode):
         packs: whether weights were packed meanwhile, which the next call need not do.
     """
 
+    supports_higher_order_operators = True  # those run as they are, and there is no list
+
     def __init__(
         self, names: Iterable[tuple[Tensor, Source]], numbers: Sequence[Tensor] = ()
     ) -> None:

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastdiff.compiler import runtime, single_head
 from fastdiff.compiler.budget import Budget
-from fastdiff.compiler.effects import is_known, written
+from fastdiff.compiler.effects import is_known, is_random, written
 from fastdiff.compiler.graph import argument, is_number, is_weight, value
 from fastdiff.compiler.layout import OURS
 from fastdiff.compiler.match import Activation, Match, Norm
@@ -298,7 +298,8 @@ def _merged(matches: list[Match], order: dict[Node, int]) -> tuple[list[list[Mat
 def remove_unused(graph: Graph) -> None:
     """Erase nodes that nobody reads and that do nothing but compute."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output") and (
-            node.op == "get_attr" or node.meta.get(OURS) or (is_known(node) and not written(node))
-        ):  # fmt: skip
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        computes = is_known(node) and not written(node) and not is_random(node)
+        if node.op == "get_attr" or node.meta.get(OURS) or computes:
             graph.erase_node(node)
