@@ -5,25 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.backends import registry
-from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.fx import GraphModule
 
 from fastdiff import ops
-from fastdiff.compiler import composed, report, timings
-from fastdiff.compiler.effects import changes_modes, drops, frozen_nodes, given, name_of
+from fastdiff.compiler import composed, dynamo, report, timings
+from fastdiff.compiler.effects import changes_modes, frozen_nodes
 from fastdiff.compiler.find import find
 from fastdiff.compiler.gated import gated
 from fastdiff.compiler.graph import is_weight, value
 from fastdiff.compiler.layout import restore_strides
 from fastdiff.compiler.normalise import mark_parameters, normalise
-from fastdiff.compiler.patterns import DTYPES
 from fastdiff.compiler.plan import PRECISIONS
+from fastdiff.compiler.reasons import Reason, wants_gradients, why_slow
 from fastdiff.compiler.regions import open_regions
 from fastdiff.compiler.replay import Replay
 from fastdiff.compiler.rewrite import Rewriter, remove_unused
@@ -31,22 +31,29 @@ from fastdiff.compiler.rewrite import Rewriter, remove_unused
 log = logging.getLogger("fastdiff.compiler")
 Compiled = Callable[..., Any]
 InnerCompiler = Callable[[GraphModule, Sequence[Any]], Compiled]
+_told: set[Reason] = set()  # of which a warning has been given in this process
+
+
+# Modes of torch.compile. On a CPU they are all the same; on CUDA tensors Inductor is given them.
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``torch.compile(..., options={...})`` may say.
+    """What ``torch.compile(..., mode=..., options={...})`` may say.
 
     Attributes:
         precision: ``fast``, or ``strict`` for direct arithmetic alone.
         packed_bytes: bound of the memory for packed and joined weights; None for any.
+        mode: one of ``MODES``.
     """
 
     precision: str = "fast"
     packed_bytes: int | None = None
+    mode: str = "default"
 
     @classmethod
-    def of(cls, given: Mapping[str, Any] | None) -> Options:
+    def of(cls, given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
         """Checked; ValueError names what is allowed."""
         given = dict(given or {})
         unknown = set(given) - {"precision", "packed_bytes"}
@@ -55,7 +62,9 @@ class Options:
                 f"unknown option {', '.join(map(repr, sorted(unknown)))} of the backend fastdiff, "
                 "wanted precision or packed_bytes"
             )
-        options = cls(**given)
+        options = cls(**given, mode="default" if mode is None else mode)
+        if options.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if options.precision not in tuple(PRECISIONS):
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {options.precision!r}"
@@ -67,13 +76,21 @@ class Options:
 
 
 def backend(
-    gm: GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Compiled:
     """Compile a graph: ``torch.compile(model, backend="fastdiff", options=...)``.
 
     Without gradients on a CPU, in float32 or bfloat16, the graph is fused. On CUDA tensors it gets
     fastdiff's operations and Inductor compiles it. With gradients, or where it draws random
     numbers, it keeps to operations that have gradients. Else it runs as it is.
+
+    A graph that runs as it is for no good reason (float16 on a CPU, autocast, training mode without
+    gradients, tensors on several devices) is told of by the logger ``fastdiff.compiler``, as a
+    warning, once in a process for each reason; every other one is told of at level INFO.
 
     Args:
         gm: what Dynamo made of the model.
@@ -82,18 +99,46 @@ def backend(
             arithmetic alone). ``packed_bytes``: how much memory the weights that this graph packs
             or joins may take besides the model's own, spent where it saves the most time; None (the
             default) for as much as is useful.
+        mode: of ``torch.compile``: "default", "reduce-overhead", "max-autotune" or
+            "max-autotune-no-cudagraphs". A graph on a CPU is the same in all of them: its
+            algorithms are always chosen by the clock, and Python is always taken out from between
+            its operations. One on CUDA tensors is compiled by Inductor in that mode.
 
     Raises:
-        ValueError: an option is unknown, or a value of one or of FASTDIFF_PLAN.
+        ValueError: an option or the mode is unknown, or a value of an option or of FASTDIFF_PLAN.
     """
-    chosen = Options.of(options)
+    compiled, found = compile_and_report(gm, example_inputs, Options.of(options, mode))
+    if found.reason is not None:
+        _tell(found.reason)
+    last = dynamo.is_last_graph()
+    if last is not None:
+        log.warning(
+            "%s has now as many graphs as torch._dynamo.config.recompile_limit allows (%d). A call "
+            "that none of them serves will run uncompiled, and all such calls from then on. Raise "
+            "the limit, or call torch.compiler.reset() where a model is no longer needed. "
+            'TORCH_LOGS="recompiles" shows why there are so many.',
+            last,
+            torch._dynamo.config.recompile_limit,
+        )
+    return compiled
+
+
+def compile_and_report(
+    gm: GraphModule, example_inputs: list[Any], options: Options
+) -> tuple[Compiled, report.GraphReport]:
+    """What ``backend`` gives, and what became of the graph."""
     timings.measured()  # raises
     found = report.GraphReport()
-    compiled = compile_graph(gm, example_inputs, chosen, found)
-    report.record(found)
-    if found.reason is not None:
-        log.info("not on the fast path: %s", found.reason)
-    return compiled
+    return compile_graph(gm, example_inputs, options, found), found
+
+
+def _tell(reason: Reason) -> None:
+    """Say that a graph is not on the fast path; a warning once in a process."""
+    if reason.advice is None or reason in _told:
+        log.info("not on the fast path: %s", reason.text)
+        return
+    _told.add(reason)
+    log.warning("a model runs without fastdiff's fast path: %s. %s", reason.text, reason.advice)
 
 
 def compile_graph(
@@ -107,62 +152,27 @@ def compile_graph(
     mark_parameters(gm, example_inputs)
     values = _values(gm)
     devices = sorted({v.device.type for v in values})
-    if devices != ["cuda"]:  # Inductor has its own way with regions
-        open_regions(gm, _wants_gradients(values) or changes_modes(gm.graph))
+    if devices != ["cuda"]:  # Inductor has its own way with regions, and its code is for threads
+        open_regions(gm, wants_gradients(values) or changes_modes(gm.graph))
         values = _values(gm)
-    found.reason = _reason(gm, values, devices)
+        dynamo.set_guards()
+    found.reason = why_slow(gm, values, devices)
     if found.reason is None:
         return _fuse(gm, options, found)
     if devices == ["cuda"]:
         found.composed = composed.gpu(gm)
         found.leave(gm.graph)
         gm.recompile()
-        return (inner or _inductor)(gm, example_inputs)
-    elif devices == ["cpu"] and found.reason not in (AUTOCAST, SUBCLASS):
+        return (inner or partial(_inductor, options.mode))(gm, example_inputs)
+    if not found.reason.untouched:
         found.composed = composed.training(gm)
-        found.leave(gm.graph)
-    else:
-        found.leave(gm.graph)
+    found.leave(gm.graph)
     gm.recompile()
     return gm.forward
 
 
-AUTOCAST = "autocast or a change of modes within the graph"
-SUBCLASS = "a tensor of a class of its own"
-
-
 def _values(gm: GraphModule) -> list[Tensor]:
     return [v for n in gm.graph.nodes if (v := value(n)) is not None]
-
-
-def _wants_gradients(values: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(v.requires_grad for v in values)
-
-
-def _reason(gm: GraphModule, values: list[Tensor], devices: list[str]) -> str | None:
-    """Why a graph cannot take the fast path."""
-    if devices != ["cpu"]:
-        return f"tensors on {', '.join(devices) or 'no device'}: Inductor compiles CUDA graphs"
-    if any(is_traceable_wrapper_subclass(v) for v in values):
-        return SUBCLASS
-    if torch.is_autocast_enabled("cpu") or changes_modes(gm.graph):
-        return AUTOCAST
-    if _wants_gradients(values):
-        return "gradients are enabled and a tensor requires them"
-    if any(isinstance(size, int) and size == 0 for v in values for size in v.shape):
-        return "an empty tensor"
-    random = next((n for n in gm.graph.nodes if _is_training(n)), None)
-    if random is not None:
-        return f"training mode: {random.target if random.op == 'call_method' else name_of(random)}"
-    floats = {v.dtype for v in values if v.dtype.is_floating_point}
-    if not floats & set(DTYPES):
-        return f"dtype {', '.join(sorted(str(d) for d in floats))}, wanted float32 or bfloat16"
-    return None
-
-
-def _is_training(node: Node) -> bool:
-    norm = name_of(node) in ("batch_norm", "instance_norm")
-    return drops(node) or (norm and given(node, "training", 5, False) is True)
 
 
 def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> Compiled:
@@ -187,10 +197,12 @@ def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> Compi
     return Replay(gm, rewriter.watch, varying)
 
 
-def _inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+def _inductor(mode: str, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs))  # type: ignore[return-value]
+    patches = list_mode_options(mode)
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
 
 
 def register() -> None:

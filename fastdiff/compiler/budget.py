@@ -61,7 +61,7 @@ class Budget:
 
     def __init__(self, precision: str, bound: int | None) -> None:
         self.names, self.bound = PRECISIONS[precision], bound
-        self.measured = timings.measured() and kernel_runs(torch.empty(0))
+        self.measured = timings.measured() and kernel_runs(torch.empty(0, device="cpu"))
         self._allowed: dict[tuple[Node, ...], tuple[str, ...]] = {}
 
     def allowed(self, weights: Sequence[Node]) -> tuple[str, ...]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
 
+from fastdiff.compiler import dynamo
 from fastdiff.compiler.effects import name_of, written
 from fastdiff.compiler.graph import argument, dtype_of, is_weight, op, value
 from fastdiff.compiler.layout import OURS
 from fastdiff.compiler.packing import PackedWeight
+from fastdiff.compiler.reasons import GRADIENTS, Reason
 from fastdiff.compiler.rewrite import Emitted
 
 
@@ -31,7 +33,7 @@ class GraphReport:
         left: other nodes, by operation and why they were left.
     """
 
-    reason: str | None = None
+    reason: Reason | None = None
     emitted: list[Emitted] = field(default_factory=list)
     composed: int = 0
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -100,6 +102,8 @@ class Explanation:
         fused: the fused operations.
         left: count of other nodes by operation and reason.
         composed: calls of ``fastdiff.ops.group_norm_silu`` and the like that were put in.
+        uncompiled: why the model, or other calls of it, run without any graph.
+        sampling: the same call under ``torch.no_grad()``, where this one was with gradients.
     """
 
     graphs: int
@@ -108,6 +112,8 @@ class Explanation:
     fused: tuple[Fused, ...]
     left: dict[tuple[str, str], int]
     composed: int
+    uncompiled: tuple[str, ...] = ()
+    sampling: Explanation | None = None
 
     @property
     def packed_bytes(self) -> int:
@@ -116,6 +122,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"graphs: {self.graphs}, breaks: {len(self.breaks)}"]
+        lines += [f"runs uncompiled: {reason}" for reason in self.uncompiled]
         lines += [f"  break: {reason}" for reason in self.breaks]
         lines += [f"not on the fast path: {reason}" for reason in self.reasons]
         rows = [("fused", "shape", "algorithm", "packed")]
@@ -129,7 +136,15 @@ class Explanation:
             f"{len(self.fused)} fused, {self.composed} of fastdiff.ops, "
             f"{sum(self.left.values())} left, {_mebibytes(self.packed_bytes)} packed"
         )
+        if self.sampling is not None:
+            lines = ["called with gradients, as in training:", *_indented(lines)]
+            lines += ["called under torch.no_grad(), as in sampling:"]
+            lines += _indented(str(self.sampling).split("\n"))
         return "\n".join(lines)
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def _mebibytes(size: int) -> str:
@@ -144,25 +159,6 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-_listeners: list[list[GraphReport]] = []
-
-
-def record(found: GraphReport) -> None:
-    """Tell those who listen of a graph."""
-    for listener in _listeners:
-        listener.append(found)
-
-
-@contextmanager
-def _listening() -> Iterator[list[GraphReport]]:
-    heard: list[GraphReport] = []
-    _listeners.append(heard)
-    try:
-        yield heard
-    finally:
-        _listeners.remove(heard)
-
-
 def explain(
     model: Callable[..., Any],
     *inputs: Any,
@@ -172,37 +168,81 @@ def explain(
 ) -> Explanation:
     """Compile a model anew, run it once on ``inputs``, and tell what was fused and what was not.
 
+    Where gradients are enabled, and something in the model requires them, the model is run a second
+    time under ``torch.no_grad()``, as samplers call it: ``Explanation.sampling``.
+
     Args:
-        model: a module or function, compiled already or not.
+        model: a module or function, compiled already or not. Its graphs stay as they are.
         inputs: its positional arguments.
         options: as for ``torch.compile``.
         dynamic: as for ``torch.compile``.
         kwargs: its keyword arguments.
     """
-    from fastdiff.compiler.backend import backend
-
     model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_torchdynamo_orig_callable", model)
+    full = dynamo.full(model)
     if isinstance(model, nn.Module) and model._compiled_call_impl is not None:
         model = copy.copy(model)  # of the same parameters, but not compiled in place
+    call = partial(_explain, model, inputs, kwargs, options, dynamic, full)
+    told = call()
+    if GRADIENTS.text not in told.reasons:
+        return told
+    with torch.no_grad():
+        return replace(told, sampling=call())
+
+
+def _explain(
+    model: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: dict[str, Any] | None,
+    dynamic: bool | None,
+    full: Sequence[str],
+) -> Explanation:
+    from fastdiff.compiler.backend import Options, compile_and_report
+
+    chosen = Options.of(options)
+    heard: list[GraphReport] = []
+    failures: list[str] = []
 
     def anew(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return backend(gm, example_inputs, options=options)
+        try:
+            compiled, found = compile_and_report(gm, example_inputs, chosen)
+        except Exception as error:
+            failures.append(f"the backend failed ({error!r}), and Dynamo suppresses its errors")
+            raise
+        heard.append(found)
+        return compiled
 
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    before = Counter(breaks)
-    with _listening() as heard:
-        torch.compile(model, backend=anew, dynamic=dynamic)(*inputs, **kwargs)
+    counters = torch._dynamo.utils.counters
+    before = {kind: Counter(counters[kind]) for kind in ("graph_break", "unimplemented")}
+    torch.compile(model, backend=anew, dynamic=dynamic, **dynamo.apart())(*inputs, **kwargs)
+    breaks, skipped = (counters[kind] - before[kind] for kind in before)
     left: Counter[tuple[str, str]] = Counter()
     counted: set[tuple[PackedWeight, str]] = set()
     for report in heard:
         left.update(report.left)
+    limit = torch._dynamo.config.recompile_limit
+    uncompiled = [
+        f"{name} graphs, and torch._dynamo.config.recompile_limit is {limit}: calls that none of "
+        "them serves run as they are. Raise the limit before the model is compiled, or call "
+        "torch.compiler.reset()"
+        for name in full
+    ]
+    uncompiled += failures
+    if not heard and not failures:
+        uncompiled += [reason.split("\n")[0] for reason in skipped]
+        uncompiled += dynamo.why_off()
+        if not uncompiled:
+            uncompiled = ['Dynamo made no graph; TORCH_LOGS="graph_breaks,recompiles" shows why']
     return Explanation(
         graphs=len(heard),
-        breaks=tuple((Counter(breaks) - before).elements()),
-        reasons=tuple(report.reason for report in heard if report.reason is not None),
+        breaks=tuple(breaks.elements()),
+        reasons=tuple(report.reason.text for report in heard if report.reason is not None),
         fused=tuple(_row(e, counted) for report in heard for e in report.emitted),
         left=dict(left),
         composed=sum(report.composed for report in heard),
+        uncompiled=tuple(uncompiled),
     )
 
 

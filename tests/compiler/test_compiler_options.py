@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import fastdiff.compiler
 from fastdiff.compiler import explain
+from fastdiff.compiler.backend import MODES, _inductor, _told
 
 BAD = [
     ({"precision": "exact"}, "fast, strict, got 'exact'"),
@@ -34,6 +35,52 @@ def test_bad_options(options, text):
     with pytest.raises(BackendCompilerFailed, match=text) as raised, torch.no_grad():
         compiled(small_net(), options=options)(*small_inputs())
     assert isinstance(raised.value.inner_exception, ValueError)
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch.no_grad()
+def test_modes_of_torch_compile(mode, dynamic):
+    """All are fused alike on a CPU."""
+    model, case = small_net(), small_inputs()
+    found = compiled(model, mode=mode, dynamic=dynamic)(*case)
+    assert torch.equal(found, compiled(model, dynamic=dynamic)(*case))
+    assert_as_eager(found, model, case)
+
+
+@torch.no_grad()
+def test_modes_in_place_and_through_dynamo():
+    model, case = small_net(), small_inputs()
+    expected = compiled(model)(*case)
+    model.compile(backend="fastdiff", mode="max-autotune", fullgraph=True)
+    assert torch.equal(model(*case), expected)
+    net = torch._dynamo.optimize("fastdiff", nopython=True)(small_net())
+    assert torch.equal(net(*case), expected)
+
+
+@torch.no_grad()
+def test_an_unknown_mode():
+    text = "mode must be one of default, reduce-overhead, .*, got 'fastest'"
+    graph = torch.fx.GraphModule({}, torch.fx.Graph())
+    with pytest.raises(ValueError, match=text):
+        fastdiff.compiler.backend(graph, [], mode="fastest")
+    with pytest.raises(BackendCompilerFailed, match=text):
+        compiled(small_net(), mode="fastest")(*small_inputs())
+
+
+def test_inductor_is_given_the_mode(monkeypatch):
+    """Cards have CUDA graphs and longer searches."""
+    from torch._inductor import compile_fx
+
+    seen = []
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda *_, **given: seen.append(given))
+    for mode in MODES:
+        _inductor(mode, torch.fx.GraphModule({}, torch.fx.Graph()), [])
+    patches = dict(zip(MODES, [given["config_patches"] for given in seen], strict=True))
+    assert patches["default"] == {}
+    assert patches["reduce-overhead"] == {"triton.cudagraphs": True}
+    assert patches["max-autotune"]["max_autotune"]
+    assert not patches["max-autotune-no-cudagraphs"].get("triton.cudagraphs")
 
 
 def test_name_is_known_without_an_import_of_the_compiler():
@@ -180,6 +227,22 @@ def test_explaining_leaves_the_compiled_model_as_it_was():
     assert torch.equal(net(*case), before)
 
 
+@pytest.fixture
+def notices(caplog):
+    """Levels and texts of what the compiler has logged since the last call; nothing is told yet."""
+    known = set(_told)
+    _told.clear()
+
+    def since():
+        found = [r for r in caplog.records if r.name.startswith("fastdiff.compiler")]
+        caplog.clear()
+        return [(r.levelno, r.getMessage()) for r in found]
+
+    with caplog.at_level(logging.INFO, logger="fastdiff.compiler"):
+        yield since
+    _told.update(known)
+
+
 def test_notice_of_the_slow_path(caplog):
     """One line, for those who ask for it; no warning."""
     with caplog.at_level(logging.INFO, logger="fastdiff.compiler"):
@@ -191,3 +254,67 @@ def test_notice_of_the_slow_path(caplog):
         with torch.no_grad():
             compiled(small_net())(*small_inputs())
         assert not [r for r in caplog.records if r.name.startswith("fastdiff.compiler")]
+
+
+def training(model, case):
+    return model.train(), case
+
+
+def half(model, case):
+    return model.half(), tuple(value.half() for value in case)
+
+
+def double(model, case):
+    return model.double(), tuple(value.double() for value in case)
+
+
+def autocast(model, case):
+    return torch.autocast("cpu", torch.bfloat16)(model.forward), case
+
+
+SLOW = {
+    "float16": (half, "dtype torch.float16, wanted float32 or bfloat16", "model.float()"),
+    "float64": (double, "dtype torch.float64, wanted float32 or bfloat16", "model.float()"),
+    "train": (training, "training mode: dropout", "model.eval()"),
+    "modes": (autocast, "within the graph, gradients, autocast", "around the call"),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_warning_where_a_model_is_slow_for_no_reason(notices, name):
+    """One in a process for each reason, with what to do."""
+    change, reason, advice = SLOW[name]
+    model, case = change(small_net(dropout=0.3), small_inputs())
+    with torch.no_grad():
+        for _ in range(2):
+            torch.compile(model, backend="fastdiff")(*case)
+            torch.compiler.reset()
+        (first, text), (second, _) = notices()
+        assert (first, second) == (logging.WARNING, logging.INFO)
+        assert reason in text
+        assert advice in text
+        assert explain(model, *case).reasons[0] in text
+        assert not notices()
+
+
+def test_a_warning_of_autocast_unless_in_training(notices):
+    model, case = small_net(), small_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(model)(*case)
+        ((level, text),) = notices()
+        assert level == logging.INFO
+        with torch.no_grad():
+            compiled(model)(*case)
+        ((level, text),) = notices()
+    assert level == logging.WARNING
+    assert "autocast is on" in text
+    assert "model.to(torch.bfloat16)" in text
+
+
+@torch.no_grad()
+def test_a_warning_of_tensors_on_several_devices(notices):
+    values = [torch.empty(2, 3, 4, 4, device=device) for device in ("cpu", "meta")]
+    torch.compile(lambda x, y: (x + 1, y + 1), backend="fastdiff")(*values)
+    ((level, text),) = notices()
+    assert level == logging.WARNING
+    assert "tensors on cpu, meta" in text

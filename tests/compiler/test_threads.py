@@ -8,7 +8,9 @@ import pytest
 import torch
 from judging import assert_as_eager, compiled
 from models import inputs, make
-from small import small_inputs, small_net
+from small import SmallNet, small_inputs, small_net
+
+from fastdiff.compiler import explain
 
 SIZES = [(1, (8, 12)), (3, (8, 12)), (2, (16, 8)), (2, (5, 7))]
 
@@ -85,6 +87,15 @@ def test_two_models_at_once():
     run_together(call_often, 3)
     for index, model in enumerate(models):
         assert_as_eager(found[index], model, case)
+
+
+def test_explanations_at_once():
+    """Each tells of its own model."""
+    models, found = [SmallNet(width=width).eval() for width in (16, 32, 48)], {}
+    run_together(lambda index: found.update({index: explain(models[index], *small_inputs())}), 3)
+    for index, model in enumerate(models):
+        with torch.no_grad():
+            assert found[index] == explain(model, *small_inputs())
 
 
 @pytest.fixture

@@ -1,0 +1,113 @@
+"""Why a graph is not on the fast path, and what its user can do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastdiff.compiler.effects import changes_modes, drops, given, name_of
+from fastdiff.compiler.patterns import DTYPES
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a graph is not on the fast path.
+
+    Attributes:
+        text: the reason.
+        advice: what the user can do; None where it is as it should be, as in training.
+        untouched: whether no operation of fastdiff may be put in at all.
+    """
+
+    text: str
+    advice: str | None = None
+    untouched: bool = False
+
+
+AUTOCAST = Reason(
+    "autocast is on",
+    "It converts weights at every call: convert the model once, by model.to(torch.bfloat16), and "
+    "call it without autocast",
+    untouched=True,
+)
+MODE_CHANGE = Reason(
+    "within the graph, gradients, autocast or vmap are switched on or off",
+    "Switch them around the call of the compiled model",
+    untouched=True,
+)
+SUBCLASS = Reason(
+    "a tensor is of a class of its own, as quantised or distributed weights are",
+    "Compile the model with plain tensors, or with another backend",
+    untouched=True,
+)
+FORWARD = Reason("forward-mode differentiation is on", untouched=True)
+GRADIENTS = Reason("gradients are enabled and a tensor requires them")
+EMPTY = Reason("an empty tensor")
+
+
+def wants_gradients(values: list[Tensor]) -> bool:
+    """Whether a graph with such values may be differentiated."""
+    return torch.is_grad_enabled() and any(v.requires_grad for v in values)
+
+
+def why_slow(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reason | None:
+    """Why a graph cannot take the fast path; None if it can.
+
+    Args:
+        gm: the graph.
+        values: examples of all its tensors.
+        devices: their types, in order, each once.
+    """
+    if devices == ["cuda"] or not devices:
+        return Reason(
+            f"tensors on {', '.join(devices) or 'no device'}: Inductor compiles CUDA graphs",
+            untouched=not devices,
+        )
+    reason = _special(gm, values, devices)
+    if wants_gradients(values):
+        return GRADIENTS if reason is None else replace(reason, advice=None)
+    if reason is not None:
+        return reason
+    if any(isinstance(size, int) and size == 0 for v in values for size in v.shape):
+        return EMPTY
+    random = next((n for n in gm.graph.nodes if _is_training(n)), None)
+    if random is not None:
+        name = random.target if random.op == "call_method" else name_of(random)
+        return Reason(f"training mode: {name}", "Call model.eval() before sampling")
+    floats = {v.dtype for v in values if v.dtype.is_floating_point}
+    if not floats:
+        return Reason("no tensor of floating point")
+    if not floats & set(DTYPES):
+        names = ", ".join(sorted(str(d) for d in floats))
+        return Reason(
+            f"dtype {names}, wanted float32 or bfloat16",
+            "Convert the model and its inputs, by model.float() or model.to(torch.bfloat16)",
+        )
+    return None
+
+
+def _special(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reason | None:
+    """A reason that holds with gradients and without them."""
+    if devices != ["cpu"]:
+        return Reason(
+            f"tensors on {', '.join(devices)}",
+            "Put the model and all its inputs on a CPU, or all of them on a CUDA device",
+            untouched=True,
+        )
+    if any(is_traceable_wrapper_subclass(v) for v in values):
+        return SUBCLASS
+    if torch.is_autocast_enabled("cpu"):
+        return AUTOCAST
+    if forward_ad._current_level >= 0:  # tangents go through PyTorch's operations alone
+        return FORWARD
+    return MODE_CHANGE if changes_modes(gm.graph) else None
+
+
+def _is_training(node: Node) -> bool:
+    norm = name_of(node) in ("batch_norm", "instance_norm")
+    return drops(node) or (norm and given(node, "training", 5, False) is True)
