@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,12 +22,13 @@ DOMAIN = "fastdiff"  # of the NVTX ranges
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 depth = 0  # how many ``profile`` blocks are open; read on every call of an operation
+_lock = threading.Lock()  # for its changes
 _off = nullcontext()
 
 
 @contextmanager
 def profile() -> Iterator[None]:
-    """Within the block, fastdiff's work is in named ranges; blocks may be nested.
+    """Within the block, fastdiff's work is in named ranges, in every thread; blocks may be nested.
 
     The ranges are ``sample``, ``step 0`` and so on (one an evaluation of the model), ``model``,
     each fused operation by its name, ``train step`` and its phases ``data``, ``forward``,
@@ -41,11 +43,13 @@ def profile() -> Iterator[None]:
     """
     global depth
     _nvtx()
-    depth += 1
+    with _lock:
+        depth += 1
     try:
         yield
     finally:
-        depth -= 1
+        with _lock:
+            depth -= 1
 
 
 def span(name: str) -> AbstractContextManager[None]:

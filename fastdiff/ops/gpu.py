@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils._pytree import tree_leaves
 
-from fastdiff.backend import missing, on_cuda
+from fastdiff.backend import kernels_on_cuda, missing, on_cuda
 
 TRITON_FILES = {  # of operations that share one with another
     "denoising_loss_backward": "denoising_loss",
@@ -39,7 +39,7 @@ def on_gpu(name: str, check: Callable[..., None], *, traced: bool = True) -> Non
 
     def kernel(*args: Any) -> Any:
         check(*args)
-        return eager_kernel(name, on_cuda())(*args)
+        return eager_kernel(name, kernels_on_cuda())(*args)
 
     torch.library.impl(f"fastdiff::{name}", "CUDA")(kernel)
     if not traced:
