@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -43,6 +44,8 @@ PIP_WHEEL = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-
 ALONE = """
 import runpy, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
 """
 
 
@@ -52,6 +55,16 @@ def run(arguments, folder, **environment):
         [sys.executable, *arguments], cwd=folder, env={**clean, **environment},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+# The Triton kernels lie elsewhere in a checkout than where fastdiff is installed.
+KERNELS = """
+import pathlib
+import fastdiff
+from fastdiff.kernels import audit, launch
+for module in (fastdiff, launch, audit):
+    print(pathlib.Path(module.__file__).resolve().relative_to(pathlib.Path.cwd().resolve()))
+"""
 
 
 @pytest.fixture
@@ -99,6 +112,57 @@ def test_forbidden_the_wheel_has_everything_else(installed) -> None:
     assert "NOT" not in done.stderr  # it was asked for
     assert "FASTDIFF_CPU=0 forbade it" in json.dumps(facts)
     assert {check["backend"] for check in facts["self_check"]} == {"reference"}
+    launchers = {f"fastdiff/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert "fastdiff/kernels/launch.py" in launchers <= packages
+    done = run(["-c", ALONE + KERNELS], site, PYTHONPATH=str(site))
+    assert done.stdout.split() == [
+        "fastdiff/__init__.py", "fastdiff/kernels/launch.py", "fastdiff/kernels/audit/__init__.py",
+    ], done.stderr  # fmt: skip
+
+
+def test_an_editable_install_has_the_kernels(source) -> None:
+    build = "from setuptools.build_meta import build_editable; build_editable('dist')"
+    done = run(["-c", build], source, FASTDIFF_CPU="0", FASTDIFF_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (source / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(source / "site")
+    script = ALONE + "import site; sys.path[0] = 'site'; site.addsitedir('site')" + KERNELS
+    done = run(["-c", script], source)
+    assert done.stdout.split() == [
+        "fastdiff/__init__.py", "kernels/launch.py", "kernels/audit/__init__.py",
+    ], done.stderr  # fmt: skip
+
+
+LOOK_FOR_KERNELS = """
+import transformers, peft
+from diffusers import UNet2DModel
+from diffusers.utils.import_utils import is_kernels_available
+print(is_kernels_available(), transformers.utils.import_utils.is_kernels_available())
+"""
+MISSING = [name for name in ("peft", "transformers") if importlib.util.find_spec(name) is None]
+
+
+@pytest.fixture
+def another_projects_kernels(tmp_path):
+    """A folder with an installed package named kernels that is not fastdiff's."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '99.0'\n")
+    metadata = tmp_path / "kernels-99.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 99.0\n")
+    return tmp_path
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed")
+def test_in_the_repositorys_root_others_do_not_take_our_kernels_for_a_package() -> None:
+    done = run(["-c", LOOK_FOR_KERNELS], ROOT)
+    assert done.stdout == "False False\n", done.stderr
+
+
+def test_in_the_repositorys_root_the_package_kernels_is_found(another_projects_kernels) -> None:
+    script = "import kernels, fastdiff.kernels.launch; print(kernels.__version__)"
+    paths = os.pathsep.join((str(another_projects_kernels), str(ROOT)))
+    assert run(["-c", script], ROOT, PYTHONPATH=paths).stdout == "99.0\n"
 
 
 def test_without_a_compiler_it_installs_and_says_so(installed) -> None:
