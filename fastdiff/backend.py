@@ -2,8 +2,9 @@
 
 ``reference`` is plain PyTorch and runs everywhere. ``cpu`` is the C++ extension ``fastdiff._C``,
 for CPU tensors. For CUDA tensors there are the Triton kernels, ``triton``, and those in CUDA C++,
-``cuda``, the extension ``fastdiff._cuda``. The default, ``auto``, takes what can run for the
-tensors at hand, Triton before CUDA C++.
+``cuda``, the extension ``fastdiff._cuda``. Operations for CPUs alone (``fastdiff.ops.gpu`` knows
+which are not) run on the reference there. The default, ``auto``, takes what can run for the tensors
+at hand, Triton before CUDA C++.
 """
 
 from __future__ import annotations

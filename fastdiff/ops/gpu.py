@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastdiff.backend import kernels_on_cuda, missing, on_cuda
 
+operations: set[str] = set()  # that have kernels for CUDA tensors
+
 TRITON_FILES = {  # of operations that share one with another
     "denoising_loss_backward": "denoising_loss",
     "denoising_loss_from_seed": "denoising_loss",
@@ -42,6 +44,7 @@ def on_gpu(name: str, check: Callable[..., None], *, traced: bool = True) -> Non
         return eager_kernel(name, kernels_on_cuda())(*args)
 
     torch.library.impl(f"fastdiff::{name}", "CUDA")(kernel)
+    operations.add(name)
     if not traced:
         return
 

@@ -1,0 +1,42 @@
+"""Which operations have kernels for CUDA tensors, and that it is said as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff import selfcheck
+from fastdiff.ops import gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATIONS = {name for name in selfcheck.CASES if not name.endswith("_backward")}
+
+
+def test_the_readme_names_the_operations_without_a_kernel_for_gpus():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    (said,) = re.findall(r"replaces a U-Net's layers on a CPU, ([^.]*), have neither", text)
+    assert set(re.findall(r"`(\w+)`", said)) == OPERATIONS - gpu.operations
+    assert "and so do the five operations that have no kernel for a GPU" in text
+    assert len(OPERATIONS - gpu.operations) == 5
+
+
+def test_an_operation_for_gpus_has_a_kernel_in_each_language():
+    defined = (ROOT / "csrc" / "cuda" / "binding.cpp").read_text(encoding="utf-8")
+    cuda = set(re.findall(r'm\.def\(\s*"(\w+)\(', defined))
+    assert gpu.operations == cuda
+    for name in gpu.operations:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{name}", "CUDA")
+        file = gpu.TRITON_FILES.get(name, name)
+        assert importlib.util.find_spec(f"fastdiff.kernels.{file}") is not None
+
+
+@pytest.mark.parametrize("chosen", ["triton", None], ids=str)
+def test_the_self_check_says_what_computes_on_a_gpu(monkeypatch, chosen):
+    monkeypatch.setattr(selfcheck, "on_cuda", lambda: chosen)
+    x = type("OnGPU", (), {"is_cuda": True})()
+    assert selfcheck._what_computes("q_sample", x) == (chosen or "reference")
+    assert selfcheck._what_computes("conv2d", x) == "reference"
