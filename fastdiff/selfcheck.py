@@ -131,13 +131,14 @@ def _wait_for(x: Tensor) -> None:
 
 def _values() -> Values:
     """The inputs of all operations, float64 but for timesteps, step and seed."""
-    generator = torch.Generator().manual_seed(0)
+    cpu = torch.device("cpu")  # whatever the default device is: values are the same on each
+    generator = torch.Generator(cpu).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=cpu)
 
     n, c = SHAPE[:2]
-    abar = torch.linspace(0.95, 0.05, TIMESTEPS, dtype=torch.float64)
+    abar = torch.linspace(0.95, 0.05, TIMESTEPS, dtype=torch.float64, device=cpu)
     # Guided and rescaled, a learned variance, a history: with clipping and with thresholding.
     guidance, x0, out, noise = [2.0, 0.6], [0.9, -0.4], [0.3, 0.6, 0.1], [1.0, -2.0, 0.5]
     keep, factors = [0.2, 0.5, -0.3, 0.4, 1.0], [0.0, 0.7]
@@ -158,15 +159,15 @@ def _values() -> Values:
         "noise": normal(*SHAPE),
         "model_out": normal(2 * n, 2 * c, *SHAPE[2:]),
         "history": normal(2, *SHAPE),
-        "t": torch.tensor([0, TIMESTEPS - 1]),
+        "t": torch.tensor([0, TIMESTEPS - 1], device=cpu),
         "signal": abar.sqrt(),
         "sigma": (1 - abar).sqrt(),
-        "table": torch.tensor(rows, dtype=torch.float64),
-        "clipping": torch.tensor(0),
-        "thresholding": torch.tensor(1),
-        "seed": torch.tensor([[2**40 + 1, 0], [-7, 2**33]]),
-        "row": torch.tensor(TIMESTEPS),
-        "weight_of_ema": torch.tensor(0.125),
+        "table": torch.tensor(rows, dtype=torch.float64, device=cpu),
+        "clipping": torch.tensor(0, device=cpu),
+        "thresholding": torch.tensor(1, device=cpu),
+        "seed": torch.tensor([[2**40 + 1, 0], [-7, 2**33]], device=cpu),
+        "row": torch.tensor(TIMESTEPS, device=cpu),
+        "weight_of_ema": torch.tensor(0.125, device=cpu),
         "filters": normal(c, c, 3, 3) / math.sqrt(9 * c),
     }
 

@@ -125,7 +125,7 @@ def _table(
                 "when nothing can be copied to the device: run once before capturing"
             )
         pieces = list(_pieces(pairs, average.itemsize, parameter.itemsize))
-        rows = torch.tensor(pieces, dtype=torch.int64).to(device)
+        rows = torch.tensor(pieces, dtype=torch.int64, device="cpu").to(device)
         table = Table(rows, all((a | p) % 16 == 0 for a, p, *_ in pairs))
     if capturing:
         _captured[key] = table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,8 @@ def as_timesteps(timestep: Tensor | float, device: torch.device, rows: int | Non
             raise ValueError(f"timestep must have shape [] or [N], got {tuple(timestep.shape)}")
         t = timestep.reshape(-1).to(device)
     else:
-        dtype = torch.float32 if isinstance(timestep, float) else torch.int64
+        fraction = isinstance(timestep, (float, np.floating))
+        dtype = torch.float32 if fraction else torch.int64
         t = torch.full((1,), timestep, dtype=dtype, device=device)
     if rows is not None:
         check_indices(t, rows, "timestep")

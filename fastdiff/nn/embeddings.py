@@ -50,6 +50,8 @@ class FourierProjection(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Positive noise levels [N] -> [N, 2 * channels]."""
+        if not t.is_floating_point():  # the logarithm of which has torch's default dtype
+            t = t.float()
         # Angles reach 1e3, where the order of these products already shows in the fifth decimal.
         angles = t.log()[:, None] * self.weight * 2 * math.pi
         return torch.cat([angles.sin(), angles.cos()], dim=1)

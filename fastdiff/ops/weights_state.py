@@ -41,6 +41,6 @@ def _sample(weight: Tensor) -> bytes:
     if weight.numel() == 0 or weight.ndim < 2:
         return b""
     values = weight.detach().flatten(2) if weight.ndim > 2 else weight.detach().unsqueeze(2)
-    i = torch.arange(max(values.shape[:2]))
+    i = torch.arange(max(values.shape[:2]), device=values.device)
     found = values[tuple(i % size for size in values.shape)]
     return found.view(torch.uint8).numpy().tobytes()

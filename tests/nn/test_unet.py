@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,9 +20,10 @@ def make(name_or_options, seed=0):
 
 
 @torch.no_grad()
-def test_float_timestep_keeps_its_fraction():
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.float16])
+def test_float_timestep_keeps_its_fraction(kind):
     model, (sample, _, _) = make("tiny"), inputs(TINY)
-    got = model(sample, 9.75)
+    got = model(sample, kind(9.75))
     torch.testing.assert_close(got, model(sample, torch.tensor([9.75])), rtol=0, atol=0)
     assert not torch.allclose(got, model(sample, 9), atol=1e-3)
 
