@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +143,18 @@ def guided_score(
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    return lambda x, t: score(x, t) + scale * gradient_of(log_prob, x, t, **cond)
+    return partial(_guided_score, score, log_prob, scale, cond)
+
+
+def _guided_score(
+    score: Callable[[Tensor, Tensor], Tensor],
+    log_prob: LogProb,
+    scale: float,
+    cond: dict[str, Any],
+    x: Tensor,
+    t: Tensor,
+) -> Tensor:
+    return score(x, t) + scale * gradient_of(log_prob, x, t, **cond)
 
 
 def log_prob_of(classifier: Callable[[Tensor, Tensor], Tensor]) -> LogProb:
@@ -150,17 +162,19 @@ def log_prob_of(classifier: Callable[[Tensor, Tensor], Tensor]) -> LogProb:
 
     Its ``labels``, int64 [N], go among the ``arguments`` of :func:`classifier_guided`.
     """
+    return partial(_log_prob_of_labels, classifier)
 
-    def log_prob(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        logits = classifier(x, t)
-        if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the classifier must return logits [{x.shape[0]}, classes], "
-                f"got shape {tuple(logits.shape)}"
-            )
-        return -functional.cross_entropy(logits.float(), labels, reduction="none")
 
-    return log_prob
+def _log_prob_of_labels(
+    classifier: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, labels: Tensor
+) -> Tensor:
+    logits = classifier(x, t)
+    if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"the classifier must return logits [{x.shape[0]}, classes], "
+            f"got shape {tuple(logits.shape)}"
+        )
+    return -functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def gradient_of(log_prob: LogProb, x: Tensor, t: Tensor, **cond: Any) -> Tensor:

@@ -15,6 +15,7 @@ The losses themselves are ``fastdiff.losses``. Trainer and Diffusion both train 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -226,24 +227,37 @@ def _discrete(
         raise ValueError(f"vlb has weights of its own, got the weighting {weighting!r}")
     weight = None if weighting is None else losses.weighting(forward, prediction, weighting)
 
-    def losses_of(model: Model, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
-        if name in ("ddpm", "flow"):
-            return losses.simple_loss(
-                forward, model, x0, t, noise, kind=prediction, weight=weight, **cond
-            )
-        assert isinstance(forward, NoiseSchedule)
-        assert variance is not None
-        if name == "hybrid":
-            return losses.hybrid_loss(
-                forward, model, x0, t, noise, kind=prediction, variance=variance, weight=weight,
-                **cond,
-            )  # fmt: skip
-        return losses.rescaled_kl(
-            forward, model, x0, t, noise, kind=prediction, variance=variance, **cond
-        )
-
+    losses_of = partial(_discrete_losses, name, forward, prediction, weight, variance)
     draws = DISCRETE[times](forward.num_timesteps)
     return Objective(name, forward, prediction, draws, losses_of, variance)
+
+
+def _discrete_losses(
+    name: str,
+    forward: GaussianPath,
+    prediction: str,
+    weight: Tensor | None,
+    variance: str | None,
+    model: Model,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    /,
+    **cond: Any,
+) -> Tensor:
+    if name in ("ddpm", "flow"):
+        return losses.simple_loss(
+            forward, model, x0, t, noise, kind=prediction, weight=weight, **cond
+        )
+    assert isinstance(forward, NoiseSchedule)
+    assert variance is not None
+    if name == "hybrid":
+        return losses.hybrid_loss(
+            forward, model, x0, t, noise, kind=prediction, variance=variance, weight=weight, **cond
+        )
+    return losses.rescaled_kl(
+        forward, model, x0, t, noise, kind=prediction, variance=variance, **cond
+    )
 
 
 def _continuous(
@@ -269,19 +283,32 @@ def _continuous(
             raise ValueError(f"{name} has weights of its own, got the weighting {weighting!r}")
     draws, levels = _times(name, forward, times, levels)
 
-    def losses_of(model: Model, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
-        if name == "edm":
-            assert isinstance(forward, sde.EDM)
-            return score_matching.edm_loss(model, forward, x0, t, noise, **cond)
-        score = sde.score_fn(model, prediction, forward, **cond)
-        if name == "ncsn":
-            _, sigma = forward.levels(t)
-            return score_matching.ncsn_loss(lambda x, _: score(x, t), x0, sigma, noise)
-        return score_matching.denoising_score_matching(
-            score, forward, x0, t, noise, weighting=weighting or "sigma"
-        )
-
+    losses_of = partial(_continuous_losses, name, forward, prediction, weighting or "sigma")
     return Objective(name, forward, prediction, draws, losses_of, levels=levels)
+
+
+def _continuous_losses(
+    name: str,
+    forward: sde.SDE,
+    prediction: str,
+    weighting: str,
+    model: Model,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    /,
+    **cond: Any,
+) -> Tensor:
+    if name == "edm":
+        assert isinstance(forward, sde.EDM)
+        return score_matching.edm_loss(model, forward, x0, t, noise, **cond)
+    score = sde.score_fn(model, prediction, forward, **cond)
+    if name == "ncsn":
+        _, sigma = forward.levels(t)
+        return score_matching.ncsn_loss(lambda x, _: score(x, t), x0, sigma, noise)
+    return score_matching.denoising_score_matching(
+        score, forward, x0, t, noise, weighting=weighting
+    )
 
 
 def _times(

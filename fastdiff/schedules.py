@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff._per_device import PerDevice
+
 
 class GaussianPath:
     """x_t = alpha_t x_0 + sigma_t eps, the marginals that samplers and predictions rest on.
@@ -64,8 +66,8 @@ class GaussianPath:
         return self._coefficients[key]
 
     @cached_property
-    def _coefficients(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
-        return {}
+    def _coefficients(self) -> PerDevice[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+        return PerDevice()
 
 
 class NoiseSchedule(GaussianPath):

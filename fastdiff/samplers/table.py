@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff._per_device import PerDevice
+
 COLUMNS = (
     "guidance", "rescale",
     "x0_x", "x0_m", "clip_min", "clip_max", "quantile",
@@ -149,8 +151,8 @@ class Table:
         return self._copies[key]
 
     @cached_property
-    def _copies(self) -> dict[tuple[torch.device, torch.dtype], OnDevice]:
-        return {}
+    def _copies(self) -> PerDevice[tuple[torch.device, torch.dtype], OnDevice]:
+        return PerDevice()
 
     @property
     def needs_noise(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff._per_device import PerDevice
 from fastdiff.ops.checks import beside, wide_dtype
 from fastdiff.process import KINDS
 from fastdiff.sampling.arguments import whole_number
@@ -92,9 +93,9 @@ class DiscretizedSDE(GaussianPath):
         return self.sde.time_at(ratio).clamp(self.sde.smallest, self.sde.end)
 
     @cached_property
-    def _lambdas(self) -> dict[torch.device, Tensor]:
+    def _lambdas(self) -> PerDevice[torch.device, Tensor]:
         """Made once, since a CUDA graph cannot capture a copy from the host."""
-        return {}
+        return PerDevice()
 
 
 def discretize(sde: SDE, num_timesteps: int = 1000) -> DiscretizedSDE:

@@ -7,6 +7,7 @@ grad_x log p_t(x), like x.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -44,18 +45,29 @@ def score_fn(model: Model, parametrisation: str, sde: SDE, **cond: Any) -> Score
     """
     check_parametrisation(parametrisation, sde)
     if isinstance(sde, EDM) and parametrisation == "edm":
-        return _of_edm(model, sde, cond)
+        return partial(_score_of_edm, model, sde, cond)
+    return partial(_score, model, parametrisation, sde, cond)
 
-    def score(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = sde.levels(sde.check_time(t, x))
-        label = sigma if parametrisation == "ncsn" else sde.label(t.double())
-        output = asked(model, x, label, cond)
-        if parametrisation == "ncsn":
-            return (output / beside(sigma, x)).to(x.dtype)
-        of_x, of_output = conversion_at(parametrisation, "score", alpha, sigma)
-        return _linear(of_x, x, of_output, output)
 
-    return score
+def _score(
+    model: Model, parametrisation: str, sde: SDE, cond: dict[str, Any], x: Tensor, t: Tensor
+) -> Tensor:
+    alpha, sigma = sde.levels(sde.check_time(t, x))
+    label = sigma if parametrisation == "ncsn" else sde.label(t.double())
+    output = asked(model, x, label, cond)
+    if parametrisation == "ncsn":
+        return (output / beside(sigma, x)).to(x.dtype)
+    of_x, of_output = conversion_at(parametrisation, "score", alpha, sigma)
+    return _linear(of_x, x, of_output, output)
+
+
+def _score_of_edm(model: Model, sde: EDM, cond: dict[str, Any], x: Tensor, t: Tensor) -> Tensor:
+    t = sde.check_time(t, x)
+    skip, out, scale = sde.preconditioning(t)
+    scaled = (beside(scale, x) * x).to(x.dtype)
+    output = asked(model, scaled, sde.label(t), cond)
+    # (D - x) / t^2 with D = skip x + out F
+    return _linear((skip - 1) / t**2, x, out / t**2, output)
 
 
 def check_parametrisation(parametrisation: str, sde: SDE) -> None:
@@ -76,28 +88,16 @@ def prediction_fn(score: Score, kind: str, sde: SDE) -> Score:
         ValueError: an unknown kind.
     """
     check_kind(kind)
-
-    def prediction(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = sde.levels(sde.check_time(t, x))
-        found = score(x, t)
-        if kind == "score":
-            return found
-        of_x, of_score = conversion_at("score", kind, alpha, sigma)
-        return _linear(of_x, x, of_score, found)
-
-    return prediction
+    return partial(_prediction, score, kind, sde)
 
 
-def _of_edm(model: Model, sde: EDM, cond: dict[str, Any]) -> Score:
-    def score(x: Tensor, t: Tensor) -> Tensor:
-        t = sde.check_time(t, x)
-        skip, out, scale = sde.preconditioning(t)
-        scaled = (beside(scale, x) * x).to(x.dtype)
-        output = asked(model, scaled, sde.label(t), cond)
-        # (D - x) / t^2 with D = skip x + out F
-        return _linear((skip - 1) / t**2, x, out / t**2, output)
-
-    return score
+def _prediction(score: Score, kind: str, sde: SDE, x: Tensor, t: Tensor) -> Tensor:
+    alpha, sigma = sde.levels(sde.check_time(t, x))
+    found = score(x, t)
+    if kind == "score":
+        return found
+    of_x, of_score = conversion_at("score", kind, alpha, sigma)
+    return _linear(of_x, x, of_score, found)
 
 
 def asked(model: Model, x: Tensor, label: Tensor, cond: dict[str, Any]) -> Tensor:

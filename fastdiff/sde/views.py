@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdiff._per_device import PerDevice
 from fastdiff.schedules import FlowSchedule, NoiseSchedule
 from fastdiff.sde.process import SDE
 
@@ -27,10 +28,11 @@ class Interpolated(SDE):
             raise ValueError("a schedule with zero terminal SNR has no continuous view")
         self.schedule = schedule
         self.smallest = 1 / schedule.num_timesteps
-        zero = torch.zeros(1, dtype=torch.float64)
+        zero = torch.zeros(1, dtype=torch.float64, device="cpu")
         log_alpha = torch.cat([zero, schedule.alpha_t.log()])  # at t = 0, 1/T, 2/T...
         slope = log_alpha.diff() * schedule.num_timesteps
-        self._lines = {torch.device("cpu"): (log_alpha, slope)}
+        self._line = log_alpha, slope
+        self._lines: PerDevice[torch.device, tuple[Tensor, Tensor]] = PerDevice()
 
     def __repr__(self) -> str:
         return f"Interpolated({self.schedule!r})"
@@ -67,7 +69,7 @@ class Interpolated(SDE):
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """log alpha [T + 1] and its slopes [T], copied once: CUDA graphs cannot capture a copy."""
         if device not in self._lines:
-            log_alpha, slope = self._lines[torch.device("cpu")]
+            log_alpha, slope = self._line
             self._lines[device] = log_alpha.to(device), slope.to(device)
         return self._lines[device]
 
