@@ -7,6 +7,7 @@ slope of log error over log S is fitted over several S, as diffrax does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -153,6 +154,36 @@ def test_heuns_form_has_the_same_order(name):
     order, options = ORDERS[name]
     found = errors(name, COUNTS, solver_type="heun", **options)
     assert slope(COUNTS, found) == pytest.approx(order, abs=MARGIN), found
+
+
+def test_diffusers_form_of_dpm_3_has_third_order_with_a_larger_error():
+    theirs = errors("dpm-3", COUNTS, solver_type="diffusers", **FULL)
+    assert slope(COUNTS, theirs) == pytest.approx(3, abs=MARGIN), theirs
+    ours = errors("dpm-3", COUNTS, **FULL)
+    assert all(1.5 * a < b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize("dimensions", DATA, ids="{}-d".format)
+def test_a_group_of_dpm_3_is_algorithm_2_of_the_paper(dimensions):
+    """arXiv:2206.00927, algorithm 2, with r_1 = 1/3 and r_2 = 2/3, in float64."""
+    mixture, x, _ = problem(dimensions, "linear")
+    sampler = samplers.make("dpm-3", PATHS["linear"], 3, **BETWEEN, **FULL)
+    s, s1, s2, t = sampler.points
+    assert [point.lam - s.lam for point in (s1, s2, t)] == pytest.approx(
+        [(t.lam - s.lam) * share for share in (1 / 3, 2 / 3, 1)]
+    )
+    model, h, r1, r2 = mixture.model(PATHS["linear"], "eps"), t.lam - s.lam, 1 / 3, 2 / 3
+    at_s = model(x, s.t)
+    u1 = s1.alpha / s.alpha * x - s1.sigma * math.expm1(r1 * h) * at_s
+    d1 = model(u1, s1.t) - at_s
+    u2 = s2.alpha / s.alpha * x - s2.sigma * math.expm1(r2 * h) * at_s
+    u2 = u2 - s2.sigma * r2 / r1 * (math.expm1(r2 * h) / (r2 * h) - 1) * d1
+    d2 = model(u2, s2.t) - at_s
+    end = t.alpha / s.alpha * x - t.sigma * math.expm1(h) * at_s
+    end = end - t.sigma / r2 * (math.expm1(h) / h - 1) * d2
+    path = run_table(sampler.table, x, model=model)
+    for found, wanted in zip(path[1:], (u1, u2, end), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("r", [0.35, 0.5, 0.7], ids="r={}".format)
