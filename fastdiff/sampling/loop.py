@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.nn import UNet2DModel
 from fastdiff.profiling import ranged
 from fastdiff.samplers import COLUMNS
+from fastdiff.sampling.embeddings import precomputing_unet
 from fastdiff.sampling.guidance import Arguments
 
 Model = Callable[..., Any]
@@ -120,8 +120,9 @@ def model_arguments(
 ) -> tuple[dict[str, PerRow], Arguments]:
     """``State.per_row`` and ``State.cond`` for a model.
 
-    A ``fastdiff.nn.UNet2DModel`` gives here, in a few large products, what its blocks take from all
-    the timesteps and labels, and computes nothing of it in the loop.
+    A plain ``fastdiff.nn.UNet2DModel``, see ``precomputing_unet``, gives here, in a few large
+    products, what its blocks take from all the timesteps and labels, and computes nothing of it in
+    the loop.
 
     Args:
         model: the model.
@@ -131,8 +132,8 @@ def model_arguments(
     """
     index = torch.zeros(batch, dtype=torch.int64, device=times.device)
     t = {"t": PerRow(times.unsqueeze(1), index)}
-    unet = getattr(model, "_orig_mod", model)  # what torch.compile was given
-    if not isinstance(unet, UNet2DModel) or not set(cond) <= {"class_labels"}:
+    unet = precomputing_unet(model) if set(cond) <= {"class_labels"} else None
+    if unet is None:
         return t, cond
     found = unet.precompute(times, cond.get("class_labels"), batch)
     per_row = {"precomputed": PerRow(found.rows, found.index)}
