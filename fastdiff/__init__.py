@@ -14,15 +14,16 @@ from fastdiff import guidance, losses, nn, objectives, ops, process, samplers, s
 from fastdiff.backend import backend
 from fastdiff.diffusion import Diffusion
 from fastdiff.profiling import profile
-from fastdiff.sampling import sample
+from fastdiff.sampling import PerImage, Shared, sample
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.sde import score_fn
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Diffusion", "NoiseSchedule", "__version__", "backend", "guidance", "losses", "nn",
-    "objectives", "ops", "process", "profile", "sample", "samplers", "schedules", "score_fn", "sde",
+    "Diffusion", "NoiseSchedule", "PerImage", "Shared", "__version__", "backend", "guidance",
+    "losses", "nn", "objectives", "ops", "process", "profile", "sample", "samplers", "schedules",
+    "score_fn", "sde",
 ]  # fmt: skip
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import drawing, losses, objectives, samplers, sde
-from fastdiff.drawing import Conditions, Drawn, Network
+from fastdiff.drawing import Drawn, Given, Network
 from fastdiff.objectives import Forward
 from fastdiff.ops.checks import check_floating
 from fastdiff.samplers import Sampler
 from fastdiff.samplers.sampler import check_choice
 from fastdiff.sampling.arguments import checked_seeds
+from fastdiff.sampling.conditions import Conditions, unmarked
 from fastdiff.sampling.loop import Model
 from fastdiff.schedules import GaussianPath, NoiseSchedule
 from fastdiff.sde.solver import METHODS as SOLVERS
@@ -90,10 +91,10 @@ class Diffusion:
         t, weights = self.objective.draw(x0.shape[0], generator)
         return self.objective.loss(self.model, x0, t.to(x0.device), weights, seeds, **cond)
 
-    def score(self, cond: Conditions | None = None) -> sde.Score:
+    def score(self, cond: Given | None = None) -> sde.Score:
         """grad log p_t(x) as a function of images and continuous times."""
-        network, cond = self.network, dict(cond or {})
-        return sde.score_fn(network.predictor, self.prediction, network.continuous, **cond)
+        network, plain = self.network, unmarked(cond or {})
+        return sde.score_fn(network.predictor, self.prediction, network.continuous, **plain)
 
     @property
     def continuous(self) -> sde.SDE:
@@ -138,7 +139,7 @@ class Diffusion:
         *,
         method: str | None = None,
         steps: int | None = None,
-        cond: Conditions | None = None,
+        cond: Given | None = None,
         generator: torch.Generator | None = None,
         progress: bool | str = True,
         **options: Any,
@@ -149,7 +150,7 @@ class Diffusion:
             shape: of the images, [N, C, ...].
             method: see :meth:`sampler`.
             steps: likewise.
-            cond: keyword arguments of the model; tensors of N rows have one for each image.
+            cond: keyword arguments of the model, see :func:`fastdiff.drawing.draw`.
             generator: source of all noise, None for PyTorch's global one.
             progress: show a progress bar.
             options: of ``fastdiff.sample``, or of the solver.
@@ -175,10 +176,15 @@ class Diffusion:
         return drawing.draw(self.network, sampler, shape, **options)
 
     def log_likelihood(
-        self, x: Tensor, *, cond: Conditions | None = None, **options: Any
+        self, x: Tensor, *, cond: Given | None = None, **options: Any
     ) -> sde.Likelihood:
-        """log p(x) by the probability-flow ODE, see ``fastdiff.sde.log_likelihood``."""
-        score = self.network.score(x.shape[0], cond or {})
+        """log p(x) by the probability-flow ODE, see ``fastdiff.sde.log_likelihood``.
+
+        Images that are finished leave the batch, so tensors of ``cond`` with one row an image are
+        cut: see ``cond`` of ``fastdiff.sample`` for how it is told which those are.
+        """
+        conditions = Conditions(cond or {}, None, x.shape[0], cut=True)
+        score = self.network.score(conditions)
         return sde.log_likelihood(score, self.continuous, x, conditioned=True, **options)
 
     def bits_per_dim(
@@ -186,7 +192,7 @@ class Diffusion:
         x0: Tensor,
         *,
         method: str | None = None,
-        cond: Conditions | None = None,
+        cond: Given | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> Tensor:

@@ -18,13 +18,13 @@ from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers import Sampler
 from fastdiff.sampling import sample
 from fastdiff.sampling.arguments import check_max_batch, real_parameter
-from fastdiff.sampling.guidance import check_halves, part_of
+from fastdiff.sampling.conditions import Conditions, PerImage
 from fastdiff.sampling.loop import Model
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde.ode import IndexedScore
 from fastdiff.sde.path import DiscretizedSDE
 
-Conditions = Mapping[str, Any]
+Given = Mapping[str, Any]  # a model's keyword arguments
 Classifier = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> logits
 LABELS = "labels"  # the argument of log_prob_of
 
@@ -136,22 +136,17 @@ class Network:
         )
 
     def score(
-        self,
-        images: int,
-        cond: Conditions,
-        uncond: Conditions | None = None,
-        guidance: float = 1.0,
-        guide: Guide | None = None,
+        self, conditions: Conditions, guidance: float = 1.0, guide: Guide | None = None
     ) -> IndexedScore:
-        """The score, guided, of those of a number of images whose places come with them."""
+        """The score, guided, of those of the conditions' images whose places come with them."""
         continuous, model = self.continuous, self.predictor
 
         def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
-            some = part_of(cond, uncond, images, index)
+            some = conditions.part(index)
             of_cond = sde.score_fn(model, self.prediction, continuous, **some)
 
             def guided(x: Tensor, t: Tensor) -> Tensor:
-                if uncond is None:
+                if not conditions.joined:
                     return of_cond(x, t)
                 without, found = of_cond(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
                 return torch.lerp(without, found, guidance)
@@ -170,8 +165,8 @@ def draw(
     shape: Sequence[int],
     *,
     x_T: Tensor | None = None,
-    cond: Conditions | None = None,
-    uncond: Conditions | None = None,
+    cond: Given | None = None,
+    uncond: Given | None = None,
     guidance: float | Sequence[float] = 1.0,
     guide: Guide | None = None,
     generator: torch.Generator | None = None,
@@ -186,7 +181,9 @@ def draw(
         sampler: of its path, or a solver of its process in continuous time.
         shape: of the images, [N, C, ...].
         x_T: standard normal noise of that shape, which is scaled to the process's prior.
-        cond: keyword arguments of the model; tensors of N rows have one for each image.
+        cond: keyword arguments of the model, as in ``fastdiff.sample``. Solvers that choose their
+            own steps (ode, adaptive) cut tensors with one row an image even without ``max_batch``,
+            since images that are finished leave the batch.
         uncond: the same without the condition, for classifier-free guidance.
         guidance: its scale, as in ``fastdiff.sample``; one number for a solver.
         guide: a classifier.
@@ -201,7 +198,7 @@ def draw(
     """
     shape, cond = tuple(shape), dict(cond or {})
     if isinstance(sampler, Sampler):
-        chosen = {} if guide is None else {LABELS: guide.labels}
+        chosen = {} if guide is None else {LABELS: PerImage(guide.labels)}
         images: Any = sample(
             network.for_sampler(sampler, guide), sampler, shape, x_T=x_T, cond=cond | chosen,
             uncond=None if uncond is None else {**uncond, **chosen}, guidance=guidance,
@@ -214,20 +211,18 @@ def draw(
         raise ValueError(f"a solver takes one number for its guidance, got {guidance!r}")
     check_max_batch(max_batch)
     count = shape[0]
-    if guidance == 1:
-        uncond = None
-    elif uncond is None:
+    size, guided = max(max_batch or count, 1), guidance != 1
+    if guided and uncond is None:
         raise ValueError(f"guidance {guidance} needs the arguments without the condition, uncond")
-    else:
-        check_halves(uncond, cond, count)
+    cut = size < count or sampler.steps is None  # images that have arrived leave the batch
+    conditions = Conditions(cond, uncond if guided else None, count, joined=guided, cut=cut)
     if x_T is None:
         own = real_parameter(network.model)
         device = torch.device("cpu") if own is None else own.device
         x = sampler.prior(shape, generator=generator, device=device)
     else:
         x = x_T * sampler.sde.prior_std
-    score = network.score(count, cond, uncond, guidance, guide)
-    size = max(max_batch or count, 1)
+    score = network.score(conditions, guidance, guide)
     parts = [
         sampler.sample(
             _from(score, first),

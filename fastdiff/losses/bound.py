@@ -20,7 +20,7 @@ from fastdiff.losses.simple import weighted_error
 from fastdiff.losses.terms import Reverse, bound_term, prior_term
 from fastdiff.ops.checks import wide_dtype
 from fastdiff.sampling.arguments import check_max_batch, checked_seeds
-from fastdiff.sampling.guidance import part_of
+from fastdiff.sampling.conditions import Conditions
 from fastdiff.sampling.loop import Model
 from fastdiff.schedules import NoiseSchedule
 
@@ -185,10 +185,12 @@ def bits_per_dim(
         batch_size: most images at a time, None for all.
         seed: of the noise.
         progress: show a progress bar on standard error.
-        **cond: keyword arguments of the model; of tensors with N rows each image has its own.
+        **cond: keyword arguments of the model, as in ``fastdiff.sample``: where ``batch_size`` cuts
+            the images, ``fastdiff.PerImage`` and ``fastdiff.Shared`` say which tensors go along.
 
     Raises:
-        TypeError, ValueError: as :func:`vlb_loss`; ValueError for discrete images beyond [-1, 1].
+        TypeError, ValueError: as :func:`vlb_loss`; ValueError for discrete images beyond [-1, 1], or
+            a tensor among ``cond`` of which it cannot be told whether it is to be cut.
     """
     reverse = Reverse(schedule, kind, variance, clip, discrete)
     check_x0(x0)
@@ -200,13 +202,14 @@ def bits_per_dim(
     images, steps = x0.shape[0], schedule.num_timesteps
     seeds = checked_seeds(seed, None, images).to(x0.device)
     size = max(1, images if batch_size is None else batch_size)
+    conditions = Conditions(cond, None, images, cut=size < images)
     parts = [slice(first, first + size) for first in range(0, images, size)]
     terms, x0_mse = torch.empty(2, images, steps, dtype=torch.float64, device=x0.device)
     rows = torch.arange(steps, device=x0.device)
     tables = schedule.coefficients(x0.device, wide_dtype(x0.dtype))
     with tqdm(total=len(parts) * steps, desc="bits per dim", disable=not progress) as bar:
         for part in parts:
-            given, clean, seeds_here = part_of(cond, None, images, part), x0[part], seeds[part]
+            given, clean, seeds_here = conditions.part(part), x0[part], seeds[part]
             for step in reversed(range(steps)):
                 row = rows[step : step + 1]
                 t = row.repeat(len(clean))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastdiff.samplers import COLUMNS, Sampler, Table
 from fastdiff.sampling import capture
-from fastdiff.sampling.guidance import check_halves
 
 MODES = ("auto", "eager", "compile", "cudagraph")
 Shape = tuple[int, ...]
@@ -158,31 +157,6 @@ def check_callbacks(callback: Any, preview: Any, every: int) -> None:
             raise TypeError(f"{name} must be a function, or None, got {type(value).__name__}")
     if whole_number(every, "every") < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-
-
-def is_guided(
-    scales: Sequence[float],
-    rescale: float,
-    cond: Mapping[str, Any],
-    uncond: Mapping[str, Any] | None,
-    images: int,
-) -> bool:
-    """Whether the model is to be asked twice.
-
-    Raises:
-        ValueError: guidance without ``uncond``, one that does not fit ``cond``, or a rescale
-            outside [0, 1].
-    """
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"guidance_rescale must lie in [0, 1], got {rescale}")
-    strength = next((scale for scale in scales if scale != 1), 1)
-    if uncond is None:
-        if strength != 1 or rescale:
-            what = f"guidance {strength}" if strength != 1 else f"guidance_rescale {rescale}"
-            raise ValueError(f"{what} needs uncond, the model's arguments without the condition")
-        return False
-    check_halves(uncond, cond, images)
-    return strength != 1
 
 
 def checked_seeds(

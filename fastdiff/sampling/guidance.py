@@ -1,21 +1,16 @@
-"""Classifier-free guidance: its strength in each row, and the model's arguments for both halves.
+"""Classifier-free guidance: its strength in each row, and whether there is any.
 
 The model sees 2 N images, the first N without the condition and the others with it (Ho & Salimans
-2022, arXiv:2207.12598); ``ops.sampler_step`` combines what it returns. An argument is a tensor, or
-any nesting of lists, tuples and dicts of them.
+2022, arXiv:2207.12598); ``ops.sampler_step`` combines what it returns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-
-Arguments = dict[str, Any]
 
 
 def per_step(guidance: float | Sequence[float] | Tensor, steps: int) -> list[float]:
@@ -41,53 +36,16 @@ def per_step(guidance: float | Sequence[float] | Tensor, steps: int) -> list[flo
     return values * steps if single else values
 
 
-def check_halves(uncond: Mapping[str, Any], cond: Mapping[str, Any], images: int) -> None:
-    """ValueError unless the two have the same keys, and values that :func:`part_of` can join."""
-    if set(uncond) != set(cond):
-        raise ValueError(f"uncond must have the keys of cond, {sorted(cond)}, got {sorted(uncond)}")
-    for name in cond:
-        first, structure = pytree.tree_flatten(uncond[name])
-        second, other = pytree.tree_flatten(cond[name])
-        if structure != other:
-            raise ValueError(f"uncond[{name!r}] must be built like cond[{name!r}]")
-        for u, c in zip(first, second, strict=True):
-            if not _fit(u, c, images):
-                raise ValueError(
-                    f"uncond[{name!r}] must be equal to cond[{name!r}], or both must be tensors of "
-                    f"one shape with {images} rows, got {_described(u)} and {_described(c)}"
-                )
+def is_guided(scales: Sequence[float], rescale: float, has_uncond: bool) -> bool:
+    """Whether the model is to be asked twice.
 
-
-def part_of(
-    cond: Mapping[str, Any], uncond: Mapping[str, Any] | None, images: int, part: slice | Tensor
-) -> Arguments:
-    """The arguments for a part of the images, a slice or their places: tensors of N rows are cut,
-    others stay whole.
-
-    With ``uncond`` they are for twice as many: its rows stand before those of ``cond``.
+    Raises:
+        ValueError: guidance without the arguments for it, or a rescale outside [0, 1].
     """
-
-    def cut(value: Any) -> Any:
-        return value[part] if _has_rows(value, images) else value
-
-    def join(without: Any, value: Any) -> Any:
-        return torch.cat([without[part], value[part]]) if _has_rows(value, images) else value
-
-    if uncond is None:
-        return {name: pytree.tree_map(cut, value) for name, value in cond.items()}
-    return {name: pytree.tree_map(join, uncond[name], value) for name, value in cond.items()}
-
-
-def _fit(uncond: Any, cond: Any, images: int) -> bool:
-    if isinstance(uncond, Tensor) and isinstance(cond, Tensor):
-        same_shape = uncond.shape == cond.shape
-        return same_shape and (_has_rows(cond, images) or torch.equal(uncond, cond))
-    return uncond is cond or (type(uncond) is type(cond) and uncond == cond)
-
-
-def _has_rows(value: Any, images: int) -> bool:
-    return isinstance(value, Tensor) and value.shape[:1] == (images,)
-
-
-def _described(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale must lie in [0, 1], got {rescale}")
+    strength = next((scale for scale in scales if scale != 1), 1)
+    if not has_uncond and (strength != 1 or rescale):
+        what = f"guidance {strength}" if strength != 1 else f"guidance_rescale {rescale}"
+        raise ValueError(f"{what} needs uncond, the model's arguments without the condition")
+    return strength != 1

@@ -17,8 +17,8 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.profiling import ranged
 from fastdiff.samplers import COLUMNS
+from fastdiff.sampling.conditions import Arguments
 from fastdiff.sampling.embeddings import precomputing_unet
-from fastdiff.sampling.guidance import Arguments
 
 Model = Callable[..., Any]
 Advance = Callable[[int], Tensor | None]  # computes a row in place, returns the model's output

@@ -20,7 +20,6 @@ from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers import COLUMNS, Sampler, Table
 from fastdiff.samplers.table import OnDevice
 from fastdiff.sampling import capture
-from fastdiff.sampling import guidance as classifier_free
 from fastdiff.sampling.arguments import (
     as_arguments,
     begin_at,
@@ -32,11 +31,12 @@ from fastdiff.sampling.arguments import (
     check_max_batch,
     check_mode,
     checked_seeds,
-    is_guided,
     memory_format,
     target,
 )
+from fastdiff.sampling.conditions import Conditions
 from fastdiff.sampling.device_loop import Buffers, compiled
+from fastdiff.sampling.guidance import is_guided, per_step
 from fastdiff.sampling.inpainting import Known, noised
 from fastdiff.sampling.loop import Advance, Model, State, eager, model_arguments
 from fastdiff.sampling.watching import Callback, Watch
@@ -93,9 +93,15 @@ def sample(
             step's level of noise (RePaint, arXiv:2201.09865, eq. 8), with the noise that x began
             with, and after the last to the image.
         cond: keyword arguments for the model, such as {"class_labels": labels}; tensors or nested
-            lists, tuples and dicts of them. A tensor of N rows has one for each image.
+            lists, tuples and dicts of them. Of tensors with one row an image a part of the images
+            is given its rows; other values stay whole. ``fastdiff.PerImage(value)`` and
+            ``fastdiff.Shared(value)`` say which is which. Without such a mark a tensor of N rows is
+            per image if its argument is class_labels, labels, y, encoder_hidden_states or
+            encoder_attention_mask; any other is refused where ``max_batch`` would cut it or
+            guidance would join it with an equal one, since that could not be told.
         uncond: the same without the condition. The model then gets 2 N images at once, first those
-            for ``uncond``: tensors of N rows are concatenated, other values must be equal.
+            for ``uncond``: tensors with one row an image are concatenated, other values must be
+            equal. Tensors of N rows that differ are taken as per image.
         guidance: scale of classifier-free guidance (arXiv:2207.12598), uncond + guidance * (cond -
             uncond); a number or one for each of the sampler's steps. 1 everywhere costs nothing.
         guidance_rescale: how far guided predictions are brought back to the standard deviation of
@@ -143,9 +149,10 @@ def sample(
     check_callbacks(callback, preview, every)
     cond = {} if cond is None else as_arguments(cond, "cond")
     uncond = None if uncond is None else as_arguments(uncond, "uncond")
-    scales = classifier_free.per_step(guidance, start + table.num_steps)
-    if not is_guided(scales, guidance_rescale, cond, uncond, images):
-        uncond = None
+    size = max(max_batch or images, 1)
+    scales = per_step(guidance, start + table.num_steps)
+    guided = is_guided(scales, guidance_rescale, uncond is not None)
+    conditions = Conditions(cond, uncond, images, joined=guided, cut=size < images)
     seeds = None if seed is None else checked_seeds(seed, generator, images).to(device)
     check_beginning(start, x_T, image, mask)
     if x_T is not None:
@@ -175,7 +182,7 @@ def sample(
         x.mul_(sigma)
 
     on_device = table.on(device, wide)
-    if uncond is not None:
+    if guided:
         of_rows = [scales[start + step] for step in table.steps.tolist()]
         values = on_device.values.clone()
         values[:, COLUMNS.index("guidance")] = values.new_tensor(of_rows)
@@ -189,13 +196,11 @@ def sample(
         x=x,
         seeds=seeds,
         generator=generator,
-        cond=cond,
-        uncond=uncond,
+        conditions=conditions,
         known=known,
     )
     trajectory = x.new_empty(table.num_steps + 1, *shape) if return_trajectory else None
     watched = bool(callback or preview or return_trajectory or check_finite)
-    size = max(max_batch or images, 1)
     parts = [slice(at, min(at + size, images)) for at in range(0, max(images, 1), size)]
     steps = len(parts) * table.num_steps
     with profiling.span("sample"), _progress(progress, steps) as tick:
@@ -228,8 +233,7 @@ class _Run:
     x: Tensor  # advanced in place
     seeds: Tensor | None
     generator: torch.Generator | None
-    cond: dict[str, Any]
-    uncond: dict[str, Any] | None  # None without guidance
+    conditions: Conditions
     known: Known | None
 
     def sample(self, part: slice, watch: Watch | None, tick: Callable[[], None] | None) -> None:
@@ -258,9 +262,8 @@ class _Run:
                     watch.after(row, x, output)
 
     def _state(self, part: slice) -> State:
-        images, x = self.x.shape[0], self.x[part]
-        arguments = classifier_free.part_of(self.cond, self.uncond, images, part)
-        batch = x.shape[0] * (1 if self.uncond is None else 2)
+        x, guided = self.x[part], self.conditions.joined
+        arguments, batch = self.conditions.part(part), x.shape[0] * (2 if guided else 1)
         per_row, arguments = model_arguments(self.model, self.on_device.timesteps, arguments, batch)
         noise = None
         if self.seeds is None and self.table.needs_noise:
@@ -273,7 +276,7 @@ class _Run:
             noise=noise,
             per_row=per_row,
             cond=arguments,
-            guided=self.uncond is not None,
+            guided=guided,
             learned_variance=self.table.learned_variance,
         )
 

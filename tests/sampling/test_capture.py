@@ -17,7 +17,7 @@ from recording_graphs import (
 from torch import nn
 
 import fastdiff
-from fastdiff import samplers
+from fastdiff import PerImage, samplers
 from fastdiff.nn import UNet2DModel
 from fastdiff.samplers import DDIM, DDPM
 from fastdiff.sampling import capture
@@ -221,7 +221,7 @@ def _watched(model, mode, **options):
 
 def test_slices_share_a_graph(graphs):
     model = Half()
-    shift = torch.arange(4.0).view(4, 1, 1, 1)
+    shift = PerImage(torch.arange(4.0).view(4, 1, 1, 1))
     options = {"shape": (4, 1, 8, 8), "cond": {"shift": shift}}
     whole = draw(model, mode="eager", **options)
     torch.testing.assert_close(draw(model, max_batch=2, **options), whole)
