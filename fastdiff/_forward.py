@@ -24,8 +24,13 @@ _KINDS: dict[str, tuple[Callable[..., Forward], dict[str, str]]] = {
     "subvp": (sde.SubVP, {"beta_min": "beta_min", "beta_max": "beta_max"}),
     "ve": (sde.VE, {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}),
     "edm": (sde.EDM, {"sigma_min": "smallest", "sigma_max": "end", "sigma_data": "sigma_data"}),
-    "flow": (FlowSchedule, {"num_timesteps": "num_timesteps", "shift": "shift"}),
+    "flow": (
+        FlowSchedule,
+        {"num_timesteps": "num_timesteps", "shift": "shift", "label_by": "label_by"},
+    ),
 }
+# What a file means that was written before there was the option.
+_ONCE: dict[str, dict[str, Any]] = {"flow": {"label_by": "timestep"}}
 
 
 def describe(forward: Forward) -> dict[str, Any]:
@@ -56,9 +61,9 @@ def read(meta: Mapping[str, Any], path: Path) -> Forward:
 def _process(meta: Mapping[str, Any], path: Path) -> Forward:
     described = field(meta, "forward", dict, path)
     name = field(described, "name", str, path)
-    options = field(described, "options", dict, path)
     if name not in _KINDS:
         raise CheckpointError(f"{path}: unknown forward process {name!r}")
+    options = {**_ONCE.get(name, {}), **field(described, "options", dict, path)}
     kind, wanted = _KINDS[name]
     if set(options) != set(wanted):
         raise CheckpointError(
@@ -66,6 +71,8 @@ def _process(meta: Mapping[str, Any], path: Path) -> Forward:
             f"got {', '.join(options) or 'none'}"
         )
     for option, value in options.items():
+        if option == "label_by":
+            continue  # a name, which the constructor checks
         whole = option == "num_timesteps"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             what = "whole number" if whole else "number"

@@ -116,7 +116,7 @@ class ClassifierTrainer:
         forward, self.device = checkpoint.forward, self.model.device
         if isinstance(forward, GaussianPath):
             self.path: GaussianPath = forward
-            self.labels = torch.arange(forward.num_timesteps)
+            self.labels = forward.labels_of(torch.arange(forward.num_timesteps), torch.float32)
         else:
             self.path = path = discretize(forward)
             self.labels = forward.label(path.times).float()

@@ -96,7 +96,14 @@ def classifier_guided(
     """A model whose samples follow p(x) p(y | x)^scale (Dhariwal & Nichol 2021, sec. 4).
 
     arXiv:2105.05233, for every kind of prediction and so for every sampler: all are linear in the
-    score, to which scale * grad log p(y | x_t) is added.
+    score, to which scale * grad log p(y | x_t) is added. At a timestep without signal, where x_t
+    says nothing of y, the model is left as it is.
+
+    Two things differ from the authors' guided-diffusion. Its ``condition_mean``, for DDPM's steps,
+    adds variance * scale * gradient to the posterior's mean, beta_tilde_t with a fixed small
+    variance; the score's share in that mean is beta_t / sqrt(1 - beta_t), which is what every
+    sampler gets here, so that samples follow the density above more closely. And it clips the
+    predicted x0 before guiding it, where a sampler's ``clip`` here bounds x0 after guidance.
 
     Args:
         model: ``(x, t, **cond)`` -> the prediction, like x; or with a learned variance [N, 2 C,
@@ -118,12 +125,13 @@ def classifier_guided(
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     _, of_score = conversion(schedule, "score", kind)  # [T]
+    of_score = torch.where(schedule.alpha_t > 0, of_score, 0.0)
 
     def guided(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         chosen = {name: cond.pop(name) for name in arguments if name in cond}
         prediction = model(x, t, **cond)
         gradient = gradient_of(log_prob, x, t, **chosen)
-        factor = scale * _at(of_score, t, x)
+        factor = scale * _at(of_score, schedule.timestep(t.double()), x)
         mean, *values = prediction.split(x.shape[1], dim=1)
         mean = torch.addcmul(mean, factor, gradient.to(factor.dtype)).to(x.dtype)
         return torch.cat([mean, *values], dim=1) if values else mean

@@ -20,6 +20,9 @@ from torch import Tensor
 from fastdiff._per_device import PerDevice
 
 
+LABELS = ("sigma", "timestep")  # what the network of a FlowSchedule may be told
+
+
 class GaussianPath:
     """x_t = alpha_t x_0 + sigma_t eps, the marginals that samplers and predictions rest on.
 
@@ -54,6 +57,28 @@ class GaussianPath:
     def levels(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """The alpha and sigma of this path at which sigma / alpha is ``ratio``, which is finite."""
         raise NotImplementedError
+
+    def label(self, t: Tensor, sigma: Tensor) -> Tensor:
+        """What a network is told for its time: t, except on paths that say otherwise.
+
+        Args:
+            t: timesteps in 0..T-1, fractions allowed, of any shape.
+            sigma: coefficients of the noise there, likewise.
+        """
+        return t
+
+    def labels_of(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """:meth:`label` at whole timesteps, for training.
+
+        Args:
+            t: timesteps int64 [N], in 0..T-1.
+            dtype: of labels that are not whole numbers; else they are int64, as in sampling.
+        """
+        return t
+
+    def timestep(self, label: Tensor) -> Tensor:
+        """The timestep, fractions allowed, that a network is told by ``label``, of any shape."""
+        return label
 
     def coefficients(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t as [T] tensors on ``device``, made once and kept."""
@@ -183,34 +208,71 @@ class NoiseSchedule(GaussianPath):
 class FlowSchedule(GaussianPath):
     """x_t = (1 - s) x_0 + s eps at s = (t + 1) / T: the straight path of rectified flow.
 
-    Liu et al. 2022, arXiv:2209.03003.
-
-    A network that is given T s for its time, as Stable Diffusion 3 is, wants t + 1.
+    Liu et al. 2022, arXiv:2209.03003. The network is told T sigma_t for its time, T times the
+    noise that x_t holds, as those of Stable Diffusion 3's kind are: 1..T without a shift, and with
+    one the shifted values. Training, samplers and the view in continuous time tell it the same.
 
     Args:
         num_timesteps: T.
         shift: moves the timesteps towards more noise, s -> shift s / (1 + (shift - 1) s) (Esser et
             al. 2024, arXiv:2403.03206, eq. 23).
+        label_by: what the network is told: "sigma", T sigma_t; or "timestep", t in 0..T-1 whatever
+            the shift, as models were trained before there was this option, and as a learned
+            embedding of T timesteps needs it.
 
     Raises:
-        ValueError: T below 1, or a shift that is not positive.
+        ValueError: T below 1, a shift that is not positive, or an unknown ``label_by``.
     """
 
-    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
+    def __init__(
+        self, num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma"
+    ) -> None:
         _check(num_timesteps)
+        if label_by not in LABELS:
+            raise ValueError(f"unknown label_by {label_by!r}, wanted one of {', '.join(LABELS)}")
         if not 0 < shift < math.inf:
             raise ValueError(f"shift must be positive, got {shift}")
         s = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        self.shift = shift
+        self.shift, self.label_by = shift, label_by
         self.sigma_t = shift * s / (1 + (shift - 1) * s)
         self.alpha_t = (1 - s) / (1 + (shift - 1) * s)
 
     def __repr__(self) -> str:
-        return f"FlowSchedule(num_timesteps={self.num_timesteps}, shift={self.shift})"
+        labels = "" if self.label_by == "sigma" else f", label_by={self.label_by!r}"
+        return f"FlowSchedule(num_timesteps={self.num_timesteps}, shift={self.shift}{labels})"
 
     def levels(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma with alpha + sigma = 1 and sigma / alpha = ``ratio``."""
         return 1 / (1 + ratio), ratio / (1 + ratio)
+
+    def label(self, t: Tensor, sigma: Tensor) -> Tensor:
+        """T sigma, or t: see ``label_by``."""
+        if self.label_by == "timestep":
+            return t
+        # Rounded, since T (k / T) is not always the whole number k.
+        return torch.round(self.num_timesteps * sigma, decimals=9)
+
+    def labels_of(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """T sigma_t at whole timesteps, or t: see ``label_by``."""
+        if self.label_by == "timestep":
+            return t
+        key = (t.device, dtype)
+        if key not in self._labels:
+            labels = self.label(self.sigma_t, self.sigma_t)
+            whole = bool((labels == labels.round()).all())
+            self._labels[key] = labels.to(t.device, torch.int64 if whole else dtype)
+        return self._labels[key][t]
+
+    @cached_property
+    def _labels(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
+
+    def timestep(self, label: Tensor) -> Tensor:
+        """T s - 1 where the label is T times the shifted s."""
+        if self.label_by == "timestep":
+            return label
+        sigma = label / self.num_timesteps
+        return self.num_timesteps * sigma / (self.shift - (self.shift - 1) * sigma) - 1
 
 
 def linear(
@@ -256,9 +318,11 @@ def sigmoid(
     )
 
 
-def flow(num_timesteps: int = 1000, shift: float = 1.0) -> FlowSchedule:
+def flow(
+    num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma"
+) -> FlowSchedule:
     """The straight path of rectified flow: see :class:`FlowSchedule`."""
-    return FlowSchedule(num_timesteps, shift)
+    return FlowSchedule(num_timesteps, shift, label_by=label_by)
 
 
 def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:

@@ -113,6 +113,7 @@ def test_every_schedule_survives_exactly(schedule, tiny_checkpoint, tmp_path):
         pytest.param(sde.VE(0.02, 30.0), "ncsn", {"objective": "ncsn", "levels": 12}, id="ncsn"),
         pytest.param(sde.EDM(0.01, 40.0, 0.7), "edm", {}, id="edm"),
         pytest.param(schedules.flow(30, shift=3.0), "flow", {}, id="flow"),
+        pytest.param(schedules.flow(30, label_by="timestep"), "flow", {}, id="flow-by-timestep"),
         pytest.param(schedules.cosine(30), "eps", {"variance": "fixed_large"}, id="fixed_large"),
     ],
 )
@@ -124,6 +125,20 @@ def test_every_process_survives_exactly(forward, prediction, options, tiny_unet,
     assert repr(found.forward) == repr(forward)
     for name in ("prediction", "objective", "variance", "levels"):
         assert getattr(found, name) == getattr(written, name), name
+
+
+def test_a_flow_from_before_its_labels_keeps_them(tiny_unet, tmp_path):
+    """Its network was told the timestep, 0..T-1, whatever the shift."""
+    checkpoint.save(Checkpoint(tiny_unet(), schedules.flow(30, 3.0), "flow"), tmp_path / "a")
+    meta = json.loads((tmp_path / "a" / META).read_text())
+    assert meta["forward"]["options"].pop("label_by") == "sigma"
+    (tmp_path / "a" / META).write_text(json.dumps(meta))
+    forward = checkpoint.load(tmp_path / "a").forward
+    assert repr(forward) == "FlowSchedule(num_timesteps=30, shift=3.0, label_by='timestep')"
+    edit(tmp_path / "a" / META, forward={"name": "flow", "options": {
+        "num_timesteps": 30, "shift": 3.0, "label_by": 5}})  # fmt: skip
+    with pytest.raises(CheckpointError, match="unknown label_by 5, wanted one of sigma, timestep"):
+        checkpoint.load(tmp_path / "a")
 
 
 def test_a_learned_variance_survives(tiny_unet, tmp_path):

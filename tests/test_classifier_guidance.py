@@ -83,6 +83,39 @@ def test_a_scale_multiplies_the_gradient(generator) -> None:
     assert not of(0.0).any()
 
 
+ZERO_SNR = schedules.rescale_zero_terminal_snr(SCHEDULE)
+FLOWS = [schedules.flow(200), schedules.flow(200, 3.0), schedules.flow(200, label_by="timestep")]
+
+
+@pytest.mark.parametrize("path", [ZERO_SNR, *FLOWS], ids=repr)
+def test_guidance_begins_where_there_is_some_signal(path, generator) -> None:
+    """Where alpha is 0 the gradient's share would be infinite: the first step is not guided."""
+    kind = "v" if path is ZERO_SNR else "flow"
+    sampler = samplers.make("euler", path, 8, prediction=kind)
+    x_T = torch.randn(4, 3, generator=generator)
+
+    def drawn(scale: float) -> Tensor:
+        guided = guidance.classifier_guided(
+            lambda x, t: x / 2, lambda x, t: -x.square().sum(1), path, kind=kind, scale=scale
+        )
+        return fastdiff.sample(guided, sampler, (4, 3), x_T=x_T, progress=False)
+
+    assert bool(drawn(0.5).isfinite().all())
+    assert drawn(0.5).square().sum() < drawn(0.0).square().sum()
+
+
+@pytest.mark.parametrize("path", FLOWS, ids=repr)
+def test_guidance_reads_what_a_network_is_told_of_its_time(path, generator) -> None:
+    """The share of the score in the flow, at the level that a label stands for."""
+    x, t = torch.randn(3, 2, generator=generator, dtype=torch.float64), torch.tensor([4, 99, 198])
+    label = path.labels_of(t, torch.float64)
+    guided = guidance.classifier_guided(
+        lambda x, t: torch.zeros_like(x), lambda x, t: x.sum(1), path, kind="flow"
+    )
+    _, share = process.conversion(path, "score", "flow")
+    torch.testing.assert_close(guided(x, label), at(share, t).expand(3, 2), rtol=1e-9, atol=1e-9)
+
+
 def test_times_between_two_timesteps_are_interpolated(generator) -> None:
     x = torch.randn(1, 3, generator=generator)
     guided = guidance.classifier_guided(

@@ -283,6 +283,28 @@ def test_shift_is_that_of_the_paper_and_of_diffusers(shift):
     torch.testing.assert_close(theirs.sigmas.flip(0).double(), path.sigma_t, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("steps", [1000, 7, 49, 1])
+def test_a_network_of_flow_is_told_t_times_the_shifted_noise(steps):
+    plain = schedules.flow(steps)
+    t = torch.arange(steps)
+    found = plain.labels_of(t, torch.float32)
+    assert found.dtype == torch.int64
+    assert found.tolist() == list(range(1, steps + 1))
+    shifted = schedules.flow(steps, shift=3.0)
+    found = shifted.labels_of(t, torch.float64)
+    s = (t.double() + 1) / steps
+    torch.testing.assert_close(found, 3 * steps * s / (1 + 2 * s), check_dtype=False)
+    for path in (plain, shifted, schedules.flow(steps, 0.4)):
+        labels = path.label(t.double(), path.sigma_t)
+        torch.testing.assert_close(path.timestep(labels), t.double(), rtol=1e-9, atol=1e-5)
+    old = schedules.flow(steps, 3.0, label_by="timestep")
+    assert torch.equal(old.labels_of(t, torch.float32), t)
+    assert torch.equal(old.timestep(t), t)
+    assert "label_by='timestep'" in repr(old)
+    linear = schedules.linear(10)
+    assert torch.equal(linear.labels_of(t, torch.float32), t)
+
+
 def test_a_schedule_knows_how_it_was_made():
     schedule = schedules.make("cosine", 50, s=0.01, zero_terminal_snr=True)
     again = schedules.make(schedule.name, schedule.num_timesteps, **schedule.options)

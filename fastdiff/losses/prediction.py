@@ -26,7 +26,7 @@ def predict(
         model: callable (x_t, t, **cond) -> a tensor, a tuple that begins with one, or an object
             with a tensor named sample; under autocast it may return another dtype.
         x_t: noised images, [N, C, ...].
-        t: timesteps, int64 [N].
+        t: what the model is told for its time, [N].
         cond: keyword arguments of the model.
         learned: the model returns 2 C channels, the second C of which are the variance's.
         narrow: an output in the dtype of ``x_t`` stays in it, for what computes in a wider one.

@@ -31,7 +31,8 @@ def simple_loss(
 
     Args:
         schedule: the path of the noised images, also that of rectified flow.
-        model: callable (x_t, t, **cond) -> prediction of ``kind``, [N, C, ...].
+        model: callable (x_t, t, **cond) -> prediction of ``kind``, [N, C, ...], told what the
+            schedule's ``label`` makes of its timestep, as in sampling.
         x0: clean images, [N, C, ...], floating point.
         t: timesteps, int64 [N], in 0..T-1.
         noise: standard normal noise, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
@@ -52,7 +53,8 @@ def simple_loss(
     process.check_kind(kind)
     check_x0(x0)
     x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
-    prediction, _ = predict(model, x_t, t, cond, narrow=True)
+    label = schedule.labels_of(t, wide_dtype(x0.dtype))
+    prediction, _ = predict(model, x_t, label, cond, narrow=True)
     return weighted_error(schedule, prediction, x0, t, noise, kind, weight)
 
 

@@ -23,10 +23,11 @@ OPTIONS = ("offset", "final", "rho", "sigma_min", "sigma_max")  # of ``make``
 
 @dataclass(frozen=True)
 class Point:
-    """One level x = alpha x0 + sigma eps, and the time that the model knows it by.
+    """One level x = alpha x0 + sigma eps, and its timestep.
 
     Attributes:
-        t: the timestep, in 0..T-1, fractions allowed; -1 where there is no noise.
+        t: the timestep, in 0..T-1, fractions allowed; -1 where there is no noise. The path's
+            ``label`` says what a model is told there.
         alpha: coefficient of the image.
         sigma: coefficient of the noise.
     """

@@ -201,12 +201,13 @@ class Sampler(ABC):
             values.append(
                 [fixed[column] for column in COLUMNS] + [history.get(j, 0.0) for j in range(depth)]
             )
+        times = torch.tensor([row.at.t for row in rows], dtype=torch.float64)
         levels = [row.level or (row.at.alpha, row.at.sigma) for row in rows]
         end = self.points[-1]
         return Table(
             name=self.name,
             values=torch.tensor(values, dtype=torch.float64),
-            timesteps=torch.tensor([row.at.t for row in rows], dtype=torch.float64),
+            timesteps=self.schedule.label(times, sigma),
             steps=torch.tensor([row.step for row in rows]),
             levels=torch.tensor([*levels, (end.alpha, end.sigma)], dtype=torch.float64),
             learned_variance=self.learned_variance,

@@ -104,6 +104,7 @@ def sample(
             equal. Tensors of N rows that differ are taken as per image.
         guidance: scale of classifier-free guidance (arXiv:2207.12598), uncond + guidance * (cond -
             uncond); a number or one for each of the sampler's steps. 1 everywhere costs nothing.
+            A sampler's ``clip`` bounds the x0 of the guided prediction, not of the two it is of.
         guidance_rescale: how far guided predictions are brought back to the standard deviation of
             the conditional ones, in [0, 1] (arXiv:2305.08891, section 3.4).
         seed: of a counter-based generator inside the step; to rounding, the images are the same in

@@ -44,7 +44,7 @@ def continuous(forward: GaussianPath | SDE) -> SDE:
     if isinstance(forward, NoiseSchedule):
         return Interpolated(forward)
     if isinstance(forward, FlowSchedule):
-        return Straight(forward.num_timesteps, forward.shift)
+        return Straight(forward.num_timesteps, forward.shift, label_by=forward.label_by)
     raise ValueError(f"{forward!r} has no view in continuous time")
 
 

@@ -89,9 +89,10 @@ class Straight(SDE):
     a thousandth of x_0 is lost there, and single precision still gives the flow to 1e-4.
 
     Args:
-        num_timesteps: T of the :class:`fastdiff.schedules.FlowSchedule` whose timesteps the network
+        num_timesteps: T of the :class:`fastdiff.schedules.FlowSchedule` whose labels the network
             is given.
         shift: of that schedule; the process is the same for all.
+        label_by: of that schedule.
 
     Attributes:
         smallest: the noise of the schedule's first timestep.
@@ -102,9 +103,11 @@ class Straight(SDE):
 
     end = 1 - 1e-3
 
-    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
-        schedule = FlowSchedule(num_timesteps, shift)
-        self.num_timesteps, self.shift = num_timesteps, shift
+    def __init__(
+        self, num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma"
+    ) -> None:
+        schedule = FlowSchedule(num_timesteps, shift, label_by=label_by)
+        self.num_timesteps, self.shift, self.label_by = num_timesteps, shift, label_by
         self.smallest = schedule.sigma_t[0].item()
         if self.smallest >= self.end:
             raise ValueError(
@@ -113,7 +116,8 @@ class Straight(SDE):
             )
 
     def __repr__(self) -> str:
-        return f"Straight(num_timesteps={self.num_timesteps}, shift={self.shift})"
+        labels = "" if self.label_by == "sigma" else f", label_by={self.label_by!r}"
+        return f"Straight(num_timesteps={self.num_timesteps}, shift={self.shift}{labels})"
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f = -1 / (1 - t) and g^2 = 2 t / (1 - t)."""
@@ -132,7 +136,9 @@ class Straight(SDE):
         return ratio / (1 + ratio)
 
     def label(self, t: Tensor) -> Tensor:
-        """The timestep T s - 1 at which the schedule has sigma = shift s / (1 + (shift - 1) s)."""
+        """T t, or the timestep T s - 1 where the schedule has sigma = shift s / (1 + (shift - 1) s)."""
+        if self.label_by == "sigma":
+            return self.num_timesteps * t
         return self.num_timesteps * t / (self.shift - (self.shift - 1) * t) - 1
 
     @property

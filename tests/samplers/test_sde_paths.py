@@ -25,7 +25,7 @@ PROCESSES = {
     "sub-vp": (sde.SubVP(), lambda label: label / 999, (0.05, 5.0)),
     "ve": (sde.VE(), lambda label: label / 999, (0.05, 20.0)),
     "edm": (sde.EDM(), lambda label: torch.exp(4 * label), (0.05, 20.0)),
-    "straight": (sde.Straight(500), lambda label: (label + 1) / 500, (0.05, 20.0)),
+    "straight": (sde.Straight(500), lambda label: label / 500, (0.05, 20.0)),
     "cosine": (
         sde.Interpolated(schedules.cosine(1000)),
         lambda label: (label + 1) / 1000,

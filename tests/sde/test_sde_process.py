@@ -162,7 +162,7 @@ def test_interpolated_is_straight_in_log_alpha():
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.4])
 def test_straight_reads_its_schedules_timesteps(shift):
-    """At the sigma of each timestep but the last, which is beyond the end, the label is that."""
+    """At the sigma of each timestep but the last, which is beyond the end, the label is the same."""
     flow, sde = schedules.flow(40, shift), Straight(40, shift)
     kept = flow.sigma_t <= sde.end
     assert kept.tolist() == [True] * 39 + [False]
@@ -170,7 +170,12 @@ def test_straight_reads_its_schedules_timesteps(shift):
     torch.testing.assert_close(alpha, flow.alpha_t[kept])
     assert torch.equal(sigma, flow.sigma_t[kept])
     label = sde.label(flow.sigma_t)
+    wanted = flow.labels_of(torch.arange(40), torch.float64).double()
+    torch.testing.assert_close(label, wanted, rtol=0, atol=1e-9)
+    by_timestep = Straight(40, shift, label_by="timestep")
+    label = by_timestep.label(flow.sigma_t)
     torch.testing.assert_close(label, torch.arange(40).double(), rtol=0, atol=1e-10)
+    assert repr(by_timestep) == f"Straight(num_timesteps=40, shift={shift}, label_by='timestep')"
     assert sde.smallest == flow.sigma_t[0].item()
     assert repr(sde) == f"Straight(num_timesteps=40, shift={shift})"
 
