@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import sde
+from fastdiff._terminal import warn_of_image_at_the_beginning, warn_of_image_at_the_end
 from fastdiff.guidance import LogProb, classifier_guided, guided_score, log_prob_of
 from fastdiff.losses.prediction import predict
 from fastdiff.objectives import Forward
@@ -198,6 +199,8 @@ def draw(
     """
     shape, cond = tuple(shape), dict(cond or {})
     if isinstance(sampler, Sampler):
+        if x_T is not None and not options.get("start"):  # else ``sample`` sees to it
+            warn_of_image_at_the_beginning(sampler)
         chosen = {} if guide is None else {LABELS: PerImage(guide.labels)}
         images: Any = sample(
             network.for_sampler(sampler, guide), sampler, shape, x_T=x_T, cond=cond | chosen,
@@ -216,6 +219,7 @@ def draw(
         raise ValueError(f"guidance {guidance} needs the arguments without the condition, uncond")
     cut = size < count or sampler.steps is None  # images that have arrived leave the batch
     conditions = Conditions(cond, uncond if guided else None, count, joined=guided, cut=cut)
+    warn_of_image_at_the_end(network.path)
     if x_T is None:
         own = real_parameter(network.model)
         device = torch.device("cpu") if own is None else own.device

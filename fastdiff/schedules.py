@@ -276,25 +276,46 @@ class FlowSchedule(GaussianPath):
 
 
 def linear(
-    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    num_timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    *,
+    rescaled: bool = False,
 ) -> NoiseSchedule:
-    """Betas rising linearly (DDPM, arXiv:2006.11239, section 4)."""
+    """Betas rising linearly (DDPM, arXiv:2006.11239, section 4).
+
+    Args:
+        num_timesteps: T. The default range of betas is made for 1000: 200 timesteps of it end at
+            abar = 0.13 and 50 at 0.6, far from the noise that sampling starts from.
+        beta_start: the first beta.
+        beta_end: the last one.
+        rescaled: multiply the betas by 1000 / T, as OpenAI's and lucidrains' code does, and bound
+            them by 0.999, so that 2 timesteps or more end in noise as 1000 do. diffusers does not.
+
+    Raises:
+        ValueError: T below 1, or not 0 < beta_start <= beta_end < 1.
+    """
     _check(num_timesteps, beta_start, beta_end)
-    betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
-    return NoiseSchedule(
-        betas, name="linear", options={"beta_start": beta_start, "beta_end": beta_end}
-    )
+    betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device="cpu")
+    return _of_range("linear", betas, beta_start, beta_end, rescaled)
 
 
 def scaled_linear(
-    num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    num_timesteps: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    *,
+    rescaled: bool = False,
 ) -> NoiseSchedule:
-    """Square roots of the betas rising linearly (latent diffusion, arXiv:2112.10752)."""
+    """Square roots of the betas rising linearly (latent diffusion, arXiv:2112.10752).
+
+    Arguments and errors as of :func:`linear`.
+    """
     _check(num_timesteps, beta_start, beta_end)
-    roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
-    return NoiseSchedule(
-        roots**2, name="scaled_linear", options={"beta_start": beta_start, "beta_end": beta_end}
+    roots = torch.linspace(
+        beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64, device="cpu"
     )
+    return _of_range("scaled_linear", roots**2, beta_start, beta_end, rescaled)
 
 
 def cosine(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
@@ -307,15 +328,20 @@ def cosine(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999)
 
 
 def sigmoid(
-    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    num_timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    *,
+    rescaled: bool = False,
 ) -> NoiseSchedule:
-    """Betas rising along a logistic curve over [-6, 6] (GeoDiff, arXiv:2203.02923)."""
+    """Betas rising along a logistic curve over [-6, 6] (GeoDiff, arXiv:2203.02923).
+
+    Arguments and errors as of :func:`linear`.
+    """
     _check(num_timesteps, beta_start, beta_end)
-    curve = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+    curve = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64, device="cpu").sigmoid()
     betas = curve * (beta_end - beta_start) + beta_start
-    return NoiseSchedule(
-        betas, name="sigmoid", options={"beta_start": beta_start, "beta_end": beta_end}
-    )
+    return _of_range("sigmoid", betas, beta_start, beta_end, rescaled)
 
 
 def flow(
@@ -341,6 +367,18 @@ def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     return NoiseSchedule(1 - abar / previous, name=schedule.name, options=options)
 
 
+def _of_range(
+    name: str, betas: Tensor, beta_start: float, beta_end: float, rescaled: bool
+) -> NoiseSchedule:
+    """The schedule of these betas, or of as many that are scaled to their number."""
+    options: dict[str, Any] = {"beta_start": beta_start, "beta_end": beta_end}
+    if rescaled:
+        options["rescaled"] = True
+        betas = (betas * (1000 / betas.numel())).clamp(max=0.999)
+    return NoiseSchedule(betas, name=name, options=options)
+
+
+RESCALABLE = ("linear", "scaled_linear", "sigmoid")  # schedules with the option ``rescaled``
 NAMES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": linear,
     "scaled_linear": scaled_linear,
@@ -350,7 +388,7 @@ NAMES: dict[str, Callable[..., NoiseSchedule]] = {
 
 
 def make(
-    name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False, **options: float
+    name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False, **options: float | bool
 ) -> NoiseSchedule:
     """The schedule of that name, with its own ``options``; raises ValueError for another name."""
     if name not in NAMES:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastdiff import _forward, checkpoint, images, ops
 from fastdiff._run import deferred_signals, ema_decay, loss_log, training_bar
+from fastdiff._terminal import warn_of_image_at_the_end
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import ImageSet, batch_indices, stream_generator, stream_seed
 from fastdiff.diffusion import Diffusion
@@ -89,6 +90,7 @@ class Trainer:
             timesteps=None if times == "default" else times,
         )  # fmt: skip
         _check_fit(model, data, self.options.null_class, self.diffusion.objective.learned)
+        warn_of_image_at_the_end(self.diffusion.path)
         if out is not None:
             _forward.describe(forward)
         if out is not None and checkpoint.newest(out) is not None:

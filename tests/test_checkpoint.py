@@ -89,6 +89,7 @@ def test_an_export_holds_the_dtype_and_no_training_state(tiny_checkpoint, tmp_pa
     "schedule",
     [
         pytest.param(schedules.linear(30, 1e-3, 0.1), id="options"),
+        pytest.param(schedules.scaled_linear(30, rescaled=True), id="rescaled"),
         pytest.param(schedules.make("sigmoid", 30, zero_terminal_snr=True), id="zero-snr"),
         pytest.param(NoiseSchedule(torch.linspace(0.1, 0.3, 7)), id="betas"),
         pytest.param(NoiseSchedule(torch.linspace(0.1, 0.3, 7), name="linear"), id="misnamed"),

@@ -283,6 +283,19 @@ def test_shift_is_that_of_the_paper_and_of_diffusers(shift):
     torch.testing.assert_close(theirs.sigmas.flip(0).double(), path.sigma_t, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", schedules.RESCALABLE)
+def test_rescaled_betas_reach_noise_whatever_their_number(name):
+    """OpenAI's and lucidrains' code scales the range of betas by 1000 / T."""
+    for steps in (2, 3, 10, 20, 50, 200, 1000, 4000):
+        schedule = schedules.make(name, steps, rescaled=True)
+        assert 0 < schedule.alphas_cumprod[-1] < 0.01
+        plain = schedules.make(name, steps)
+        wanted = (plain.betas * 1000 / steps).clamp(max=0.999)
+        torch.testing.assert_close(schedule.betas, wanted, rtol=1e-15, atol=0)
+        assert schedule.options == {**plain.options, "rescaled": True}
+    assert torch.equal(schedules.make(name, rescaled=True).betas, schedules.make(name).betas)
+
+
 @pytest.mark.parametrize("steps", [1000, 7, 49, 1])
 def test_a_network_of_flow_is_told_t_times_the_shifted_noise(steps):
     plain = schedules.flow(steps)

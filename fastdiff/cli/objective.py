@@ -50,7 +50,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "of an SDE), ncsn (at a ladder of noise levels), edm (the preconditioned denoiser)",
     )
     group.add_argument(
-        "--schedule", choices=tuple(schedules.NAMES), help="noise schedule (default: cosine)"
+        "--schedule",
+        choices=tuple(schedules.NAMES),
+        help="noise schedule (default: cosine); the betas "
+        "of the others are scaled by 1000 / T, so that it ends in noise whatever T is",
     )
     group.add_argument(
         "--timesteps", type=positive, metavar="T", help="of the schedule (default: 1000)"
@@ -107,6 +110,8 @@ def forward(args: argparse.Namespace) -> Forward:
         if args.sde is not None:
             kind, options = SDES[args.sde]
             return kind(**{name: getattr(args, name) for name in options})
-        return schedules.make(args.schedule, args.timesteps)
+        # So that short schedules reach noise, too: scaled by 1000 / T.
+        options = {"rescaled": True} if args.schedule in schedules.RESCALABLE else {}
+        return schedules.make(args.schedule, args.timesteps, **options)
     except ValueError as error:
         raise InputError(str(error)) from None

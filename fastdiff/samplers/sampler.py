@@ -89,6 +89,7 @@ class Sampler(ABC):
         minimum_steps: fewer are refused.
         schedule, prediction: as given.
         points: the grid, a list of ``steps`` + 1 points.
+        skipped: steps that :meth:`starting_at` has left out.
         table: a :class:`fastdiff.samplers.Table`.
 
     Raises:
@@ -99,6 +100,7 @@ class Sampler(ABC):
 
     name: str
     minimum_steps: int = 1
+    skipped: int = 0
     default_grid: ClassVar[str] = "trailing"
     default_clip: ClassVar[Clip] = None
 
@@ -160,7 +162,7 @@ class Sampler(ABC):
         if not 0 <= step < self.steps:
             raise ValueError(f"start must lie in 0..{self.steps - 1}, got {step}")
         later = copy.copy(self)
-        later.points = self.points[step:]
+        later.points, later.skipped = self.points[step:], self.skipped + step
         later.table = later._table()
         return later
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastdiff import ops, profiling
+from fastdiff._terminal import warn_of_image_at_the_beginning
 from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers import COLUMNS, Sampler, Table
 from fastdiff.samplers.table import OnDevice
@@ -83,7 +84,9 @@ def sample(
         sampler: which steps to take, from ``fastdiff.samplers``, or a bare table of them.
         shape: shape of the images, [N, C, ...]; N may be 0.
         x_T: standard normal noise of that shape, which is scaled to the first level of the sampler;
-            None draws it. With ``start`` and no image, the images to go on from, as they are.
+            None draws it, with a UserWarning if the schedule or the grid begins where x still
+            holds much of an image. With ``start`` and no image, the images to go on from, as they
+            are.
         start: the step to begin with. A sampler with a memory begins it anew there; a bare table
             that would need what earlier steps kept is refused.
         image: [N or 1, C, ...]. With ``start``, sampling begins with the image, noised to
@@ -165,6 +168,8 @@ def sample(
         check_mask(mask, shape)
         mask = mask.to(device, wide)
 
+    if x_T is None and not start:
+        warn_of_image_at_the_beginning(sampler)
     if x_T is not None:
         layout = memory_format(x_T)
         x = torch.empty(shape, device=device, dtype=dtype, memory_format=layout).copy_(x_T)

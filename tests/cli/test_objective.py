@@ -98,6 +98,19 @@ def test_bits_of_held_out_digits(run: Callable, tmp_path: Path) -> None:
     assert last.startswith("100 digits, ")
 
 
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "sigmoid", "cosine"])
+def test_short_schedules_reach_noise(name: str, run: Callable, tmp_path: Path) -> None:
+    """Their betas are scaled by 1000 / T, and a checkpoint says so."""
+    out = tmp_path / "run"
+    words = ("train", "--data", "digits", "--out", out, *TINY, "--steps", 1, "--schedule", name)
+    assert run(*words, "--timesteps", 50).code == 0
+    forward = checkpoint.load(out).forward
+    assert forward.num_timesteps == 50
+    assert forward.alphas_cumprod[-1] < 0.01
+    if name != "cosine":
+        assert forward.options["rescaled"] is True
+
+
 def test_scores_are_drawn_adaptively(run: Callable, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("train", "--data", "digits", "--out", out, *TINY, "--steps", 1, "--unconditional")

@@ -16,6 +16,7 @@ from scipy.special import ndtr
 
 from fastdiff.samplers import COLUMNS
 from fastdiff.samplers.grids import Point, point_at_time
+from fastdiff.schedules import FlowSchedule
 
 
 def float64(values) -> torch.Tensor:
@@ -58,7 +59,11 @@ class Mixture:
         """The best model, a function of images and time; the time is the same for all images."""
 
         def model(x, t):
-            at = point_at_time(path, float64(t).flatten()[0].item())
+            label = float64(t).flatten()[0].item()
+            if isinstance(path, FlowSchedule):  # whose networks are told T sigma
+                sigma = label / path.num_timesteps
+                return self.predict(x, 1 - sigma, sigma, kind)
+            at = point_at_time(path, label)
             return self.predict(x, at.alpha, at.sigma, kind)
 
         return model
