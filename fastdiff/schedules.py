@@ -344,9 +344,7 @@ def sigmoid(
     return _of_range("sigmoid", betas, beta_start, beta_end, rescaled)
 
 
-def flow(
-    num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma"
-) -> FlowSchedule:
+def flow(num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma") -> FlowSchedule:
     """The straight path of rectified flow: see :class:`FlowSchedule`."""
     return FlowSchedule(num_timesteps, shift, label_by=label_by)
 
@@ -388,7 +386,7 @@ NAMES: dict[str, Callable[..., NoiseSchedule]] = {
 
 
 def make(
-    name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False, **options: float | bool
+    name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False, **options: Any
 ) -> NoiseSchedule:
     """The schedule of that name, with its own ``options``; raises ValueError for another name."""
     if name not in NAMES:

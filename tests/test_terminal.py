@@ -52,8 +52,9 @@ def test_sampling_from_noise_warns_of_short_schedules(forward, abar):
     assert len(told) == 1
     assert told[0].filename == __file__
     assert "rescaled=True" in str(told[0].message)
-    with pytest.warns(UserWarning, match=NEVER + abar):  # a solver begins at the end of the process
-        Diffusion(half, forward, "v").sample(SHAPE, method="euler-maruyama", steps=2, progress=False)
+    diffusion = Diffusion(half, forward, "v")
+    with pytest.warns(UserWarning, match=NEVER + abar):  # a solver begins at the process's end
+        diffusion.sample(SHAPE, method="euler-maruyama", steps=2, progress=False)
 
 
 @pytest.mark.parametrize(

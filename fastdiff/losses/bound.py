@@ -189,8 +189,8 @@ def bits_per_dim(
             the images, ``fastdiff.PerImage`` and ``fastdiff.Shared`` say which tensors go along.
 
     Raises:
-        TypeError, ValueError: as :func:`vlb_loss`; ValueError for discrete images beyond [-1, 1], or
-            a tensor among ``cond`` of which it cannot be told whether it is to be cut.
+        TypeError, ValueError: as :func:`vlb_loss`; ValueError for discrete images beyond [-1, 1],
+            or a tensor among ``cond`` of which it cannot be told whether it is to be cut.
     """
     reverse = Reverse(schedule, kind, variance, clip, discrete)
     check_x0(x0)

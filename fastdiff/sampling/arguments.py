@@ -40,15 +40,11 @@ def begin_at(sampler: Sampler | Table, start: int) -> tuple[Table, float]:
 def _later(table: Table, start: int) -> Table:
     """A table's rows from a step on; ValueError if they need what earlier ones keep."""
     first = table.steps.tolist().index(start)
-    kept: set[int] = set()
-    for row in table.values[first:].tolist():
-        read = {j for j, value in enumerate(row[len(COLUMNS) :]) if value != 0}
-        if not read <= kept:
-            raise ValueError(
-                f"this table's steps from {start} on need what earlier steps keep: "
-                "give the sampler instead, which can begin there"
-            )
-        kept.add(int(row[COLUMNS.index("slot")]))
+    if reads_earlier(table.values[first:]):
+        raise ValueError(
+            f"this table's steps from {start} on need what earlier steps keep: "
+            "give the sampler instead, which can begin there"
+        )
     return replace(
         table,
         values=table.values[first:],
@@ -56,6 +52,17 @@ def _later(table: Table, start: int) -> Table:
         steps=table.steps[first:] - start,
         levels=table.levels[first:],
     )
+
+
+def reads_earlier(values: Tensor) -> bool:
+    """Whether rows of a table, one after the other, read what none of them has kept."""
+    kept: set[int] = set()
+    for row in values.tolist():
+        read = {j for j, value in enumerate(row[len(COLUMNS) :]) if value != 0}
+        if not read <= kept:
+            return True
+        kept.add(int(row[COLUMNS.index("slot")]))
+    return False
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -127,6 +134,15 @@ def check_max_batch(max_batch: int | None) -> None:
     """ValueError or TypeError unless ``max_batch`` is None or a whole number from 1 on."""
     if max_batch is not None and whole_number(max_batch, "max_batch") < 1:
         raise ValueError(f"max_batch must be at least 1, or None, got {max_batch}")
+
+
+def check_resampling(resamplings: int, jump_length: int, mask: Tensor | None) -> None:
+    """TypeError or ValueError unless both are whole numbers from 1 on, and there is a mask."""
+    for name, value in (("resamplings", resamplings), ("jump_length", jump_length)):
+        if whole_number(value, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if resamplings > 1 and mask is None:
+        raise ValueError(f"resamplings are for inpainting, with a mask, got {resamplings}")
 
 
 def check_beginning(

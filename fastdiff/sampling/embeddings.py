@@ -20,8 +20,13 @@ from fastdiff.nn.embeddings import FourierProjection, SinusoidalProjection, Time
 
 # Modules that treat every row by itself and alike at every call.
 _BY_ROW = (
-    FourierProjection, SinusoidalProjection, TimestepEmbedding, nn.Embedding, nn.Identity, nn.Linear,
-)  # fmt: skip
+    FourierProjection,
+    SinusoidalProjection,
+    TimestepEmbedding,
+    nn.Embedding,
+    nn.Identity,
+    nn.Linear,
+)
 # What a subclass must not replace: all that the class itself defines but how it is made.
 _METHODS: dict[str, Any] = {
     name: value

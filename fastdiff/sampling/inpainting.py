@@ -1,11 +1,120 @@
-"""Images of which a part is known: at every level of noise that part is the image's own."""
+"""Images of which a part is known: at every level of noise that part is the image's own.
+
+After each step the known part becomes alpha image + sigma z at the level reached, with z drawn anew
+(Lugmayr et al. 2022, RePaint, arXiv:2201.09865, eq. 8). What is generated beside it never saw that
+z, so RePaint goes back up from time to time: x is noised by a few steps' worth and these steps are
+taken again (algorithm 1, and appendix B with jumps of several steps), which :func:`resampled` lays
+out beforehand as a longer table.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from fastdiff.samplers import Table
+from fastdiff.sampling.arguments import reads_earlier
+
+# Rows of the counter-based noise: that of the known part, and that of the way back up. A sampler's
+# own noise has the rows of its table.
+KNOWN_ROW, JUMP_ROW = 2**30, 2**31
+
+Level = tuple[float, float]  # alpha and sigma
+
+
+@dataclass(frozen=True)
+class Jump:
+    """The way back up to more noise: x = share x + sigma z."""
+
+    share: float
+    sigma: float
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The rows that are run, in order.
+
+    Attributes:
+        table: of these rows; a repeated step is a step of its own.
+        steps: for each row the step of the sampler that it belongs to.
+        ends: for each row the level that it leads to.
+        jumps: by the row after which it comes.
+    """
+
+    table: Table
+    steps: list[int]
+    ends: list[Level]
+    jumps: dict[int, Jump]
+
+
+def resampled(table: Table, resamplings: int, jump_length: int) -> Plan:
+    """A sampler's rows, with steps repeated as RePaint does.
+
+    Args:
+        table: the sampler's.
+        resamplings: how often each stretch is sampled; 1 is once.
+        jump_length: steps of a stretch.
+
+    Raises:
+        ValueError: a stretch as long as the whole run, or a sampler whose steps need what earlier
+            steps keep: going back, they would find what belongs to less noise.
+    """
+    levels = [(alpha, sigma) for alpha, sigma in table.levels.tolist()]
+    if resamplings == 1:
+        return Plan(table, table.steps.tolist(), levels[1:], {})
+    if jump_length >= table.num_steps:
+        raise ValueError(
+            f"jump_length must be below the number of steps, {table.num_steps}, got {jump_length}"
+        )
+    rows_of = [(table.steps == step).nonzero().flatten() for step in range(table.num_steps)]
+    if any(reads_earlier(table.values[rows]) for rows in rows_of):
+        raise ValueError(
+            f"resamplings go back to earlier steps, whose values {table.name} keeps for later "
+            "ones: take a sampler that keeps nothing between steps, such as ddpm, ddim or euler"
+        )
+    visited, numbers, jumps = [], [], {}
+    for number, (step, back) in enumerate(_visits(table.num_steps, resamplings, jump_length)):
+        visited.append(rows_of[step])
+        numbers.append(torch.full_like(rows_of[step], number))
+        if back is not None:
+            row = sum(map(len, visited)) - 1
+            jumps[row] = _jump(levels[rows_of[step + 1][0]], levels[rows_of[back][0]])
+    rows = torch.cat(visited)
+    longer = replace(
+        table,
+        values=table.values[rows],
+        timesteps=table.timesteps[rows],
+        steps=torch.cat(numbers),
+        levels=torch.cat([table.levels[rows], table.levels[-1:]]),
+    )
+    return Plan(longer, table.steps[rows].tolist(), [levels[row + 1] for row in rows], jumps)
+
+
+def _visits(steps: int, resamplings: int, length: int) -> Iterator[tuple[int, int | None]]:
+    """Steps in the order in which they are taken, and the step to go back to after each, if any.
+
+    Counted from the run's end, levels 0, length, 2 length, ... are gone back from, as far as there
+    are ``length`` steps before them, each as often as to be reached ``resamplings`` times.
+    """
+    left = {level: resamplings - 1 for level in range(0, steps - length, length)}
+    step = 0
+    while step < steps:
+        level, back = steps - 2 - step, None  # 0 is the last level that has noise
+        if left.get(level, 0) > 0:
+            left[level] -= 1
+            back = step + 1 - length
+        yield step, back
+        step = step + 1 if back is None else back
+
+
+def _jump(start: Level, end: Level) -> Jump:
+    """q(x_end | x_start) of a noisier end; of a path without betas, too."""
+    share = end[0] / start[0]
+    return Jump(share, math.sqrt(max(end[1] ** 2 - (share * start[1]) ** 2, 0.0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,15 +124,10 @@ class Known:
     Attributes:
         image: [1 or N, C, ...], in the table's dtype.
         mask: [1 or N, 1 or C, ...], likewise: 1 where to generate, 0 where the image is known.
-        noise: [N, C, ...], likewise. It is the same at all levels, those that x began with, so that
-            the known part follows one path through them.
-        levels: alpha and sigma before each row and, last, of the result.
     """
 
     image: Tensor
     mask: Tensor
-    noise: Tensor
-    levels: list[list[float]]
 
     def take(self, part: slice) -> Known:
         """The same for a part of the images."""
@@ -31,17 +135,14 @@ class Known:
         def cut(value: Tensor) -> Tensor:
             return value if value.shape[0] == 1 else value[part]
 
-        return replace(self, image=cut(self.image), mask=cut(self.mask), noise=self.noise[part])
+        return Known(cut(self.image), cut(self.mask))
 
-    def restore(self, x: Tensor, row: int) -> None:
-        """x = mask x + (1 - mask) (alpha image + sigma noise), at the level that ``row`` leads to.
+    def restore(self, x: Tensor, level: Level, noise: Tensor | None) -> None:
+        """x = mask x + (1 - mask) (alpha image + sigma noise) at a level; the image without noise.
 
         After the last row it is the image itself, whatever level the sampler ends at.
         """
-        known = self.image
-        if row + 2 < len(self.levels):
-            alpha, sigma = self.levels[row + 1]
-            known = noised(self.image, self.noise, alpha, sigma)
+        known = self.image if noise is None else noised(self.image, noise, *level)
         x.copy_(torch.lerp(known, x.to(known.dtype), self.mask))
 
 

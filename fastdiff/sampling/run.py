@@ -31,6 +31,7 @@ from fastdiff.sampling.arguments import (
     check_mask,
     check_max_batch,
     check_mode,
+    check_resampling,
     checked_seeds,
     memory_format,
     target,
@@ -38,7 +39,7 @@ from fastdiff.sampling.arguments import (
 from fastdiff.sampling.conditions import Conditions
 from fastdiff.sampling.device_loop import Buffers, compiled
 from fastdiff.sampling.guidance import is_guided, per_step
-from fastdiff.sampling.inpainting import Known, noised
+from fastdiff.sampling.inpainting import JUMP_ROW, KNOWN_ROW, Known, Plan, noised, resampled
 from fastdiff.sampling.loop import Advance, Model, State, eager, model_arguments
 from fastdiff.sampling.watching import Callback, Watch
 
@@ -55,6 +56,8 @@ def sample(
     start: int = 0,
     image: Tensor | None = None,
     mask: Tensor | None = None,
+    resamplings: int = 1,
+    jump_length: int = 10,
     cond: Mapping[str, Any] | None = None,
     uncond: Mapping[str, Any] | None = None,
     guidance: float | Sequence[float] = 1.0,
@@ -93,8 +96,14 @@ def sample(
             that step's level (image to image, SDEdit, arXiv:2108.01073).
         mask: where to generate (1) and where to keep the image (0), [N or 1, 1 or C, ...], bool or
             in [0, 1] (inpainting). After each step the known part is set to the image at that
-            step's level of noise (RePaint, arXiv:2201.09865, eq. 8), with the noise that x began
-            with, and after the last to the image.
+            step's level of noise (RePaint, arXiv:2201.09865, eq. 8), the noise drawn anew, and
+            after the last to the image.
+        resamplings: with a mask, how often the steps are taken, so that what is generated fits
+            what is known (RePaint, algorithm 1; the authors take 10). Every ``jump_length`` steps
+            x is noised again by as many and sampled on from there, until each such stretch has been
+            sampled so often. Callbacks, progress and trajectories count each repeated step. For
+            samplers that keep nothing between steps: ddpm, ddim, euler, heun and others.
+        jump_length: steps of such a stretch, fewer than the sampler has.
         cond: keyword arguments for the model, such as {"class_labels": labels}; tensors or nested
             lists, tuples and dicts of them. Of tensors with one row an image a part of the images
             is given its rows; other values stay whole. ``fastdiff.PerImage(value)`` and
@@ -114,8 +123,9 @@ def sample(
             any mode, on any backend, and with any ``max_batch``. With N seeds an image depends on
             its own alone, whatever batch it is in.
         generator: else, source of all noise, None for PyTorch's global one: first x_T, then one
-            draw for each row that uses noise, as plain code would. A CPU generator draws there for
-            images anywhere; each draw then waits for the copy.
+            draw for each row that uses noise, as plain code would, and with a mask one after each
+            step but the last, and one for each way back. A CPU generator draws there for images
+            anywhere; each draw then waits for the copy.
         mode: "eager" calls the model; "compile" compiles it with the step (Inductor), once for
             each shape; "cudagraph" captures the two in a CUDA graph, once for each shape and as
             long as the weights stay in place, and replays it. "auto" is "cudagraph" for an
@@ -159,6 +169,9 @@ def sample(
     conditions = Conditions(cond, uncond, images, joined=guided, cut=size < images)
     seeds = None if seed is None else checked_seeds(seed, generator, images).to(device)
     check_beginning(start, x_T, image, mask)
+    check_resampling(resamplings, jump_length, mask)
+    plan = resampled(table, resamplings, jump_length)
+    table = plan.table
     if x_T is not None:
         check_images(x_T, "x_T", [shape])
     if image is not None:
@@ -178,18 +191,16 @@ def sample(
     else:
         x = _draw(torch.empty(shape, device=device, dtype=dtype), generator)
     known = None
-    if image is not None:
-        noise, levels = x.to(wide, copy=True), table.levels.tolist()
-        if mask is not None:
-            known = Known(image, mask, noise, levels)
-        if start:
-            x.copy_(noised(image, noise, *levels[0]))
+    if image is not None and mask is not None:
+        known = Known(image, mask)
+    if image is not None and start:
+        x.copy_(noised(image, x.to(wide), *table.levels[0].tolist()))
     if not start and sigma != 1:
         x.mul_(sigma)
 
     on_device = table.on(device, wide)
     if guided:
-        of_rows = [scales[start + step] for step in table.steps.tolist()]
+        of_rows = [scales[start + step] for step in plan.steps]
         values = on_device.values.clone()
         values[:, COLUMNS.index("guidance")] = values.new_tensor(of_rows)
         values[:, COLUMNS.index("rescale")] = guidance_rescale
@@ -197,7 +208,7 @@ def sample(
     run = _Run(
         model=model,
         mode=mode,
-        table=table,
+        plan=plan,
         on_device=on_device,
         x=x,
         seeds=seeds,
@@ -234,8 +245,8 @@ class _Run:
 
     model: Model
     mode: str
-    table: Table
-    on_device: OnDevice  # the table, guidance set
+    plan: Plan
+    on_device: OnDevice  # the plan's table, guidance set
     x: Tensor  # advanced in place
     seeds: Tensor | None
     generator: torch.Generator | None
@@ -244,8 +255,8 @@ class _Run:
 
     def sample(self, part: slice, watch: Watch | None, tick: Callable[[], None] | None) -> None:
         """Sample a part of the images."""
-        state, ends = self._state(part), self.table.ends_step
-        draws = self.table.noisy if state.noise is not None else [False] * len(ends)
+        state, ends = self._state(part), self.plan.table.ends_step
+        draws = self.plan.table.noisy if state.noise is not None else [False] * len(ends)
         known = None if self.known is None else self.known.take(part)
         keep_output = watch is not None and watch.keeps_output
         with _prepared(self.mode, self.model, state, keep_output) as (x, noise, advance):
@@ -261,18 +272,34 @@ class _Run:
                 output = advance(row)
                 if ends_step:
                     if known is not None:
-                        known.restore(x, row)
+                        self._restore(known, x, row, state.seed)
                     if tick is not None:
                         tick()
                 if watch is not None:
                     watch.after(row, x, output)
+
+    def _restore(self, known: Known, x: Tensor, row: int, seed: Tensor | None) -> None:
+        """Put in what is known after a row, and go back up where the plan says so."""
+        last, wide = row + 1 == len(self.plan.ends), known.image.dtype
+        noise = None if last else self._normal(x, wide, seed, KNOWN_ROW + row)
+        known.restore(x, self.plan.ends[row], noise)
+        jump = self.plan.jumps.get(row)
+        if jump is not None:
+            noise = self._normal(x, wide, seed, JUMP_ROW + row)
+            x.copy_(noised(x.to(wide), noise, jump.share, jump.sigma))
+
+    def _normal(self, x: Tensor, dtype: torch.dtype, seed: Tensor | None, row: int) -> Tensor:
+        """Noise like x that no row of the table draws."""
+        if seed is not None:
+            return ops.philox_normal(seed, row, x.shape, dtype)
+        return _draw(torch.empty(x.shape, device=x.device, dtype=dtype), self.generator)
 
     def _state(self, part: slice) -> State:
         x, guided = self.x[part], self.conditions.joined
         arguments, batch = self.conditions.part(part), x.shape[0] * (2 if guided else 1)
         per_row, arguments = model_arguments(self.model, self.on_device.timesteps, arguments, batch)
         noise = None
-        if self.seeds is None and self.table.needs_noise:
+        if self.seeds is None and self.plan.table.needs_noise:
             noise = torch.zeros(x.shape, device=x.device, dtype=x.dtype)
         return State(
             x=x,
@@ -283,7 +310,7 @@ class _Run:
             per_row=per_row,
             cond=arguments,
             guided=guided,
-            learned_variance=self.table.learned_variance,
+            learned_variance=self.plan.table.learned_variance,
         )
 
 

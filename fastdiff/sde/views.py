@@ -136,7 +136,7 @@ class Straight(SDE):
         return ratio / (1 + ratio)
 
     def label(self, t: Tensor) -> Tensor:
-        """T t, or the timestep T s - 1 where the schedule has sigma = shift s / (1 + (shift - 1) s)."""
+        """T t, or the timestep T s - 1 with t = shift s / (1 + (shift - 1) s): see ``label_by``."""
         if self.label_by == "sigma":
             return self.num_timesteps * t
         return self.num_timesteps * t / (self.shift - (self.shift - 1) * t) - 1

@@ -1,7 +1,7 @@
 """Samplers on the straight path of rectified flow, beside diffusers' schedulers.
 
-The levels of their multistep schedulers are s = (T - 1) (n - i) / (T n) for n steps, then shifted; a
-T of 1001 makes them those of whole timesteps. They round what the model is told, so it does not
+The levels of their multistep schedulers are s = (T - 1) (n - i) / (T n) for n steps, then shifted;
+a T of 1001 makes them those of whole timesteps. They round what the model is told, so it does not
 look. That of flow matching does not round, and its model is told the same as ours.
 """
 
@@ -154,9 +154,7 @@ def test_a_network_is_told_t_times_the_shifted_noise(shift, x_T):
     ratios = [(s / (1 - s)).item() for s in scheduler.sigmas[1:-1].double()]
     grid = [999.0, *(point_at_ratio(path, ratio).t for ratio in ratios)]
     sampler = samplers.make("euler", path, 28, prediction="flow", grid=grid)
-    torch.testing.assert_close(
-        sampler.timesteps, scheduler.timesteps.double(), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(sampler.timesteps, scheduler.timesteps.double(), rtol=1e-6, atol=0)
     if shift == 3:
         told = sampler.timesteps[:4].tolist()
         assert told == pytest.approx([1000, 987.4, 974.1, 960.1], abs=0.05)

@@ -11,6 +11,7 @@ import torch
 import fastdiff
 from fastdiff import ops, sample, samplers, schedules
 from fastdiff.samplers import DDIM, DDPM, Table
+from fastdiff.sampling.inpainting import KNOWN_ROW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,31 +127,39 @@ def test_image_to_image(x_T):
 
 @pytest.mark.parametrize("sampler", [DDIM(SCHEDULE, 4), HEUN, UNIPC], ids=lambda s: s.name)
 @pytest.mark.parametrize("start", [0, 2])
-def test_inpainting_follows_one_path_to_the_image(sampler, start, x_T):
+def test_inpainting_noises_the_known_part_anew_at_each_step(sampler, start, x_T):
     image = torch.linspace(-1, 1, x_T.numel(), dtype=torch.float64).view(SHAPE)
     mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
     mask[..., 2:4] = True
     generate, keep = mask.expand(SHAPE), ~mask.expand(SHAPE)
     options = {"image": image, "mask": mask, "start": start}
+    options["generator"] = torch.Generator().manual_seed(8)
     drawn, path = draw(half, sampler, x_T, return_trajectory=True, **options)
+    same = torch.Generator().manual_seed(8)
     assert torch.equal(drawn[keep], image[keep])
     assert bool((drawn[generate] != image[generate]).all())
     table = sampler.starting_at(start).table
     steps = table.steps.tolist()
     for step in range(table.num_steps - 1):
         alpha, sigma = table.levels[steps.index(step + 1)].tolist()
-        known = alpha * image + sigma * x_T
+        known = alpha * image + sigma * torch.randn(SHAPE, generator=same, dtype=torch.float64)
         torch.testing.assert_close(path[step + 1][keep], known[keep])
         assert not torch.allclose(path[step + 1][generate], known[generate])
+    assert torch.equal(options["generator"].get_state(), same.get_state())
 
 
 def test_inpainting_leaves_the_middle_of_a_step_alone(x_T):
     image, given = torch.ones(SHAPE, dtype=torch.float64), []
-    nothing = torch.zeros(1, 1, 6, 6)
-    draw(lambda x, t: given.append(x.clone()) or x / 2, HEUN, x_T, image=image, mask=nothing)
+    nothing, seed = torch.zeros(1, 1, 6, 6), 4
+    draw(
+        lambda x, t: given.append(x.clone()) or x / 2, HEUN, x_T, image=image, mask=nothing,
+        seed=seed,
+    )  # fmt: skip
+    seeds = torch.tensor([[seed, image] for image in range(len(x_T))])
     for row, (alpha, sigma) in list(enumerate(HEUN.table.levels.tolist()))[1:-1]:
         first = HEUN.table.steps[row] != HEUN.table.steps[row - 1]
-        assert torch.allclose(given[row], alpha * image + sigma * x_T) == first
+        z = ops.philox_normal(seeds, KNOWN_ROW + row - 1, SHAPE, torch.float64)
+        assert torch.allclose(given[row], alpha * image + sigma * z) == first
 
 
 def test_inpainting_ends_with_the_image_where_the_sampler_does_not(x_T):

@@ -162,7 +162,7 @@ def test_interpolated_is_straight_in_log_alpha():
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.4])
 def test_straight_reads_its_schedules_timesteps(shift):
-    """At the sigma of each timestep but the last, which is beyond the end, the label is the same."""
+    """At the sigma of each timestep but the last, beyond the end, the label is the same."""
     flow, sde = schedules.flow(40, shift), Straight(40, shift)
     kept = flow.sigma_t <= sde.end
     assert kept.tolist() == [True] * 39 + [False]
