@@ -86,7 +86,7 @@ class Diffusion:
             cond: keyword arguments of the model.
         """
         check_floating(x0, "x0")
-        seed = torch.randint(2**63 - 1, (), generator=generator)
+        seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu")
         seeds = checked_seeds(int(seed), None, x0.shape[0]).to(x0.device)
         t, weights = self.objective.draw(x0.shape[0], generator)
         return self.objective.loss(self.model, x0, t.to(x0.device), weights, seeds, **cond)

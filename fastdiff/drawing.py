@@ -207,7 +207,8 @@ def draw(
             uncond=None if uncond is None else {**uncond, **chosen}, guidance=guidance,
             generator=generator, max_batch=max_batch, progress=progress, **options,
         )  # fmt: skip
-        return Drawn(images, torch.full(shape[:1], sampler.table.rows, dtype=torch.int64))
+        asked = torch.full(shape[:1], sampler.table.rows, dtype=torch.int64, device="cpu")
+        return Drawn(images, asked)
     if options:
         raise TypeError(f"a solver has no option {', '.join(map(repr, options))}")
     if not isinstance(guidance, (int, float)):

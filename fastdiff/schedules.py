@@ -11,16 +11,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdiff._per_device import PerDevice
 
-
+_ONE = torch.ones(1, dtype=torch.float64, device="cpu")  # abar before the first timestep
 LABELS = ("sigma", "timestep")  # what the network of a FlowSchedule may be told
+
+Value = TypeVar("Value")
+
+
+def _for_autograd() -> AbstractContextManager[Any]:
+    """Tensors that are kept must not be made in inference mode: no backward pass could save them.
+
+    Left as it is elsewhere, so that a compiled graph need not change it.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def _table(compute: Callable[[Any], Value]) -> cached_property[Value]:
+    """A property that is computed once, whatever mode it is first asked for in."""
+
+    @wraps(compute)
+    def outside(self: Any) -> Value:
+        with _for_autograd():
+            return compute(self)
+
+    return cached_property(outside)
 
 
 class GaussianPath:
@@ -44,12 +66,12 @@ class GaussianPath:
         """Whether alpha at the last timestep is 0, where eps says nothing about x_0."""
         return bool(self.alpha_t[-1] == 0)
 
-    @cached_property
+    @_table
     def snr(self) -> Tensor:
         """Signal-to-noise ratio (alpha_t / sigma_t)^2 (Kingma et al. 2021, arXiv:2107.00630)."""
         return (self.alpha_t / self.sigma_t) ** 2
 
-    @cached_property
+    @_table
     def lambda_t(self) -> Tensor:
         """log(alpha_t / sigma_t), half the log-SNR (DPM-Solver, arXiv:2206.00927, section 2)."""
         return (self.alpha_t / self.sigma_t).log()
@@ -84,13 +106,14 @@ class GaussianPath:
         """alpha_t and sigma_t as [T] tensors on ``device``, made once and kept."""
         key = (device, dtype)
         if key not in self._coefficients:
-            self._coefficients[key] = (
-                self.alpha_t.to(device, dtype),
-                self.sigma_t.to(device, dtype),
-            )
+            with _for_autograd():
+                self._coefficients[key] = (
+                    self.alpha_t.to(device, dtype),
+                    self.sigma_t.to(device, dtype),
+                )
         return self._coefficients[key]
 
-    @cached_property
+    @_table
     def _coefficients(self) -> PerDevice[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
         return PerDevice()
 
@@ -111,7 +134,8 @@ class NoiseSchedule(GaussianPath):
     def __init__(
         self, betas: Tensor, *, name: str = "custom", options: dict[str, Any] | None = None
     ) -> None:
-        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        with _for_autograd():
+            betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").clone()
         if betas.ndim != 1 or betas.numel() == 0:
             raise ValueError(f"betas must have shape [T] with T >= 1, got {tuple(betas.shape)}")
         if not bool(((1 - betas < 1) & (betas <= 1)).all()):
@@ -148,49 +172,49 @@ class NoiseSchedule(GaussianPath):
         alpha = 1 / torch.sqrt(1 + ratio**2)
         return alpha, ratio * alpha
 
-    @cached_property
+    @_table
     def alphas(self) -> Tensor:
         """alpha_t = 1 - beta_t."""
         return 1 - self.betas
 
-    @cached_property
+    @_table
     def alphas_cumprod(self) -> Tensor:
         """abar_t, the product of alpha_0..alpha_t: signal power of q(x_t | x_0)."""
         return self.alphas.cumprod(0)
 
-    @cached_property
+    @_table
     def alphas_cumprod_prev(self) -> Tensor:
         """abar_{t-1}, with abar_{-1} = 1."""
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        return torch.cat([_ONE, self.alphas_cumprod[:-1]])
 
-    @cached_property
+    @_table
     def sqrt_alphas_cumprod(self) -> Tensor:
         """sqrt(abar_t), the coefficient of x_0 in x_t."""
         return self.alphas_cumprod.sqrt()
 
-    @cached_property
+    @_table
     def sqrt_one_minus_alphas_cumprod(self) -> Tensor:
         """sqrt(1 - abar_t), the coefficient of the noise in x_t."""
         return (1 - self.alphas_cumprod).sqrt()
 
-    @cached_property
+    @_table
     def posterior_variance(self) -> Tensor:
         """beta_tilde_t, variance of q(x_{t-1} | x_t, x_0) (DDPM eq. 7); 0 at t = 0."""
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
-    @cached_property
+    @_table
     def posterior_log_variance_clipped(self) -> Tensor:
         """log beta_tilde_t, its infinite first entry replaced by the second (as in iDDPM)."""
         variance = self.posterior_variance.clone()
         variance[0] = variance[1] if self.num_timesteps > 1 else self.betas[0]
         return variance.log()
 
-    @cached_property
+    @_table
     def posterior_mean_coef_x0(self) -> Tensor:
         """Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
         return self.betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
 
-    @cached_property
+    @_table
     def posterior_mean_coef_xt(self) -> Tensor:
         """Coefficient of x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
         return (1 - self.alphas_cumprod_prev) * self.alphas.sqrt() / (1 - self.alphas_cumprod)
@@ -201,7 +225,7 @@ class NoiseSchedule(GaussianPath):
         Its betas are 1 - abar_t / abar_prev over the visited steps (iDDPM, arXiv:2102.09672).
         """
         abar = self.alphas_cumprod[timesteps]
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        previous = torch.cat([_ONE, abar[:-1]])
         return NoiseSchedule(1 - abar / previous, name=f"{self.name}, respaced")
 
 
@@ -232,10 +256,12 @@ class FlowSchedule(GaussianPath):
             raise ValueError(f"unknown label_by {label_by!r}, wanted one of {', '.join(LABELS)}")
         if not 0 < shift < math.inf:
             raise ValueError(f"shift must be positive, got {shift}")
-        s = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
         self.shift, self.label_by = shift, label_by
-        self.sigma_t = shift * s / (1 + (shift - 1) * s)
-        self.alpha_t = (1 - s) / (1 + (shift - 1) * s)
+        with _for_autograd():
+            s = torch.arange(1, num_timesteps + 1, dtype=torch.float64, device="cpu")
+            s = s / num_timesteps
+            self.sigma_t = shift * s / (1 + (shift - 1) * s)
+            self.alpha_t = (1 - s) / (1 + (shift - 1) * s)
 
     def __repr__(self) -> str:
         labels = "" if self.label_by == "sigma" else f", label_by={self.label_by!r}"
@@ -258,12 +284,13 @@ class FlowSchedule(GaussianPath):
             return t
         key = (t.device, dtype)
         if key not in self._labels:
-            labels = self.label(self.sigma_t, self.sigma_t)
-            whole = bool((labels == labels.round()).all())
-            self._labels[key] = labels.to(t.device, torch.int64 if whole else dtype)
+            with _for_autograd():
+                labels = self.label(self.sigma_t, self.sigma_t)
+                whole = bool((labels == labels.round()).all())
+                self._labels[key] = labels.to(t.device, torch.int64 if whole else dtype)
         return self._labels[key][t]
 
-    @cached_property
+    @_table
     def _labels(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
         return {}
 
@@ -321,7 +348,7 @@ def scaled_linear(
 def cosine(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
     """abar following a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
     _check(num_timesteps, max_beta=max_beta)
-    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
     abar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     betas = (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
     return NoiseSchedule(betas, name="cosine", options={"s": s, "max_beta": max_beta})
@@ -360,7 +387,7 @@ def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     root = schedule.sqrt_alphas_cumprod
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     abar = root**2
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    previous = torch.cat([_ONE, abar[:-1]])
     options = {**schedule.options, "zero_terminal_snr": True}
     return NoiseSchedule(1 - abar / previous, name=schedule.name, options=options)
 

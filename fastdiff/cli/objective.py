@@ -111,7 +111,7 @@ def forward(args: argparse.Namespace) -> Forward:
             kind, options = SDES[args.sde]
             return kind(**{name: getattr(args, name) for name in options})
         # So that short schedules reach noise, too: scaled by 1000 / T.
-        options = {"rescaled": True} if args.schedule in schedules.RESCALABLE else {}
-        return schedules.make(args.schedule, args.timesteps, **options)
+        scaled = {"rescaled": True} if args.schedule in schedules.RESCALABLE else {}
+        return schedules.make(args.schedule, args.timesteps, **scaled)
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -95,9 +95,10 @@ def log_normal_sigma(
     """EDM's noise levels for training: log sigma ~ N(mean, std^2) (Karras et al. 2022, table 1).
 
     Returns:
-        float64 [images].
+        float64 [images], on the generator's device.
     """
-    drawn = torch.randn(images, generator=generator, dtype=torch.float64)
+    device = torch.device("cpu") if generator is None else generator.device
+    drawn = torch.randn(images, generator=generator, dtype=torch.float64, device=device)
     return (mean + std * drawn).exp()
 
 
@@ -140,7 +141,8 @@ def geometric_sigmas(largest: float, smallest: float, levels: int) -> Tensor:
             f"wanted largest > smallest > 0 and 2 levels or more, got {largest}, {smallest} and "
             f"{levels}"
         )
-    return torch.linspace(math.log(largest), math.log(smallest), levels, dtype=torch.float64).exp()
+    ends = math.log(largest), math.log(smallest)
+    return torch.linspace(*ends, levels, dtype=torch.float64, device="cpu").exp()
 
 
 def sliced_score_matching(

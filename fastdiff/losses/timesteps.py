@@ -34,7 +34,8 @@ class TimestepSampler:
     @property
     def probabilities(self) -> Tensor:
         """p_t, float64 [T] on the CPU."""
-        return torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
+        count = self.num_timesteps
+        return torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
 
     @property
     def weights(self) -> Tensor:
@@ -117,7 +118,8 @@ class LogitNormal(TimestepSampler):
     @property
     def probabilities(self) -> Tensor:
         """p_t, float64 [T] on the CPU."""
-        edges = torch.arange(self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
+        count = self.num_timesteps
+        edges = torch.arange(count + 1, dtype=torch.float64, device="cpu") / count
         z = (torch.logit(edges) - self.mean) / self.std
         low, high = z[:-1], z[1:]
         # Above 0 the difference is taken of the upper tails, which keep their digits there.
@@ -131,7 +133,7 @@ class LogitNormal(TimestepSampler):
         """1 / (T p_t), or 1 unless unbiased, float64 [T] on the CPU."""
         if self.unbiased:
             return super().weights
-        return torch.ones(self.num_timesteps, dtype=torch.float64)
+        return torch.ones(self.num_timesteps, dtype=torch.float64, device="cpu")
 
 
 class LossSecondMoment(TimestepSampler):
@@ -245,7 +247,7 @@ class LossSecondMoment(TimestepSampler):
         self._losses: list[deque[float]] = [deque(maxlen=self.history) for _ in losses]
         self._filling = self.num_timesteps  # timesteps whose history is not full yet
         # Of histories of one length, the norms are in the ratio of the root mean squares.
-        self._norms = torch.zeros(self.num_timesteps, dtype=torch.float64)
+        self._norms = torch.zeros(self.num_timesteps, dtype=torch.float64, device="cpu")
         for step, kept in enumerate(losses):
             for loss in kept:
                 self._append(step, loss)

@@ -79,7 +79,7 @@ def point_at_ratio(path: GaussianPath, ratio: float) -> Point:
         t = float(low)
     else:
         t = low + ((table[low] - lam) / (table[low] - table[low + 1])).item()
-    alpha, sigma = path.levels(torch.tensor(ratio, dtype=torch.float64))
+    alpha, sigma = path.levels(torch.tensor(ratio, dtype=torch.float64, device="cpu"))
     return Point(t, alpha.item(), sigma.item())
 
 
@@ -140,7 +140,7 @@ def make(
         limits = f"in 1..{total} (the schedule's T)" if whole else "from 1 on"
         raise ValueError(f"steps must lie {limits}, got {steps}")
     if not isinstance(grid, str):
-        given = torch.as_tensor(grid, dtype=torch.float64)
+        given = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
         if given.ndim != 1:
             raise ValueError(f"a grid of timesteps must have shape [S], got {tuple(given.shape)}")
         points = [point_at_time(path, t) for t in _checked(given.tolist(), steps, total)]
@@ -176,12 +176,13 @@ def _leading(total: int, steps: int) -> list[float]:
 
 
 def _trailing(total: int, steps: int) -> list[float]:
-    i = torch.arange(steps, dtype=torch.float64)
+    i = torch.arange(steps, dtype=torch.float64, device="cpu")
     return ((total - i * total / steps).round() - 1).tolist()
 
 
 def _linspace(total: int, steps: int) -> list[float]:
-    return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().tolist()
+    times = torch.linspace(total - 1, 0, steps, dtype=torch.float64, device="cpu")
+    return times.round().tolist()
 
 
 def _uniform(total: int, steps: int) -> list[float]:

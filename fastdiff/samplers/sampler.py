@@ -193,7 +193,7 @@ class Sampler(ABC):
         if depth > MAX_HISTORY:
             raise ValueError(f"a history of at most {MAX_HISTORY} is possible, got {depth}")
         alpha, sigma = torch.tensor(
-            [(row.at.alpha, row.at.sigma) for row in rows], dtype=torch.float64
+            [(row.at.alpha, row.at.sigma) for row in rows], dtype=torch.float64, device="cpu"
         ).unbind(1)
         x0, eps = process.x0_and_eps(self.prediction, alpha, sigma)
         forms = torch.stack([*x0, *eps], dim=1).tolist()
@@ -203,15 +203,17 @@ class Sampler(ABC):
             values.append(
                 [fixed[column] for column in COLUMNS] + [history.get(j, 0.0) for j in range(depth)]
             )
-        times = torch.tensor([row.at.t for row in rows], dtype=torch.float64)
+        times = torch.tensor([row.at.t for row in rows], dtype=torch.float64, device="cpu")
         levels = [row.level or (row.at.alpha, row.at.sigma) for row in rows]
         end = self.points[-1]
         return Table(
             name=self.name,
-            values=torch.tensor(values, dtype=torch.float64),
+            values=torch.tensor(values, dtype=torch.float64, device="cpu"),
             timesteps=self.schedule.label(times, sigma),
-            steps=torch.tensor([row.step for row in rows]),
-            levels=torch.tensor([*levels, (end.alpha, end.sigma)], dtype=torch.float64),
+            steps=torch.tensor([row.step for row in rows], device="cpu"),
+            levels=torch.tensor(
+                [*levels, (end.alpha, end.sigma)], dtype=torch.float64, device="cpu"
+            ),
             learned_variance=self.learned_variance,
         )
 

@@ -218,7 +218,7 @@ class Table:
                 name=str(fields["name"]),
                 values=_tensor([[float(value) for value in row] for row in fields["values"]]),
                 timesteps=_tensor(fields["timesteps"]),
-                steps=torch.tensor(fields["steps"], dtype=torch.int64),
+                steps=torch.tensor(fields["steps"], dtype=torch.int64, device="cpu"),
                 levels=_tensor(fields["levels"]),
                 learned_variance=bool(fields["learned_variance"]),
             )
@@ -245,4 +245,4 @@ def _encode(value: float) -> Any:
 
 
 def _tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -203,7 +203,7 @@ def checked_seeds(
             raise ValueError(f"seed must lie in -2^63..2^64-1, got {value}")
     # As PyTorch does: seeds above 2^63 are those of the same 64 bits below 0.
     signed = [((value + 2**63) % 2**64 - 2**63, image) for value, image in rows]
-    return torch.tensor(signed, dtype=torch.int64).view(images, 2)
+    return torch.tensor(signed, dtype=torch.int64, device="cpu").view(images, 2)
 
 
 def check_images(value: Tensor, name: str, shapes: Sequence[Shape]) -> None:

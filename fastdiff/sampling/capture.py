@@ -165,6 +165,7 @@ def _key(model: Model, given: Buffers) -> Hashable:
         torch.get_autocast_dtype(device.type),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),  # its tensors cannot be written outside of it
         tuple(weights),
         tuple(module.training for module in model.modules()),
     )

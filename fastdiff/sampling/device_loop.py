@@ -42,7 +42,7 @@ class Buffers:
         self.output = Output.wanted(state)
         self.values: dict[str, Tensor] = {}
         device = state.x.device
-        places, strides, self.sizes = [torch.zeros(1, dtype=torch.int64)], [1], [1]
+        places, strides, self.sizes = [torch.zeros(1, dtype=torch.int64, device="cpu")], [1], [1]
         for name, argument in state.per_row.items():
             values, index = argument.values, argument.index
             rows, distinct = values.shape[:2]
@@ -51,12 +51,15 @@ class Buffers:
                 padding = values.new_zeros(rows, stride - distinct, *values.shape[2:])
                 values = torch.cat((values, padding), dim=1)
             self.values[name] = values.flatten(0, 1)
-            places.append(torch.arange(distinct) if index is None else index.cpu())
+            places.append(torch.arange(distinct, device="cpu") if index is None else index.cpu())
             self.sizes.append(len(places[-1]))
             strides.append(stride)
         self.first = torch.cat(places).to(device)
         self.places = self.first.clone()
-        self.strides = torch.tensor(strides).repeat_interleave(torch.tensor(self.sizes)).to(device)
+        per_place = [
+            stride for stride, size in zip(strides, self.sizes, strict=True) for _ in range(size)
+        ]
+        self.strides = torch.tensor(per_place, device=device)
 
     def inputs(self) -> list[Tensor]:
         """All tensors that come from the caller, in an order that is always the same."""

@@ -141,7 +141,8 @@ def sample(
         every: after how many steps callback and preview are called; after the last they always are.
         return_trajectory: return x at the start and after each step, too.
         check_finite: look at each output of the model, which waits for the device.
-        device: where to sample; None takes x_T's, or the model's parameters', or image's, or CPU.
+        device: where to sample; None takes x_T's, or the model's parameters', or image's, or
+            torch's default device.
         dtype: the images' dtype; None takes x_T's, or the model's, or image's, or float32.
 
     Returns:

@@ -56,7 +56,7 @@ class Watch:
         ]
         self.trajectory, self.check_finite = trajectory, check_finite
         if preview is not None:
-            self.before_row = torch.empty(0)
+            self.before_row = torch.empty(0, device="cpu")
             self.numbers = on_device.numbers
             self.estimate = _only_x0(on_device.values)
 

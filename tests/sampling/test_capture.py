@@ -122,6 +122,18 @@ def test_captured_anew_for_another_memory_format_stream_backend_and_autocast(gra
     assert not torch.equal(mixed, exact)
 
 
+def test_a_graph_of_inference_mode_is_not_written_outside_of_it(graphs):
+    model = Half()
+    with torch.inference_mode():
+        inside = draw(model)
+    outside = draw(model)
+    assert torch.equal(inside, outside)
+    assert graphs.take().count("capture") == 2
+    with torch.inference_mode():
+        assert torch.equal(draw(model), outside)
+    assert "capture" not in graphs.take()
+
+
 def test_values_that_change_without_a_capture(graphs):
     """Tables, times, guidance, conditions, seeds, and weights changed in place."""
 
