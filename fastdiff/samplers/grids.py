@@ -153,6 +153,10 @@ def make(
                 f"offset {offset} puts timesteps outside 0..{total - 1}: "
                 f"{times[-1]:g}..{times[0]:g}"
             )
+        if any(after >= before for before, after in pairwise(times)):
+            raise ValueError(
+                f"{steps} steps of the {grid} grid visit a timestep twice: the schedule has {total}"
+            )
         points = [point_at_time(path, t) for t in times]
     elif grid in _RATIOS:
         low, high = _limits(path, grid, sigma_min, sigma_max)

@@ -36,6 +36,8 @@ VALUES = [
     ("unknown solver type of unipc", make("unipc-2", solver_type="midpoint"), ["bh1, bh2"]),
     ("no steps", make(steps=0), ["1..10 (the schedule's T)", "got 0"]),
     ("negative steps", make(steps=-3), ["got -3"]),
+    ("steps on one timestep", make("ddim", 2, schedules.linear(1), grid="uniform"),
+     ["2 steps of the uniform grid", "visit a timestep twice", "has 1"]),
     ("no steps of a grid without limit", make("heun", 0), ["from 1 on", "got 0"]),
     ("more steps than timesteps", make(steps=11), ["1..10", "got 11"]),
     *((f"fewer steps than {name} needs", make(name, steps), [f"{name} needs at least", f"{steps}"])
