@@ -116,7 +116,8 @@ class ClassifierTrainer:
         forward, self.device = checkpoint.forward, self.model.device
         if isinstance(forward, GaussianPath):
             self.path: GaussianPath = forward
-            self.labels = forward.labels_of(torch.arange(forward.num_timesteps), torch.float32)
+            timesteps = torch.arange(forward.num_timesteps, device="cpu")
+            self.labels = forward.labels_of(timesteps, torch.float32)
         else:
             self.path = path = discretize(forward)
             self.labels = forward.label(path.times).float()

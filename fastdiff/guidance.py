@@ -126,17 +126,27 @@ def classifier_guided(
         raise ValueError(f"scale must be finite, got {scale}")
     _, of_score = conversion(schedule, "score", kind)  # [T]
     of_score = torch.where(schedule.alpha_t > 0, of_score, 0.0)
+    return partial(_guided, model, log_prob, schedule, scale * of_score, tuple(arguments))
 
-    def guided(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        chosen = {name: cond.pop(name) for name in arguments if name in cond}
-        prediction = model(x, t, **cond)
-        gradient = gradient_of(log_prob, x, t, **chosen)
-        factor = scale * _at(of_score, schedule.timestep(t.double()), x)
-        mean, *values = prediction.split(x.shape[1], dim=1)
-        mean = torch.addcmul(mean, factor, gradient.to(factor.dtype)).to(x.dtype)
-        return torch.cat([mean, *values], dim=1) if values else mean
 
-    return guided
+def _guided(
+    model: Callable[..., Tensor],
+    log_prob: LogProb,
+    schedule: GaussianPath,
+    of_score: Tensor,
+    arguments: Sequence[str],
+    x: Tensor,
+    t: Tensor,
+    **cond: Any,
+) -> Tensor:
+    """The model's prediction plus ``of_score`` at t times the gradient of ``log_prob``."""
+    chosen = {name: cond.pop(name) for name in arguments if name in cond}
+    prediction = model(x, t, **cond)
+    gradient = gradient_of(log_prob, x, t, **chosen)
+    factor = _at(of_score, schedule.timestep(t.double()), x)
+    mean, *values = prediction.split(x.shape[1], dim=1)
+    mean = torch.addcmul(mean, factor, gradient.to(factor.dtype)).to(x.dtype)
+    return torch.cat([mean, *values], dim=1) if values else mean
 
 
 def guided_score(

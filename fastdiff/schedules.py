@@ -291,8 +291,8 @@ class FlowSchedule(GaussianPath):
         return self._labels[key][t]
 
     @_table
-    def _labels(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-        return {}
+    def _labels(self) -> PerDevice[tuple[torch.device, torch.dtype], Tensor]:
+        return PerDevice()
 
     def timestep(self, label: Tensor) -> Tensor:
         """T s - 1 where the label is T times the shifted s."""

@@ -100,6 +100,9 @@ def test_scores_and_guided_scores(tiny_unet, copied):
     guided = guidance.guided_score(unit_score, energy, 2.0)
     for found in (score, raw, guided, sde.prediction_fn(unit_score, "x0", sde.VP())):
         assert torch.equal(copied(found)(x, t), found(x, t))
+    model = guidance.classifier_guided(unit_score, energy, schedules.cosine(100), kind="score")
+    times = torch.tensor([3, 60])
+    assert torch.equal(copied(model)(x, times), model(x, times))
     classifier = ARCHITECTURE.make(3).eval()
     log_prob = guidance.log_prob_of(classifier)
     labels = torch.tensor([0, 2])

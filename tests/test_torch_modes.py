@@ -108,3 +108,14 @@ def test_what_inference_has_made_serves_training(step, kind):
     loss, gradients = step(kind)
     assert bool(loss.isfinite())
     assert all(gradient is not None for gradient in gradients)
+
+
+def test_training_with_images_that_want_a_gradient_after_inference(tiny_unet):
+    """Then the tables of the schedule are saved for the backward pass."""
+    schedule, x0 = schedules.cosine(100), images(2, 1, 8, 8)
+    arguments = tiny_unet(), x0, torch.tensor([3, 60]), images(2, 1, 8, 8)
+    with torch.inference_mode():
+        losses.simple_loss(schedule, *arguments)
+    x0.requires_grad_()
+    losses.simple_loss(schedule, *arguments).sum().backward()
+    assert x0.grad is not None

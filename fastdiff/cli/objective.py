@@ -52,8 +52,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--schedule",
         choices=tuple(schedules.NAMES),
-        help="noise schedule (default: cosine); the betas "
-        "of the others are scaled by 1000 / T, so that it ends in noise whatever T is",
+        help="noise schedule (default: cosine); the betas of the others are scaled by 1000 / T, so "
+        "that they end in noise however few the timesteps are",
     )
     group.add_argument(
         "--timesteps", type=positive, metavar="T", help="of the schedule (default: 1000)"

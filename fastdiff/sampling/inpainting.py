@@ -3,8 +3,8 @@
 After each step the known part becomes alpha image + sigma z at the level reached, with z drawn anew
 (Lugmayr et al. 2022, RePaint, arXiv:2201.09865, eq. 8). What is generated beside it never saw that
 z, so RePaint goes back up from time to time: x is noised by a few steps' worth and these steps are
-taken again (algorithm 1, and appendix B with jumps of several steps), which :func:`resampled` lays
-out beforehand as a longer table.
+taken again (algorithm 1 and section 4.2), which :func:`resampled` lays out beforehand as a longer
+table.
 """
 
 from __future__ import annotations
