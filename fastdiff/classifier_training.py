@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdiff import ops, process
+from fastdiff._random import seeded
 from fastdiff._run import deferred_signals, ema_decay, training_bar
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.classifier import Accuracy, Architecture, Classifier, check_fits
@@ -105,8 +106,9 @@ class ClassifierTrainer:
                 f"the classifier takes {shape.channels} x {shape.image_size} x {shape.image_size} "
                 f"images, the data has {data.channels} x {data.size} x {data.size}"
             )
-        torch.manual_seed(self.options.seed)
-        self.model = shape.make(len(data.classes)).to(device).train()
+        with seeded(self.options.seed, torch.get_default_device()):
+            network = shape.make(len(data.classes))
+        self.model = network.to(device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self._made = Classifier(
             self.ema, checkpoint.forward, shape, data.classes,

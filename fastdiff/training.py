@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import _forward, checkpoint, images, ops
+from fastdiff._random import seeded
 from fastdiff._run import deferred_signals, ema_decay, loss_log, training_bar
 from fastdiff._terminal import warn_of_image_at_the_end
 from fastdiff.checkpoint import Checkpoint
@@ -175,6 +176,8 @@ class Trainer:
     def step(self) -> float:
         """Train on the next batch and return its loss.
 
+        torch's global generators are seeded for the step, for dropout, and put back after it.
+
         Raises:
             TrainingError: the loss or, where it is limited, the gradient is not finite; the model
                 is left as it was.
@@ -182,8 +185,8 @@ class Trainer:
         step, seed = self.finished_steps, self.options.seed
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        torch.manual_seed(stream_seed(seed, "dropout", step))
-        with span("train step"):
+        dropout = seeded(stream_seed(seed, "dropout", step), self.parameters[0].device)
+        with dropout, span("train step"):
             value = self._step(step)
         self.finished_steps += 1
         return value

@@ -101,6 +101,15 @@ def test_a_seed_decides(digits):
     assert not torch.equal(trained(1), trained(2))
 
 
+def test_the_callers_random_numbers_are_left_alone(digits):
+    found = checkpoint()
+    before = torch.get_rng_state()
+    trainer = ClassifierTrainer(found, digits, SMALL, OPTIONS)
+    trainer.step()
+    trainer.classifier(digits)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_loss_that_is_not_finite(digits):
     trainer = ClassifierTrainer(checkpoint(), digits, SMALL, OPTIONS)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdiff import NoiseSchedule, checkpoint, losses, process, schedules
-from fastdiff.data import ImageSet
+from fastdiff.data import ImageSet, stream_seed
 from fastdiff.errors import CheckpointError, DataError, InputError, TrainingError
 from fastdiff.training import Trainer, TrainingOptions
 
@@ -199,6 +200,49 @@ def test_what_cannot_be_resumed(make_trainer, images, tmp_path, tiny_checkpoint)
 
 
 # One step.
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["good", "failing"])
+def test_a_step_leaves_the_callers_random_numbers_alone(fails, make_trainer):
+    trainer = make_trainer()
+    if fails:
+        trainer.loss = lambda *args: torch.rand(()) * torch.nan
+    drawn, wanted = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        wanted.append(torch.rand(3))
+        torch.manual_seed(seed)
+        with pytest.raises(TrainingError) if fails else contextlib.nullcontext():
+            trainer.step()
+        drawn.append(torch.rand(3))
+    assert torch.equal(torch.stack(drawn), torch.stack(wanted))
+
+
+def test_the_dropout_of_a_step_is_drawn_from_the_seed_and_the_step_alone(make_trainer):
+    """The same as from torch's generators, seeded by themselves: runs of earlier versions go on."""
+    trainer = make_trainer()
+    dropped = []
+    trainer.model.down_blocks[0].register_forward_hook(
+        lambda *args: dropped.append(torch.rand(3, device=trainer.parameters[0].device))
+    )
+    for step in range(2):
+        torch.manual_seed(99)
+        trainer.step()
+        torch.manual_seed(stream_seed(1, "dropout", step))
+        trainer.model.train()(torch.zeros(5, 1, 8, 8), 0, torch.zeros(5, dtype=torch.int64))
+    assert torch.equal(dropped[0], dropped[1])
+    assert torch.equal(dropped[2], dropped[3])
+    assert not torch.equal(dropped[0], dropped[2])
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_leaves_its_random_numbers_alone(make_trainer, tiny_unet):
+    trainer = make_trainer(model=tiny_unet(num_classes=2, dropout=0.3).cuda())
+    torch.cuda.manual_seed(1)
+    wanted = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(1)
+    trainer.step()
+    assert torch.equal(torch.rand(3, device="cuda"), wanted)
 
 
 def test_the_loss_is_the_mean_squared_error_of_the_prediction(make_trainer, images, generator):

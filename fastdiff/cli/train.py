@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastdiff import checkpoint, data
+from fastdiff._random import seeded
 from fastdiff.cli import objective
 from fastdiff.cli.common import (
     add_machine_arguments,
@@ -27,6 +28,7 @@ from fastdiff.cli.common import (
 )
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.images import check_writable
+from fastdiff.nn import UNet2DModel
 from fastdiff.recipe import TIMESTEP_SAMPLERS, WEIGHTINGS
 from fastdiff.training import LR_SCHEDULES, Trainer, TrainingOptions, make_unet, recorded_options
 
@@ -153,17 +155,8 @@ def _trainer(
     record = {"arguments": {k: _plain(v) for k, v in vars(args).items() if k != "resume"}}
     if args.resume:
         return Trainer.resume(args.out, images, options, device=device, record=record)
-    torch.manual_seed(options.seed)
-    model = make_unet(
-        images.size,
-        images.channels,
-        len(images.classes) + options.null_class,
-        widths=args.channels,
-        layers_per_block=args.layers_per_block,
-        attention=args.attention,
-        dropout=args.dropout,
-        learned_variance=args.objective in ("hybrid", "vlb"),
-    )
+    with seeded(options.seed, torch.get_default_device()):
+        model = _network(args, images.channels, len(images.classes) + options.null_class)
     return Trainer(
         model.to(device),
         objective.forward(args),
@@ -174,6 +167,20 @@ def _trainer(
         levels=args.levels,
         out=args.out,
         record=record,
+    )
+
+
+def _network(args: argparse.Namespace, channels: int, classes: int) -> UNet2DModel:
+    """The U-Net that the arguments describe, its weights from torch's global generators."""
+    return make_unet(
+        args.image_size,
+        channels,
+        classes,
+        widths=args.channels,
+        layers_per_block=args.layers_per_block,
+        attention=args.attention,
+        dropout=args.dropout,
+        learned_variance=args.objective in ("hybrid", "vlb"),
     )
 
 

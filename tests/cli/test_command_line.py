@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_calls import TINY
@@ -68,6 +70,25 @@ def test_bug_keeps_its_traceback(run: Callable, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(cli.COMMANDS, "doctor", command_that_raises(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         run("doctor")
+
+
+def test_commands_leave_the_callers_random_numbers_alone(
+    run: Callable, digits_run: Path, tmp_path: Path
+) -> None:
+    """Torch's, numpy's and Python's, of a program that calls the command line as a function."""
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    for words in (
+        f"train --data digits --out {tmp_path}/run --steps 2 {' '.join(TINY)} --sample-every 1",
+        f"train --resume --out {tmp_path}/run --steps 3",
+        f"sample --checkpoint {digits_run} --steps 2 --sampler ddpm --out {tmp_path}/a.png",
+        f"eval --checkpoint {digits_run} --steps 2 --samples 100 --bits 1",
+        f"train-classifier --checkpoint {digits_run} --data digits --out {tmp_path}/c --steps 1 "
+        "--channels 8,16 --attention none",
+    ):
+        assert run(*words.split()).code == 0
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
 
 
 def command_that_raises(error: BaseException) -> Any:
