@@ -39,6 +39,7 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.drawing import Classifier, Drawn, Guide
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.nn import UNet2DModel
+from fastdiff.nn.wrappers import plain_names, plain_state, unwrapped
 from fastdiff.objectives import Forward
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
@@ -55,7 +56,8 @@ class Checkpoint:
     """A trained model and what is needed to sample from it.
 
     Attributes:
-        model: the network, float32, in eval mode.
+        model: the network, float32, in eval mode. It may be compiled, or inside DataParallel or
+            the like; a file then holds the network itself, under its own names.
         forward: the schedule or SDE it was trained on.
         prediction: what it predicts: eps, x0, v, score or flow; in continuous time ncsn or edm,
             too.
@@ -93,7 +95,7 @@ class Checkpoint:
     @property
     def image_size(self) -> int:
         """Height and width of the images; InputError unless the model's config has one number."""
-        size = self.model.config.sample_size
+        size = unwrapped(self.model).config.sample_size
         if not isinstance(size, int):
             raise InputError(f"the model's sample_size must be one number, got {size}")
         return size
@@ -101,7 +103,8 @@ class Checkpoint:
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        return self.model.config.in_channels
+        channels: int = unwrapped(self.model).config.in_channels
+        return channels
 
     def check_labels(self, labels: Sequence[int]) -> None:
         """InputError unless every label is a class of this model."""
@@ -165,7 +168,8 @@ class Checkpoint:
             raise InputError(f"cannot draw {count} images, {batch_size} at a time")
         if labels is not None and len(labels) != count:
             raise InputError(f"{count} images were asked for, with {len(labels)} labels")
-        shape, device = (count, self.channels, self.image_size, self.image_size), self.model.device
+        shape = (count, self.channels, self.image_size, self.image_size)
+        device = unwrapped(self.model).device
         noise = torch.randn(shape, generator=generator)
         cond, uncond, guide = {}, None, None
         if labels is not None:
@@ -328,10 +332,10 @@ def save(
             refused; whatever was there before is untouched.
     """
     folder = Path(folder)
-    model = checkpoint.model
+    model = unwrapped(checkpoint.model)
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
-    if name := not_finite(model.state_dict()):
+    if name := not_finite(plain_state(model)):
         raise CheckpointError(f"not written: {name} is not finite in {dtype}")
     with new_folder(folder) as staging:
         model.save_pretrained(staging)
@@ -354,7 +358,7 @@ def read_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the checkpoint was exported without them, or they are damaged.
     """
-    return read_tensors(Path(folder) / STATE), read_facts(folder)
+    return plain_names(read_tensors(Path(folder) / STATE)), read_facts(folder)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from fastdiff.checkpoint import Checkpoint
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.nn import NoisyClassifier
 from fastdiff.nn.pretrained import NoInitialisation, check_names_and_shapes
+from fastdiff.nn.wrappers import plain_names, plain_state
 from fastdiff.objectives import Forward
 from fastdiff.recipe import make_unet
 
@@ -95,7 +96,7 @@ class Classifier:
     for its time, the timestep of a schedule or ``sde.label(t)`` of an SDE.
 
     Attributes:
-        model: the network, float32, in eval mode.
+        model: the network, float32, in eval mode; compiled or not.
         forward: the process it was trained on.
         architecture: of the network.
         classes: names of the classes.
@@ -127,7 +128,7 @@ def save(classifier: Classifier, folder: str | Path) -> None:
     """
     tensors = {
         name: value.detach().cpu().contiguous()
-        for name, value in classifier.model.state_dict().items()
+        for name, value in plain_state(classifier.model).items()
     }
     if name := not_finite(tensors):
         raise CheckpointError(f"not written: {name} is not finite")
@@ -172,7 +173,7 @@ def load(folder: str | Path) -> Classifier:
         model = architecture.make(len(classes))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: unusable classifier: {error}") from None
-    tensors = read_tensors(path.with_name(WEIGHTS))
+    tensors = plain_names(read_tensors(path.with_name(WEIGHTS)))
     try:
         check_names_and_shapes(tensors, model.state_dict())
     except ValueError as error:

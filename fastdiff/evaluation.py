@@ -18,6 +18,7 @@ from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import ImageSet, digits
 from fastdiff.drawing import Classifier
 from fastdiff.errors import InputError, require
+from fastdiff.nn.wrappers import unwrapped
 from fastdiff.samplers import Sampler
 from fastdiff.schedules import FlowSchedule, NoiseSchedule
 from fastdiff.sde import Solver
@@ -243,7 +244,7 @@ def measure_bits(
     assert test.labels is not None
     count = min(count, len(test))
     chosen = torch.linspace(0, len(test) - 1, count).round().long()
-    device = checkpoint.model.device
+    device = unwrapped(checkpoint.model).device
     x0 = (((test.images[chosen] + 1) * 127.5).round() / 127.5 - 1).to(device)
     cond = {"class_labels": test.labels[chosen].to(device)}
     found: dict[str, float | None] = {"bound": None, "ode": None}

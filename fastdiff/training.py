@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import _forward, checkpoint, images, ops
 from fastdiff._random import seeded
@@ -26,6 +26,7 @@ from fastdiff.data import ImageSet, batch_indices, stream_generator, stream_seed
 from fastdiff.diffusion import Diffusion
 from fastdiff.errors import CheckpointError, DataError, InputError, TrainingError
 from fastdiff.nn import UNet2DModel
+from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
 from fastdiff.objectives import Forward
 from fastdiff.profiling import span
 from fastdiff.recipe import LR_SCHEDULES, TrainingOptions, make_unet, recorded_options
@@ -43,7 +44,10 @@ class Trainer:
 
     Args:
         model: predicts [N, C, S, S] from (x_t, t[, class_labels]), or [N, 2 C, S, S] with a
-            learned variance; trained in place.
+            learned variance; trained in place. It may be compiled, or inside DataParallel,
+            DistributedDataParallel or the like: checkpoints hold the network itself, under its own
+            names. DistributedDataParallel has laid out its gradients like the weights that it was
+            given, so under it they keep their memory format; convert the network before.
         forward: the forward process, a schedule or an SDE.
         data: images, and labels if the model is class-conditional.
         options: how to train.
@@ -56,7 +60,9 @@ class Trainer:
 
     Attributes:
         diffusion: the model with its process and its objective.
-        ema: the model with averaged weights, in eval mode.
+        model: the model as it was given, in training mode.
+        network: the same without what torch has put around it.
+        ema: the network with averaged weights, in eval mode.
         finished_steps: steps behind it.
 
     Raises:
@@ -90,7 +96,8 @@ class Trainer:
             weighting=None if weighting == "none" else weighting,
             timesteps=None if times == "default" else times,
         )  # fmt: skip
-        _check_fit(model, data, self.options.null_class, self.diffusion.objective.learned)
+        self.network: UNet2DModel = unwrapped(model)
+        _check_fit(self.network, data, self.options.null_class, self.diffusion.objective.learned)
         warn_of_image_at_the_end(self.diffusion.path)
         if out is not None:
             _forward.describe(forward)
@@ -107,9 +114,11 @@ class Trainer:
         self.memory_format = (
             torch.channels_last if self.options.channels_last else torch.contiguous_format
         )
-        self.model = model.to(memory_format=self.memory_format).train()  # type: ignore[call-overload]
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.parameters = list(self.model.parameters())
+        self.model = model.train()
+        if not is_distributed(model):
+            model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.parameters = list(self.network.parameters())
         self.averages = list(self.ema.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -132,6 +141,9 @@ class Trainer:
         record: Mapping[str, Any] | None = None,
     ) -> Trainer:
         """Take up a run at its newest checkpoint.
+
+        The model is the bare network; where it was compiled before, ``trainer.model.compile()``
+        compiles it again.
 
         Args:
             out: the run's folder.
@@ -339,7 +351,7 @@ class Trainer:
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds for :meth:`resume`; AdamW's moments are zero before step 1."""
         tensors: dict[str, Tensor] = {}
-        for name, p in self.model.named_parameters():
+        for name, p in self._named_parameters():
             tensors[f"model.{name}"] = p
             for key in MOMENTS:
                 moment = self.optimizer.state[p].get(key)
@@ -353,11 +365,15 @@ class Trainer:
         }
         return tensors, facts
 
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Under the names that they have in files, whatever of the network is compiled."""
+        return [(plain_name(name), p) for name, p in self.network.named_parameters()]
+
     @torch.no_grad()
     def _restore(self, tensors: Mapping[str, Tensor], found: Checkpoint, path: Path) -> None:
         """Set weights, averages, optimizer and step from a checkpoint."""
         self.ema.load_state_dict(found.model.state_dict())
-        for name, p in self.model.named_parameters():
+        for name, p in self._named_parameters():
             # Copied, so that p and its moments keep their memory format and AdamW's fused kernel.
             restored = {"model": p, **{key: torch.empty_like(p) for key in MOMENTS}}
             for key, target in restored.items():

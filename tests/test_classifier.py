@@ -145,6 +145,18 @@ def test_files(saved, generator):
         classifier.save(made, folder)
 
 
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_a_wrapped_model_is_written_under_its_own_names(saved, tmp_path, wrap):
+    found, folder = saved
+    classifier.save(replace(found, model=wrap(found.model)), tmp_path / "wrapped")
+    files = [load_file(place / WEIGHTS) for place in (folder, tmp_path / "wrapped")]
+    assert files[0].keys() == files[1].keys()
+    compiled = {f"_orig_mod.{name}": value for name, value in files[0].items()}
+    save_file(compiled, tmp_path / "wrapped" / WEIGHTS)
+    again = classifier.load(tmp_path / "wrapped").model.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in files[0].items())
+
+
 def test_what_is_not_finite_is_not_written(saved, tmp_path):
     made, _ = saved
     made.model.head.bias.fill_(math.inf)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastdiff import NoiseSchedule, checkpoint, losses, process, schedules
 from fastdiff.data import ImageSet, stream_seed
@@ -45,7 +46,7 @@ def make_trainer(tiny_unet, images):
 
     def make(out=None, data=images, prediction="v", schedule=SCHEDULE, model=None, **changes):
         classes = len(data.classes) + (changes.get("label_dropout", 0) > 0)
-        model = model or tiny_unet(num_classes=classes, dropout=0.3)
+        model = tiny_unet(num_classes=classes, dropout=0.3) if model is None else model
         of_trainer = {k: changes.pop(k) for k in ("objective", "levels") if k in changes}
         options = dataclasses.replace(OPTIONS, **changes)
         return Trainer(model, schedule, data, options, prediction=prediction, out=out, **of_trainer)
@@ -169,6 +170,115 @@ def test_facts_and_options_are_kept(make_trainer, images, tmp_path):
     assert resumed.record == {"command": "fastdiff train"}
     assert resumed.options == trainer.options
     assert Trainer.resume(tmp_path, images, record={"new": 1}).record == {"new": 1}
+
+
+def in_one_process(model):
+    """DistributedDataParallel, of a group of one."""
+    model.to(memory_format=torch.channels_last)
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def partly_compiled(model):
+    model.mid_block = torch.compile(model.mid_block, backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "in place": compiled_in_place,
+    "partly": partly_compiled,
+    "parallel": nn.DataParallel,
+    "distributed": in_one_process,
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_a_wrapped_model_is_kept_under_its_own_names(
+    wrap, make_trainer, tiny_unet, images, tmp_path
+):
+    """Its run is resumed, its checkpoint loaded, sampled from and exported as any other's."""
+    plain = make_trainer()
+    names = set(plain.model.state_dict())
+    given = wrap(tiny_unet(num_classes=2, dropout=0.3))
+    trainer = make_trainer(tmp_path / "run", model=given)
+    for _ in range(3):
+        assert trainer.step() == pytest.approx(plain.step(), rel=1e-5)
+    trainer.save()
+    assert trainer.model is given
+    folder = checkpoint.newest(tmp_path / "run")
+    assert set(load_file(folder / checkpoint.WEIGHTS)) == names
+    kinds = ("model", "exp_avg", "exp_avg_sq")
+    assert set(load_file(folder / checkpoint.STATE)) == {f"{k}.{n}" for k in kinds for n in names}
+
+    resumed = Trainer.resume(tmp_path / "run", images)
+    assert resumed.step() == pytest.approx(trainer.step(), rel=1e-5)
+    averages = trainer.checkpoint()
+    checkpoint.export(averages, tmp_path / "shared")
+    found = checkpoint.load(tmp_path / "shared").model.state_dict()
+    ours = list(trainer.ema.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), ours, strict=True))
+    assert np.array_equal(*(np.asarray(t.preview(columns=1)) for t in (trainer, trainer)))
+
+
+@pytest.mark.usefixtures("group")
+def test_weights_under_distributed_keep_the_layout_of_their_gradients(make_trainer, tiny_unet):
+    """Else the optimizer would add to each weight what belongs to another."""
+    plain = make_trainer(model=tiny_unet(num_classes=2))  # whose dropout depends on no layout
+    model = nn.parallel.DistributedDataParallel(tiny_unet(num_classes=2))
+    trainer = make_trainer(model=model)
+    for _ in range(3):
+        assert trainer.step() == pytest.approx(plain.step(), rel=1e-5)
+
+
+def test_a_checkpoint_may_hold_a_wrapped_model(tiny_checkpoint, tmp_path):
+    whole = tiny_checkpoint.draw(
+        tiny_checkpoint.diffusion().sampler("ddim", 2), labels=[0, 1], progress=False,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    for name in ("compiled", "parallel", "both"):
+        held = dataclasses.replace(tiny_checkpoint, model=WRAPPED[name](tiny_checkpoint.model))
+        checkpoint.save(held, tmp_path / name, dtype=torch.bfloat16)
+        assert checkpoint.load(tmp_path / name).channels == held.channels == 1
+        drawn = held.draw(
+            held.diffusion().sampler("ddim", 2), labels=[0, 1], progress=False,
+            generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+        torch.testing.assert_close(drawn.images, whole.images, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoints_with_the_compilers_names_are_resumed(make_trainer, images, tmp_path):
+    """As versions wrote them that did not look through torch.compile."""
+    trainer = make_trainer(tmp_path)
+    for _ in range(3):
+        trainer.step()
+    trainer.save()
+    folder = checkpoint.newest(tmp_path)
+    for file, insert in (
+        (checkpoint.STATE, lambda name: name.replace(".", "._orig_mod.", 1)),
+        (checkpoint.WEIGHTS, lambda name: name.replace("mid_block.", "mid_block._orig_mod.")),
+    ):
+        tensors = load_file(folder / file)
+        save_file({insert(name): value for name, value in tensors.items()}, folder / file)
+    resumed = Trainer.resume(tmp_path, images)
+    assert resumed.step() == trainer.step()
+    assert same_weights(resumed.ema, trainer.ema)
 
 
 def lose(name):

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fastdiff.nn import weight_files
 from fastdiff.nn.config import CLASS_NAME, UNet2DConfig
 from fastdiff.nn.weight_files import INDEX, WEIGHTS, read_json
+from fastdiff.nn.wrappers import plain_names
 
 CONFIG, PIPELINE, UNET = "config.json", "model_index.json", "unet"
 
@@ -105,7 +106,7 @@ def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
         ValueError: a layer has weights under both names, or see ``weight_files.read``.
         FileNotFoundError, SafetensorError: see ``weight_files.read``.
     """
-    tensors = weight_files.read(folder, variant)
+    tensors = plain_names(weight_files.read(folder, variant))
 
     def renamed(match: re.Match[str]) -> str:
         return f"{match[1]}{_NEW_ATTENTION[match[2]]}."
@@ -124,7 +125,9 @@ def write(folder: Path, config: UNet2DConfig, tensors: Mapping[str, Tensor]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
-    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    contiguous = {
+        name: value.detach().contiguous() for name, value in plain_names(tensors).items()
+    }
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / INDEX).unlink(missing_ok=True)
 
