@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,12 @@ from torch import Tensor
 from fastdiff.errors import CheckpointError
 
 FORMAT = 1  # of every JSON file
+
+# What a file system says that cannot flush a file; and a folder, or open one for it.
+UNFLUSHABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+UNFLUSHABLE_FOLDER = UNFLUSHABLE | {errno.EACCES, errno.EBADF, errno.EISDIR, errno.EPERM}
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -42,14 +50,22 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    """Wait until a file, or a folder's list of names, is on the disk.
+
+    Not every system can: Windows opens no folders, many network and shared file systems flush none,
+    and some flush nothing. They have their own time for it; what they hold is none the less there.
+    Errors of the disk itself, such as EIO and ENOSPC, are raised.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (UNFLUSHABLE_FOLDER if path.is_dir() else UNFLUSHABLE):
+            raise
+        logger.info("%s is written, but cannot be flushed: %s", path, error)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,31 @@ def training_bar(steps: int, finished: int, shown: bool) -> Iterator[Callable[[f
 def ema_decay(largest: float, step: int) -> float:
     """Decay of the averaged weights at a step, lower at first to forget the beginning."""
     return min(largest, (1 + step) / (10 + step))
+
+
+class Dispensable:
+    """Blocks that a run can do without: what fails in them is a warning, the first time."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """A block that fails for want of a file, of memory or of finite numbers goes on after it.
+
+        Args:
+            what: its name in the warning, which is given once for each name.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, (OSError, ValueError, ArithmeticError, MemoryError)):
+                raise
+            if what not in self._told:
+                self._told.add(what)
+                warnings.warn(
+                    f"fastdiff: no {what}: {error}; training goes on without", stacklevel=4
+                )
 
 
 @contextmanager
@@ -68,28 +95,49 @@ def deferred_signals() -> Iterator[list[signal.Signals]]:
 def loss_log(path: Path, finished_steps: int) -> Callable[[Mapping[str, Any]], None]:
     """A function that appends an entry, one JSON object a line, to the log at ``path``.
 
-    What an interrupted run has written of steps after ``finished_steps`` is cut off first.
+    What an interrupted run has written of steps after ``finished_steps`` is cut off first. The
+    function raises InputError for an entry that cannot be written, and for every entry if the log
+    could not be cut; it leaves no part of a line.
 
     Raises:
-        InputError: the log cannot be written; so does the function.
+        InputError: the log's folder takes no files, so that it will take no checkpoints either.
     """
+    uncut: OSError | None = None
 
     def append(entry: Mapping[str, Any]) -> None:
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            if uncut is not None:
+                raise uncut
+            _append(path, (json.dumps(entry) + "\n").encode())
         except OSError as error:
             raise _unwritable(path, error) from None
 
+    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial.write_text("\n", encoding="utf-8")  # which a full disk does not take
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
         kept = _lines_up_to(path, finished_steps)
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        uncut = error
+        partial.unlink(missing_ok=True)
     return append
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append all of a line to a file, or nothing; OSError if the disk does not take it."""
+    with path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
@@ -101,7 +149,7 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     kept: list[str] = []
     if not path.exists():
         return kept
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] > step:
                 break

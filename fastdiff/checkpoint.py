@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,11 +373,18 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def prune(out: str | Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints of a run, and what unfinished writes left."""
-    for folder in all_steps(out)[:-keep]:
-        shutil.rmtree(folder)
-    for folder in Path(out).glob("checkpoints/.step-*.partial"):
-        shutil.rmtree(folder)
+    """Delete all but the newest ``keep`` checkpoints of a run, and what unfinished writes left.
+
+    What cannot be deleted is left where it is, with a warning.
+    """
+    for folder in (*all_steps(out)[:-keep], *Path(out).glob("checkpoints/.step-*.partial")):
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            warnings.warn(
+                f"fastdiff: cannot delete the old checkpoint {folder}: {error.strerror or error}",
+                stacklevel=2,
+            )
 
 
 def _meta(checkpoint: Checkpoint) -> dict[str, Any]:

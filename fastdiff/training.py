@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastdiff import _forward, checkpoint, images, ops
 from fastdiff._random import seeded
-from fastdiff._run import deferred_signals, ema_decay, loss_log, training_bar
+from fastdiff._run import Dispensable, deferred_signals, ema_decay, loss_log, training_bar
 from fastdiff._terminal import warn_of_image_at_the_end
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import ImageSet, batch_indices, stream_generator, stream_seed
@@ -254,7 +254,8 @@ class Trainer:
         """Train to the last step, with checkpoints, sample grids and losses.jsonl in ``out``.
 
         SIGINT (Ctrl-C) and SIGTERM end it after the running step, with a checkpoint; a second one
-        does so at once, without.
+        does so at once, without. A line of the log or a sample grid that cannot be made or written
+        is a warning, the first time, and the run goes on without.
 
         Returns:
             The signal that ended it, or None after the last step.
@@ -262,9 +263,9 @@ class Trainer:
         Raises:
             TrainingError: the loss or the gradient is not finite.
             CheckpointError: a checkpoint could not be written; the one before it is still there.
-            InputError: a sample grid or the log could not be written.
+            InputError: ``out`` takes no files.
         """
-        options = self.options
+        options, dispensable = self.options, Dispensable()
         bar = training_bar(options.steps, self.finished_steps, progress)
         log = None if self.out is None else loss_log(self.out / LOSSES, self.finished_steps)
         with bar as count, deferred_signals() as caught:
@@ -272,12 +273,14 @@ class Trainer:
                 loss = self.step()
                 done = self.finished_steps
                 if log is not None:
-                    log({"step": done, "loss": loss, "lr": self.learning_rate(done - 1)})
+                    with dispensable("line in the log"):
+                        log({"step": done, "loss": loss, "lr": self.learning_rate(done - 1)})
                 count(loss)
-                if self.out and options.sample_every and done % options.sample_every == 0:
-                    images.save(self.preview(), self.out / "samples" / f"step-{done:08d}.png")
-                if self.out and done % options.save_every == 0:
+                if done % options.save_every == 0 or done == options.steps or caught:
                     self.save()
+                if self.out and options.sample_every and done % options.sample_every == 0:
+                    with dispensable("sample grid"):
+                        images.save(self.preview(), self.out / "samples" / f"step-{done:08d}.png")
             self.save()
         return caught[0] if caught else None
 

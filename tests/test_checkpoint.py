@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
+import stat
 from pathlib import Path
 
 import diffusers
@@ -231,6 +233,75 @@ def test_a_failing_flush_is_a_failed_write(tiny_checkpoint, tmp_path, monkeypatc
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoint.save(tiny_checkpoint, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+FOLDER_ERRORS = ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EACCES", "EPERM", "EBADF", "EISDIR")
+
+
+@pytest.mark.parametrize("call", ["fsync", "open"])
+@pytest.mark.parametrize("name", FOLDER_ERRORS)
+def test_a_file_system_that_flushes_no_folders(
+    name, call, tiny_checkpoint, tmp_path, monkeypatch, caplog
+):
+    """CIFS, FUSE and shared folders: the checkpoint is there as soon as they have time."""
+    refuse_folders(monkeypatch, call, getattr(errno, name))
+    with caplog.at_level("INFO", "fastdiff"):
+        checkpoint.save(tiny_checkpoint, tmp_path / "new")
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "new").step == 7
+    assert f"{tmp_path} is written, but cannot be flushed" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC", "EDQUOT"])
+def test_errors_of_the_disk_stay_errors(name, tiny_checkpoint, tmp_path, monkeypatch):
+    number = getattr(errno, name)
+    refuse_folders(monkeypatch, "fsync", number)
+    with pytest.raises(CheckpointError, match=f"cannot write the .*: {os.strerror(number)}"):
+        checkpoint.save(tiny_checkpoint, tmp_path / "new")
+
+
+def refuse_folders(monkeypatch, call, number):
+    """Let os.fsync or os.open fail for folders."""
+    real = getattr(os, call)
+
+    def refusing(target, *args, **kwargs):
+        if stat.S_ISDIR(os.stat(target).st_mode):
+            raise OSError(number, os.strerror(number))
+        return real(target, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, refusing)
+
+
+@pytest.mark.parametrize("name", ["EINVAL", "ENOTSUP"])
+def test_a_file_system_that_flushes_nothing(name, tiny_checkpoint, tmp_path, monkeypatch):
+    def refusing(descriptor):
+        raise OSError(getattr(errno, name), "no")
+
+    monkeypatch.setattr("os.fsync", refusing)
+    checkpoint.save(tiny_checkpoint, tmp_path / "new")
+    assert checkpoint.load(tmp_path / "new").step == 7
+
+
+def test_a_file_that_may_not_be_opened_stays_an_error(tiny_checkpoint, tmp_path, monkeypatch):
+    def refusing(path, *args):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("os.open", refusing)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        checkpoint.save(tiny_checkpoint, tmp_path / "new")
+
+
+def test_old_checkpoints_that_cannot_be_deleted_are_left(tiny_checkpoint, tmp_path, monkeypatch):
+    for step in (1, 2):
+        checkpoint.save(tiny_checkpoint, checkpoint.step_folder(tmp_path, step))
+
+    def busy(folder):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    with pytest.warns(UserWarning, match=r"cannot delete the old .*step-00000001: Device or"):
+        checkpoint.prune(tmp_path, 1)
+    assert len(checkpoint.all_steps(tmp_path)) == 2
 
 
 def test_what_a_killed_process_left_is_no_obstacle(tiny_checkpoint, tmp_path):

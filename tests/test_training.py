@@ -8,6 +8,8 @@ import errno
 import json
 import math
 import os
+import re
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -571,6 +573,73 @@ def test_a_log_that_cannot_be_written(call, make_trainer, tmp_path, monkeypatch)
     monkeypatch.setattr(Path, call, full_disk)
     with pytest.raises(InputError, match=r"losses\.jsonl: No space left on device"):
         trainer.run(progress=False)
+
+
+def test_a_sample_grid_that_cannot_be_written_is_a_warning(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, steps=3, save_every=1, sample_every=1, keep=9)
+    (tmp_path / "samples").write_text("in the way")
+    with pytest.warns(UserWarning, match="no sample grid: cannot write .*step-00000001.png") as told:
+        assert trainer.run(progress=False) is None
+    assert len(told) == 1  # of three that failed
+    assert [p.name[-1] for p in checkpoint.all_steps(tmp_path)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("images must be finite"), MemoryError("Unable to allocate"), OSError(errno.ENOSPC, "No space")],
+    ids=["not finite", "memory", "disk"],
+)
+def test_a_sample_grid_that_cannot_be_made_is_a_warning(error, make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, steps=2, sample_every=2)
+
+    def preview():
+        assert checkpoint.newest(tmp_path).name == "step-00000002"  # which comes first
+        raise error
+
+    trainer.preview = preview
+    with pytest.warns(UserWarning, match=f"no sample grid: {re.escape(str(error))}"):
+        trainer.run(progress=False)
+
+
+def test_a_bug_in_the_sample_grid_is_none(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, steps=2, sample_every=2)
+    trainer.preview = lambda: {}["a bug"]
+    with pytest.raises(KeyError, match="a bug"):
+        trainer.run(progress=False)
+    assert checkpoint.load(tmp_path).step == 2
+
+
+def test_a_log_that_is_no_file_is_a_warning(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, steps=4, save_every=2)
+    (tmp_path / "losses.jsonl").mkdir()
+    with pytest.warns(UserWarning, match=r"no line in the log: cannot write .*losses\.js") as told:
+        assert trainer.run(progress=False) is None
+    assert len(told) == 1
+    assert [p.name[-1] for p in checkpoint.all_steps(tmp_path)] == ["2", "4"]
+
+
+def test_a_line_that_only_half_fits_on_the_disk_is_left_out(make_trainer, tmp_path):
+    """The limit on a file's size is met in the middle of step 2's line, and then lifted."""
+    trainer = make_trainer(tmp_path, steps=4, save_every=3)
+    take_step, log = trainer.step, tmp_path / "losses.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def step():
+        loss = take_step()
+        full = trainer.finished_steps == 2
+        limit = log.stat().st_size + 5 if full else before[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        return loss
+
+    trainer.step = step
+    try:
+        with pytest.warns(UserWarning, match=r"no line in the log: cannot write .*losses\.jsonl"):
+            assert trainer.run(progress=False) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 3, 4]
+    assert [p.name[-1] for p in checkpoint.all_steps(tmp_path)] == ["3", "4"]
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
