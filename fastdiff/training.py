@@ -11,6 +11,7 @@ import math
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import _forward, checkpoint, images, ops
+from fastdiff._fingerprint import check_same, fingerprint
+from fastdiff._folder import optional_field
 from fastdiff._random import seeded
 from fastdiff._run import Dispensable, deferred_signals, ema_decay, loss_log, training_bar
 from fastdiff._terminal import warn_of_image_at_the_end
@@ -127,7 +130,7 @@ class Trainer:
             fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
         )
         self.finished_steps = 0
-        self.out = None if out is None else Path(out)
+        self.out = None if out is None else Path(out).absolute()
         self.record = dict(record or {})
 
     @classmethod
@@ -147,14 +150,15 @@ class Trainer:
 
         Args:
             out: the run's folder.
-            data: the same images as before.
+            data: the same images as before, wherever they were read from; labels and all. What
+                they are known by is their content, up to the rounding of another decoder.
             options: None takes those of the checkpoint.
             device: where to train.
             record: None takes that of the checkpoint.
 
         Raises:
             CheckpointError: no checkpoint in ``out``, or one that cannot be resumed.
-            InputError: other images than before.
+            DataError: other images than before.
         """
         folder = checkpoint.newest(out)
         if folder is None:
@@ -177,12 +181,16 @@ class Trainer:
                 f"the run trained on {facts.get('images')} images of the classes "
                 f"{found.classes}, now there are {len(data)} of {data.classes}"
             )
+        recorded = optional_field(facts, "fingerprint", dict, folder / checkpoint.TRAINING)
+        check_same(
+            recorded, trainer.fingerprint, (found.dataset, data.name), folder / checkpoint.TRAINING
+        )
         trainer._restore(tensors, found, folder / checkpoint.STATE)
         try:
             trainer.diffusion.objective.load_state_dict(facts.get("timesteps", {}))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / checkpoint.TRAINING}: {error}") from None
-        trainer.out = Path(out)
+        trainer.out = Path(out).absolute()
         return trainer
 
     def step(self) -> float:
@@ -351,6 +359,11 @@ class Trainer:
         decay = ema_decay(self.options.ema, step)
         ops.ema_update(self.averages, self.parameters, 1 - decay)
 
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the images are known by when the run is resumed."""
+        return fingerprint(self.data)
+
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds for :meth:`resume`; AdamW's moments are zero before step 1."""
         tensors: dict[str, Tensor] = {}
@@ -362,6 +375,7 @@ class Trainer:
         facts = {
             "step": self.finished_steps,
             "images": len(self.data),
+            "fingerprint": self.fingerprint,
             "options": asdict(self.options),
             "record": self.record,
             "timesteps": self.diffusion.objective.state_dict(),

@@ -145,7 +145,9 @@ def test_files(saved, generator):
         classifier.save(made, folder)
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+@pytest.mark.parametrize(
+    "wrap", [torch.nn.DataParallel, torch.compile], ids=["parallel", "compiled"]
+)
 def test_a_wrapped_model_is_written_under_its_own_names(saved, tmp_path, wrap):
     found, folder = saved
     classifier.save(replace(found, model=wrap(found.model)), tmp_path / "wrapped")

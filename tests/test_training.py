@@ -24,6 +24,7 @@ from torch import nn
 from fastdiff import NoiseSchedule, checkpoint, losses, process, schedules
 from fastdiff.data import ImageSet, stream_seed
 from fastdiff.errors import CheckpointError, DataError, InputError, TrainingError
+from fastdiff.images import from_uint8
 from fastdiff.training import Trainer, TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -283,6 +284,57 @@ def test_checkpoints_with_the_compilers_names_are_resumed(make_trainer, images, 
     assert same_weights(resumed.ema, trainer.ema)
 
 
+def test_images_are_known_by_their_content(make_trainer, images, tmp_path):
+    """Under another name, and with values that another processor has rounded otherwise."""
+    real = dataclasses.replace(images, images=from_uint8(images.images))
+    make_trainer(tmp_path, data=real, steps=1).run(progress=False)
+    noise = torch.rand(real.images.shape, generator=torch.Generator().manual_seed(1)) - 0.5
+    moved = dataclasses.replace(real, images=real.images + 1e-6 * noise, name="elsewhere")
+    assert Trainer.resume(tmp_path, moved).finished_steps == 1
+    levels = dataclasses.replace(images, name="as 8 bits")
+    assert Trainer.resume(tmp_path, levels).finished_steps == 1
+
+
+def test_images_that_are_almost_the_same_are_told_of(make_trainer, images, tmp_path):
+    """As of another decoder; one pixel of 448 differs by 10 of 255 levels."""
+    make_trainer(tmp_path, steps=1).run(progress=False)
+    pixels = images.images.clone()
+    pixels[3, 0, 2, 2] += 10
+    with pytest.warns(UserWarning, match=r"not quite those of 'arrows'.* by 0\.47 of 255"):
+        resumed = Trainer.resume(tmp_path, dataclasses.replace(images, images=pixels))
+    resumed.options = dataclasses.replace(resumed.options, steps=2)
+    resumed.run(progress=False)
+    assert Trainer.resume(tmp_path, dataclasses.replace(images, images=pixels)).finished_steps == 2
+
+
+def test_a_checkpoint_without_a_fingerprint_is_resumed_with_a_warning(
+    make_trainer, images, tmp_path
+):
+    make_trainer(tmp_path, steps=1).run(progress=False)
+    path = checkpoint.newest(tmp_path) / checkpoint.TRAINING
+    facts = json.loads(path.read_text())
+    del facts["fingerprint"]
+    path.write_text(json.dumps(facts))
+    with pytest.warns(
+        UserWarning, match=r"training\.json does not say what the images looked like"
+    ):
+        assert Trainer.resume(tmp_path, images).finished_steps == 1
+
+
+def test_a_run_stays_in_its_folder(make_trainer, images, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = make_trainer("run", steps=1)
+    monkeypatch.chdir("elsewhere")
+    made.run(progress=False)
+    assert checkpoint.newest(tmp_path / "run").name == "step-00000001"
+    monkeypatch.chdir(tmp_path)
+    resumed = Trainer.resume("run", images, dataclasses.replace(OPTIONS, steps=2))
+    monkeypatch.chdir("elsewhere")
+    resumed.run(progress=False)
+    assert checkpoint.newest(tmp_path / "run").name == "step-00000002"
+
+
 def lose(name):
     def damage(path):
         tensors = load_file(path)
@@ -299,9 +351,29 @@ def test_what_cannot_be_resumed(make_trainer, images, tmp_path, tiny_checkpoint)
     fewer = ImageSet(images.images[:6], images.labels[:6], images.classes)
     with pytest.raises(DataError, match=r"trained on 7 images .* now there are 6"):
         Trainer.resume(tmp_path / "run", fewer)
+    inverted = dataclasses.replace(images, images=255 - images.images, name="negatives")
+    with pytest.raises(
+        DataError, match=r"'arrows' then and of 'negatives' now differ by \d+\.\d of"
+    ):
+        Trainer.resume(tmp_path / "run", inverted)
+    shuffled = dataclasses.replace(images, images=images.images[[1, 0, 2, 3, 4, 5, 6]])
+    with pytest.raises(DataError, match="the run trained on other images"):
+        Trainer.resume(tmp_path / "run", shuffled)
+    relabelled = dataclasses.replace(images, labels=1 - images.labels)
+    with pytest.raises(DataError, match="with other labels than those of 'arrows' have"):
+        Trainer.resume(tmp_path / "run", relabelled)
     renamed = ImageSet(images.images, images.labels, ("right", "left"))
     with pytest.raises(DataError, match=r"\('left', 'right'\), now .* \('right', 'left'\)"):
         Trainer.resume(tmp_path / "run", renamed)
+    facts = checkpoint.newest(tmp_path / "run") / checkpoint.TRAINING
+    written = facts.read_text()
+    for wrong in ([1.0], ["a"] * 16, 3):
+        altered = json.loads(written)
+        altered["fingerprint"]["sums"] = wrong
+        facts.write_text(json.dumps(altered))
+        with pytest.raises(CheckpointError, match=r"sums' must be a list|unusable finger"):
+            Trainer.resume(tmp_path / "run", images)
+    facts.write_text(written)
     lose("exp_avg.conv_in.weight")(checkpoint.newest(tmp_path / "run") / checkpoint.STATE)
     with pytest.raises(CheckpointError, match=r"exp_avg\.conv_in\.weight must have .* nothing"):
         Trainer.resume(tmp_path / "run", images)
@@ -578,7 +650,9 @@ def test_a_log_that_cannot_be_written(call, make_trainer, tmp_path, monkeypatch)
 def test_a_sample_grid_that_cannot_be_written_is_a_warning(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, steps=3, save_every=1, sample_every=1, keep=9)
     (tmp_path / "samples").write_text("in the way")
-    with pytest.warns(UserWarning, match="no sample grid: cannot write .*step-00000001.png") as told:
+    with pytest.warns(
+        UserWarning, match="no sample grid: cannot write .*step-00000001.png"
+    ) as told:
         assert trainer.run(progress=False) is None
     assert len(told) == 1  # of three that failed
     assert [p.name[-1] for p in checkpoint.all_steps(tmp_path)] == ["1", "2", "3"]
@@ -586,7 +660,11 @@ def test_a_sample_grid_that_cannot_be_written_is_a_warning(make_trainer, tmp_pat
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("images must be finite"), MemoryError("Unable to allocate"), OSError(errno.ENOSPC, "No space")],
+    [
+        ValueError("images must be finite"),
+        MemoryError("Unable to allocate"),
+        OSError(errno.ENOSPC, "No space"),
+    ],
     ids=["not finite", "memory", "disk"],
 )
 def test_a_sample_grid_that_cannot_be_made_is_a_warning(error, make_trainer, tmp_path):

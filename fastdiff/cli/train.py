@@ -32,10 +32,13 @@ from fastdiff.nn import UNet2DModel
 from fastdiff.recipe import TIMESTEP_SAMPLERS, WEIGHTINGS
 from fastdiff.training import LR_SCHEDULES, Trainer, TrainingOptions, make_unet, recorded_options
 
-# What a resumed run may change; everything else is that of its checkpoint.
+DIGITS = "digits"  # for --data
+
+# What a resumed run may change; everything else is that of its checkpoint. A folder of images may
+# have moved: its content is compared. The digits are always where they are.
 CHANGEABLE = frozenset(
     {
-        "steps", "save_every", "sample_every", "keep", "out", "resume",
+        "data", "steps", "save_every", "sample_every", "keep", "out", "resume",
         "backend", "threads", "device",
     }
 )  # fmt: skip
@@ -47,7 +50,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
     where = command.add_argument_group("what and where")
     where.add_argument(
-        "--data", help="digits (scikit-learn's), or a folder of images, one sub-folder a class"
+        "--data",
+        help="digits (scikit-learn's), or a folder of images, one sub-folder a class; "
+        "with --resume, where the run's images are now, if they have moved",
     )
     where.add_argument("--out", type=Path, required=True, help="folder of the run")
     where.add_argument(
@@ -140,6 +145,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         args = objective.settled(args)
     if args.data is None:
         raise InputError("say what to train on: --data digits or --data FOLDER")
+    if args.data != DIGITS:
+        args.data = str(Path(args.data).absolute())  # to be resumed from any folder
     options = TrainingOptions(
         **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
     )
@@ -219,12 +226,16 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
     if not isinstance(arguments, dict) or not set(arguments) <= set(vars(args)):
         raise CheckpointError(f"{folder} was not written by fastdiff train; resume it in Python")
     recorded, given = (_with_tuples(found) for found in (arguments, _given(args, argv)))
+    fixed = {"data"} if DIGITS in (given.get("data"), recorded.get("data")) else set()
     for name, value in given.items():
-        if name not in CHANGEABLE and value != recorded.get(name):
+        if name not in CHANGEABLE - fixed and value != recorded.get(name):
             raise InputError(
                 f"a resumed run cannot change --{name.replace('_', '-')}: "
                 f"it has {recorded.get(name)}, got {value}"
             )
+    images = recorded.get("data")
+    if "data" not in given and images not in (None, DIGITS) and not Path(images).is_dir():
+        raise InputError(f"the run's images are not in {images} now; say where: --data FOLDER")
     return argparse.Namespace(**{**vars(args), **recorded, **given})
 
 
@@ -240,7 +251,7 @@ def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, An
 
 
 def _images(args: argparse.Namespace) -> data.ImageSet:
-    if args.data == "digits":
+    if args.data == DIGITS:
         if args.flip:
             raise InputError("--flip does not suit digits: a mirrored digit is none")
         images = data.digits("train", args.image_size)

@@ -125,9 +125,7 @@ def write(folder: Path, config: UNet2DConfig, tensors: Mapping[str, Tensor]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
-    contiguous = {
-        name: value.detach().contiguous() for name, value in plain_names(tensors).items()
-    }
+    contiguous = {name: value.detach().contiguous() for name, value in plain_names(tensors).items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / INDEX).unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -100,6 +101,34 @@ def test_resume_refuses_another_value_even_if_it_is_the_default(
     assert ran.code == 2
     assert "cannot change --lr: it has 0.01, got 0.001" in ran.last
     assert run(*again, "--lr", "0.01", "--channels", "16,32").code == 0
+
+
+def test_images_may_have_moved(
+    run: Callable, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their folder is recorded whole, and another is taken that has the same content."""
+    here = tmp_path / "here"
+    shutil.copytree(pictures, here / "old")
+    monkeypatch.chdir(here)
+    assert run("train", "--data", "old", "--out", "run", *TINY, "--steps", 1).code == 0
+    monkeypatch.chdir(tmp_path)
+    again = ("train", "--resume", "--out", here / "run", "--steps")
+    assert run(*again, 2).code == 0
+    (here / "old").rename(tmp_path / "new place")
+    ran = run(*again, 3)
+    assert ran.code == 2
+    assert f"the run's images are not in {here}/old now; say where: --data FOLDER" in ran.last
+    ran = run(*again, 3, "--data", "new place")
+    assert ran.code == 0, ran.err
+    assert run(*again, 4).code == 0  # where they were last
+    facts = checkpoint.read_facts(checkpoint.newest(here / "run"))
+    assert facts["record"]["arguments"]["data"] == f"{tmp_path}/new place"
+
+    name = tmp_path / "new place" / "cat" / "0.png"
+    Image.open(name).rotate(90).save(name)
+    ran = run(*again, 5)
+    assert ran.code == 2
+    assert "the run trained on other images: those of 'new place' then and of 'new pl" in ran.last
 
 
 def test_resume_cuts_losses_that_the_checkpoint_has_not_seen(
