@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, memory_refused
 
 
 @contextmanager
@@ -55,12 +55,14 @@ class Dispensable:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, (OSError, ValueError, ArithmeticError, MemoryError)):
+            refused = memory_refused(error)
+            if not (refused or isinstance(error, (OSError, ValueError, ArithmeticError))):
                 raise
             if what not in self._told:
                 self._told.add(what)
                 warnings.warn(
-                    f"fastdiff: no {what}: {error}; training goes on without", stacklevel=4
+                    f"fastdiff: no {what}: {refused or error}; training goes on without",
+                    stacklevel=4,
                 )
 
 

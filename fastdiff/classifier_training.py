@@ -52,9 +52,13 @@ class ClassifierOptions:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise InputError(f"{name} must be below 2**31, got {getattr(self, name)}")
         for name in ("weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2**63, got {self.seed}")
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.ema < 1:

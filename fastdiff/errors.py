@@ -6,7 +6,10 @@ The command line shows them as one line; every other exception is a bug and keep
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
+
+import torch
 
 
 class InputError(ValueError):
@@ -27,6 +30,29 @@ class TrainingError(InputError):
 
 class StuckError(InputError, RuntimeError):
     """A solver with steps of its own that its tolerance or its evaluations do not let go on."""
+
+
+_OF_CPU = re.compile(r"tried to allocate (\d+) bytes")  # torch's allocator
+# What torch and numpy say of an array whose bytes do not fit into 64 bits.
+_BEYOND = ("Storage size calculation overflowed", "array is too big", "Maximum allowed dimension")
+
+
+def memory_refused(error: BaseException) -> str | None:
+    """What to say of an allocation that failed, in one line and with the bytes that were wanted.
+
+    Args:
+        error: a MemoryError of Python's or numpy's, or what torch raises in its place.
+
+    Returns:
+        None for an error of another kind.
+    """
+    text = str(error).split("\n")[0]
+    if found := _OF_CPU.search(text):
+        wanted = int(found[1])
+        return f"not enough memory: {wanted} bytes ({wanted / 2**30:.1f} GiB) were wanted at once"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or text.startswith(_BEYOND):
+        return f"not enough memory: {text or 'Python has none left'}"
+    return None
 
 
 def require(module: str) -> ModuleType:

@@ -157,6 +157,7 @@ def evaluate(
     if samples < 100:
         raise InputError(f"samples must be at least 100, got {samples}")
     _check_digits(checkpoint)
+    torch.empty(samples, 1, checkpoint.image_size, checkpoint.image_size)  # is there memory?
     train = digits("train", checkpoint.image_size)
     test = digits("test", checkpoint.image_size)
     assert train.labels is not None

@@ -73,9 +73,13 @@ class TrainingOptions:
         for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise InputError(f"{name} must be below 2**31, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "grad_clip", "seed", "sample_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2**63, got {self.seed}")
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.ema < 1:

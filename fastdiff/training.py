@@ -34,6 +34,7 @@ from fastdiff.objectives import Forward
 from fastdiff.profiling import span
 from fastdiff.recipe import LR_SCHEDULES, TrainingOptions, make_unet, recorded_options
 from fastdiff.sampling.arguments import checked_seeds
+from fastdiff.sampling.loop import Model
 
 __all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
 
@@ -93,12 +94,9 @@ class Trainer:
         record: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = options or TrainingOptions()
-        weighting, times = self.options.weighting, self.options.timestep_sampler
-        self.diffusion = Diffusion(
-            model, forward, prediction, objective=objective, variance=variance, levels=levels,
-            weighting=None if weighting == "none" else weighting,
-            timesteps=None if times == "default" else times,
-        )  # fmt: skip
+        self.diffusion = make_diffusion(
+            model, forward, self.options, prediction, objective, variance, levels
+        )
         self.network: UNet2DModel = unwrapped(model)
         _check_fit(self.network, data, self.options.null_class, self.diffusion.objective.learned)
         warn_of_image_at_the_end(self.diffusion.path)
@@ -407,6 +405,28 @@ class Trainer:
                 **{key: restored[key] for key in MOMENTS},
             }
         self.finished_steps = found.step
+
+
+def make_diffusion(
+    model: Model,
+    forward: Forward,
+    options: TrainingOptions,
+    prediction: str = "eps",
+    objective: str | None = None,
+    variance: str | None = None,
+    levels: int | None = None,
+) -> Diffusion:
+    """A model with its process and its objective, as :class:`Trainer` makes it.
+
+    Raises:
+        InputError: options that do not fit the process or each other.
+    """
+    weighting, times = options.weighting, options.timestep_sampler
+    return Diffusion(
+        model, forward, prediction, objective=objective, variance=variance, levels=levels,
+        weighting=None if weighting == "none" else weighting,
+        timesteps=None if times == "default" else times,
+    )  # fmt: skip
 
 
 def _check_finite(value: float, name: str, step: int) -> None:

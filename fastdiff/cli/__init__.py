@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fastdiff.cli import doctor, evaluate, export, sample, train, train_classifier
 from fastdiff.cli.common import Formatter, Parser
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, memory_refused
 
 __all__ = ["main", "parser"]
 
@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(error)
     except OSError as error:  # the machine's own: a full disk, a missing permission
         reason = str(error)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        refused = memory_refused(error)
+        if refused is None:
+            raise
+        reason = refused
     except KeyboardInterrupt:
         print("fastdiff: interrupted", file=sys.stderr)
         return 130

@@ -56,10 +56,12 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
+    """An integer of at least 1 and below 2**31, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be below 2**31, got {value}")
     return value
 
 
@@ -77,6 +79,16 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def class_names(folder: str | Path) -> tuple[str, ...]:
+    """The classes that a folder of images has by its sub-folders, whose images are not looked at.
+
+    A folder that does not exist has none here; reading it says what is wrong.
+    """
+    root = Path(folder)
+    below = sorted(root.iterdir()) if root.is_dir() else []
+    return tuple(e.name for e in below if e.is_dir() and not e.name.startswith("."))
 
 
 def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:

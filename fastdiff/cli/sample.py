@@ -82,6 +82,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     check_image_path(args.out)
     with machine(args) as device:
         found = checkpoint.load(args.checkpoint)
+        if found.channels not in (1, 3):
+            raise InputError(f"pictures have 1 or 3 channels, the model's have {found.channels}")
         found.model.to(device)
         guided = guidance(args, found, device)
         guide = guided["classifier"]
@@ -93,6 +95,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         if classes is not None:
             columns = args.per_class or PER_CLASS
             count = columns * len(classes)
+        torch.empty(count, found.channels, found.image_size, found.image_size)  # is there memory?
+        if classes is not None:
             labels = [label for label in classes for _ in range(columns)]
             rows = [known.classes[label] for label in classes]
         sampler = make_sampler(args, found)

@@ -20,6 +20,7 @@ from fastdiff.cli import objective
 from fastdiff.cli.common import (
     add_machine_arguments,
     add_reading_arguments,
+    class_names,
     integers,
     machine,
     note,
@@ -29,8 +30,16 @@ from fastdiff.cli.common import (
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.images import check_writable
 from fastdiff.nn import UNet2DModel
+from fastdiff.nn.pretrained import NoInitialisation
 from fastdiff.recipe import TIMESTEP_SAMPLERS, WEIGHTINGS
-from fastdiff.training import LR_SCHEDULES, Trainer, TrainingOptions, make_unet, recorded_options
+from fastdiff.training import (
+    LR_SCHEDULES,
+    Trainer,
+    TrainingOptions,
+    make_diffusion,
+    make_unet,
+    recorded_options,
+)
 
 DIGITS = "digits"  # for --data
 
@@ -150,9 +159,33 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     options = TrainingOptions(
         **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
     )
-    check_writable(args.out / "losses.jsonl")
     with machine(args) as device:
+        if not args.resume:
+            _check(args, options)
+        check_writable(args.out / "losses.jsonl")
         return _train(_trainer(args, options, _images(args), device))
+
+
+def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
+    """Refuse, before images are read, what cannot be trained whatever the images are.
+
+    Raises:
+        InputError: arguments that do not fit together.
+        RuntimeError: torch has no memory for a batch.
+    """
+    classes = 0
+    if not args.unconditional:
+        classes = len(class_names(args.data)) if args.data != DIGITS else 10
+    if options.null_class and not classes and (args.unconditional or Path(args.data).is_dir()):
+        raise InputError("label_dropout hides labels, but the data has none")
+    channels = 1 if args.grayscale or args.data == DIGITS else 3
+    with torch.device("meta"), NoInitialisation():
+        network = _network(args, channels, classes + options.null_class)
+    make_diffusion(
+        network, objective.forward(args), options, args.prediction, args.objective, None,
+        args.levels,
+    )  # fmt: skip
+    torch.empty(options.batch_size, channels, args.image_size, args.image_size)
 
 
 def _trainer(
@@ -225,6 +258,8 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
     arguments = facts.get("record", {}).get("arguments")
     if not isinstance(arguments, dict) or not set(arguments) <= set(vars(args)):
         raise CheckpointError(f"{folder} was not written by fastdiff train; resume it in Python")
+    checkpoint.load(folder)  # what is damaged is told before images are read
+    checkpoint.read_state(folder)
     recorded, given = (_with_tuples(found) for found in (arguments, _given(args, argv)))
     fixed = {"data"} if DIGITS in (given.get("data"), recorded.get("data")) else set()
     for name, value in given.items():

@@ -12,13 +12,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fastdiff import checkpoint, classifier, data
-from fastdiff.classifier import Accuracy, Architecture
+from fastdiff.classifier import Accuracy, Architecture, Classifier
 from fastdiff.classifier_training import ClassifierOptions, ClassifierTrainer
 from fastdiff.cli.common import (
     add_checkpoint_argument,
     add_machine_arguments,
     add_reading_arguments,
+    class_names,
     integers,
     machine,
     note,
@@ -27,6 +30,7 @@ from fastdiff.cli.common import (
 )
 from fastdiff.errors import InputError
 from fastdiff.images import check_writable
+from fastdiff.nn.pretrained import NoInitialisation
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -68,12 +72,10 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     if args.out.exists():
         raise InputError(f"{args.out} exists already; it was left as it is")
     found = checkpoint.load(args.checkpoint)
-    train, held_out = _images(args, found)
-    shape = Architecture(
-        train.size, train.channels, args.channels, args.layers_per_block, args.attention
-    )
+    shape = _shape(args, found)
     check_writable(args.out)
     with machine(args) as device:
+        train, held_out = _images(args, found)
         trainer = ClassifierTrainer(found, train, shape, options, device=device)
         count = sum(p.numel() for p in trainer.model.parameters())
         note(
@@ -90,6 +92,27 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         return 0
     note(f"{ended_by.name}: stopped after step {trained.step}; classifier {args.out}")
     return 128 + ended_by
+
+
+def _shape(args: argparse.Namespace, found: checkpoint.Checkpoint) -> Architecture:
+    """The classifier's architecture.
+
+    Raises:
+        InputError: one that is impossible, or that cannot guide the model whatever the images are.
+        RuntimeError: torch has no memory for a batch.
+    """
+    digits = args.data == "digits"
+    classes = tuple("0123456789") if digits else class_names(args.data)
+    shape = Architecture(
+        found.image_size, 1 if digits or found.channels == 1 else 3,
+        args.channels, args.layers_per_block, args.attention,
+    )  # fmt: skip
+    with torch.device("meta"), NoInitialisation():
+        model = shape.make(max(2, len(classes)))
+    if classes:
+        classifier.check_fits(Classifier(model, found.forward, shape, classes), found)
+    torch.empty(args.batch_size, shape.channels, shape.image_size, shape.image_size)
+    return shape
 
 
 def _images(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-from fastdiff import checkpoint, cli
+from fastdiff import checkpoint, cli, schedules
+from fastdiff.recipe import make_unet
 
 COMMANDS = ("train", "sample", "eval", "train-classifier", "export", "doctor")
 
@@ -49,8 +51,34 @@ def test_version(run: Callable) -> None:
         (KeyboardInterrupt(), 130, "fastdiff: interrupted"),
         (OSError(28, "No space left on device"), 2, "fastdiff: error: [Errno 28] No space left"),
         (fastdiff.errors.InputError("two\nlines"), 2, "fastdiff: error: two lines"),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                "8589934592 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            2,
+            "fastdiff: error: not enough memory: 8589934592 bytes (8.0 GiB) were wanted at once\n",
+        ),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 3.\n"
+            ),
+            2,
+            "fastdiff: error: not enough memory: CUDA out of memory. Tried to allocate 20.00 GiB.",
+        ),
+        (
+            MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"),
+            2,
+            "fastdiff: error: not enough memory: Unable to allocate 7.28 TiB for an array",
+        ),
+        (MemoryError(), 2, "fastdiff: error: not enough memory: Python has none left\n"),
+        (
+            RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
+            2,
+            "fastdiff: error: not enough memory: Storage size calculation overflowed with sizes",
+        ),
     ],
-    ids=["ctrl-c", "machine", "input"],
+    ids=["ctrl-c", "machine", "input", "torch", "cuda", "numpy", "python", "64 bits"],
 )
 def test_exit_code_of(
     run: Callable,
@@ -91,6 +119,22 @@ def test_commands_leave_the_callers_random_numbers_alone(
     assert before[1:] == after[1:]
 
 
+@pytest.mark.parametrize("words", ["sample --per-class", "eval --samples"])
+def test_more_images_than_memory_are_refused_at_once(
+    run: Callable, digits_run: Path, tmp_path: Path, words: str
+) -> None:
+    """Under a limit on addresses, since some machines lend more memory than they have."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = 2**36 if before[1] == resource.RLIM_INFINITY else min(2**36, before[1])
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        ran = run(*words.split(), 2**31 - 1, "--checkpoint", digits_run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert (ran.code, ran.out) == (2, "")
+    assert re.search(r"error: not enough memory: \d+ bytes \(\d+\.0 GiB\) were wanted", ran.last)
+
+
 def command_that_raises(error: BaseException) -> Any:
     def run(args: object, argv: object) -> int:
         raise error
@@ -124,6 +168,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     edit(copy("unknown-prediction") / checkpoint.META, prediction="colour")
     edit(copy("unknown-schedule") / checkpoint.META, schedule={"name": "odd", "options": {}})
     (copy("no-json") / checkpoint.META).write_text("{")
+    latent = make_unet(8, 4, widths=(8, 8), layers_per_block=1, attention=())
+    checkpoint.save(checkpoint.Checkpoint(latent, schedules.cosine(9), "v"), root / "four")
     nan = copy("nan") / checkpoint.WEIGHTS
     tensors = load_file(nan)
     tensors["conv_in.bias"][0] = torch.nan
@@ -143,6 +189,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     (root / "empty").mkdir()
     (root / "text").mkdir()
     (root / "text" / "readme.txt").write_text("no image")
+    for name in ("a", "b"):
+        (root / "scribble" / name).mkdir(parents=True)
+        (root / "scribble" / name / "x.png").write_bytes(b"\x89PNG and then nothing")
     picture = Image.new("RGB", (8, 8))
     for name in ("broken", "mixed", "mixed/cat", "half/cat", "half/dog"):
         (root / name).mkdir(parents=True)
@@ -156,6 +205,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
 TRAIN = f"train --data digits --out {{new}} --steps 1 {' '.join(TINY)}"
 FOLDER = f"train --out {{new}} --steps 1 {' '.join(TINY)} --data"
 SAMPLE = "sample --out {new}.png --steps 2 --checkpoint"
+CLASSIFIER = "train-classifier --out {new} --steps 1 --checkpoint {run} --data"
 EVAL = "eval --steps 2 --checkpoint"
 
 # The words, and a part of the one line that answers them.
@@ -184,6 +234,27 @@ ROWS = [
     (f"{TRAIN} --attention 2", "attention level 2 does not exist: there are 0..1"),
     (f"{TRAIN} --image-size 0", "argument --image-size: must be at least 1, got 0"),
     (f"{TRAIN} --image-size 9", "its size must be divisible by 2, got 9"),
+    (f"{TRAIN} --image-size {2**31}", "argument --image-size: must be below 2**31, got 2147483648"),
+    (f"{TRAIN} --image-size {2**24}", f"not enough memory: {8 * 4 * 2**48} bytes (8388608.0 GiB)"),
+    (f"{TRAIN} --batch-size {2**31}", "batch_size must be below 2**31, got 2147483648"),
+    (f"{TRAIN} --batch-size {2**31 - 1} --image-size 65536", "not enough memory: "),
+    (f"{TRAIN} --seed {2**63}", f"seed must be below 2**63, got {2**63}"),
+    (f"{TRAIN} --unconditional --label-dropout 0.1", "hides labels, but the data has none"),
+    # arguments that no images could put right are told before an image is read
+    (f"{FOLDER} {{bad}}/broken --image-size 9", "its size must be divisible by 2, got 9"),
+    (f"{FOLDER} {{bad}}/broken --attention 2", "attention level 2 does not exist"),
+    (f"{FOLDER} {{bad}}/broken --dropout 1", "dropout must lie in [0, 1), got 1.0"),
+    (f"{FOLDER} {{bad}}/broken --weighting sigma", "unknown weighting 'sigma', wanted one of"),
+    (f"{FOLDER} {{bad}}/broken --timestep-sampler log-normal", "unknown timestep sampler"),
+    (f"{FOLDER} {{bad}}/broken --objective dsm --beta-min 30", "0 < beta_min <= beta_max"),
+    (f"{FOLDER} {{bad}}/broken --objective edm --prediction eps", "edm trains the prediction edm"),
+    (f"{FOLDER} {{bad}}/broken --label-dropout 0.1", "hides labels, but the data has none"),
+    (f"{FOLDER} {{bad}}/broken --image-size {2**24}", "not enough memory: "),
+    (f"{FOLDER} {{bad}}/missing --label-dropout 0.1", "no {bad}/missing"),
+    (f"{CLASSIFIER} {{bad}}/broken --attention 3", "attention level 3 does not exist"),
+    (f"{CLASSIFIER} {{bad}}/broken --channels 8,8,8,8,8", "must be divisible by 16, got 8"),
+    (f"{CLASSIFIER} {{bad}}/scribble", "knows the classes ('a', 'b'), the model has ('0', '1',"),
+    (f"{CLASSIFIER} {{bad}}/missing", "no {bad}/missing"),
     (f"{TRAIN} --timesteps 0", "argument --timesteps: must be at least 1, got 0"),
     (f"{TRAIN} --schedule flat", "argument --schedule: invalid choice: 'flat'"),
     (f"{TRAIN} --objective gan", "argument --objective: invalid choice: 'gan'"),
@@ -249,6 +320,7 @@ ROWS = [
     (f"{SAMPLE} {{run}} --classes cat", "argument --classes: invalid integers value: 'cat'"),
     (f"{SAMPLE} {{run}} --classes none", "--classes names no class"),
     (f"{SAMPLE} {{run}} --per-class 0", "argument --per-class: must be at least 1, got 0"),
+    (f"{SAMPLE} {{bad}}/four", "pictures have 1 or 3 channels, the model's have 4"),
     (f"{SAMPLE} {{run}} --count 4", "the model is class-conditional: say --per-class, not --count"),
     (f"{SAMPLE} {{plain}} --classes 0", "the model has no classes: say --count, not --classes"),
     (f"{SAMPLE} {{plain}} --per-class 2", "the model has no classes: say --count, not --classes"),
