@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdiff.ops.checks import beside, wide_dtype
-from fastdiff.process import conversion
+from fastdiff.process import conversion, conversion_at
 from fastdiff.samplers import Sampler, Table
 from fastdiff.sampling.arguments import begin_at
 from fastdiff.schedules import GaussianPath
+from fastdiff.sde.path import DiscretizedSDE
 
 LogProb = Callable[..., Tensor]  # (x [N, ...], t [N], **cond) -> [N]
 
@@ -126,24 +127,35 @@ def classifier_guided(
         raise ValueError(f"scale must be finite, got {scale}")
     _, of_score = conversion(schedule, "score", kind)  # [T]
     of_score = torch.where(schedule.alpha_t > 0, of_score, 0.0)
-    return partial(_guided, model, log_prob, schedule, scale * of_score, tuple(arguments))
+    factor = partial(_factor, schedule, kind, scale, of_score)
+    return partial(_guided, model, log_prob, factor, tuple(arguments))
+
+
+def _factor(
+    schedule: GaussianPath, kind: str, scale: float, of_score: Tensor, t: Tensor, x: Tensor
+) -> Tensor:
+    """What the gradient is multiplied by where a model is told t [N], beside x."""
+    if isinstance(schedule, DiscretizedSDE):  # whose timesteps may lie beyond 0..T-1
+        levels = schedule.sde.levels(schedule.time(t))
+        return scale * beside(conversion_at("score", kind, *levels)[1], x)
+    return scale * _at(of_score, schedule.timestep(t.double()), x)
+
 
 
 def _guided(
     model: Callable[..., Tensor],
     log_prob: LogProb,
-    schedule: GaussianPath,
-    of_score: Tensor,
+    factor_at: Callable[[Tensor, Tensor], Tensor],
     arguments: Sequence[str],
     x: Tensor,
     t: Tensor,
     **cond: Any,
 ) -> Tensor:
-    """The model's prediction plus ``of_score`` at t times the gradient of ``log_prob``."""
+    """The model's prediction plus the factor at t times the gradient of ``log_prob``."""
     chosen = {name: cond.pop(name) for name in arguments if name in cond}
     prediction = model(x, t, **cond)
     gradient = gradient_of(log_prob, x, t, **chosen)
-    factor = _at(of_score, schedule.timestep(t.double()), x)
+    factor = factor_at(t, x)
     mean, *values = prediction.split(x.shape[1], dim=1)
     mean = torch.addcmul(mean, factor, gradient.to(factor.dtype)).to(x.dtype)
     return torch.cat([mean, *values], dim=1) if values else mean

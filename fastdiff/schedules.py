@@ -51,10 +51,13 @@ class GaussianPath:
     Attributes:
         alpha_t: coefficient of the signal, float64 [T].
         sigma_t: coefficient of the noise, float64 [T].
+        extends: whether a model can be told of levels beyond the first and the last timestep, by
+            timesteps below 0 and above T - 1.
     """
 
     alpha_t: Tensor
     sigma_t: Tensor
+    extends: bool = False
 
     @property
     def num_timesteps(self) -> int:

@@ -26,8 +26,8 @@ class Point:
     """One level x = alpha x0 + sigma eps, and its timestep.
 
     Attributes:
-        t: the timestep, in 0..T-1, fractions allowed; -1 where there is no noise. The path's
-            ``label`` says what a model is told there.
+        t: the timestep, in 0..T-1 unless the path extends, fractions allowed; -1 where there is
+            no noise. The path's ``label`` says what a model is told there.
         alpha: coefficient of the image.
         sigma: coefficient of the noise.
     """
@@ -66,19 +66,24 @@ def point_at_time(path: GaussianPath, t: float) -> Point:
 
 
 def point_at_ratio(path: GaussianPath, ratio: float) -> Point:
-    """The point of a path where sigma / alpha is ``ratio``; t stays within 0..T-1 beyond its ends.
+    """The point of a path where sigma / alpha is ``ratio``: the inverse of :func:`point_at_time`.
 
-    Between two timesteps, log(sigma / alpha) is linear in t.
+    Beyond the path's ends t stays within 0..T-1, unless the path extends; there log(sigma / alpha)
+    goes on as between the two timesteps next to the end.
     """
     lam = -math.log(ratio)
     table = path.lambda_t  # falls with t
-    low = int((table > lam).sum()) - 1
-    if low < 0:
+    last = table.numel() - 1
+    low = min(max(int((table > lam).sum()) - 1, 0), max(last - 1, 0))
+    if last == 0:
         t = 0.0
-    elif low >= table.numel() - 1 or not math.isfinite(table[low + 1].item()):
-        t = float(low)
+    elif path.alpha_t[low + 1] == 0:
+        angle = torch.atan2(path.sigma_t[low : low + 2], path.alpha_t[low : low + 2])
+        t = low + ((math.atan(ratio) - angle[0]) / (angle[1] - angle[0])).item()
     else:
         t = low + ((table[low] - lam) / (table[low] - table[low + 1])).item()
+    if not path.extends:
+        t = min(max(t, 0.0), float(last))
     alpha, sigma = path.levels(torch.tensor(ratio, dtype=torch.float64, device="cpu"))
     return Point(t, alpha.item(), sigma.item())
 
@@ -116,8 +121,9 @@ def make(
         final: where the grid ends: "zero" noise, or "sigma_min", the schedule's first level.
         rho: of karras.
         sigma_min: smallest sigma / alpha of karras, exponential and logsnr; None for the
-            schedule's first.
-        sigma_max: the largest; None for the schedule's last.
+            schedule's first. Below that, the model is told timestep 0, unless the path extends.
+        sigma_max: the largest; None for the schedule's last. Above that, the model is told
+            timestep T - 1, likewise.
 
     Raises:
         TypeError: S is no whole number.

@@ -24,11 +24,12 @@ class Heun(Churned):
         check_ratios(self.name, points)
         raised = self.raised(points)
         for i, _, t in pairs(points):
-            (s, _), (end, noise) = raised[i], raised[i + 1]
+            (s, _, level), (end, noise, _) = raised[i], raised[i + 1]
             if t.sigma == 0:
-                yield Row(i, s, x0=t.alpha)
+                yield Row(i, s, x0=t.alpha, level=level)
                 continue
             mean = end.alpha * (s.ratio + t.ratio) / 2  # x / alpha = x0 + r eps
-            yield Row(i, s, x0=t.alpha, eps=t.alpha * t.ratio, keep=Keep(x0=end.alpha, eps=mean))
+            keep = Keep(x0=end.alpha, eps=mean)
+            yield Row(i, s, x0=t.alpha, eps=t.alpha * t.ratio, keep=keep, level=level)
             half = end.alpha * (t.ratio - s.ratio) / 2
             yield Row(i, t, eps=half, history=(1.0,), noise=end.alpha * noise)

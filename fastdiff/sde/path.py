@@ -60,6 +60,7 @@ class DiscretizedSDE(GaussianPath):
 
     Attributes:
         times: of the timesteps, float64 [T], rising.
+        extends: whether timesteps below 0 and above T - 1 have a time of the SDE, too.
 
     Raises:
         TypeError: T is no whole number.
@@ -69,7 +70,7 @@ class DiscretizedSDE(GaussianPath):
     def __init__(self, sde: SDE, num_timesteps: int = 1000) -> None:
         if whole_number(num_timesteps, "num_timesteps") < 2:
             raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
-        self.sde = sde
+        self.sde, self.extends = sde, sde.extends
         self.times = time_grid(sde, num_timesteps - 1).flip(0)
         self.alpha_t, self.sigma_t = sde.levels(self.times)
 
@@ -81,16 +82,18 @@ class DiscretizedSDE(GaussianPath):
         return self.sde.levels_at(ratio)
 
     def time(self, t: Tensor) -> Tensor:
-        """The SDE's time at timesteps in 0..T-1, fractions allowed; float64, shaped like ``t``.
+        """The SDE's time at timesteps, fractions allowed; float64, shaped like ``t``.
 
-        Between two timesteps log(sigma / alpha) is linear in t, as it is to the samplers' grids.
+        Between two timesteps log(sigma / alpha) is linear in t, as it is to the samplers' grids,
+        and likewise beyond 0..T-1 where the path extends; elsewhere times stay within the SDE's.
         """
         if t.device not in self._lambdas:
             self._lambdas[t.device] = self.lambda_t.to(t.device)
         lam = self._lambdas[t.device]
         low = t.long().clamp(0, self.num_timesteps - 2)
         ratio = torch.exp(-torch.lerp(lam[low], lam[low + 1], t.double() - low))
-        return self.sde.time_at(ratio).clamp(self.sde.smallest, self.sde.end)
+        time = self.sde.time_at(ratio)
+        return time if self.extends else time.clamp(self.sde.smallest, self.sde.end)
 
     @cached_property
     def _lambdas(self) -> PerDevice[torch.device, Tensor]:

@@ -26,10 +26,12 @@ class SDE:
         end: the time of the prior.
         smallest: the time at which sampling stops and likelihoods begin: below it the score grows
             without bounds.
+        extends: whether a network can be told of times beyond ``smallest`` and ``end``.
     """
 
     end: float = 1.0
     smallest: float
+    extends: bool = False
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f(t) and g(t)^2, float64, shaped like ``t``."""
@@ -280,6 +282,8 @@ class EDM(SDE):
     Raises:
         ValueError: not 0 < sigma_min < sigma_max, or sigma_data not positive.
     """
+
+    extends = True  # algorithm 2 evaluates the network beyond sigma_max
 
     def __init__(
         self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5

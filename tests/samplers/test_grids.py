@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from fastdiff import schedules
+from fastdiff import schedules, sde
 from fastdiff.samplers import grids
 from fastdiff.samplers.grids import Point, point_at_ratio, point_at_time
 
@@ -143,12 +143,18 @@ def test_grids_of_ratios(steps, limits):
 
 
 def test_levels_beyond_the_schedule():
-    """sigma / alpha may leave the schedule's range, t may not."""
+    """sigma / alpha may leave the schedule's range, t may not, unless the path extends."""
     first, *_, last = grids.make(LINEAR, 5, "karras", sigma_min=1e-3, sigma_max=1e3)[:-1]
     assert (first.t, last.t) == (999.0, 0.0)
     assert first.ratio == pytest.approx(1e3)
     assert last.ratio == pytest.approx(1e-3)
     assert first.alpha**2 + first.sigma**2 == pytest.approx(1, rel=1e-15)
+    edm = sde.discretize(sde.EDM())
+    first, *_, last = grids.make(edm, 5, "karras", sigma_min=1e-3, sigma_max=1e3)[:-1]
+    assert first.t > 999
+    assert last.t < 0
+    times = edm.time(torch.tensor([first.t, last.t], dtype=torch.float64))
+    assert times.tolist() == pytest.approx([1e3, 1e-3])
 
 
 @pytest.mark.parametrize(
@@ -176,9 +182,9 @@ def test_fractional_timesteps():
 
 @pytest.mark.parametrize("path", [LINEAR, ZERO_SNR, FLOW], ids=["linear", "zero-snr", "flow"])
 def test_time_and_ratio_are_inverse(path):
-    # Beyond T - 2, a path without signal at T - 1 has no ratios to come back from.
-    highest = T - 1 if path is LINEAR else T - 2
-    for t in (0, 0.25, 1, 17.9, 500, 731.5, highest - 0.5, highest):
+    # At T - 1, a path without signal has no ratio to come back from.
+    highest = T - 1 if path is LINEAR else T - 1.01
+    for t in (0, 0.25, 1, 17.9, 500, 731.5, T - 2, T - 1.5, highest):
         point = point_at_time(path, t)
         again = point_at_ratio(path, point.ratio)
         assert again.t == pytest.approx(t, abs=1e-9)
