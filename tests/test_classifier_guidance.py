@@ -190,6 +190,15 @@ def test_an_interval_guides_between_its_levels() -> None:
         guidance.interval(sampler, 4.0, 2.0, 1.0)
 
 
+@pytest.mark.parametrize("towards", [0.0, math.inf])
+def test_an_intervals_ends_are_levels_whatever_their_rounding(towards) -> None:
+    sampler = samplers.make("euler", SCHEDULE, 40, grid="karras")
+    levels = [math.nextafter(point.ratio, towards) for point in sampler.points]
+    for i in range(39):
+        scales = guidance.interval(sampler, 4.0, levels[i + 1], levels[i])
+        assert scales == [4.0 if j == i else 1.0 for j in range(40)]
+
+
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 @pytest.mark.parametrize("strength", [0.0, 0.6, 1.0])
 def test_cfg_plus_plus_guides_x0_and_renoises_without(kind, strength, generator) -> None:

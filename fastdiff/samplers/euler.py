@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fastdiff.samplers.grids import Point, point_at_ratio, point_at_time
+from fastdiff.samplers.grids import ROUNDING, Point, point_at_ratio, point_at_time
 from fastdiff.samplers.sampler import Row, Sampler, check_amounts, pairs
 from fastdiff.schedules import GaussianPath
 
@@ -42,7 +42,7 @@ class Churned(Sampler):
         steps: steps to take.
         s_churn: amount of noise over the whole run; 0 is deterministic.
         s_tmin: churn only at levels r from here
-        s_tmax: to here.
+        s_tmax: to here, both included.
         s_noise: standard deviation of the noise added.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
@@ -74,7 +74,8 @@ class Churned(Sampler):
 
     def _raised(self, point: Point) -> Raised:
         ratio = min(point.ratio * (1 + self.gamma), self._largest_ratio)
-        if not (self.s_tmin <= point.ratio <= self.s_tmax and point.ratio < ratio):
+        low, high = self.s_tmin * (1 - ROUNDING), self.s_tmax * (1 + ROUNDING)
+        if not (low <= point.ratio <= high and point.ratio < ratio):
             return Raised(point)
         at = point_at_ratio(self.schedule, ratio)
         noise = self.s_noise * math.sqrt(ratio**2 - point.ratio**2)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff.schedules import GaussianPath
 
 FINALS = ("zero", "sigma_min")
+ROUNDING = 1e-12  # share of sigma / alpha within which two levels are the same
 OPTIONS = ("offset", "final", "rho", "sigma_min", "sigma_max")  # of ``make``
 
 
@@ -173,7 +174,7 @@ def make(
     if final == "zero":
         return [*points, Point(-1.0, 1.0, 0.0)]
     end = point_at_ratio(path, sigma_min) if sigma_min else point_at_time(path, 0)
-    if points[-1].ratio <= end.ratio * (1 + 1e-12):
+    if points[-1].ratio <= end.ratio * (1 + ROUNDING):
         raise ValueError(
             f'the grid {grid!r} already visits the last level before zero, so final="sigma_min" '
             'leaves its last step nothing to do: take final="zero" or another grid'

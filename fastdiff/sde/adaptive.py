@@ -22,7 +22,7 @@ from fastdiff.sde.adaptive_steps import SCHEMES, Attempt, Exponential, ImprovedE
 from fastdiff.sde.brownian import ROUNDING, Path
 from fastdiff.sde.ode import IndexedScore, score_of_rows
 from fastdiff.sde.process import SDE, VE
-from fastdiff.sde.runge_kutta import Integrated, refuse_stuck, rms, travel_bar
+from fastdiff.sde.runge_kutta import Integrated, lost, refuse_stuck, rms, travel_bar
 from fastdiff.sde.score import Score
 
 NORMS = ("l2", "linf")
@@ -151,11 +151,14 @@ class _Run:
 
     def step(self) -> float:
         """Try a step with every image; returns how much nearer they are, in images."""
-        stop = self.ends()
-        h, last = stop - self.position, stop == self.steps.last
+        wanted = self.h.clamp(max=self.h_max)
+        left = self.steps.last - self.position
+        last = wanted >= left - ROUNDING * self.span  # no crumb is left for a last step
+        stop = torch.where(last, self.steps.last, self.position + wanted)
+        h = stop - self.position
         spent = self.counts[0, self.index] + self.steps.cost > self.max_evaluations
         refuse_stuck(
-            self.index, self.steps.time(self.position), h, spent,
+            self.index, self.steps.time(self.position), h <= lost(self.position), h, spent,
             f"eps_rel {self.eps_rel:g}, eps_abs {self.eps_abs:g}",
         )  # fmt: skip
         noise = self.path.increment(self.steps.clock(self.position, h))
@@ -168,7 +171,9 @@ class _Run:
         self.state = tuple(
             _kept(good, new, old) for new, old in zip(tried.state, self.state, strict=True)
         )
-        self.resize(h, error, good)
+        # Also for a step that the end has cut short: if it is good, none follows.
+        factor = self.steps.safety * error**-self.steps.exponent
+        self.h = h * factor.clamp(max=self.steps.growth)
         self.position = torch.where(good, stop, self.position)
         if self.redraw:
             self.path = Path(self.x, self.generator)
@@ -178,12 +183,6 @@ class _Run:
             self.drop(arrived)
         return float((h * good).sum()) / self.span
 
-    def ends(self) -> Tensor:
-        """Where the next steps end."""
-        end = self.steps.last
-        stop = self.position + self.h.clamp(max=self.h_max)
-        return torch.where(stop >= end - ROUNDING * self.span, end, stop)
-
     def error(self, tried: Attempt) -> Tensor:
         """Of each image, over its tolerance, on the CPU."""
         allowed = torch.maximum(tried.low.abs(), self.before.abs()).mul_(self.eps_rel)
@@ -191,13 +190,6 @@ class _Run:
         if self.norm == "l2":
             return rms(scaled).cpu()
         return scaled.flatten(1).abs().amax(1).double().cpu()
-
-    def resize(self, h: Tensor, error: Tensor, good: Tensor) -> None:
-        """Choose the next step sizes."""
-        factor = self.steps.safety * error**-self.steps.exponent
-        wanted = h * factor.clamp(max=self.steps.growth)
-        # A good step that was cut short says nothing against the size that was wanted.
-        self.h = torch.where(good, torch.where(h < self.h, self.h, 0).maximum(wanted), wanted)
 
     def ask(self, x: Tensor, t: Tensor) -> Tensor:
         """The score of the images under way, checked, in the dtype of the solver's."""

@@ -167,9 +167,15 @@ def travel_bar(samples: int, shown: bool) -> tqdm:
     return tqdm(total=samples, bar_format=layout, leave=False, disable=not shown)
 
 
-def refuse_stuck(index: Tensor, t: Tensor, h: Tensor, spent: Tensor, setting: str) -> None:
-    """StuckError where a step h is lost in the rounding of t, or evaluations are ``spent``."""
-    tiny = h <= 4 * torch.finfo(torch.float64).eps * t.abs()
+def lost(position: Tensor) -> Tensor:
+    """The largest step that is lost in the rounding of a position, which is float64."""
+    return 4 * torch.finfo(torch.float64).eps * position.abs()
+
+
+def refuse_stuck(
+    index: Tensor, t: Tensor, tiny: Tensor, h: Tensor, spent: Tensor, setting: str
+) -> None:
+    """StuckError where a step h at time t is ``tiny``, or evaluations are ``spent``."""
     for stuck, why in (
         (tiny, "its step size has become too small"),
         (spent, "it has used up max_evaluations"),
@@ -231,11 +237,11 @@ class _Run:
     def step(self) -> float:
         """Try a step with every sample; returns how much nearer they are, in samples."""
         left = (self.t1 - self.t).abs()
-        h = torch.where(1.01 * self.h >= left, left, self.h)  # no crumb is left for a last step
-        last = h == left
+        last = 1.01 * self.h >= left  # no crumb is left for a last step
+        h = torch.where(last, left, self.h)
         used = self.counts[0, self.index] + len(self.tableau.nodes) - 1
         setting = f"{self.method}, rtol {self.rtol:g}, atol {self.atol:g}"
-        refuse_stuck(self.index, self.t, h, used > self.max_evaluations, setting)
+        refuse_stuck(self.index, self.t, h <= lost(self.t), h, used > self.max_evaluations, setting)
         x, error, at = self.stages(h)
         good = error <= 1
         self.counts[1, self.index] += good

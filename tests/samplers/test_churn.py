@@ -141,3 +141,17 @@ def test_a_classifiers_gradient_is_scaled_for_the_raised_level():
     x = torch.zeros(1, 3, dtype=torch.float64)
     found = guided(x, first.timesteps[:1])
     torch.testing.assert_close(found, torch.full_like(x, -80 * LARGEST), rtol=1e-9, atol=0)
+
+
+@NAMES
+def test_levels_at_the_ends_of_the_range_are_churned(name):
+    """A range of one level, which a user has from the formula of the grid, holds that level."""
+    path, steps = PATHS["vp"], 30
+    high, low = ((path.sigma_t[i] / path.alpha_t[i]).item() ** (1 / 7) for i in (-1, 0))
+    for i in range(1, steps):
+        level = (high + i / (steps - 1) * (low - high)) ** 7
+        sampler = samplers.make(
+            name, path, steps, grid="karras", s_churn=10.0, s_tmin=level, s_tmax=level
+        )
+        noises = [raised.noise > 0 for raised in sampler.raised(sampler.points)]
+        assert noises == [j == i for j in range(steps + 1)]
