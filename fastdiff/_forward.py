@@ -19,18 +19,24 @@ from fastdiff.objectives import Forward
 from fastdiff.schedules import FlowSchedule, NoiseSchedule
 
 # The options of each, in the names of its constructor, and the attributes that hold them.
+_TIMES = {"smallest": "smallest", "trained_from": "trained_from"}
 _KINDS: dict[str, tuple[Callable[..., Forward], dict[str, str]]] = {
-    "vp": (sde.VP, {"beta_min": "beta_min", "beta_max": "beta_max"}),
-    "subvp": (sde.SubVP, {"beta_min": "beta_min", "beta_max": "beta_max"}),
-    "ve": (sde.VE, {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}),
+    "vp": (sde.VP, {"beta_min": "beta_min", "beta_max": "beta_max", **_TIMES}),
+    "subvp": (sde.SubVP, {"beta_min": "beta_min", "beta_max": "beta_max", **_TIMES}),
+    "ve": (sde.VE, {"sigma_min": "sigma_min", "sigma_max": "sigma_max", **_TIMES}),
     "edm": (sde.EDM, {"sigma_min": "smallest", "sigma_max": "end", "sigma_data": "sigma_data"}),
     "flow": (
         FlowSchedule,
         {"num_timesteps": "num_timesteps", "shift": "shift", "label_by": "label_by"},
     ),
 }
-# What a file means that was written before there was the option.
-_ONCE: dict[str, dict[str, Any]] = {"flow": {"label_by": "timestep"}}
+# What options were before checkpoints recorded them.
+_ONCE: dict[str, dict[str, Any]] = {
+    "vp": dict.fromkeys(_TIMES, 1e-3),
+    "subvp": dict.fromkeys(_TIMES, 1e-3),
+    "ve": dict.fromkeys(_TIMES, 1e-5),
+    "flow": {"label_by": "timestep"},
+}
 
 
 def describe(forward: Forward) -> dict[str, Any]:
@@ -63,13 +69,15 @@ def _process(meta: Mapping[str, Any], path: Path) -> Forward:
     name = field(described, "name", str, path)
     if name not in _KINDS:
         raise CheckpointError(f"{path}: unknown forward process {name!r}")
-    options = {**_ONCE.get(name, {}), **field(described, "options", dict, path)}
-    kind, wanted = _KINDS[name]
-    if set(options) != set(wanted):
+    options = field(described, "options", dict, path)
+    (kind, wanted), once = _KINDS[name], _ONCE.get(name, {})
+    required = [option for option in wanted if option not in once]
+    if not set(required) <= set(options) <= set(wanted):
         raise CheckpointError(
-            f"{path}: the forward process {name} has the options {', '.join(wanted)}, "
+            f"{path}: the forward process {name} has the options {', '.join(required)}, "
             f"got {', '.join(options) or 'none'}"
         )
+    options = {**once, **options}
     for option, value in options.items():
         if option == "label_by":
             continue  # a name, which the constructor checks

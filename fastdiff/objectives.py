@@ -331,10 +331,10 @@ def _times(
 
 
 class _Span:
-    """Times smallest..end of an SDE, spread as a sampler of timesteps spreads its own."""
+    """Times trained_from..end of an SDE, spread as a sampler of timesteps spreads its own."""
 
     def __init__(self, forward: sde.SDE, spread: TimestepSampler) -> None:
-        self.first, self.length = forward.smallest, forward.end - forward.smallest
+        self.first, self.length = forward.trained_from, forward.end - forward.trained_from
         self.spread = spread
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

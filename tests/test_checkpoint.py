@@ -113,6 +113,7 @@ def test_every_schedule_survives_exactly(schedule, tiny_checkpoint, tmp_path):
     [
         pytest.param(sde.VP(0.2, 15.0), "v", {}, id="vp"),
         pytest.param(sde.SubVP(), "score", {"objective": "dsm"}, id="subvp"),
+        pytest.param(sde.VP(smallest=2e-3, trained_from=1e-4), "eps", {}, id="times"),
         pytest.param(sde.VE(0.02, 30.0), "ncsn", {"objective": "ncsn", "levels": 12}, id="ncsn"),
         pytest.param(sde.EDM(0.01, 40.0, 0.7), "edm", {}, id="edm"),
         pytest.param(schedules.flow(30, shift=3.0), "flow", {}, id="flow"),
@@ -125,6 +126,9 @@ def test_every_process_survives_exactly(forward, prediction, options, tiny_unet,
     checkpoint.save(written, tmp_path / "saved")
     found = checkpoint.load(tmp_path / "saved")
     assert vars(found.forward).keys() == vars(forward).keys()
+    if isinstance(forward, sde.SDE):
+        assert found.forward.smallest == forward.smallest
+        assert found.forward.trained_from == forward.trained_from
     assert repr(found.forward) == repr(forward)
     for name in ("prediction", "objective", "variance", "levels"):
         assert getattr(found, name) == getattr(written, name), name
@@ -142,6 +146,25 @@ def test_a_flow_from_before_its_labels_keeps_them(tiny_unet, tmp_path):
         "num_timesteps": 30, "shift": 3.0, "label_by": 5}})  # fmt: skip
     with pytest.raises(CheckpointError, match="unknown label_by 5, wanted one of sigma, timestep"):
         checkpoint.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("forward", "times"),
+    [
+        pytest.param(sde.VP(), (1e-3, 1e-3), id="vp"),
+        pytest.param(sde.SubVP(), (1e-3, 1e-3), id="subvp"),
+        pytest.param(sde.VE(), (1e-5, 1e-5), id="ve"),
+    ],
+)
+def test_older_checkpoints_keep_the_times_of_their_training(forward, times, tiny_unet, tmp_path):
+    """Those without a record of it were trained from the time on at which sampling stops."""
+    checkpoint.save(Checkpoint(tiny_unet(), forward, "eps"), tmp_path / "saved")
+    described = json.loads((tmp_path / "saved" / META).read_text())["forward"]
+    for name in ("smallest", "trained_from"):
+        del described["options"][name]
+    edit(tmp_path / "saved" / META, forward=described)
+    found = checkpoint.load(tmp_path / "saved").forward
+    assert (found.smallest, found.trained_from) == times
 
 
 def test_a_learned_variance_survives(tiny_unet, tmp_path):
@@ -430,6 +453,10 @@ def drop_a_weight(path):
                 ({"name": "vp"}, "'options' must be a dict, got None"),
                 ({"name": "vq", "options": {}}, "unknown forward process 'vq'"),
                 ({"name": "vp", "options": {"beta_min": 1}}, "beta_min, beta_max, got beta_min"),
+                (
+                    {"name": "ve", "options": {"sigma_min": 1, "sigma_max": 2, "trained_from": 2}},
+                    "wanted 0 < trained_from <= smallest < 1, got trained_from 2",
+                ),
                 ({"name": "ve", "options": {}}, "has the options sigma_min, sigma_max, got none"),
                 (
                     {"name": "ve", "options": {"sigma_min": "x", "sigma_max": 2}},

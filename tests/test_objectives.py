@@ -43,7 +43,7 @@ def test_times_of_an_sde_cover_it(times, generator):
     t, weights = made.draw(2000, generator)
     assert t.dtype == torch.float64
     assert bool((weights == 1).all())
-    share = ((t - VP.smallest) / (VP.end - VP.smallest)).sort().values
+    share = ((t - VP.trained_from) / (VP.end - VP.trained_from)).sort().values
     even = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     # Kolmogorov's statistic: 1.63 / sqrt(n) is exceeded once in a hundred.
     limit = 1.63 / 2000**0.5 if times == "uniform" else 1.01 / 2000

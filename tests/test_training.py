@@ -675,7 +675,7 @@ def test_a_sample_grid_that_cannot_be_made_is_a_warning(error, make_trainer, tmp
         raise error
 
     trainer.preview = preview
-    with pytest.warns(UserWarning, match=f"no sample grid: {re.escape(str(error))}"):
+    with pytest.warns(UserWarning, match=f"no sample grid: .*{re.escape(str(error))}"):
         trainer.run(progress=False)
 
 

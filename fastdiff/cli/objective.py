@@ -22,13 +22,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "edm": {"prediction": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
 }
 SDES: dict[str, tuple[type[sde.SDE], dict[str, float]]] = {
-    "vp": (sde.VP, {"beta_min": 0.1, "beta_max": 20.0}),
-    "subvp": (sde.SubVP, {"beta_min": 0.1, "beta_max": 20.0}),
-    "ve": (sde.VE, {"sigma_min": 0.01, "sigma_max": 50.0}),
+    "vp": (sde.VP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
+    "subvp": (sde.SubVP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
+    "ve": (sde.VE, {"sigma_min": 0.01, "sigma_max": 50.0, "trained_from": 1e-5}),
 }
 FLAGS = (
     "schedule", "timesteps", "sde", "beta_min", "beta_max", "sigma_min", "sigma_max", "sigma_data",
-    "levels", "prediction",
+    "trained_from", "levels", "prediction",
 )  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         ("--sigma-min", "least noise of ve (default: 0.01) and edm (default: 0.002)"),
         ("--sigma-max", "most noise of ve (default: 50) and edm (default: 80)"),
         ("--sigma-data", "standard deviation of the images, of edm (default: 0.5)"),
+        ("--trained-from", "smallest time of training and likelihoods, of --sde (default: 1e-5)"),
     ):
         group.add_argument(name, type=float, metavar="X", help=text)
     group.add_argument(

@@ -1,12 +1,12 @@
 """Exact likelihoods by the instantaneous change of variables along the probability-flow ODE.
 
-    log p(x) = log prior(z) + integral of div v(x_t, t) dt from ``smallest`` to ``end``,
+    log p(x) = log prior(z) + integral of div v(x_t, t) dt from ``start`` to ``end``,
     v(x, t) = f x - g^2 score / 2
 
 where z is where x arrives at ``end`` (Song et al. 2021, arXiv:2011.13456, eq. 39 and 40; Grathwohl
 et al. 2019, arXiv:1810.01367, for the trace). p is the density that the ODE gives the images at
-``smallest``. The integral runs beside x, with step sizes for each image that hold both to the
-tolerance.
+``start``, the smallest time that the network was trained at. The integral runs beside x, with step
+sizes for each image that hold both to the tolerance.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def log_likelihood(
     sde: SDE,
     x: Tensor,
     *,
+    start: float | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     method: str = "dopri5",
@@ -68,6 +69,8 @@ def log_likelihood(
         score: ``(x [M, ...], t float64 [M])`` -> grad log p_t(x), like x, differentiable in x.
         sde: the forward process.
         x: images [N, ...], floating point; dequantised, if they were 8-bit ones.
+        start: the time at which x is taken to stand, None for ``sde.trained_from``. The noise there
+            should be small beside the finest structure of the images, whose density it blurs.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step, in nats for the integral.
         method: see :func:`fastdiff.sde.runge_kutta.integrate`.
@@ -82,7 +85,7 @@ def log_likelihood(
 
     Raises:
         ValueError: an unknown trace, "exact" with more than 4096 dimensions, less than one probe,
-            or a score that has no derivative.
+            a start outside 0..sde.end, or a score that has no derivative.
         TypeError, ValueError, FloatingPointError, StuckError: as ``integrate`` does.
     """
     check_images(x, "x")
@@ -94,6 +97,9 @@ def log_likelihood(
             f"the exact trace takes a backward pass for every dimension, at most {MAX_EXACT}, and "
             f"images of shape {tuple(x.shape[1:])} have {size}; use trace='hutchinson'"
         )
+    start = sde.trained_from if start is None else start
+    if not 0 < start < sde.end:
+        raise ValueError(f"start must lie between 0 and {sde.end:g}, got {start}")
     signs = None if trace == "exact" else _signs(x, check_count(probes, "probes"), seed)
 
     def field(state: Tensor, t: Tensor, index: Tensor) -> Tensor:
@@ -108,9 +114,9 @@ def log_likelihood(
 
     # Inference mode would keep the score from being differentiated; a clone made here may be.
     with torch.inference_mode(False):
-        start = torch.cat([x.double().flatten(1), x.new_zeros(len(x), 1).double()], 1)
+        begin = torch.cat([x.double().flatten(1), x.new_zeros(len(x), 1).double()], 1)
         solved = integrate(
-            field, start, sde.smallest, sde.end, rtol=rtol, atol=atol, method=method,
+            field, begin, start, sde.end, rtol=rtol, atol=atol, method=method,
             max_evaluations=max_evaluations, norm=_norm, progress=progress,
         )  # fmt: skip
     z = solved.x[:, :-1].reshape(x.shape)

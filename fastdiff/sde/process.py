@@ -12,6 +12,7 @@ rounded where they meet images, which come back in their own dtype.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,14 +25,20 @@ class SDE:
 
     Attributes:
         end: the time of the prior.
-        smallest: the time at which sampling stops and likelihoods begin: below it the score grows
-            without bounds.
+        smallest: the time at which sampling stops: below it the score grows without bounds.
+        trained_from: the time from which on networks are trained and likelihoods are integrated,
+            at most ``smallest``.
         extends: whether a network can be told of times beyond ``smallest`` and ``end``.
     """
 
     end: float = 1.0
     smallest: float
     extends: bool = False
+
+    @property
+    def trained_from(self) -> float:
+        """The time from which on networks are trained and likelihoods are integrated."""
+        return self.smallest
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f(t) and g(t)^2, float64, shaped like ``t``."""
@@ -145,26 +152,74 @@ class SDE:
         return t.double()
 
 
-class VP(SDE):
+class _Trained(SDE):
+    """What processes share whose training begins earlier than their sampling stops.
+
+    The noise at ``trained_from`` must be small beside the finest structure of the images: from 1e-3
+    on, VP's likelihoods of images with a deviation of 0.003 given the others are 1.7 bits a
+    dimension too high.
+    """
+
+    default_smallest: ClassVar[float]
+    default_trained_from: ClassVar[float] = 1e-5
+
+    def __init__(self, smallest: float | None, trained_from: float | None) -> None:
+        self.smallest = self.default_smallest if smallest is None else smallest
+        if trained_from is None:
+            trained_from = min(self.default_trained_from, self.smallest)
+        self._trained_from = trained_from
+        if not 0 < self._trained_from <= self.smallest < self.end:
+            raise ValueError(
+                f"wanted 0 < trained_from <= smallest < {self.end:g}, got trained_from "
+                f"{self._trained_from:g} and smallest {self.smallest:g}"
+            )
+
+    @property
+    def trained_from(self) -> float:
+        """As given."""
+        return self._trained_from
+
+    def _changed_times(self) -> str:
+        """The two times as ``repr`` shows them: only where they are not the usual ones."""
+        times = {"smallest": self.default_smallest, "trained_from": self.default_trained_from}
+        shown = {name: getattr(self, name) for name, usual in times.items()}
+        return "".join(f", {name}={t!r}" for name, t in shown.items() if t != times[name])
+
+
+class VP(_Trained):
     """The variance-preserving SDE, DDPM's limit (Song et al. 2021, eq. 11 and 33).
 
     Args:
         beta_min: beta(0).
         beta_max: beta(1); beta rises linearly.
+        smallest: the time at which sampling stops; None is 1e-3, as in the paper's code.
+        trained_from: the time from which on networks are trained and likelihoods are integrated;
+            None is 1e-5, likewise, or ``smallest`` if that is less.
 
     Raises:
-        ValueError: not 0 < beta_min <= beta_max.
+        ValueError: not 0 < beta_min <= beta_max, or not 0 < trained_from <= smallest < 1.
     """
 
-    smallest = 1e-3
+    default_smallest = 1e-3
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+    def __init__(
+        self,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        *,
+        smallest: float | None = None,
+        trained_from: float | None = None,
+    ) -> None:
+        super().__init__(smallest, trained_from)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(f"wanted 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(beta_min={self.beta_min}, beta_max={self.beta_max})"
+        return (
+            f"{type(self).__name__}(beta_min={self.beta_min}, beta_max={self.beta_max}"
+            f"{self._changed_times()})"
+        )
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f = -beta / 2 and g^2 = beta."""
@@ -199,7 +254,10 @@ class VP(SDE):
 
 
 class SubVP(VP):
-    """The sub-variance-preserving SDE (Song et al. 2021, eq. 12 and 29): less noise than VP."""
+    """The sub-variance-preserving SDE (Song et al. 2021, eq. 12 and 29): less noise than VP.
+
+    Arguments as :class:`VP` has them.
+    """
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f = -beta / 2 and g^2 = beta (1 - alpha^4)."""
@@ -221,25 +279,36 @@ class SubVP(VP):
         return self._time_of(torch.asinh(ratio / 2))
 
 
-class VE(SDE):
+class VE(_Trained):
     """The variance-exploding SDE, NCSN's limit (Song et al. 2021, eq. 9 and 30).
 
     Args:
         sigma_min: sigma(0).
         sigma_max: sigma(1); sigma rises geometrically.
+        smallest: the time at which sampling stops; None is 1e-5, as in the paper's code.
+        trained_from: the time from which on networks are trained and likelihoods are integrated;
+            None is 1e-5, likewise, or ``smallest`` if that is less.
 
     Raises:
-        ValueError: not 0 < sigma_min < sigma_max.
+        ValueError: not 0 < sigma_min < sigma_max, or not 0 < trained_from <= smallest < 1.
     """
 
-    smallest = 1e-5
+    default_smallest = 1e-5
 
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+    def __init__(
+        self,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        *,
+        smallest: float | None = None,
+        trained_from: float | None = None,
+    ) -> None:
+        super().__init__(smallest, trained_from)
         _check_sigmas(sigma_min, sigma_max)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def __repr__(self) -> str:
-        return f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max})"
+        return f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}{self._changed_times()})"
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f = 0 and g^2 = 2 sigma^2 log(sigma_max / sigma_min)."""

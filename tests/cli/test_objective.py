@@ -28,8 +28,8 @@ CASES = {
         ("unipc-2", 50, 50),
     ),
     "dsm": (
-        "--sde subvp --beta-max 15",
-        "SubVP(beta_min=0.1, beta_max=15.0)",
+        "--sde subvp --beta-max 15 --trained-from 1e-4",
+        "SubVP(beta_min=0.1, beta_max=15.0, trained_from=0.0001)",
         "eps",
         ("adaptive", None, None),
     ),

@@ -293,6 +293,20 @@ def test_no_images():
     assert VP().prior_logp(x).shape == (0,)
 
 
+@pytest.mark.parametrize(("kind", "stop"), [(VP, 1e-3), (SubVP, 1e-3), (VE, 1e-5)])
+def test_the_papers_smallest_times(kind, stop):
+    """1e-5 in training and likelihoods; sampling stops at 1e-3 for VP and sub-VP."""
+    sde = kind()
+    assert (sde.trained_from, sde.smallest) == (1e-5, stop)
+    assert "trained_from" not in repr(sde)
+    sde = kind(smallest=1e-6)
+    assert (sde.trained_from, sde.smallest) == (1e-6, 1e-6)
+    sde = kind(smallest=0.1, trained_from=0.01)
+    assert repr(sde).endswith(", smallest=0.1, trained_from=0.01)")
+    for other in (EDM(), Straight(), Interpolated(LINEAR)):
+        assert other.trained_from == other.smallest
+
+
 X = torch.zeros(2, 3, 4)
 
 
@@ -311,6 +325,9 @@ X = torch.zeros(2, 3, 4)
         (lambda: VP().prior_logp(X.long()), TypeError, "z must be floating point"),
         (lambda: VP(1.0, 0.5), ValueError, "got 1.0 and 0.5"),
         (lambda: VP(0.0, 20.0), ValueError, "0 < beta_min <= beta_max"),
+        (lambda: VP(smallest=1.0), ValueError, "< 1, got trained_from 1e-05 and smallest 1$"),
+        (lambda: VP(trained_from=0.01), ValueError, "trained_from 0.01 and smallest 0.001"),
+        (lambda: VE(trained_from=0.0), ValueError, "0 < trained_from <= smallest"),
         (lambda: SubVP(0.1, math.inf), ValueError, "got 0.1 and inf"),
         (lambda: VE(0.5, 0.5), ValueError, "0 < sigma_min < sigma_max, got 0.5 and 0.5"),
         (lambda: VE(-1.0, 5.0), ValueError, "got -1.0 and 5.0"),
