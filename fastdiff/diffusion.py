@@ -14,10 +14,11 @@ from fastdiff.objectives import Forward
 from fastdiff.ops.checks import check_floating
 from fastdiff.samplers import Sampler
 from fastdiff.samplers.sampler import check_choice
-from fastdiff.sampling.arguments import checked_seeds
+from fastdiff.sampling.arguments import checked_seeds, real_parameter
 from fastdiff.sampling.conditions import Conditions, unmarked
 from fastdiff.sampling.loop import Model
 from fastdiff.schedules import GaussianPath, NoiseSchedule
+from fastdiff.sde.rounding import tolerance_for
 from fastdiff.sde.solver import METHODS as SOLVERS
 
 METHODS = (*samplers.names(), *SOLVERS)
@@ -180,11 +181,14 @@ class Diffusion:
     ) -> sde.Likelihood:
         """log p(x) by the probability-flow ODE, see ``fastdiff.sde.log_likelihood``.
 
+        The tolerances are by default what suits the coarser dtype of the images and the model.
         Images that are finished leave the batch, so tensors of ``cond`` with one row an image are
         cut: see ``cond`` of ``fastdiff.sample`` for how it is told which those are.
         """
-        conditions = Conditions(cond or {}, None, x.shape[0], cut=True)
-        score = self.network.score(conditions)
+        own = real_parameter(self.model)
+        usual = tolerance_for(x, x.dtype if own is None else own.dtype)
+        options = {"rtol": usual, "atol": usual, **options}
+        score = self.network.score(Conditions(cond or {}, None, x.shape[0], cut=True))
         return sde.log_likelihood(score, self.continuous, x, conditioned=True, **options)
 
     def bits_per_dim(

@@ -143,7 +143,6 @@ def _factor(
     return scale * _at(of_score, schedule.timestep(t.double()), x)
 
 
-
 def _guided(
     model: Callable[..., Tensor],
     log_prob: LogProb,

@@ -22,6 +22,7 @@ from fastdiff.sde.adaptive_steps import SCHEMES, Attempt, Exponential, ImprovedE
 from fastdiff.sde.brownian import ROUNDING, Path
 from fastdiff.sde.ode import IndexedScore, score_of_rows
 from fastdiff.sde.process import SDE, VE
+from fastdiff.sde.rounding import MAX_EVALUATIONS, RoundingWatch, rounded_otherwise
 from fastdiff.sde.runge_kutta import Integrated, lost, refuse_stuck, rms, travel_bar
 from fastdiff.sde.score import Score
 
@@ -43,7 +44,7 @@ def solve_adaptive(
     generator: torch.Generator | None = None,
     denoise: bool = True,
     redraw: bool = False,
-    max_evaluations: int = 100_000,
+    max_evaluations: int = MAX_EVALUATIONS,
     conditioned: bool = False,
     progress: bool = True,
 ) -> Integrated:
@@ -55,6 +56,8 @@ def solve_adaptive(
     Gaussians in 2 dimensions have a deviation 5 to 30% too large, at any tolerance; in 256
     dimensions nothing is to be seen of it. Here the shorter step gets its part of the same path,
     for a fifth more evaluations and memory for one more batch of images or a few.
+
+    Warns once if steps are kept short because the score's rounding is larger than the tolerance.
 
     Args:
         score: ``(x [M, ...], t float64 [M])`` -> grad log p_t(x), like x.
@@ -142,6 +145,8 @@ class _Run:
         self.state: State = ()
         self.ended: State = ()  # the state of those that have arrived
         self.path = Path(self.x, self.generator)
+        self.setting = f"eps_rel {self.eps_rel:g}, eps_abs {self.eps_abs:g}"
+        self.rounding = RoundingWatch(self.dtype, self.setting)
 
     def begin(self, h_init: float) -> None:
         """What precedes the first step."""
@@ -159,14 +164,17 @@ class _Run:
         spent = self.counts[0, self.index] + self.steps.cost > self.max_evaluations
         refuse_stuck(
             self.index, self.steps.time(self.position), h <= lost(self.position), h, spent,
-            f"eps_rel {self.eps_rel:g}, eps_abs {self.eps_abs:g}",
+            self.setting,
         )  # fmt: skip
         noise = self.path.increment(self.steps.clock(self.position, h))
         tried = self.steps.attempt(self.x, self.state, self.position, stop, noise, self.ask)
-        error = self.error(tried)
+        scaled = self.scaled(tried)
+        error = self.size(scaled)
         good = error <= 1
         self.counts[1, self.index] += good
         self.counts[2, self.index] += ~good
+        if self.rounding.is_due(self.counts[0, self.index]):
+            self.look_at_rounding(stop, noise, scaled, error)
         self.x, self.before = _kept(good, tried.high, self.x), _kept(good, tried.low, self.before)
         self.state = tuple(
             _kept(good, new, old) for new, old in zip(tried.state, self.state, strict=True)
@@ -183,10 +191,22 @@ class _Run:
             self.drop(arrived)
         return float((h * good).sum()) / self.span
 
-    def error(self, tried: Attempt) -> Tensor:
-        """Of each image, over its tolerance, on the CPU."""
+    def look_at_rounding(self, stop: Tensor, noise: Tensor, scaled: Tensor, error: Tensor) -> None:
+        """Try the step again from images that are rounded otherwise, and compare the errors."""
+        x = rounded_otherwise(self.x, self.dtype)
+        again = self.steps.attempt(x, self.state, self.position, stop, noise, self.ask)
+        change = self.size(self.scaled(again) - scaled)
+        self.rounding.compare(
+            error, change, self.index, self.steps.time(self.position), stop - self.position
+        )
+
+    def scaled(self, tried: Attempt) -> Tensor:
+        """The errors over their tolerance, like x."""
         allowed = torch.maximum(tried.low.abs(), self.before.abs()).mul_(self.eps_rel)
-        scaled = (tried.high - tried.low) / allowed.clamp_(min=self.eps_abs)
+        return (tried.high - tried.low) / allowed.clamp_(min=self.eps_abs)
+
+    def size(self, scaled: Tensor) -> Tensor:
+        """One number for the error of each image, on the CPU."""
         if self.norm == "l2":
             return rms(scaled).cpu()
         return scaled.flatten(1).abs().amax(1).double().cpu()

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fastdiff.ops.checks import check_like
 from fastdiff.sde._evaluate import check_count, check_images
-from fastdiff.sde.ode import IndexedScore, score_of_rows
+from fastdiff.sde.ode import IndexedScore, integrate_along, score_of_rows
 from fastdiff.sde.process import SDE
-from fastdiff.sde.runge_kutta import integrate, rms
+from fastdiff.sde.rounding import MAX_EVALUATIONS, tolerance_for
+from fastdiff.sde.runge_kutta import rms
 from fastdiff.sde.score import Score
 
 MAX_EXACT = 4096  # dimensions: the exact trace costs as many backward passes a step
@@ -50,13 +51,13 @@ def log_likelihood(
     x: Tensor,
     *,
     start: float | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    rtol: float | None = None,
+    atol: float | None = None,
     method: str = "dopri5",
     trace: str = "hutchinson",
     probes: int = 1,
     seed: int = 0,
-    max_evaluations: int = 100_000,
+    max_evaluations: int = MAX_EVALUATIONS,
     conditioned: bool = False,
     progress: bool = True,
 ) -> Likelihood:
@@ -71,8 +72,9 @@ def log_likelihood(
         x: images [N, ...], floating point; dequantised, if they were 8-bit ones.
         start: the time at which x is taken to stand, None for ``sde.trained_from``. The noise there
             should be small beside the finest structure of the images, whose density it blurs.
-        rtol: relative tolerance of a step.
-        atol: absolute tolerance of a step, in nats for the integral.
+        rtol: relative tolerance of a step; None for what suits the dtype of x, 1e-5 in float64,
+            1e-4 in float32, 1e-3 in float16, 1e-2 in bfloat16.
+        atol: absolute tolerance of a step, in nats for the integral; None likewise.
         method: see :func:`fastdiff.sde.runge_kutta.integrate`.
         trace: "hutchinson", an unbiased estimate from random signs, which stay the same during the
             whole solve; or "exact", with a backward pass for every dimension.
@@ -100,6 +102,8 @@ def log_likelihood(
     start = sde.trained_from if start is None else start
     if not 0 < start < sde.end:
         raise ValueError(f"start must lie between 0 and {sde.end:g}, got {start}")
+    usual = tolerance_for(x)
+    rtol, atol = usual if rtol is None else rtol, usual if atol is None else atol
     signs = None if trace == "exact" else _signs(x, check_count(probes, "probes"), seed)
 
     def field(state: Tensor, t: Tensor, index: Tensor) -> Tensor:
@@ -115,9 +119,9 @@ def log_likelihood(
     # Inference mode would keep the score from being differentiated; a clone made here may be.
     with torch.inference_mode(False):
         begin = torch.cat([x.double().flatten(1), x.new_zeros(len(x), 1).double()], 1)
-        solved = integrate(
-            field, begin, start, sde.end, rtol=rtol, atol=atol, method=method,
-            max_evaluations=max_evaluations, norm=_norm, progress=progress,
+        solved = integrate_along(
+            sde, field, begin, start, sde.end, rtol=rtol, atol=atol, method=method,
+            max_evaluations=max_evaluations, norm=_norm, dtype=x.dtype, progress=progress,
         )  # fmt: skip
     z = solved.x[:, :-1].reshape(x.shape)
     return Likelihood(sde.prior_logp(z) + solved.x[:, -1], z.to(x.dtype), solved.evaluations)

@@ -29,11 +29,14 @@ class SDE:
         trained_from: the time from which on networks are trained and likelihoods are integrated,
             at most ``smallest``.
         extends: whether a network can be told of times beyond ``smallest`` and ``end``.
+        jumps: whether f and g^2 jump from one timestep to the next, though log(alpha / sigma) does
+            not: adaptive solvers of the probability flow then step in that.
     """
 
     end: float = 1.0
     smallest: float
     extends: bool = False
+    jumps: bool = False
 
     @property
     def trained_from(self) -> float:

@@ -22,6 +22,12 @@ from tqdm.auto import tqdm
 
 from fastdiff.errors import StuckError
 from fastdiff.ops.checks import beside, check_floating, check_like, wide_dtype
+from fastdiff.sde.rounding import (
+    MAX_EVALUATIONS,
+    RoundingWatch,
+    rounded_otherwise,
+    tolerance_for,
+)
 
 Field = Callable[[Tensor, Tensor, Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -111,14 +117,18 @@ def integrate(
     t0: float,
     t1: float,
     *,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    rtol: float | None = None,
+    atol: float | None = None,
     method: str = "dopri5",
-    max_evaluations: int = 100_000,
+    max_evaluations: int = MAX_EVALUATIONS,
     norm: Norm = rms,
+    dtype: torch.dtype | None = None,
+    time: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Integrated:
     """Solve dx/dt = field(x, t) from t0 to t1, which may lie before t0. No gradients are kept.
+
+    Warns once if steps are kept short because the field's rounding is larger than the tolerance.
 
     Args:
         field: ``(x [M, ...], t float64 [M], index int64 [M])`` -> a tensor like x, called with the
@@ -127,12 +137,16 @@ def integrate(
             hands them to the field, and back, in their dtype.
         t0: where to begin.
         t1: where to end.
-        rtol: relative tolerance of a step's error, against the larger of the states at its ends.
-        atol: absolute tolerance, added to it.
+        rtol: relative tolerance of a step's error, against the larger of the states at its ends;
+            None for what suits the dtype of x: 1e-5 in float64, 1e-4 in float32, 1e-3 in float16,
+            1e-2 in bfloat16.
+        atol: absolute tolerance, added to it; None likewise.
         method: "dopri5" (5(4), the default), "bosh3" (3(2)) or "heun21" (2(1)).
         max_evaluations: of the field, for any one sample.
         norm: what makes one number [M] of a sample's error over its tolerance [M, ...]; a step
             is good where it is at most 1.
+        dtype: in which the field computes where that is coarser than that of ``x``, None for x's.
+        time: what messages call t, of positions [M] that stand for it; None is t itself.
         progress: show a bar.
 
     Raises:
@@ -143,6 +157,9 @@ def integrate(
         StuckError: a step too small for float64, or ``max_evaluations`` used up.
     """
     check_floating(x, "x")
+    dtype = x.dtype if dtype is None else dtype
+    usual = tolerance_for(x, dtype)
+    rtol, atol = usual if rtol is None else rtol, usual if atol is None else atol
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}, wanted one of {', '.join(METHODS)}")
     if not (0 < atol < math.inf and 0 <= rtol < math.inf):
@@ -151,7 +168,10 @@ def integrate(
         raise ValueError(f"t0 and t1 must be finite, got {t0} and {t1}")
     if max_evaluations < 1:
         raise ValueError(f"max_evaluations must be positive, got {max_evaluations}")
-    run = _Run(field, x, t0, t1, rtol, atol, method, max_evaluations, norm)
+    run = _Run(
+        field, x, t0, t1, rtol, atol, method, max_evaluations, norm, dtype,
+        (lambda t: t) if time is None else time,
+    )  # fmt: skip
     if t0 != t1 and len(x):
         run.begin()
         with travel_bar(len(x), progress) as bar:
@@ -184,7 +204,8 @@ def refuse_stuck(
             row = int(stuck.nonzero()[0])
             raise StuckError(
                 f"sample {int(index[row])} is stuck at t = {t[row].item():g}: {why} "
-                f"(step {h[row].item():.3g}, {setting})"
+                f"(step {h[row].item():.3g}, {setting}); take larger tolerances, or a network and "
+                "images in a wider dtype, if its rounding is larger"
             )
 
 
@@ -201,6 +222,8 @@ class _Run:
     method: str
     max_evaluations: int
     norm: Norm
+    computed_in: torch.dtype
+    time: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
         self.tableau, self.dtype = METHODS[self.method], self.x.dtype
@@ -212,6 +235,8 @@ class _Run:
         self.t = torch.full((len(self.x),), self.t0, dtype=torch.float64)
         self.previous = torch.full_like(self.t, 1e-4)  # error of the last good step
         self.failed = torch.zeros(len(self.x), dtype=torch.bool)  # was the last step rejected?
+        self.setting = f"{self.method}, rtol {self.rtol:g}, atol {self.atol:g}"
+        self.rounding = RoundingWatch(self.computed_in, self.setting)
 
     def begin(self) -> None:
         """First slopes and step sizes (Hairer, Norsett & Wanner I, II.4, "starting step size")."""
@@ -240,12 +265,17 @@ class _Run:
         last = 1.01 * self.h >= left  # no crumb is left for a last step
         h = torch.where(last, left, self.h)
         used = self.counts[0, self.index] + len(self.tableau.nodes) - 1
-        setting = f"{self.method}, rtol {self.rtol:g}, atol {self.atol:g}"
-        refuse_stuck(self.index, self.t, h <= lost(self.t), h, used > self.max_evaluations, setting)
-        x, error, at = self.stages(h)
+        refuse_stuck(
+            self.index, self.time(self.t), h <= lost(self.t), h, used > self.max_evaluations,
+            self.setting,
+        )  # fmt: skip
+        x, scaled, at = self.stages(h)
+        error = self.norm(scaled).cpu()
         good = error <= 1
         self.counts[1, self.index] += good
         self.counts[2, self.index] += ~good
+        if self.rounding.is_due(self.counts[0, self.index]):
+            self.look_at_rounding(h, scaled, error)
         self.control(h, error, good)
         moved = good.to(self.x.device).view(-1, *[1] * (x.ndim - 1))
         self.x = torch.where(moved, x, self.x)
@@ -260,7 +290,7 @@ class _Run:
         return float((h * good).sum()) / self.span
 
     def stages(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """New states, the norm of their errors on the CPU, and the last stage's slopes."""
+        """New states, their errors over their tolerance, and the last stage's slopes."""
         slopes, times = [self.first], [self.t]
         for row, node in zip(self.tableau.matrix[1:], self.tableau.nodes[1:], strict=True):
             times.append(self.after(node * h))
@@ -269,9 +299,19 @@ class _Run:
         if not self.tableau.reuses_last:
             x = self.x + self.combine(self.tableau.weights, slopes, h)
         scale = self.atol + self.rtol * torch.maximum(self.x.abs(), x.abs())
-        error = self.norm(self.combine(self.tableau.error, slopes, h) / scale).cpu()
-        self.refuse_nonfinite(error, slopes, times)
-        return x, error, slopes[-1]
+        scaled = self.combine(self.tableau.error, slopes, h) / scale
+        self.refuse_nonfinite(self.norm(scaled).cpu(), slopes, times)
+        return x, scaled, slopes[-1]
+
+    def look_at_rounding(self, h: Tensor, scaled: Tensor, error: Tensor) -> None:
+        """Try the step again from states that are rounded otherwise, and compare the errors."""
+        x, first = self.x, self.first
+        self.x = rounded_otherwise(x, self.computed_in)
+        self.first = self.ask(self.x, self.t, self.index)
+        _, again, _ = self.stages(h)
+        self.x, self.first = x, first
+        change = self.norm(again - scaled).cpu()
+        self.rounding.compare(error, change, self.index, self.time(self.t), h)
 
     def control(self, h: Tensor, error: Tensor, good: Tensor) -> None:
         """The next step sizes. The exponents are those of DOPRI5 (beta = 0.04 at order 5); after a
@@ -330,9 +370,9 @@ class _Run:
             if bad:
                 raise FloatingPointError(
                     f"the field of sample {int(self.index[bad[0]])} is not finite at "
-                    f"t = {t[bad[0]].item():g}"
+                    f"t = {self.time(t)[bad[0]].item():g}"
                 )
         row = int((~error.isfinite()).nonzero()[0])
         raise FloatingPointError(
-            f"sample {int(self.index[row])} overflows at t = {self.t[row].item():g}"
+            f"sample {int(self.index[row])} overflows at t = {self.time(self.t)[row].item():g}"
         )

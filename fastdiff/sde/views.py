@@ -23,6 +23,8 @@ class Interpolated(SDE):
         ValueError: a schedule with zero terminal SNR, whose log alpha is infinite.
     """
 
+    jumps = True
+
     def __init__(self, schedule: NoiseSchedule) -> None:
         if schedule.has_zero_terminal_snr:
             raise ValueError("a schedule with zero terminal SNR has no continuous view")
