@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
-from fastdiff import _image_file
+from fastdiff import _image_file, _progress
 from fastdiff._image_file import Depth
 from fastdiff._image_folder import find
 from fastdiff.errors import DataError, require
@@ -198,7 +197,7 @@ def folder(
     done = 0
     bad: list[str] = []
     depths: list[tuple[Path, Depth]] = []
-    for name, file in tqdm(files, desc="reading images", disable=not progress):
+    for name, file in _progress.bar(files, desc="reading images", shown=progress):
         try:
             image, depth = _image_file.read(file, size, grayscale, value_range)
         except DataError as error:

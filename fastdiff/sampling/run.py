@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fastdiff import ops, profiling
+from fastdiff._progress import bar as progress_bar
 from fastdiff._terminal import warn_of_image_at_the_beginning
 from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers import COLUMNS, Sampler, Table
@@ -370,7 +370,7 @@ def _progress(shown: bool | str, steps: int) -> Iterator[Callable[[], None] | No
         return
     done, stride = 0, max(1, steps // 100)  # an update costs as much as a small step
     description = shown if isinstance(shown, str) else "sampling"
-    with tqdm(total=steps, desc=description, leave=False) as bar:
+    with progress_bar(total=steps, desc=description, leave=False) as bar:
 
         def tick() -> None:
             nonlocal done

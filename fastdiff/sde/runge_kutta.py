@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastdiff._progress import bar as progress_bar
 from fastdiff.errors import StuckError
 from fastdiff.ops.checks import beside, check_floating, check_like, wide_dtype
 from fastdiff.sde.rounding import (
@@ -184,7 +185,7 @@ def travel_bar(samples: int, shown: bool) -> tqdm:
     """A bar that counts arrived samples, and those under way by the share of time they have left
     behind."""
     layout = "{l_bar}{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
-    return tqdm(total=samples, bar_format=layout, leave=False, disable=not shown)
+    return progress_bar(shown=shown, leave=False, total=samples, bar_format=layout)
 
 
 def lost(position: Tensor) -> Tensor:
