@@ -93,6 +93,7 @@ def test_gradients_reach_the_model(tiny_unet, generator) -> None:
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:fastdiff. .* never reaches noise")
 def test_samples_with_a_schedule_are_those_of_fastdiff_sample() -> None:
     calls: list = []
     diffusion = Diffusion(exact_discrete("v", calls), SCHEDULE, "v")

@@ -601,6 +601,7 @@ def test_progress_goes_to_standard_error(make_trainer, capsys):
     assert "loss=" in err
 
 
+@pytest.mark.filterwarnings("ignore:fastdiff. .* never reaches noise")
 def test_the_preview_is_always_of_the_same_noise(make_trainer, images):
     trainer = make_trainer(data=images.without_labels())
     first, again = (np.asarray(trainer.preview(columns=2)) for _ in range(2))

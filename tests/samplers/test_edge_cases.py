@@ -16,7 +16,13 @@ from fastdiff import ops, sample, samplers, schedules
 from fastdiff.samplers import COLUMNS, Sampler, Table
 from fastdiff.samplers.grids import point_at_time
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:fastdiff. .* never reaches noise",
+        "ignore:fastdiff. the . steps of .* begin at abar",
+    ),
+]
 
 T = 20
 LINEAR, COSINE, FLOW = schedules.linear(T), schedules.cosine(T), schedules.flow(T)

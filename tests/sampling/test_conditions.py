@@ -10,7 +10,10 @@ from fastdiff import PerImage, Shared, losses, sample, schedules, sde
 from fastdiff.drawing import Guide
 from fastdiff.samplers import DDIM
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:fastdiff. the . steps of .* begin at abar"),
+]
 
 SCHEDULE = schedules.cosine(100)
 SAMPLER = DDIM(SCHEDULE, 1)
