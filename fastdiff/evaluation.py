@@ -157,7 +157,8 @@ def evaluate(
     if samples < 100:
         raise InputError(f"samples must be at least 100, got {samples}")
     _check_digits(checkpoint)
-    torch.empty(samples, 1, checkpoint.image_size, checkpoint.image_size)  # is there memory?
+    shape = (samples, 1, checkpoint.image_size, checkpoint.image_size)
+    torch.empty(shape, device="cpu")  # is there memory?
     train = digits("train", checkpoint.image_size)
     test = digits("test", checkpoint.image_size)
     assert train.labels is not None
@@ -244,7 +245,7 @@ def measure_bits(
     test, diffusion = digits("test", checkpoint.image_size), checkpoint.diffusion()
     assert test.labels is not None
     count = min(count, len(test))
-    chosen = torch.linspace(0, len(test) - 1, count).round().long()
+    chosen = torch.linspace(0, len(test) - 1, count, device="cpu").round().long()
     device = unwrapped(checkpoint.model).device
     x0 = (((test.images[chosen] + 1) * 127.5).round() / 127.5 - 1).to(device)
     cond = {"class_labels": test.labels[chosen].to(device)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdiff import checkpoint, samplers
+from fastdiff import checkpoint, data, samplers
 from fastdiff.checkpoint import PRETRAINED
 from fastdiff.evaluation import evaluate
 
@@ -28,6 +28,16 @@ def test_diffusers_reads_it(digits) -> None:
     with torch.no_grad():
         wanted = theirs(x, t, class_labels=labels).sample
         torch.testing.assert_close(digits.model(x, t, labels), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_likelihoods_end_soon(digits) -> None:
+    """Of a digit, and of plain noise, which it has never seen, at the default tolerance."""
+    digit = data.digits("test", 16).images[:1]
+    x = torch.cat([digit, torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(1))])
+    labels = {"class_labels": torch.tensor([0, 1])}
+    found = digits.diffusion().log_likelihood(x, cond=labels, progress=False)
+    assert bool(found.logp.isfinite().all())
+    assert found.evaluations.max() < 300
 
 
 def test_draws_the_digits_it_is_asked_for(digits) -> None:

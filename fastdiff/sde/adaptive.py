@@ -138,9 +138,11 @@ class _Run:
         self.x = self.x.to(wide_dtype(self.dtype))
         self.before = self.x  # the lower order's images after the last good step
         self.arrived = self.x.clone()
-        self.counts = torch.zeros(3, len(self.x), dtype=torch.int64)
-        self.index = torch.arange(len(self.x))
-        self.position = torch.full((len(self.x),), self.steps.first, dtype=torch.float64)
+        self.counts = torch.zeros(3, len(self.x), dtype=torch.int64, device="cpu")
+        self.index = torch.arange(len(self.x), device="cpu")
+        self.position = torch.full(
+            (len(self.x),), self.steps.first, dtype=torch.float64, device="cpu"
+        )
         self.h = torch.empty_like(self.position)  # wanted next
         self.state: State = ()
         self.ended: State = ()  # the state of those that have arrived
@@ -228,7 +230,7 @@ class _Run:
 
     def denoised(self) -> Tensor:
         """The mean of x_0 given all images, which have arrived."""
-        self.index = torch.arange(len(self.arrived))
+        self.index = torch.arange(len(self.arrived), device="cpu")
         return self.steps.denoised(self.arrived, self.ended, self.ask)
 
     def drop(self, arrived: Tensor) -> None:

@@ -110,7 +110,9 @@ class Exponential:
 
     def __init__(self, sde: SDE) -> None:
         self.sde = sde
-        alpha, sigma = sde.levels(torch.tensor([sde.end, sde.smallest], dtype=torch.float64))
+        alpha, sigma = sde.levels(
+            torch.tensor([sde.end, sde.smallest], dtype=torch.float64, device="cpu")
+        )
         self.first, self.last = (alpha / sigma).log().tolist()
 
     def time(self, position: Tensor) -> Tensor:
@@ -161,4 +163,4 @@ SCHEMES: dict[str, Callable[[SDE], Exponential | ImprovedEuler]] = {
 
 
 def _filled(x: Tensor, position: float) -> Tensor:
-    return torch.full((len(x),), position, dtype=torch.float64)
+    return torch.full((len(x),), position, dtype=torch.float64, device="cpu")

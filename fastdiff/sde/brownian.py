@@ -29,9 +29,10 @@ class Path:
 
     def __init__(self, x: Tensor, generator: torch.Generator | None) -> None:
         self.generator = generator
-        self.gaps = torch.zeros(len(x), 0, dtype=torch.float64)
+        self.gaps = torch.zeros(len(x), 0, dtype=torch.float64, device="cpu")
         self.increments = x.new_zeros(len(x), 0, *x.shape[1:])
-        self._used = torch.zeros(len(x), dtype=torch.int64)  # gaps that the latest step spans
+        # How many gaps the latest step spans.
+        self._used = torch.zeros(len(x), dtype=torch.int64, device="cpu")
 
     def increment(self, h: Tensor) -> Tensor:
         """The increments [M, ...] over the next h, float64 [M]."""
@@ -42,13 +43,13 @@ class Path:
         rest = torch.where(rest > ROUNDING * h, rest, 0)
         self._cut(whole, rest)
         self._used = whole + (rest > 0)
-        places = torch.arange(self.gaps.shape[1]) < self._used[:, None]
+        places = torch.arange(self.gaps.shape[1], device="cpu") < self._used[:, None]
         return (self.increments * _rows(places, self.increments)).sum(1)
 
     def go(self, where: Tensor) -> None:
         """Leave the latest step behind, in the paths asked for."""
         moved = self._used * where
-        self._reorder(torch.arange(self.gaps.shape[1]) + moved[:, None])
+        self._reorder(torch.arange(self.gaps.shape[1], device="cpu") + moved[:, None])
         known = int((self.gaps > 0).sum(1).max()) if len(self.gaps) else 0
         self.gaps, self.increments = self.gaps[:, :known], self.increments[:, :known]
 
@@ -63,13 +64,13 @@ class Path:
         self.gaps = torch.cat([self.gaps, self.gaps.new_zeros(images, 1)], 1)
         blank = self.increments.new_zeros(images, 1, *shape)
         self.increments = torch.cat([self.increments, blank], 1)
-        image, device = torch.arange(len(place)), self.increments.device
+        image, device = torch.arange(len(place), device="cpu"), self.increments.device
         gap, whole = self.gaps[image, place], self.increments[image.to(device), place.to(device)]
         share = torch.where(gap > 0, length / gap, 0)
         noise = normal(whole, self.generator)
         part = beside(share, whole) * whole + beside((length * (1 - share)).sqrt(), whole) * noise
         left = torch.where(gap > 0, gap - length, 0)
-        columns = torch.arange(self.gaps.shape[1])
+        columns = torch.arange(self.gaps.shape[1], device="cpu")
         cutting = (length > 0) & (gap > 0)
         self._reorder(columns - ((columns > place[:, None]) & cutting[:, None]).long())
         here, after = (columns == place[:, None]), (columns == place[:, None] + 1)
@@ -86,7 +87,7 @@ class Path:
         there = source < count
         source = source.clamp(max=max(count - 1, 0))
         self.gaps = self.gaps.gather(1, source) * there
-        image = torch.arange(len(source))[:, None].to(self.increments.device)
+        image = torch.arange(len(source), device="cpu")[:, None].to(self.increments.device)
         moved = self.increments[image, source.to(self.increments.device)]
         self.increments = moved * _rows(there, moved)
 

@@ -103,7 +103,7 @@ def annealed_langevin(
     check_images(x, "x")
     steps_each = check_count(steps_each, "steps_each")
     check_positive(step, "step")
-    table = torch.as_tensor(sigmas, dtype=torch.float64).detach()
+    table = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach()
     if table.ndim != 1 or not table.numel():
         raise ValueError(f"sigmas must have shape [L] with L >= 1, got {tuple(table.shape)}")
     falling = bool((table.diff() < 0).all())

@@ -187,7 +187,7 @@ def _norm(scaled: Tensor) -> Tensor:
 def _signs(x: Tensor, probes: int, seed: int) -> Tensor:
     """Rademacher vectors int8 [N, probes, ...] on x's device."""
     generator = torch.Generator()
-    drawn = torch.empty(len(x), probes, *x.shape[1:], dtype=torch.int8)
+    drawn = torch.empty(len(x), probes, *x.shape[1:], dtype=torch.int8, device="cpu")
     for i, one in enumerate(drawn):
         one.random_(2, generator=generator.manual_seed(seed + i))
     return drawn.mul_(2).sub_(1).to(x.device)

@@ -42,7 +42,9 @@ def tolerance_for(x: Tensor, *others: torch.dtype) -> float:
 
 def rounded_otherwise(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x with every value moved by one unit of ``dtype``, up or down: as good a rounding of it."""
-    signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    signs = torch.randint(
+        2, x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8, device="cpu"
+    )
     unit = torch.finfo(dtype).eps
     return x * (1 + unit * (2 * signs.to(x.device, x.dtype) - 1))
 

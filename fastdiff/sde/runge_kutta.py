@@ -231,11 +231,12 @@ class _Run:
         self.span, self.sign = abs(self.t1 - self.t0), 1.0 if self.t1 > self.t0 else -1.0
         self.x = self.x.to(wide_dtype(self.dtype))
         self.arrived = self.x.clone()
-        self.counts = torch.zeros(3, len(self.x), dtype=torch.int64)
-        self.index = torch.arange(len(self.x))
-        self.t = torch.full((len(self.x),), self.t0, dtype=torch.float64)
+        self.counts = torch.zeros(3, len(self.x), dtype=torch.int64, device="cpu")
+        self.index = torch.arange(len(self.x), device="cpu")
+        self.t = torch.full((len(self.x),), self.t0, dtype=torch.float64, device="cpu")
         self.previous = torch.full_like(self.t, 1e-4)  # error of the last good step
-        self.failed = torch.zeros(len(self.x), dtype=torch.bool)  # was the last step rejected?
+        # Whether the last step was rejected.
+        self.failed = torch.zeros(len(self.x), dtype=torch.bool, device="cpu")
         self.setting = f"{self.method}, rtol {self.rtol:g}, atol {self.atol:g}"
         self.rounding = RoundingWatch(self.computed_in, self.setting)
 
@@ -270,8 +271,7 @@ class _Run:
             self.index, self.time(self.t), h <= lost(self.t), h, used > self.max_evaluations,
             self.setting,
         )  # fmt: skip
-        x, scaled, at = self.stages(h)
-        error = self.norm(scaled).cpu()
+        x, scaled, error, at = self.stages(h)
         good = error <= 1
         self.counts[1, self.index] += good
         self.counts[2, self.index] += ~good
@@ -290,8 +290,9 @@ class _Run:
             self.renew(good[~arrived])
         return float((h * good).sum()) / self.span
 
-    def stages(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """New states, their errors over their tolerance, and the last stage's slopes."""
+    def stages(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """New states, their errors over their tolerance, the norms of these on the CPU, and the
+        last stage's slopes."""
         slopes, times = [self.first], [self.t]
         for row, node in zip(self.tableau.matrix[1:], self.tableau.nodes[1:], strict=True):
             times.append(self.after(node * h))
@@ -301,15 +302,16 @@ class _Run:
             x = self.x + self.combine(self.tableau.weights, slopes, h)
         scale = self.atol + self.rtol * torch.maximum(self.x.abs(), x.abs())
         scaled = self.combine(self.tableau.error, slopes, h) / scale
-        self.refuse_nonfinite(self.norm(scaled).cpu(), slopes, times)
-        return x, scaled, slopes[-1]
+        error = self.norm(scaled).cpu()
+        self.refuse_nonfinite(error, slopes, times)
+        return x, scaled, error, slopes[-1]
 
     def look_at_rounding(self, h: Tensor, scaled: Tensor, error: Tensor) -> None:
         """Try the step again from states that are rounded otherwise, and compare the errors."""
         x, first = self.x, self.first
         self.x = rounded_otherwise(x, self.computed_in)
         self.first = self.ask(self.x, self.t, self.index)
-        _, again, _ = self.stages(h)
+        _, again, _, _ = self.stages(h)
         self.x, self.first = x, first
         change = self.norm(again - scaled).cpu()
         self.rounding.compare(error, change, self.index, self.time(self.t), h)

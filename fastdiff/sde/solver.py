@@ -157,7 +157,7 @@ class Solver:
             return of_all(x, t)
 
         x = self._by_steps(counted, x_T, {"generator": generator, "progress": progress})
-        return Sampled(x, torch.full((len(x_T),), asked, dtype=torch.int64))
+        return Sampled(x, torch.full((len(x_T),), asked, dtype=torch.int64, device="cpu"))
 
     def _by_steps(self, score: Score, x_T: Tensor, arguments: dict[str, Any]) -> Tensor:
         assert self.steps is not None
@@ -175,10 +175,10 @@ class Solver:
     def _levels(self) -> Tensor:
         """The levels of annealed Langevin dynamics, float64, falling."""
         assert self.steps is not None
-        ends = torch.tensor([self.sde.end, self.sde.smallest], dtype=torch.float64)
+        ends = torch.tensor([self.sde.end, self.sde.smallest], dtype=torch.float64, device="cpu")
         first, last = self.sde.levels(ends)[1].log().tolist()
         count = self.steps // self.options.get("steps_each", STEPS_EACH)
-        return torch.linspace(first, last, count, dtype=torch.float64).exp()
+        return torch.linspace(first, last, count, dtype=torch.float64, device="cpu").exp()
 
     def _check_levels(self) -> None:
         if not isinstance(self.sde, (VE, EDM)):

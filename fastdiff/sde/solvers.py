@@ -134,6 +134,6 @@ def time_grid(sde: SDE, steps: int, start: float | None = None) -> Tensor:
         raise ValueError(f"start must be more than {last:g} and at most {sde.end:g}, got {first}")
     power = RHO if isinstance(sde, EDM) else 1
     ends = first ** (1 / power), last ** (1 / power)
-    times = torch.linspace(*ends, steps + 1, dtype=torch.float64) ** power
+    times = torch.linspace(*ends, steps + 1, dtype=torch.float64, device="cpu") ** power
     times[0], times[-1] = first, last  # which rounding may have moved
     return times

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from fastdiff.sde import EDM, VE, VP, SubVP
+from fastdiff import schedules
+from fastdiff.sde import EDM, VE, VP, Interpolated, SubVP, solve_ode
 from fastdiff.sde.likelihood import bits_per_dim, dequantize, log_likelihood
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,6 +70,20 @@ def test_density_of_a_mixture(sde, generator):
         assert errors[-1] <= 50 * tolerance
     assert errors[0] > 5 * errors[1] > 25 * errors[2]
     assert evaluations[0] < evaluations[1] < evaluations[2]
+
+
+@pytest.mark.parametrize("schedule", [schedules.linear(), schedules.cosine()], ids=repr)
+def test_a_schedules_jumps_cost_neither_evaluations_nor_accuracy(schedule, generator):
+    """Its f and g^2 jump at each of a thousand timesteps, log(alpha / sigma) does not."""
+    sde, x, tolerance = Interpolated(schedule), drawn(generator), 1e-5
+    found = log_likelihood(
+        mixture(sde), sde, x, trace="exact", rtol=tolerance, atol=tolerance, progress=False
+    )
+    assert error(sde, x, found) <= 50 * tolerance
+    assert found.evaluations.max() < 200
+    back = solve_ode(mixture(sde), sde, found.z, rtol=tolerance, atol=tolerance)
+    assert (back.x - x).abs().max() <= 100 * tolerance
+    assert back.evaluations.max() < 200
 
 
 def test_prior_and_all(generator):
