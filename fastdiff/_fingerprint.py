@@ -42,7 +42,7 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
     """
     count, values = len(images), images.images[0].numel()
     of_image, of_value = _signs("images", count), _signs("values", values)
-    sums = torch.zeros(SUMS, dtype=torch.float64)
+    sums = torch.zeros(SUMS, dtype=torch.float64, device="cpu")
     size = max(1, CHUNK // values)
     for some, signs in zip(images.images.split(size), of_image.split(size), strict=True):
         levels = some.cpu().flatten(1).double()
@@ -106,4 +106,6 @@ def check_same(
 def _signs(stream: str, count: int) -> Tensor:
     """Random signs, float64 [count, SUMS], always the same."""
     generator = stream_generator(0, f"fingerprint of {stream}", 0)
-    return torch.randint(2, (count, SUMS), generator=generator).mul_(2).sub_(1).double()
+    return (
+        torch.randint(2, (count, SUMS), generator=generator, device="cpu").mul_(2).sub_(1).double()
+    )

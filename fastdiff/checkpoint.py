@@ -171,7 +171,7 @@ class Checkpoint:
             raise InputError(f"{count} images were asked for, with {len(labels)} labels")
         shape = (count, self.channels, self.image_size, self.image_size)
         device = unwrapped(self.model).device
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=generator, device="cpu")
         cond, uncond, guide = {}, None, None
         if labels is not None:
             wanted = torch.tensor(labels, dtype=torch.int64, device=device)

@@ -145,7 +145,7 @@ class ClassifierTrainer:
         indices = batch_indices(len(self.data), options.batch_size, step, options.seed)
         x0, classes = self.data.batch(indices, generator)
         assert classes is not None
-        t = torch.randint(len(self.labels), (len(x0),), generator=generator)
+        t = torch.randint(len(self.labels), (len(x0),), generator=generator, device="cpu")
         loss = functional.cross_entropy(
             self._logits(self.model, x0, t, generator), classes.to(self.device)
         )
@@ -202,10 +202,10 @@ class ClassifierTrainer:
     def _accuracy(self, images: ImageSet, timestep: int) -> Accuracy:
         generator = stream_generator(self.options.seed, "held out", timestep)
         right = 0
-        for indices in torch.arange(len(images)).split(BATCH):
+        for indices in torch.arange(len(images), device="cpu").split(BATCH):
             x0, classes = replace(images, flip=False).batch(indices)
             assert classes is not None
-            t = torch.full((len(x0),), timestep)
+            t = torch.full((len(x0),), timestep, device="cpu")
             found = self._logits(self.ema, x0, t, generator).argmax(1).cpu()
             right += int((found == classes).sum())
         alpha, sigma = self.path.alpha_t[timestep].item(), self.path.sigma_t[timestep].item()
@@ -215,7 +215,7 @@ class ClassifierTrainer:
         self, model: torch.nn.Module, x0: Tensor, t: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Of images noised to timesteps of the path."""
-        noise = torch.randn(x0.shape, generator=generator)
+        noise = torch.randn(x0.shape, generator=generator, device="cpu")
         x_t = process.q_sample(self.path, x0, t, noise)
         logits: Tensor = model(x_t.to(self.device), self.labels[t].to(self.device))
         return logits

@@ -115,7 +115,7 @@ class ImageSet:
         if x0.dtype == torch.uint8:
             x0 = from_uint8(x0)
         if self.flip:
-            mirrored = torch.rand(len(x0), generator=generator) < 0.5
+            mirrored = torch.rand(len(x0), generator=generator, device="cpu") < 0.5
             x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
         return x0, None if self.labels is None else self.labels[indices]
 
@@ -216,8 +216,8 @@ def folder(
             f"value_range (--value-range) is for files of more than 8 bits a value; {root} has none"
         )
     classes = () if "" in groups else tuple(groups)
-    each = torch.tensor(list(counts.values()), dtype=torch.int64)
-    labels = torch.arange(len(classes)).repeat_interleave(each) if classes else None
+    each = torch.tensor(list(counts.values()), dtype=torch.int64, device="cpu")
+    labels = torch.arange(len(classes), device="cpu").repeat_interleave(each) if classes else None
     images = torch.from_numpy(pixels[:done]).permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, labels, classes, root.resolve().name, flip)
 
@@ -239,7 +239,7 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
 
 def stream_generator(seed: int, stream: str, index: int) -> torch.Generator:
     """A CPU generator that depends on these three alone: one source of noise a step."""
-    return torch.Generator().manual_seed(stream_seed(seed, stream, index))
+    return torch.Generator("cpu").manual_seed(stream_seed(seed, stream, index))
 
 
 def stream_seed(seed: int, stream: str, index: int) -> int:
@@ -250,7 +250,7 @@ def stream_seed(seed: int, stream: str, index: int) -> int:
 
 def _held_out(labels: Tensor) -> Tensor:
     """Which images are every fifth of their class, bool [N]."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in labels.unique().tolist():
         chosen[(labels == label).nonzero().flatten()[HELD_OUT - 1 :: HELD_OUT]] = True
     return chosen
@@ -258,7 +258,7 @@ def _held_out(labels: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _permutation(count: int, epoch: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=stream_generator(seed, "order", epoch))
+    return torch.randperm(count, generator=stream_generator(seed, "order", epoch), device="cpu")
 
 
 def _check_size(size: int) -> None:

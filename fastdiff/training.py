@@ -341,7 +341,9 @@ class Trainer:
         t, weights = self.diffusion.objective.draw(size, generator)
         seeds = checked_seeds(stream_seed(seed, "noise", step), None, size)
         if labels is not None and self.options.label_dropout:
-            hidden = torch.rand(size, generator=generator) < self.options.label_dropout
+            hidden = (
+                torch.rand(size, generator=generator, device="cpu") < self.options.label_dropout
+            )
             labels = labels.masked_fill(hidden, len(self.data.classes))
         device = self.parameters[0].device
         return (

@@ -95,7 +95,9 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         if classes is not None:
             columns = args.per_class or PER_CLASS
             count = columns * len(classes)
-        torch.empty(count, found.channels, found.image_size, found.image_size)  # is there memory?
+        torch.empty(
+            count, found.channels, found.image_size, found.image_size, device="cpu"
+        )  # is there memory?
         if classes is not None:
             labels = [label for label in classes for _ in range(columns)]
             rows = [known.classes[label] for label in classes]
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
                     sampler,
                     labels=labels,
                     count=count,
-                    generator=torch.Generator().manual_seed(args.seed),
+                    generator=torch.Generator("cpu").manual_seed(args.seed),
                     progress=progress and f"sampling ({name})",
                     **guided,
                 )

@@ -185,7 +185,7 @@ def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
         network, objective.forward(args), options, args.prediction, args.objective, None,
         args.levels,
     )  # fmt: skip
-    torch.empty(options.batch_size, channels, args.image_size, args.image_size)
+    torch.empty(options.batch_size, channels, args.image_size, args.image_size, device="cpu")
 
 
 def _trainer(

@@ -111,7 +111,7 @@ def _shape(args: argparse.Namespace, found: checkpoint.Checkpoint) -> Architectu
         model = shape.make(max(2, len(classes)))
     if classes:
         classifier.check_fits(Classifier(model, found.forward, shape, classes), found)
-    torch.empty(args.batch_size, shape.channels, shape.image_size, shape.image_size)
+    torch.empty(args.batch_size, shape.channels, shape.image_size, shape.image_size, device="cpu")
     return shape
 
 

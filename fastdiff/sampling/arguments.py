@@ -93,7 +93,9 @@ def target(
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be [N, C, ...], got {shape}")
     x_T, image = given
-    example = next(filter(_is_real, (x_T, real_parameter(model), image)), torch.empty(0))
+    example = next(
+        filter(_is_real, (x_T, real_parameter(model), image)), torch.empty(0, device="cpu")
+    )
     device = torch.device(example.device if device is None else device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
