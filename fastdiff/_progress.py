@@ -33,8 +33,7 @@ def bar(
     """A progress bar of tqdm, for work of ``total`` steps or over an iterable.
 
     Where standard error is no terminal, as in a log file or under CI, it is lines: the first and
-    the last state, and at most one a minute between them; nothing for work of less than a minute
-    whose bar a terminal would not keep.
+    the last state (the latter only if it is to be kept), and at most one a minute between them.
 
     Args:
         steps: what to iterate over.
@@ -49,5 +48,5 @@ def bar(
         return tqdm(steps, leave=leave, **options)
     return tqdm(
         steps, leave=leave, file=_Lines(file), ascii=True, mininterval=EVERY, maxinterval=EVERY,
-        miniters=0, delay=0 if leave else EVERY, **options,
+        miniters=0, **options,
     )  # fmt: skip

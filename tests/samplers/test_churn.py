@@ -105,7 +105,10 @@ def test_a_model_is_told_the_noise_that_it_is_given(path, name, grid):
     table = samplers.make(name, path, 10, s_churn=100.0, **options).table
     plain = samplers.make(name, path, 10, **options).table
     for row, t in enumerate(table.timesteps.tolist()):
-        if isinstance(path, sde.DiscretizedSDE):
+        if isinstance(path, schedules.FlowSchedule):  # whose networks are told T sigma
+            assert 0 <= t <= 100
+            told = [1 - t / 100, t / 100]
+        elif isinstance(path, sde.DiscretizedSDE):
             at = path.sde.levels(path.time(torch.tensor(t, dtype=torch.float64)))
             told = [level.item() for level in at]
         else:
