@@ -1,52 +1,68 @@
-"""Progress on standard error: a bar on a terminal or in a notebook, a line a minute elsewhere."""
+"""Progress on standard error: a bar on a terminal and in a notebook, a line a minute elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TextIO
 
-from tqdm import autonotebook, std
+from tqdm.asyncio import tqdm_asyncio
 from tqdm.auto import tqdm
 
-EVERY = 60.0  # seconds between two lines
+INTERVAL = 60.0  # seconds between two lines in a file or a pipe
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, shown: bool = True, leave: bool = True, **options: Any
+) -> tqdm:
+    """A tqdm bar on standard error.
+
+    Where standard error is no terminal, it writes whole lines: the first at once, then at most one
+    a minute, and one at the end. What cannot be written there is left out.
+
+    Args:
+        iterable: what to count, as of tqdm; or None, and ``update`` is called.
+        shown: False for a bar that writes nothing.
+        leave: keep the finished bar on the terminal.
+        options: further ones of tqdm.
+    """
+    stream = sys.stderr
+    if not shown or stream is None:
+        return tqdm(iterable, disable=True, **options)
+    if _redraws(stream) or tqdm is not tqdm_asyncio:  # tqdm.auto's class differs in notebooks
+        return tqdm(iterable, leave=leave, **options)
+    return tqdm(
+        iterable, file=_Lines(stream), mininterval=INTERVAL, maxinterval=INTERVAL, miniters=1,
+        **options,
+    )  # fmt: skip
+
+
+def _redraws(stream: TextIO) -> bool:
+    """Whether a line can be drawn over: on a terminal."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # no file, or a closed one
+        return False
 
 
 class _Lines:
-    """Writes a bar's states into a file one below the other, where tqdm overwrites the last one."""
+    """A stream for tqdm that ends every state of the bar with a new line, and never fails."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None)
 
     def write(self, text: str) -> None:
-        line = text.strip("\r\n ")
+        """Write a state, which begins with a carriage return; moves of the cursor are dropped."""
+        line = text.strip() if text.startswith("\r") else ""
         if line:
-            self.file.write(line + "\n")
+            self._do(lambda: self._stream.write(line + "\n"))
 
     def flush(self) -> None:
-        self.file.flush()
+        """Flush the stream."""
+        self._do(self._stream.flush)
 
-
-def bar(
-    steps: Iterable[Any] | None = None, *, shown: bool = True, leave: bool = True, **options: Any
-) -> tqdm:
-    """A progress bar of tqdm, for work of ``total`` steps or over an iterable.
-
-    Where standard error is no terminal, as in a log file or under CI, it is lines: the first and
-    the last state (the latter only if it is to be kept), and at most one a minute between them.
-
-    Args:
-        steps: what to iterate over.
-        shown: whether anything is shown at all.
-        leave: keep the last state.
-        options: others of ``tqdm.auto.tqdm``.
-    """
-    file = sys.stderr
-    if file is None or not shown:
-        return tqdm(steps, disable=True, **options)
-    if file.isatty() or autonotebook.tqdm is not std.tqdm:
-        return tqdm(steps, leave=leave, **options)
-    return tqdm(
-        steps, leave=leave, file=_Lines(file), ascii=True, mininterval=EVERY, maxinterval=EVERY,
-        miniters=0, **options,
-    )  # fmt: skip
+    def _do(self, call: Callable[[], object]) -> None:
+        with suppress(OSError, ValueError):  # a full disk, a pipe without a reader, a closed file
+            call()

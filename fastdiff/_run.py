@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fastdiff import _progress
+from fastdiff._progress import progress_bar
 from fastdiff.errors import InputError, memory_refused
 
 
@@ -22,7 +22,7 @@ from fastdiff.errors import InputError, memory_refused
 def training_bar(steps: int, finished: int, shown: bool) -> Iterator[Callable[[float], None]]:
     """A progress bar, as a function that counts a step and shows its loss, averaged over some."""
     average: float | None = None
-    with _progress.bar(total=steps, initial=finished, desc="training", shown=shown) as bar:
+    with progress_bar(total=steps, initial=finished, desc="training", shown=shown) as bar:
 
         def count(loss: float) -> None:
             nonlocal average

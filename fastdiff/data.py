@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff import _image_file, _progress
+from fastdiff import _image_file
 from fastdiff._image_file import Depth
 from fastdiff._image_folder import find
+from fastdiff._progress import progress_bar
 from fastdiff.errors import DataError, require
 from fastdiff.images import from_uint8
 
@@ -197,7 +198,7 @@ def folder(
     done = 0
     bad: list[str] = []
     depths: list[tuple[Path, Depth]] = []
-    for name, file in _progress.bar(files, desc="reading images", shown=progress):
+    for name, file in progress_bar(files, desc="reading images", shown=progress):
         try:
             image, depth = _image_file.read(file, size, grayscale, value_range)
         except DataError as error:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import _progress, ops
+from fastdiff import ops
+from fastdiff._progress import progress_bar
 from fastdiff.losses.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from fastdiff.losses.noising import noised
 from fastdiff.losses.prediction import check_x0, image_mean, predict
@@ -206,7 +207,7 @@ def bits_per_dim(
     terms, x0_mse = torch.empty(2, images, steps, dtype=torch.float64, device=x0.device)
     rows = torch.arange(steps, device=x0.device)
     tables = schedule.coefficients(x0.device, wide_dtype(x0.dtype))
-    with _progress.bar(total=len(parts) * steps, desc="bits per dim", shown=progress) as bar:
+    with progress_bar(total=len(parts) * steps, desc="bits per dim", shown=progress) as bar:
         for part in parts:
             given, clean, seeds_here = conditions.part(part), x0[part], seeds[part]
             for step in reversed(range(steps)):

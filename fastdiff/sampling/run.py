@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops, profiling
-from fastdiff._progress import bar as progress_bar
+from fastdiff._progress import progress_bar
 from fastdiff._terminal import warn_of_image_at_the_beginning
 from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers import COLUMNS, Sampler, Table
@@ -379,3 +379,4 @@ def _progress(shown: bool | str, steps: int) -> Iterator[Callable[[], None] | No
                 bar.update(stride)
 
         yield tick
+        bar.update(done % stride)

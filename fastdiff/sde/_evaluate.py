@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff._progress import bar
+from fastdiff._progress import progress_bar
 from fastdiff.ops.checks import check_floating
 from fastdiff.sampling.arguments import whole_number
 from fastdiff.sde.score import Score
@@ -69,7 +69,7 @@ def normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
 def counted(steps: int, progress: bool | str) -> Iterator[int]:
     """0..steps-1 beside a progress bar on standard error; a string describes it."""
     description = progress if isinstance(progress, str) else "sampling"
-    return iter(bar(range(steps), desc=description, leave=False, shown=bool(progress)))
+    return iter(progress_bar(range(steps), desc=description, leave=False, shown=bool(progress)))
 
 
 def check_images(x: Tensor, name: str) -> None:

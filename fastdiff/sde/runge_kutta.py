@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastdiff._progress import bar as progress_bar
+from fastdiff._progress import progress_bar
 from fastdiff.errors import StuckError
 from fastdiff.ops.checks import beside, check_floating, check_like, wide_dtype
 from fastdiff.sde.rounding import (
@@ -185,7 +185,7 @@ def travel_bar(samples: int, shown: bool) -> tqdm:
     """A bar that counts arrived samples, and those under way by the share of time they have left
     behind."""
     layout = "{l_bar}{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
-    return progress_bar(shown=shown, leave=False, total=samples, bar_format=layout)
+    return progress_bar(total=samples, bar_format=layout, leave=False, shown=shown)
 
 
 def lost(position: Tensor) -> Tensor:
