@@ -18,6 +18,7 @@ from torch.nn import functional
 from fastdiff import _image_file
 from fastdiff._image_file import Depth
 from fastdiff._image_folder import find
+from fastdiff._names import as_text
 from fastdiff._progress import progress_bar
 from fastdiff.errors import DataError, require
 from fastdiff.images import from_uint8
@@ -220,7 +221,8 @@ def folder(
     each = torch.tensor(list(counts.values()), dtype=torch.int64, device="cpu")
     labels = torch.arange(len(classes), device="cpu").repeat_interleave(each) if classes else None
     images = torch.from_numpy(pixels[:done]).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, labels, classes, root.resolve().name, flip)
+    names = tuple(map(as_text, classes))
+    return ImageSet(images, labels, names, as_text(root.resolve().name), flip)
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fastdiff.cli import doctor, evaluate, export, sample, train, train_classifier
-from fastdiff.cli.common import Formatter, Parser
+from fastdiff.cli.common import Formatter, Parser, standard_output
 from fastdiff.errors import InputError, memory_refused
 
 __all__ = ["main", "parser"]
@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         line on standard error says how), 128 + n after signal n. Bugs keep their traceback.
     """
     try:
-        args = parser().parse_args(argv)
-        return COMMANDS[args.command].run(args, argv)
+        with standard_output(own=argv is None):
+            args = parser().parse_args(argv)
+            return COMMANDS[args.command].run(args, argv)
     except InputError as error:
         reason = str(error)
     except OSError as error:  # the machine's own: a full disk, a missing permission
@@ -67,5 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastdiff: interrupted", file=sys.stderr)
         return 130
-    print(f"fastdiff: error: {' '.join(reason.split())}", file=sys.stderr)
+    line = " ".join(part.strip() for part in reason.splitlines())
+    print(f"fastdiff: error: {line}", file=sys.stderr)
     return 2

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from fastdiff import classifier, data, samplers
+from fastdiff._names import as_text
 from fastdiff.backend import NAMES, backend, describe, on_cuda
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
@@ -88,7 +90,7 @@ def class_names(folder: str | Path) -> tuple[str, ...]:
     """
     root = Path(folder)
     below = sorted(root.iterdir()) if root.is_dir() else []
-    return tuple(e.name for e in below if e.is_dir() and not e.name.startswith("."))
+    return tuple(as_text(e.name) for e in below if e.is_dir() and not e.name.startswith("."))
 
 
 def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:
@@ -316,6 +318,34 @@ def steps_text(facts: Mapping[str, Any]) -> str:
     """``sampler_facts`` and the evaluations beside them, in words."""
     steps = "steps of its own" if facts["steps"] is None else f"{facts['steps']} steps"
     return f"{facts['sampler']}, {steps}, {facts['evaluations']:g} evaluations an image"
+
+
+@contextmanager
+def standard_output(own: bool) -> Iterator[None]:
+    """A block that may print any character, and whose output has gone out when it ends.
+
+    Args:
+        own: the process has no other use of standard output, so what it does not take is dropped.
+
+    Raises:
+        OSError: standard output does not take everything: a full disk, a pipe that nobody reads.
+    """
+    stream = sys.stdout
+    strict = stream if isinstance(stream, TextIOWrapper) and stream.errors == "strict" else None
+    try:
+        if strict is not None:
+            strict.reconfigure(errors="backslashreplace")
+        yield
+    finally:
+        try:
+            if strict is not None:
+                strict.reconfigure(errors="strict")
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            if own:  # else Python fails once more in its last moments
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise
 
 
 def note(text: str) -> None:

@@ -7,6 +7,7 @@ running step and writes a checkpoint; --resume then continues as if nothing had 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from fastdiff import checkpoint, data
+from fastdiff._names import as_path, as_text
 from fastdiff._random import seeded
 from fastdiff.cli import objective
 from fastdiff.cli.common import (
@@ -42,6 +44,7 @@ from fastdiff.training import (
 )
 
 DIGITS = "digits"  # for --data
+PATHS = ("data", "out")
 
 # What a resumed run may change; everything else is that of its checkpoint. A folder of images may
 # have moved: its content is compared. The digits are always where they are.
@@ -192,7 +195,7 @@ def _trainer(
     args: argparse.Namespace, options: TrainingOptions, images: data.ImageSet, device: torch.device
 ) -> Trainer:
     """A new trainer, or with --resume the one that the newest checkpoint describes."""
-    record = {"arguments": {k: _plain(v) for k, v in vars(args).items() if k != "resume"}}
+    record = {"arguments": {k: _plain(k, v) for k, v in vars(args).items() if k != "resume"}}
     if args.resume:
         return Trainer.resume(args.out, images, options, device=device, record=record)
     with seeded(options.seed, torch.get_default_device()):
@@ -240,7 +243,7 @@ def _train(trainer: Trainer) -> int:
         note(f"done: {folder}")
         return 0
     note(f"{ended_by.name}: stopped after step {trainer.finished_steps}; checkpoint {folder}")
-    note(f"continue with: fastdiff train --resume --out {trainer.out}")
+    note(f"continue with: fastdiff train --resume --out {shlex.quote(str(trainer.out))}")
     return 128 + ended_by
 
 
@@ -261,6 +264,7 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
     checkpoint.load(folder)  # what is damaged is told before images are read
     checkpoint.read_state(folder)
     recorded, given = (_with_tuples(found) for found in (arguments, _given(args, argv)))
+    recorded |= {k: as_path(recorded[k]) for k in PATHS if isinstance(recorded.get(k), str)}
     fixed = {"data"} if DIGITS in (given.get("data"), recorded.get("data")) else set()
     for name, value in given.items():
         if name not in CHANGEABLE - fixed and value != recorded.get(name):
@@ -300,5 +304,6 @@ def _with_tuples(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def _plain(name: str, value: Any) -> Any:
+    """The value of an argument as JSON has it."""
+    return as_text(str(value)) if name in PATHS and value is not None else value
