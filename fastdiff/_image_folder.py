@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastdiff._names import as_text
 from fastdiff.errors import DataError
 
 SUFFIXES = frozenset(
@@ -25,9 +26,7 @@ def find(root: Path) -> dict[str, list[Path]]:
     try:
         direct = [entry for entry in _visible(root) if _is_image(entry)]
         below = {
-            entry.name: list(_images(entry, (root.resolve(),)))
-            for entry in _visible(root)
-            if entry.is_dir()
+            entry.name: list(_images(entry, (root.resolve(),))) for entry in _class_folders(root)
         }
     except OSError as error:
         where = error.filename or root
@@ -45,6 +44,19 @@ def find(root: Path) -> dict[str, list[Path]]:
         if not files:
             raise DataError(f"the class folder {root / name} has no images")
     return below
+
+
+def class_names(folder: str | Path) -> tuple[str, ...]:
+    """The classes that a folder of images has by its sub-folders, whose images are not looked at.
+
+    A folder that does not exist has none here; reading it says what is wrong.
+    """
+    root = Path(folder)
+    return tuple(as_text(f.name) for f in _class_folders(root)) if root.is_dir() else ()
+
+
+def _class_folders(root: Path) -> list[Path]:
+    return [entry for entry in _visible(root) if entry.is_dir()]
 
 
 def _visible(root: Path) -> list[Path]:

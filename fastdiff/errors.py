@@ -55,6 +55,15 @@ def memory_refused(error: BaseException) -> str | None:
     return None
 
 
+def check_memory(*shape: int) -> None:
+    """Ask torch for a tensor of a shape, before the work that will need one is begun.
+
+    Raises:
+        RuntimeError: there is no memory for it; :func:`memory_refused` says so in one line.
+    """
+    torch.empty(shape, device="cpu")
+
+
 def require(module: str) -> ModuleType:
     """Import an optional dependency, or say which extra brings it."""
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import ImageSet, digits
 from fastdiff.drawing import Classifier
-from fastdiff.errors import InputError, require
+from fastdiff.errors import InputError, check_memory, require
 from fastdiff.nn.wrappers import unwrapped
 from fastdiff.samplers import Sampler
 from fastdiff.schedules import FlowSchedule, NoiseSchedule
@@ -157,8 +157,7 @@ def evaluate(
     if samples < 100:
         raise InputError(f"samples must be at least 100, got {samples}")
     _check_digits(checkpoint)
-    shape = (samples, 1, checkpoint.image_size, checkpoint.image_size)
-    torch.empty(shape, device="cpu")  # is there memory?
+    check_memory(samples, 1, checkpoint.image_size, checkpoint.image_size)
     train = digits("train", checkpoint.image_size)
     test = digits("test", checkpoint.image_size)
     assert train.labels is not None

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 import torch
 
 from fastdiff import classifier, data, samplers
-from fastdiff._names import as_text
 from fastdiff.backend import NAMES, backend, describe, on_cuda
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
@@ -81,16 +80,6 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def class_names(folder: str | Path) -> tuple[str, ...]:
-    """The classes that a folder of images has by its sub-folders, whose images are not looked at.
-
-    A folder that does not exist has none here; reading it says what is wrong.
-    """
-    root = Path(folder)
-    below = sorted(root.iterdir()) if root.is_dir() else []
-    return tuple(as_text(e.name) for e in below if e.is_dir() and not e.name.startswith("."))
 
 
 def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ from fastdiff.cli.common import (
     what_runs,
 )
 from fastdiff.drawing import Drawn
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, check_memory
 from fastdiff.images import check_image_path, grid, save
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
@@ -95,9 +95,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         if classes is not None:
             columns = args.per_class or PER_CLASS
             count = columns * len(classes)
-        torch.empty(
-            count, found.channels, found.image_size, found.image_size, device="cpu"
-        )  # is there memory?
+        check_memory(count, found.channels, found.image_size, found.image_size)
         if classes is not None:
             labels = [label for label in classes for _ in range(columns)]
             rows = [known.classes[label] for label in classes]

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 
 from fastdiff import checkpoint, data
+from fastdiff._image_folder import class_names
 from fastdiff._names import as_path, as_text
 from fastdiff._random import seeded
 from fastdiff.cli import objective
 from fastdiff.cli.common import (
     add_machine_arguments,
     add_reading_arguments,
-    class_names,
     integers,
     machine,
     note,
     positive,
     read_folder,
 )
-from fastdiff.errors import CheckpointError, InputError
+from fastdiff.errors import CheckpointError, InputError, check_memory
 from fastdiff.images import check_writable
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.pretrained import NoInitialisation
@@ -188,7 +188,7 @@ def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
         network, objective.forward(args), options, args.prediction, args.objective, None,
         args.levels,
     )  # fmt: skip
-    torch.empty(options.batch_size, channels, args.image_size, args.image_size, device="cpu")
+    check_memory(options.batch_size, channels, args.image_size, args.image_size)
 
 
 def _trainer(

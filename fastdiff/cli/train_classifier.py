@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 
 from fastdiff import checkpoint, classifier, data
+from fastdiff._image_folder import class_names
 from fastdiff.classifier import Accuracy, Architecture, Classifier
 from fastdiff.classifier_training import ClassifierOptions, ClassifierTrainer
 from fastdiff.cli.common import (
     add_checkpoint_argument,
     add_machine_arguments,
     add_reading_arguments,
-    class_names,
     integers,
     machine,
     note,
     positive,
     read_folder,
 )
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, check_memory
 from fastdiff.images import check_writable
 from fastdiff.nn.pretrained import NoInitialisation
 
@@ -111,7 +111,7 @@ def _shape(args: argparse.Namespace, found: checkpoint.Checkpoint) -> Architectu
         model = shape.make(max(2, len(classes)))
     if classes:
         classifier.check_fits(Classifier(model, found.forward, shape, classes), found)
-    torch.empty(args.batch_size, shape.channels, shape.image_size, shape.image_size, device="cpu")
+    check_memory(args.batch_size, shape.channels, shape.image_size, shape.image_size)
     return shape
 
 

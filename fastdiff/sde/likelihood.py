@@ -22,7 +22,7 @@ from fastdiff.ops.checks import check_like
 from fastdiff.sde._evaluate import check_count, check_images
 from fastdiff.sde.ode import IndexedScore, integrate_along, score_of_rows
 from fastdiff.sde.process import SDE
-from fastdiff.sde.rounding import MAX_EVALUATIONS, tolerance_for
+from fastdiff.sde.rounding import MAX_EVALUATIONS
 from fastdiff.sde.runge_kutta import rms
 from fastdiff.sde.score import Score
 
@@ -102,8 +102,6 @@ def log_likelihood(
     start = sde.trained_from if start is None else start
     if not 0 < start < sde.end:
         raise ValueError(f"start must lie between 0 and {sde.end:g}, got {start}")
-    usual = tolerance_for(x)
-    rtol, atol = usual if rtol is None else rtol, usual if atol is None else atol
     signs = None if trace == "exact" else _signs(x, check_count(probes, "probes"), seed)
 
     def field(state: Tensor, t: Tensor, index: Tensor) -> Tensor:
