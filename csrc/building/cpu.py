@@ -40,11 +40,19 @@ SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-s
 
 
 def isas() -> dict[str, str]:
-    """Instruction sets to compile for on this machine's architecture, with their flags."""
+    """Instruction sets to compile for, with their flags.
+
+    FASTDIFF_ISAS=all takes every set of this machine's architecture, as a wheel for other machines
+    needs; ``local``, the default, takes the portable set and the best that this processor has.
+    """
     only = sanitized()
     if only:
         return {"DEFAULT": X86_ISAS[only].replace(f"CAPABILITY={only} ", "CAPABILITY=DEFAULT ")}
-    return isas_of_machine()
+    wanted = os.environ.get("FASTDIFF_ISAS") or "local"
+    if wanted not in ("all", "local"):
+        raise CannotBuildError(f"FASTDIFF_ISAS is {wanted!r}, wanted all, local or unset")
+    every = isas_of_machine()
+    return every if wanted == "all" else {n: every[n] for n in {"DEFAULT": 0, best_isa(): 0}}
 
 
 def isas_of_machine() -> dict[str, str]:
