@@ -54,7 +54,7 @@ class NinjaBuild(build_ext):
         every, self.extensions = self.extensions, self.possible()
         super().run()
         for ext in every:
-            # Beside where the extension is or would be; fastdiff/backend.py reads it.
+            # Beside where the extension is or would be; fastdiff/ops/backend.py reads it.
             target = Path(self.get_ext_fullpath(ext.name))
             note = target.with_name(f"{ext.name.split('.')[-1]}.not_built")
             note.unlink(missing_ok=True)

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import checkpoint, samplers, sde
-from fastdiff.drawing import Network, draw
+from fastdiff import samplers, sde
+from fastdiff.checkpoints import checkpoint
 from fastdiff.evaluation import evaluate
+from fastdiff.generation import Network, draw
 
 STEPS = (10, 15, 20, 25, 30, 40, 50, 100)
 SCHEMES = {"exponential": (0.4, 0.3, 0.2, 0.1, 0.05), "improved-euler": (1.0, 0.5, 0.2, 0.1)}

@@ -10,8 +10,10 @@ import pytest
 import torch
 from comparison import on_reference
 
-from fastdiff import checkpoint, data, samplers, schedules
-from fastdiff.training import Trainer, TrainingOptions, make_unet
+from fastdiff import data, samplers, schedules
+from fastdiff.checkpoints import checkpoint
+from fastdiff.nn.image_unet import make_unet
+from fastdiff.training.trainer import Trainer, TrainingOptions
 
 
 def bench_training_step(versus) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import ops, samplers, schedules
-from fastdiff.backend import missing
+from fastdiff.ops.backend import missing
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from comparison import every_dtype, every_shape
 
-from fastdiff import ops, reference, schedules
+from fastdiff import ops, schedules
+from fastdiff.ops import reference
 
 
 @every_dtype

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from comparison import every_dtype, every_shape, on_reference
 
 from fastdiff import losses, ops, schedules
-from fastdiff.training import make_unet
+from fastdiff.nn.image_unet import make_unet
 
 SCHEDULE = schedules.cosine(1000)
 KINDS = {"eps": "none", "v": "min_snr"}  # and how the loss is weighted

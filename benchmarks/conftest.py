@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from comparison import Comparison
 
-from fastdiff.backend import describe
+from fastdiff.ops.backend import describe
 
 SECONDS = 1.5  # that one comparison may take, roughly
 OURS = "fastdiff"

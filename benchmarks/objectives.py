@@ -28,13 +28,14 @@ from typing import Any
 
 import torch
 
-from fastdiff import checkpoint, classifier, cli
-from fastdiff.classifier_training import ClassifierOptions, ClassifierTrainer
-from fastdiff.cli.common import make_sampler, sampler_facts
-from fastdiff.data import digits
-from fastdiff.images import grid, save
+from fastdiff import cli
+from fastdiff.checkpoints import checkpoint, classifier_checkpoint
+from fastdiff.cli.options import make_sampler, sampler_facts
+from fastdiff.data.datasets import digits
+from fastdiff.data.image_grid import grid, save
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
+from fastdiff.training.classifier_trainer import ClassifierOptions, ClassifierTrainer
 
 SIZE = 8
 TRAIN = f"train --data digits --image-size {SIZE} --label-dropout 0.1 --seed 0"
@@ -126,7 +127,7 @@ def trained_classifier(name: str, model: Path, args: argparse.Namespace) -> Path
         ended_by = trainer.run()
         if ended_by is not None:
             sys.exit(128 + ended_by)
-        classifier.save(trainer.classifier(digits("test", SIZE)), folder)
+        classifier_checkpoint.save(trainer.classifier(digits("test", SIZE)), folder)
     return folder
 
 

@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastdiff import checkpoint, samplers
+from fastdiff import samplers
+from fastdiff.checkpoints import checkpoint
 from fastdiff.evaluation import evaluate
 
 BUDGETS = (5, 10, 20, 50)

@@ -1,4 +1,4 @@
-// A list of operations that fastdiff/compiler/replay.py recorded, run one after the other without
+// A list of operations that fastdiff/compiler/run/replay.py recorded, run one after the other without
 // Python between them.
 //
 // Values are tensors in numbered registers: first those that `run` is given, then constants and

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import drawing, losses, objectives, samplers, sde
-from fastdiff.drawing import Drawn, Given, Network
+from fastdiff import generation, losses, objectives, samplers, sde
+from fastdiff.common.checks import check_floating
+from fastdiff.common.conditions import Conditions, unmarked
+from fastdiff.common.inputs import checked_seeds, real_parameter
+from fastdiff.common.model import Model
+from fastdiff.generation import Drawn, Given, Network
 from fastdiff.objectives import Forward
-from fastdiff.ops.checks import check_floating
 from fastdiff.samplers import Sampler
 from fastdiff.samplers.sampler import check_choice
-from fastdiff.sampling.arguments import checked_seeds, real_parameter
-from fastdiff.sampling.conditions import Conditions, unmarked
-from fastdiff.sampling.loop import Model
 from fastdiff.schedules import GaussianPath, NoiseSchedule
-from fastdiff.sde.rounding import tolerance_for
-from fastdiff.sde.solver import METHODS as SOLVERS
+from fastdiff.sde.solvers.by_name import METHODS as SOLVERS
+from fastdiff.sde.solvers.rounding import tolerance_for
 
 METHODS = (*samplers.names(), *SOLVERS)
 
@@ -151,7 +151,7 @@ class Diffusion:
             shape: of the images, [N, C, ...].
             method: see :meth:`sampler`.
             steps: likewise.
-            cond: keyword arguments of the model, see :func:`fastdiff.drawing.draw`.
+            cond: keyword arguments of the model, see :func:`fastdiff.generation.draw`.
             generator: source of all noise, None for PyTorch's global one.
             progress: show a progress bar.
             options: of ``fastdiff.sample``, or of the solver.
@@ -167,14 +167,14 @@ class Diffusion:
         ).images  # fmt: skip
 
     def draw(self, sampler: Sampler | sde.Solver, shape: Sequence[int], **options: Any) -> Drawn:
-        """Draw images, and say what they took: see :func:`fastdiff.drawing.draw`.
+        """Draw images, and say what they took: see :func:`fastdiff.generation.draw`.
 
         Args:
             sampler: from :meth:`sampler`.
             shape: of the images, [N, C, ...].
             options: its other arguments.
         """
-        return drawing.draw(self.network, sampler, shape, **options)
+        return generation.draw(self.network, sampler, shape, **options)
 
     def log_likelihood(
         self, x: Tensor, *, cond: Given | None = None, **options: Any

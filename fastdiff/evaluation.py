@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoint import Checkpoint
-from fastdiff.data import ImageSet, digits
-from fastdiff.drawing import Classifier
-from fastdiff.errors import InputError, check_memory, require
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.common.errors import InputError, check_memory, require
+from fastdiff.data.datasets import ImageSet, digits
+from fastdiff.generation import Classifier
 from fastdiff.nn.wrappers import unwrapped
 from fastdiff.samplers import Sampler
 from fastdiff.schedules import FlowSchedule, NoiseSchedule

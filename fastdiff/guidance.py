@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff.ops.checks import beside, wide_dtype
+from fastdiff.common.checks import beside, wide_dtype
 from fastdiff.process import conversion, conversion_at
 from fastdiff.samplers import Sampler, Table
 from fastdiff.samplers.grids import ROUNDING

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from fastdiff import losses, process, sde
-from fastdiff.errors import InputError
+from fastdiff.common.errors import InputError
+from fastdiff.common.model import Model
 from fastdiff.losses import LossSecondMoment, score_matching
 from fastdiff.losses.timesteps import TimestepSampler
 from fastdiff.samplers.ddpm import VARIANCES
 from fastdiff.samplers.sampler import check_choice
-from fastdiff.sampling.loop import Model
 from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
 
 Forward = GaussianPath | sde.SDE

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops.checks import (
+from fastdiff.common.checks import (
     beside,
     check_floating,
     check_shape,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdiff._per_device import PerDevice
+from fastdiff.common.per_device import PerDevice
 
 _ONE = torch.ones(1, dtype=torch.float64, device="cpu")  # abar before the first timestep
 LABELS = ("sigma", "timestep")  # what the network of a FlowSchedule may be told

@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("FASTDIFF_PLAN", "heuristic")
 
 from fastdiff import schedules
-from fastdiff.checkpoint import Checkpoint
-from fastdiff.training import make_unet
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.nn.image_unet import make_unet
 
 # The same examples in every run, so that a run that fails can be had again.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 
 import fastdiff
-from fastdiff import NoiseSchedule, checkpoint, data, ops, process, samplers, schedules
-from fastdiff.checkpoint import CONFIG, META, STATE, WEIGHTS
-from fastdiff.errors import CheckpointError, DataError, InputError
+from fastdiff import NoiseSchedule, data, ops, process, samplers, schedules
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.checkpoint import CONFIG, META, STATE, WEIGHTS
+from fastdiff.common.errors import CheckpointError, DataError, InputError
 from fastdiff.nn import UNet2DModel
-from fastdiff.training import Trainer, TrainingOptions, make_unet
+from fastdiff.nn.image_unet import make_unet
+from fastdiff.training.trainer import Trainer, TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,7 +313,7 @@ def test_a_full_disk(run, monkeypatch):
     before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
     run.trainer.step()
     with monkeypatch.context() as patch:
-        patch.setattr("fastdiff.checkpoint.save_file", full)
+        patch.setattr("fastdiff.checkpoints.checkpoint.save_file", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
             run.trainer.save()
     assert [path.name for path in run.folder.parent.iterdir()] == [run.folder.name]

@@ -10,8 +10,8 @@ import torch
 
 import fastdiff
 from fastdiff import guidance, losses, nn, objectives, samplers, schedules, sde
-from fastdiff.classifier import Accuracy, Architecture, Classifier
-from fastdiff.training import TrainingOptions
+from fastdiff.checkpoints.classifier_checkpoint import Accuracy, Architecture, Classifier
+from fastdiff.training.trainer import TrainingOptions
 
 ARCHITECTURE = Architecture(8, 1, widths=(8, 16), layers_per_block=1, attention=(1,))
 HOW = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from fastdiff import samplers, schedules
-from fastdiff.checkpoint import Checkpoint
-from fastdiff.data import digits
-from fastdiff.drawing import Drawn
-from fastdiff.errors import InputError
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.common.errors import InputError
+from fastdiff.data.datasets import digits
 from fastdiff.evaluation import (
     Evaluation,
     Features,
@@ -22,6 +21,7 @@ from fastdiff.evaluation import (
     nearest_distances,
     recogniser,
 )
+from fastdiff.generation import Drawn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

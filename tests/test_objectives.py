@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff import Diffusion, losses, objectives, schedules, sde
-from fastdiff.errors import InputError
+from fastdiff.common.errors import InputError
 from fastdiff.losses import score_matching
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fastdiff import losses, nn, ops, schedules, selfcheck
+from fastdiff import losses, nn, ops, schedules
+from fastdiff.ops import selfcheck
 from fastdiff.ops.weights_state import _sample
 
 EMBEDDINGS = {

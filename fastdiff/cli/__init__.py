@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from fastdiff.cli import doctor, evaluate, export, sample, train, train_classifier
-from fastdiff.cli.common import Formatter, Parser, standard_output
-from fastdiff.errors import InputError, memory_refused
+from fastdiff.cli.options import Formatter, Parser, standard_output
+from fastdiff.common.errors import InputError, memory_refused
+from fastdiff.common.version import __version__
 
 __all__ = ["main", "parser"]
 
@@ -24,10 +25,8 @@ COMMANDS = {
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser; each sub-command's module adds its own options."""
-    import fastdiff
-
     top = Parser(prog="fastdiff", description="Train, sample and measure diffusion models.")
-    top.add_argument("--version", action="version", version=f"fastdiff {fastdiff.__version__}")
+    top.add_argument("--version", action="version", version=f"fastdiff {__version__}")
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     for name, module in COMMANDS.items():
         text = (module.__doc__ or "").split("\n\n", 1)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy
 import torch
 
-import fastdiff
-from fastdiff import checkpoint, selfcheck
-from fastdiff.backend import describe, extension, missing
-from fastdiff.cli.common import add_json_argument, print_json
+from fastdiff.checkpoints import checkpoint
+from fastdiff.cli.options import add_json_argument, print_json
+from fastdiff.common.version import __version__
+from fastdiff.ops import backend, selfcheck
+from fastdiff.ops.backend import describe, extension, missing
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     facts, records = _facts(), selfcheck.run()
     for name in ("triton", "cuda"):
         if facts["backends"].get(name, "") is None:
-            with fastdiff.backend(name):
+            with backend.backend(name):
                 records += selfcheck.run("cuda")
     passed = all(record.ok for record in records)
     if args.json:
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 def _facts() -> dict[str, Any]:
     return {
-        "fastdiff": fastdiff.__version__,
+        "fastdiff": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_compiled_against": None if extension is None else extension.torch_version,

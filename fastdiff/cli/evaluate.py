@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastdiff import checkpoint
-from fastdiff.cli.common import (
+from fastdiff.checkpoints import checkpoint
+from fastdiff.cli.options import (
     add_checkpoint_argument,
     add_json_argument,
     add_machine_arguments,

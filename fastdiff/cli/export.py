@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint
-from fastdiff.cli.common import add_checkpoint_argument
+from fastdiff.checkpoints import checkpoint
+from fastdiff.cli.options import add_checkpoint_argument
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from fastdiff import checkpoint
-from fastdiff.backend import backend, cpu_missing
-from fastdiff.checkpoint import Checkpoint
-from fastdiff.cli.common import (
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.cli.options import (
     add_checkpoint_argument,
     add_json_argument,
     add_machine_arguments,
@@ -40,9 +39,10 @@ from fastdiff.cli.common import (
     steps_text,
     what_runs,
 )
-from fastdiff.drawing import Drawn
-from fastdiff.errors import InputError, check_memory
-from fastdiff.images import check_image_path, grid, save
+from fastdiff.common.errors import InputError, check_memory
+from fastdiff.data.image_grid import check_image_path, grid, save
+from fastdiff.generation import Drawn
+from fastdiff.ops.backend import backend, cpu_missing
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
 

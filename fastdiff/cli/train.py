@@ -15,12 +15,9 @@ from typing import Any
 
 import torch
 
-from fastdiff import checkpoint, data
-from fastdiff._image_folder import class_names
-from fastdiff._names import as_path, as_text
-from fastdiff._random import seeded
-from fastdiff.cli import objective
-from fastdiff.cli.common import (
+from fastdiff.checkpoints import checkpoint
+from fastdiff.cli import objective_options
+from fastdiff.cli.options import (
     add_machine_arguments,
     add_reading_arguments,
     integers,
@@ -29,19 +26,23 @@ from fastdiff.cli.common import (
     positive,
     read_folder,
 )
-from fastdiff.errors import CheckpointError, InputError, check_memory
-from fastdiff.images import check_writable
+from fastdiff.common.errors import CheckpointError, InputError, check_memory
+from fastdiff.common.seeds import seeded
+from fastdiff.data import datasets
+from fastdiff.data.file_names import as_path, as_text
+from fastdiff.data.image_folder import class_names
+from fastdiff.data.image_grid import check_writable
 from fastdiff.nn import UNet2DModel
+from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.pretrained import NoInitialisation
-from fastdiff.recipe import TIMESTEP_SAMPLERS, WEIGHTINGS
-from fastdiff.training import (
+from fastdiff.training.trainer import (
     LR_SCHEDULES,
     Trainer,
     TrainingOptions,
     make_diffusion,
-    make_unet,
     recorded_options,
 )
+from fastdiff.training.training_options import TIMESTEP_SAMPLERS, WEIGHTINGS
 
 DIGITS = "digits"  # for --data
 PATHS = ("data", "out")
@@ -88,7 +89,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--dropout", type=float, default=0.0, help="dropout in every block")
 
-    objective.add_arguments(command)
+    objective_options.add_arguments(command)
 
     how = command.add_argument_group("training")
     how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             "continue it with --resume, or choose another --out"
         )
     else:
-        args = objective.settled(args)
+        args = objective_options.settled(args)
     if args.data is None:
         raise InputError("say what to train on: --data digits or --data FOLDER")
     if args.data != DIGITS:
@@ -185,14 +186,17 @@ def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
     with torch.device("meta"), NoInitialisation():
         network = _network(args, channels, classes + options.null_class)
     make_diffusion(
-        network, objective.forward(args), options, args.prediction, args.objective, None,
+        network, objective_options.forward(args), options, args.prediction, args.objective, None,
         args.levels,
     )  # fmt: skip
     check_memory(options.batch_size, channels, args.image_size, args.image_size)
 
 
 def _trainer(
-    args: argparse.Namespace, options: TrainingOptions, images: data.ImageSet, device: torch.device
+    args: argparse.Namespace,
+    options: TrainingOptions,
+    images: datasets.ImageSet,
+    device: torch.device,
 ) -> Trainer:
     """A new trainer, or with --resume the one that the newest checkpoint describes."""
     record = {"arguments": {k: _plain(k, v) for k, v in vars(args).items() if k != "resume"}}
@@ -202,7 +206,7 @@ def _trainer(
         model = _network(args, images.channels, len(images.classes) + options.null_class)
     return Trainer(
         model.to(device),
-        objective.forward(args),
+        objective_options.forward(args),
         images,
         options,
         prediction=args.prediction,
@@ -289,11 +293,11 @@ def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, An
     return {name: value for name, value in given.items() if value is not unset}
 
 
-def _images(args: argparse.Namespace) -> data.ImageSet:
+def _images(args: argparse.Namespace) -> datasets.ImageSet:
     if args.data == DIGITS:
         if args.flip:
             raise InputError("--flip does not suit digits: a mirrored digit is none")
-        images = data.digits("train", args.image_size)
+        images = datasets.digits("train", args.image_size)
     else:
         images = read_folder(args, args.image_size, grayscale=args.grayscale, flip=args.flip)
     return images.without_labels() if args.unconditional else images

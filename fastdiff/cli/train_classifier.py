@@ -14,11 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint, classifier, data
-from fastdiff._image_folder import class_names
-from fastdiff.classifier import Accuracy, Architecture, Classifier
-from fastdiff.classifier_training import ClassifierOptions, ClassifierTrainer
-from fastdiff.cli.common import (
+from fastdiff.checkpoints import checkpoint, classifier_checkpoint
+from fastdiff.checkpoints.classifier_checkpoint import Accuracy, Architecture, Classifier
+from fastdiff.cli.options import (
     add_checkpoint_argument,
     add_machine_arguments,
     add_reading_arguments,
@@ -28,9 +26,12 @@ from fastdiff.cli.common import (
     positive,
     read_folder,
 )
-from fastdiff.errors import InputError, check_memory
-from fastdiff.images import check_writable
+from fastdiff.common.errors import InputError, check_memory
+from fastdiff.data import datasets
+from fastdiff.data.image_folder import class_names
+from fastdiff.data.image_grid import check_writable
 from fastdiff.nn.pretrained import NoInitialisation
+from fastdiff.training.classifier_trainer import ClassifierOptions, ClassifierTrainer
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         )
         ended_by = trainer.run()
         trained = trainer.classifier(held_out)
-    classifier.save(trained, args.out)
+    classifier_checkpoint.save(trained, args.out)
     if trained.accuracy and held_out is not None:
         _print(trained.accuracy, len(held_out))
     if ended_by is None:
@@ -110,17 +111,17 @@ def _shape(args: argparse.Namespace, found: checkpoint.Checkpoint) -> Architectu
     with torch.device("meta"), NoInitialisation():
         model = shape.make(max(2, len(classes)))
     if classes:
-        classifier.check_fits(Classifier(model, found.forward, shape, classes), found)
+        classifier_checkpoint.check_fits(Classifier(model, found.forward, shape, classes), found)
     check_memory(args.batch_size, shape.channels, shape.image_size, shape.image_size)
     return shape
 
 
 def _images(
     args: argparse.Namespace, found: checkpoint.Checkpoint
-) -> tuple[data.ImageSet, data.ImageSet | None]:
+) -> tuple[datasets.ImageSet, datasets.ImageSet | None]:
     """Images to train on, and those held out."""
     if args.data == "digits":
-        return data.digits("train", found.image_size), data.digits("test", found.image_size)
+        return datasets.digits("train", found.image_size), datasets.digits("test", found.image_size)
     images = read_folder(args, found.image_size, grayscale=found.channels == 1)
     if images.labels is None:
         raise InputError(f"{args.data} has no sub-folders, one a class: a classifier needs classes")

@@ -18,7 +18,7 @@ Environment:
 
 from __future__ import annotations
 
-from fastdiff.compiler.backend import backend
-from fastdiff.compiler.report import Explanation, explain
+from fastdiff.compiler.explain import Explanation, explain
+from fastdiff.compiler.pipeline import backend
 
 __all__ = ["Explanation", "backend", "explain"]

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastdiff.compiler.effects import changes_modes, drops, given, name_of
-from fastdiff.compiler.patterns import DTYPES
+from fastdiff.compiler.graph.effects import changes_modes, drops, given, name_of
+from fastdiff.compiler.match.patterns import DTYPES
 
 
 @dataclass(frozen=True)

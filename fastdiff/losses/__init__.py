@@ -16,7 +16,7 @@ from fastdiff.losses.bound import (
     rescaled_kl,
     vlb_loss,
 )
-from fastdiff.losses.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from fastdiff.losses.discretized_gaussian import discretized_gaussian_log_likelihood, normal_kl
 from fastdiff.losses.simple import simple_loss
 from fastdiff.losses.timesteps import LogitNormal, LossSecondMoment, LowDiscrepancy, Uniform
 from fastdiff.losses.variance import fixed_log_variance, model_variance

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff._progress import progress_bar
-from fastdiff.losses.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from fastdiff.common.checks import wide_dtype
+from fastdiff.common.conditions import Conditions
+from fastdiff.common.inputs import check_max_batch, checked_seeds
+from fastdiff.common.model import Model
+from fastdiff.common.progress import progress_bar
+from fastdiff.losses.discretized_gaussian import discretized_gaussian_log_likelihood, normal_kl
 from fastdiff.losses.noising import noised
 from fastdiff.losses.prediction import check_x0, image_mean, predict
 from fastdiff.losses.simple import weighted_error
 from fastdiff.losses.terms import Reverse, bound_term, prior_term
-from fastdiff.ops.checks import wide_dtype
-from fastdiff.sampling.arguments import check_max_batch, checked_seeds
-from fastdiff.sampling.conditions import Conditions
-from fastdiff.sampling.loop import Model
 from fastdiff.schedules import NoiseSchedule
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops.checks import check_floating, check_shape, wide_dtype
+from fastdiff.common.checks import check_floating, check_shape, wide_dtype
 
 
 def noised(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:

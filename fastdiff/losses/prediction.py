@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.ops.checks import check_floating, wide_dtype
-from fastdiff.sampling.loop import Model, Output
+from fastdiff.common.checks import check_floating, wide_dtype
+from fastdiff.common.model import Model, Output
 
 
 def predict(

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.common.checks import check_floating, wide_dtype
+from fastdiff.common.model import Model
 from fastdiff.losses.noising import noised, squared_error
 from fastdiff.losses.prediction import image_mean, predict
-from fastdiff.ops.checks import check_floating, wide_dtype
-from fastdiff.sampling.loop import Model
 from fastdiff.sde import EDM, SDE, Score
 
 WEIGHTINGS = ("sigma", "likelihood")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import process
+from fastdiff.common.checks import wide_dtype
+from fastdiff.common.model import Model
 from fastdiff.losses.noising import noised, squared_error
 from fastdiff.losses.prediction import check_x0, predict
 from fastdiff.losses.targets import target_of, weight_on
-from fastdiff.ops.checks import wide_dtype
-from fastdiff.sampling.loop import Model
 from fastdiff.schedules import GaussianPath
 
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fastdiff import process
-from fastdiff.losses.likelihood import (
+from fastdiff.common.checks import wide_dtype
+from fastdiff.losses.discretized_gaussian import (
     discretized_gaussian_log_likelihood,
     normal_kl,
     normal_log_density,
 )
 from fastdiff.losses.prediction import check_x0, image_mean
 from fastdiff.losses.variance import FIXED, check_ddpm, model_variance
-from fastdiff.ops.checks import wide_dtype
 from fastdiff.samplers.ddpm import VARIANCES
 from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import NoiseSchedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.ops.checks import beside, check_floating, check_timesteps, wide_dtype
+from fastdiff.common.checks import beside, check_floating, check_timesteps, wide_dtype
 from fastdiff.samplers.ddpm import VARIANCES
 from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import GaussianPath, NoiseSchedule

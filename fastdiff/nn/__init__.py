@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastdiff.nn.attention import Attention
 from fastdiff.nn.blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D
 from fastdiff.nn.classifier import NoisyClassifier
 from fastdiff.nn.config import UNet2DConfig
@@ -15,6 +14,7 @@ from fastdiff.nn.embeddings import (
 from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.resample import Downsample2D, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
+from fastdiff.nn.self_attention import Attention
 from fastdiff.nn.unet import UNet2DModel
 
 __all__ = [

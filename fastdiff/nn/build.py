@@ -7,12 +7,12 @@ from functools import partial
 
 from torch import nn
 
-from fastdiff.nn.attention import Attention
 from fastdiff.nn.blocks import DownBlock2D, Make, UNetMidBlock2D, UpBlock2D
 from fastdiff.nn.config import UNet2DConfig, block_kind
 from fastdiff.nn.embeddings import FourierProjection, SinusoidalProjection, TimestepEmbedding
 from fastdiff.nn.resample import Downsample2D, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
+from fastdiff.nn.self_attention import Attention
 
 
 def time_projection(config: UNet2DConfig) -> nn.Module:

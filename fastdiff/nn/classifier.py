@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.common.checks import wide_dtype
 from fastdiff.nn import build
-from fastdiff.nn.checks import as_timesteps, check_sample
 from fastdiff.nn.config import UNet2DConfig
+from fastdiff.nn.input_checks import as_timesteps, check_sample
 from fastdiff.nn.norm import GroupNormSiLU
-from fastdiff.ops.checks import wide_dtype
 
 
 class NoisyClassifier(nn.Module):

@@ -79,10 +79,13 @@ class Precomputed:
             projected embeddings of every residual block, one after the other.
         index: int64 [N], which of the U rows an image takes; None where they serve as they are,
             one for the whole batch or one an image.
+        needs_time: the timestep counts beside the rows: a model with fourier embeddings divides its
+            output by it.
     """
 
     rows: Tensor
     index: Tensor | None = None
+    needs_time: bool = False
 
     def at(self, step: int | Tensor) -> Tensor:
         """The rows of one step, [N, P], or [1, P] for the whole batch.

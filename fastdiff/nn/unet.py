@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.nn import build, pretrained
-from fastdiff.nn.checks import (
+from fastdiff.nn.config import UNet2DConfig
+from fastdiff.nn.embeddings import Precomputed, distinct
+from fastdiff.nn.input_checks import (
     as_timesteps,
     check_class_labels,
     check_conditioning,
     check_sample,
 )
-from fastdiff.nn.config import UNet2DConfig
-from fastdiff.nn.embeddings import Precomputed, distinct
 from fastdiff.nn.norm import GroupNormSiLU
+from fastdiff.nn.own_calls import only_own_code_runs
 
 
 class UNet2DModel(nn.Module):
@@ -139,6 +140,10 @@ class UNet2DModel(nn.Module):
         """Keep every activation for the backward pass (the default)."""
         self._checkpointing = False
 
+    def may_precompute(self) -> bool:
+        """Whether a sampling loop may use :meth:`precompute` and nobody could tell."""
+        return only_own_code_runs(self, UNet2DModel)
+
     def precompute(
         self, timesteps: Tensor | float, class_labels: Tensor | None = None, batch: int = 1
     ) -> Precomputed:
@@ -167,7 +172,8 @@ class UNet2DModel(nn.Module):
         if class_labels is not None:
             class_labels, index = distinct(class_labels.to(self.device))
         emb = self._embed_time(timesteps).unsqueeze(1)  # [S, 1, D]
-        return Precomputed(torch.cat(self._project(emb, class_labels), dim=2), index)
+        rows = torch.cat(self._project(emb, class_labels), dim=2)
+        return Precomputed(rows, index, self.config.time_embedding_type == "fourier")
 
     def forward(
         self,

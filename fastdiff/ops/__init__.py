@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fastdiff.common.checks import check_timesteps
 from fastdiff.ops.add_time_embedding import add_time_embedding
 from fastdiff.ops.attention import attention
-from fastdiff.ops.checks import check_timesteps
 from fastdiff.ops.conv2d import conv2d, conv2d_pack
 from fastdiff.ops.conv_epilogue import conv_epilogue
 from fastdiff.ops.denoising_loss import denoising_loss

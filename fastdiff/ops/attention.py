@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff import reference
-from fastdiff.ops.checks import check_floating, check_no_gradient, check_same_kind
+from fastdiff.common.checks import check_floating, check_no_gradient, check_same_kind
+from fastdiff.ops import reference
 from fastdiff.ops.conv2d import kernel_runs
 from fastdiff.ops.dispatch import check_devices
-from fastdiff.profiling import span
+from fastdiff.ops.profiling import span
 
 torch.library.define("fastdiff::attention", "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff import backend, reference
-from fastdiff.ops.checks import (
+from fastdiff.common.checks import (
     check_device,
     check_floating,
     check_no_gradient,
     check_same_kind,
 )
+from fastdiff.ops import backend, reference
 from fastdiff.ops.dispatch import check_devices
-from fastdiff.profiling import span
+from fastdiff.ops.profiling import span
 
 # The number that C++ knows them by.
 ALGORITHMS = ("direct", "winograd2", "winograd4", "strassen", "phases4")

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastdiff import reference
-from fastdiff.ops.checks import check_floating, check_like, check_same_kind
+from fastdiff.common.checks import check_floating, check_like, check_same_kind
+from fastdiff.ops import reference
 from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
 from fastdiff.ops.gpu import on_gpu
 

@@ -7,14 +7,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fastdiff import reference
-from fastdiff.ops.checks import (
+from fastdiff.common.checks import (
     check_device,
     check_floating,
     check_like,
     check_timesteps,
     wide_dtype,
 )
+from fastdiff.ops import reference
 from fastdiff.ops.dispatch import check_devices, differentiable, dispatch, fake_like
 from fastdiff.ops.gpu import on_gpu
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff import reference
+from fastdiff.ops import reference
 from fastdiff.ops.denoising_loss import (
     check_denoising_loss,
     check_loss_grad,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastdiff import profiling
-from fastdiff.backend import kernel_runs
+from fastdiff.ops import profiling
+from fastdiff.ops.backend import kernel_runs
 
 
 def dispatch(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff import reference
-from fastdiff.ops.checks import check_device, check_floating
+from fastdiff.common.checks import check_device, check_floating
+from fastdiff.ops import reference
 from fastdiff.ops.dispatch import dispatch
 from fastdiff.ops.gpu import on_gpu
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff import reference
-from fastdiff.ops.checks import check_floating, check_no_gradient
+from fastdiff.common.checks import check_floating, check_no_gradient
+from fastdiff.ops import reference
 from fastdiff.ops.conv2d import kernel_runs
-from fastdiff.profiling import span
+from fastdiff.ops.profiling import span
 
 torch.library.define("fastdiff::geglu", "(Tensor x) -> Tensor")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils._pytree import tree_leaves
 
-from fastdiff.backend import kernels_on_cuda, missing, on_cuda
+from fastdiff.ops.backend import kernels_on_cuda, missing, on_cuda
 
 operations: set[str] = set()  # that have kernels for CUDA tensors
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff import backend, reference
-from fastdiff.ops.checks import check_floating, check_no_gradient
+from fastdiff.common.checks import check_floating, check_no_gradient
+from fastdiff.ops import backend, reference
 from fastdiff.ops.dispatch import check_devices
-from fastdiff.profiling import span
+from fastdiff.ops.profiling import span
 
 torch.library.define("fastdiff::channel_statistics", "(Tensor x) -> Tensor")
 torch.library.define(

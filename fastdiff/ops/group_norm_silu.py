@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastdiff import reference
-from fastdiff.ops.checks import (
+from fastdiff.common.checks import (
     check_device,
     check_floating,
     check_same_kind,
     check_statistics,
 )
+from fastdiff.ops import reference
 from fastdiff.ops.dispatch import check_devices, differentiable, dispatch, fake_like
 from fastdiff.ops.gpu import on_gpu
 

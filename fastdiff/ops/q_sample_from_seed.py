@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff import reference
+from fastdiff.ops import reference
 from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
 from fastdiff.ops.gpu import on_gpu
 from fastdiff.ops.philox_normal import check_row, check_seed

@@ -7,19 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdiff import reference
-from fastdiff.backend import kernel_runs
-from fastdiff.ops.checks import (
+from fastdiff.common.checks import (
     check_device,
     check_floating,
     check_like,
     check_same_kind,
     wide_dtype,
 )
+from fastdiff.ops import reference
+from fastdiff.ops.backend import kernel_runs
 from fastdiff.ops.dispatch import dispatch
 from fastdiff.ops.gpu import on_gpu
 from fastdiff.ops.philox_normal import check_seed
-from fastdiff.profiling import ranged
+from fastdiff.ops.profiling import ranged
 
 COUNT = 18  # coefficients in a row before those of the history: fastdiff.samplers.table has them
 DEPTH = 8  # slots of the history, at most

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastdiff import reference
-from fastdiff.ops.checks import check_floating
+from fastdiff.common.checks import check_floating
+from fastdiff.ops import reference
 from fastdiff.ops.dispatch import differentiable, dispatch
 from fastdiff.ops.gpu import on_gpu
 

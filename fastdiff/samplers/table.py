@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff._per_device import PerDevice
+from fastdiff.common.per_device import PerDevice
 
 COLUMNS = (
     "guidance", "rescale",

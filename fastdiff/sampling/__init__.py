@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdiff.sampling.conditions import PerImage, Shared
+from fastdiff.common.conditions import PerImage, Shared
 from fastdiff.sampling.run import sample
 
 __all__ = ["PerImage", "Shared", "sample"]

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backend import current as current_backend
+from fastdiff.common.model import Model
+from fastdiff.common.per_model import PerModel
+from fastdiff.ops.backend import current as current_backend
 from fastdiff.sampling.device_loop import Buffers, advance
-from fastdiff.sampling.loop import Model, State
-from fastdiff.sampling.per_model import PerModel
+from fastdiff.sampling.loop import State
 
 KEPT = 4  # graphs of a model, each with its memory; the one unused for longest goes
 WARM_UP = 3  # rows that run before the capture, so that libraries have chosen their kernels

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastdiff import ops
-from fastdiff.sampling.loop import Model, Output, State, new_history, span
-from fastdiff.sampling.per_model import PerModel
+from fastdiff.common.model import Model
+from fastdiff.common.per_model import PerModel
+from fastdiff.sampling.loop import State, new_history, span, wanted_output
 
 
 class Buffers:
@@ -39,7 +40,7 @@ class Buffers:
         self.x, self.table, self.seed, self.noise = state.x, state.table, state.seed, state.noise
         self.history: Tensor | None = None
         self.cond, self.guided = state.cond, state.guided
-        self.output = Output.wanted(state)
+        self.output = wanted_output(state)
         self.values: dict[str, Tensor] = {}
         device = state.x.device
         places, strides, self.sizes = [torch.zeros(1, dtype=torch.int64, device="cpu")], [1], [1]

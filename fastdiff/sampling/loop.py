@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.profiling import ranged
+from fastdiff.common.conditions import Arguments
+from fastdiff.common.model import Model, Output, precomputing
+from fastdiff.ops.profiling import ranged
 from fastdiff.samplers import COLUMNS
-from fastdiff.sampling.conditions import Arguments
-from fastdiff.sampling.embeddings import precomputing_unet
 
-Model = Callable[..., Any]
 Advance = Callable[[int], Tensor | None]  # computes a row in place, returns the model's output
 
 
@@ -64,55 +62,17 @@ class State:
     learned_variance: bool
 
 
-@dataclass(frozen=True)
-class Output:
-    """What the model must return: its shape, the images' dtype, and what to say of another shape.
-
-    A model under autocast may return another dtype; it is cast.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    request: str
-
-    @classmethod
-    def wanted(cls, state: State) -> Output:
-        """What a state wants of its model."""
-        images, channels, *rest = state.x.shape
-        kind = "learned" if state.learned_variance else "fixed"
-        shape = (
-            images * (2 if state.guided else 1),
-            channels * (2 if state.learned_variance else 1),
-            *rest,
-        )
-        given = f"{kind} variance and images of shape {tuple(state.x.shape)}"
-        return cls(shape, state.x.dtype, given + (" under guidance" if state.guided else ""))
-
-    def of(self, returned: Any) -> Tensor:
-        """The prediction in what a model returned, cast; raises as :meth:`found` does."""
-        out = self.found(returned)
-        return out if out.dtype is self.dtype else out.to(self.dtype)
-
-    def found(self, returned: Any) -> Tensor:
-        """The prediction in what a model returned, in its own dtype.
-
-        Raises:
-            TypeError: there is none.
-            ValueError: it has another shape.
-        """
-        out = returned
-        if not isinstance(out, Tensor):
-            out = out[0] if isinstance(out, tuple) and out else getattr(out, "sample", None)
-            if not isinstance(out, Tensor):
-                raise TypeError(
-                    "the model must return a tensor, a tuple that begins with one, or an object "
-                    f"with one named sample, got {type(returned).__name__}"
-                )
-        if out.shape != self.shape:
-            raise ValueError(
-                f"with {self.request} the model must return {self.shape}, got {tuple(out.shape)}"
-            )
-        return out
+def wanted_output(state: State) -> Output:
+    """What the model must return for a state: one prediction for each image that it is given."""
+    images, channels, *rest = state.x.shape
+    kind = "learned" if state.learned_variance else "fixed"
+    shape = (
+        images * (2 if state.guided else 1),
+        channels * (2 if state.learned_variance else 1),
+        *rest,
+    )
+    given = f"{kind} variance and images of shape {tuple(state.x.shape)}"
+    return Output(shape, state.x.dtype, given + (" under guidance" if state.guided else ""))
 
 
 def model_arguments(
@@ -120,9 +80,8 @@ def model_arguments(
 ) -> tuple[dict[str, PerRow], Arguments]:
     """``State.per_row`` and ``State.cond`` for a model.
 
-    A plain ``fastdiff.nn.UNet2DModel``, see ``precomputing_unet``, gives here, in a few large
-    products, what its blocks take from all the timesteps and labels, and computes nothing of it in
-    the loop.
+    A network that allows it (``fastdiff.common.model.Precomputing``) computes here, in a few large
+    products, what its blocks take from all the timesteps and labels, and none of it in the loop.
 
     Args:
         model: the model.
@@ -132,12 +91,12 @@ def model_arguments(
     """
     index = torch.zeros(batch, dtype=torch.int64, device=times.device)
     t = {"t": PerRow(times.unsqueeze(1), index)}
-    unet = precomputing_unet(model) if set(cond) <= {"class_labels"} else None
-    if unet is None:
+    network = precomputing(model) if set(cond) <= {"class_labels"} else None
+    if network is None:
         return t, cond
-    found = unet.precompute(times, cond.get("class_labels"), batch)
-    per_row = {"precomputed": PerRow(found.rows, found.index)}
-    if unet.config.time_embedding_type == "fourier":  # which divides its output by the time
+    precomputed = network.precompute(times, cond.get("class_labels"), batch)
+    per_row = {"precomputed": PerRow(precomputed.rows, precomputed.index)}
+    if precomputed.needs_time:
         per_row |= t
     return per_row, {}
 
@@ -173,7 +132,7 @@ def eager(model: Model, state: State, *, keep_output: bool = False) -> Advance:
     if views:
         names, of_rows = list(views), zip(*views.values(), strict=True)
         arguments = [fixed | dict(zip(names, of_row, strict=True)) for of_row in of_rows]
-    output, (begin, end) = Output.wanted(state), span(x)
+    output, (begin, end) = wanted_output(state), span(x)
     shape, dtype = output.shape, output.dtype
     sampler_step, index_select = ops.sampler_step_for(x), torch.index_select
     model = ranged("model", model)

@@ -14,33 +14,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdiff import ops, profiling
-from fastdiff._progress import progress_bar
-from fastdiff._terminal import warn_of_image_at_the_beginning
-from fastdiff.ops.checks import wide_dtype
+from fastdiff import ops
+from fastdiff.common.checks import wide_dtype
+from fastdiff.common.conditions import Conditions
+from fastdiff.common.inputs import (
+    as_arguments,
+    check_generator,
+    check_images,
+    check_max_batch,
+    checked_seeds,
+    memory_format,
+)
+from fastdiff.common.model import Model
+from fastdiff.common.progress import progress_bar
+from fastdiff.ops import profiling
 from fastdiff.samplers import COLUMNS, Sampler, Table
 from fastdiff.samplers.table import OnDevice
 from fastdiff.sampling import capture
 from fastdiff.sampling.arguments import (
-    as_arguments,
     begin_at,
     check_beginning,
     check_callbacks,
-    check_generator,
-    check_images,
     check_mask,
-    check_max_batch,
     check_mode,
     check_resampling,
-    checked_seeds,
-    memory_format,
     target,
 )
-from fastdiff.sampling.conditions import Conditions
+from fastdiff.sampling.classifier_free import is_guided, per_step
 from fastdiff.sampling.device_loop import Buffers, compiled
-from fastdiff.sampling.guidance import is_guided, per_step
 from fastdiff.sampling.inpainting import JUMP_ROW, KNOWN_ROW, Known, Plan, noised, resampled
-from fastdiff.sampling.loop import Advance, Model, State, eager, model_arguments
+from fastdiff.sampling.loop import Advance, State, eager, model_arguments
+from fastdiff.sampling.terminal import warn_of_image_at_the_beginning
 from fastdiff.sampling.watching import Callback, Watch
 
 START_ROW = 2**32 - 1  # of the counter-based noise: what x begins with

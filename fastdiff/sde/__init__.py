@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from fastdiff.sde.adaptive import solve_adaptive
-from fastdiff.sde.langevin import annealed_langevin
 from fastdiff.sde.likelihood import Likelihood, bits_per_dim, dequantize, log_likelihood
-from fastdiff.sde.ode import solve_ode
 from fastdiff.sde.path import DiscretizedSDE, continuous, discretize, on_path
-from fastdiff.sde.process import EDM, SDE, VE, VP, SubVP
+from fastdiff.sde.processes import EDM, SDE, VE, VP, SubVP
+from fastdiff.sde.processes.from_schedule import Interpolated, Straight
 from fastdiff.sde.reverse import Reverse, probability_flow, reverse
-from fastdiff.sde.runge_kutta import Integrated, integrate
 from fastdiff.sde.score import PARAMETRISATIONS, Score, prediction_fn, score_fn
-from fastdiff.sde.solver import Sampled, Solver
-from fastdiff.sde.solvers import solve, time_grid
-from fastdiff.sde.views import Interpolated, Straight
+from fastdiff.sde.solvers.adaptive import solve_adaptive
+from fastdiff.sde.solvers.by_name import Sampled, Solver
+from fastdiff.sde.solvers.fixed_steps import solve, time_grid
+from fastdiff.sde.solvers.langevin import annealed_langevin
+from fastdiff.sde.solvers.ode import solve_ode
+from fastdiff.sde.solvers.runge_kutta import Integrated, integrate
 
 __all__ = [
     "EDM", "PARAMETRISATIONS", "SDE", "VE", "VP", "DiscretizedSDE", "Integrated", "Interpolated",

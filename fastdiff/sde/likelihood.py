@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.ops.checks import check_like
-from fastdiff.sde._evaluate import check_count, check_images
-from fastdiff.sde.ode import IndexedScore, integrate_along, score_of_rows
-from fastdiff.sde.process import SDE
-from fastdiff.sde.rounding import MAX_EVALUATIONS
-from fastdiff.sde.runge_kutta import rms
+from fastdiff.common.checks import check_like
+from fastdiff.sde.processes import SDE
 from fastdiff.sde.score import Score
+from fastdiff.sde.solvers.ode import IndexedScore, integrate_along, score_of_rows
+from fastdiff.sde.solvers.rounding import MAX_EVALUATIONS
+from fastdiff.sde.solvers.runge_kutta import rms
+from fastdiff.sde.solvers.stepping import check_count, check_images
 
 MAX_EXACT = 4096  # dimensions: the exact trace costs as many backward passes a step
 
@@ -75,14 +75,14 @@ def log_likelihood(
         rtol: relative tolerance of a step; None for what suits the dtype of x, 1e-5 in float64,
             1e-4 in float32, 1e-3 in float16, 1e-2 in bfloat16.
         atol: absolute tolerance of a step, in nats for the integral; None likewise.
-        method: see :func:`fastdiff.sde.runge_kutta.integrate`.
+        method: see :func:`fastdiff.sde.solvers.runge_kutta.integrate`.
         trace: "hutchinson", an unbiased estimate from random signs, which stay the same during the
             whole solve; or "exact", with a backward pass for every dimension.
         probes: sign vectors an image; the estimate's variance falls as 1 / probes.
         seed: image i draws its signs from seed + i, whatever else is in the batch. A later batch of
             the same data goes on with seed + number of images before it.
         max_evaluations: of the score, for any one image.
-        conditioned: as in :func:`fastdiff.sde.ode.solve_ode`.
+        conditioned: as in :func:`fastdiff.sde.solvers.ode.solve_ode`.
         progress: show a bar.
 
     Raises:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff._per_device import PerDevice
-from fastdiff.ops.checks import beside, wide_dtype
+from fastdiff.common.checks import beside, wide_dtype
+from fastdiff.common.inputs import whole_number
+from fastdiff.common.model import Model
+from fastdiff.common.per_device import PerDevice
 from fastdiff.process import KINDS
-from fastdiff.sampling.arguments import whole_number
-from fastdiff.sampling.loop import Model
 from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
-from fastdiff.sde.process import EDM, SDE
+from fastdiff.sde.processes import EDM, SDE
+from fastdiff.sde.processes.from_schedule import Interpolated, Straight
 from fastdiff.sde.score import asked, check_parametrisation
-from fastdiff.sde.solvers import time_grid
-from fastdiff.sde.views import Interpolated, Straight
+from fastdiff.sde.solvers.fixed_steps import time_grid
 
 
 def continuous(forward: GaussianPath | SDE) -> SDE:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastdiff.ops.checks import beside
-from fastdiff.sde.process import SDE
+from fastdiff.common.checks import beside
+from fastdiff.sde.processes import SDE
 from fastdiff.sde.score import Score
 
 

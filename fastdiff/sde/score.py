@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.ops.checks import beside, wide_dtype
+from fastdiff.common.checks import beside, wide_dtype
+from fastdiff.common.model import Model, Output
 from fastdiff.process import KINDS, check_kind, conversion_at
-from fastdiff.sampling.loop import Model, Output
-from fastdiff.sde.process import EDM, SDE
+from fastdiff.sde.processes import EDM, SDE
 
 Score = Callable[[Tensor, Tensor], Tensor]
 PARAMETRISATIONS = (*KINDS, "ncsn", "edm")

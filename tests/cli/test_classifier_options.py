@@ -10,10 +10,10 @@ import torch
 from cli_calls import TINY, call
 from PIL import Image
 
-from fastdiff import checkpoint, classifier
-from fastdiff.classifier import Architecture, Classifier
+from fastdiff.checkpoints import checkpoint, classifier_checkpoint
+from fastdiff.checkpoints.classifier_checkpoint import Architecture, Classifier
+from fastdiff.data.image_grid import grid
 from fastdiff.evaluation import evaluate
-from fastdiff.images import grid
 
 METHODS = ("ddim", "probability-flow")  # a table of coefficients, and continuous time
 
@@ -25,7 +25,7 @@ def guide_of(run: Path, classes: tuple[str, ...], out: Path) -> Path:
     torch.manual_seed(0)
     model = shape.make(len(classes)).eval()
     torch.nn.init.normal_(model.head.weight)
-    classifier.save(Classifier(model, found.forward, shape, classes), out)
+    classifier_checkpoint.save(Classifier(model, found.forward, shape, classes), out)
     return out
 
 
@@ -60,7 +60,8 @@ def test_the_grid_is_what_the_library_draws(
         assert (facts["guidance"], facts["classifier_scale"]) == (guidance, scale)
         assert facts["classifier"] == str(guide)
         drawn = found.sample(
-            sampler, labels=[7, 7, 1, 1], guidance=guidance, classifier=classifier.load(guide),
+            sampler, labels=[7, 7, 1, 1], guidance=guidance,
+            classifier=classifier_checkpoint.load(guide),
             classifier_scale=scale, generator=torch.Generator().manual_seed(0), progress=False,
         )  # fmt: skip
         pictures.append(Image.open(out).tobytes())
@@ -87,7 +88,7 @@ def test_figures_are_those_of_guided_digits(
     sampler = found.diffusion().sampler(method, 2)
     shared = {"samples": 100, "guidance": 0.0, "progress": False}
     guided = evaluate(
-        found, sampler, classifier=classifier.load(guide), classifier_scale=5.0, **shared
+        found, sampler, classifier=classifier_checkpoint.load(guide), classifier_scale=5.0, **shared
     )
     assert facts["frechet"] == pytest.approx(guided.frechet, rel=1e-5)
     assert guided.frechet != pytest.approx(evaluate(found, sampler, **shared).frechet, rel=1e-2)

@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-from fastdiff import checkpoint, cli, schedules
-from fastdiff.recipe import make_unet
+from fastdiff import cli, schedules
+from fastdiff.checkpoints import checkpoint
+from fastdiff.nn.image_unet import make_unet
 
 COMMANDS = ("train", "sample", "eval", "train-classifier", "export", "doctor")
 
@@ -50,7 +51,7 @@ def test_version(run: Callable) -> None:
     [
         (KeyboardInterrupt(), 130, "fastdiff: interrupted"),
         (OSError(28, "No space left on device"), 2, "fastdiff: error: [Errno 28] No space left"),
-        (fastdiff.errors.InputError("two\nlines"), 2, "fastdiff: error: two lines"),
+        (fastdiff.common.errors.InputError("two\nlines"), 2, "fastdiff: error: two lines"),
         (
             RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate "

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import checkpoint, selfcheck
-from fastdiff.backend import extension, isa, missing
+from fastdiff.checkpoints import checkpoint
 from fastdiff.cli import doctor
+from fastdiff.ops import selfcheck
+from fastdiff.ops.backend import extension, isa, missing
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff import checkpoint, samplers
+from fastdiff import samplers
+from fastdiff.checkpoints import checkpoint
 from fastdiff.evaluation import evaluate
 
 QUICK = ("--samples", 100, "--steps", 2, "--threads", 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import checkpoint
+from fastdiff.checkpoints import checkpoint
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

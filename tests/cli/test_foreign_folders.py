@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff import checkpoint, classifier, schedules
-from fastdiff.checkpoint import Checkpoint
-from fastdiff.classifier import Architecture, Classifier
+from fastdiff import schedules
+from fastdiff.checkpoints import checkpoint, classifier_checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.classifier_checkpoint import Architecture, Classifier
 from fastdiff.nn import UNet2DModel
 
 COMMANDS = {
@@ -56,7 +57,7 @@ def test_classifiers_and_checkpoints_are_told_apart(
 ) -> None:
     shape = Architecture(8, 1, (8, 8), 1, ())
     guide = Classifier(shape.make(3), tiny_checkpoint.forward, shape, tiny_checkpoint.classes)
-    classifier.save(guide, tmp_path / "classifier")
+    classifier_checkpoint.save(guide, tmp_path / "classifier")
     checkpoint.save(tiny_checkpoint, tmp_path / "checkpoint")
     ran = run("sample", "--checkpoint", tmp_path / "classifier", "--out", tmp_path / "new.png")
     assert ran.code == 2

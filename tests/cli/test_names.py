@@ -15,8 +15,9 @@ import pytest
 from cli_calls import TINY
 
 import fastdiff
-from fastdiff import checkpoint, training
-from fastdiff._names import as_path, as_text
+from fastdiff import training
+from fastdiff.checkpoints import checkpoint
+from fastdiff.data.file_names import as_path, as_text
 
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k not in ("PYTHONUTF8", "PYTHONUNBUFFERED")},

@@ -10,7 +10,7 @@ import pytest
 from cli_calls import TINY
 from PIL import Image
 
-from fastdiff import checkpoint, classifier
+from fastdiff.checkpoints import checkpoint, classifier_checkpoint
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_range_of_values(run: Callable, deep: Path, tmp_path: Path) -> None:
     words = ("--checkpoint", out, "--data", deep, "--out", tmp_path / "classifier", *wanted)
     shape = ("--channels", "8,8", "--attention", "none", "--steps", 1, "--batch-size", 2)
     assert run("train-classifier", *words, *shape).code == 0
-    assert classifier.load(tmp_path / "classifier").classes == ("cat", "dog")
+    assert classifier_checkpoint.load(tmp_path / "classifier").classes == ("cat", "dog")
 
 
 def test_a_range_that_is_none(run: Callable, deep: Path, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import torch
 from cli_calls import TINY
 from PIL import Image
 
-from fastdiff import checkpoint, samplers
-from fastdiff.backend import current
-from fastdiff.checkpoint import Checkpoint
+from fastdiff import samplers
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cli import sample
-from fastdiff.drawing import Drawn
-from fastdiff.images import grid
+from fastdiff.data.image_grid import grid
+from fastdiff.generation import Drawn
+from fastdiff.ops.backend import current
 
 QUICK = ("--steps", 2, "--threads", 1)
 

@@ -17,8 +17,9 @@ import torch
 from cli_calls import TINY
 from PIL import Image
 
-from fastdiff import checkpoint, training
-from fastdiff.backend import current
+from fastdiff import training
+from fastdiff.checkpoints import checkpoint
+from fastdiff.ops.backend import current
 
 DIGITS = ("train", "--data", "digits", *TINY)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import checkpoint, classifier, classifier_training
+from fastdiff.checkpoints import checkpoint, classifier_checkpoint
+from fastdiff.training import classifier_trainer
 
 SMALL = (
     "--channels", "8,16", "--attention", "none", "--layers-per-block", "1", "--batch-size", "8",
@@ -29,11 +30,11 @@ def test_digits(run: Callable, digits_run: Path, tmp_path: Path) -> None:
     noise = [float(row.split()[0]) for row in rows]
     assert len(noise) == 5
     assert noise == sorted(noise, reverse=True)
-    found = classifier.load(out)
+    found = classifier_checkpoint.load(out)
     assert (found.step, found.seed, found.dataset) == (3, 2, "digits")
     assert found.architecture.widths == (8, 16)
     assert [f"{level.share:.1%}" for level in found.accuracy] == [row.split()[1] for row in rows]
-    classifier.check_fits(found, checkpoint.load(digits_run))
+    classifier_checkpoint.check_fits(found, checkpoint.load(digits_run))
 
 
 def test_a_folder(run: Callable, plain_run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_a_folder(run: Callable, plain_run: Path, pictures: Path, tmp_path: Path
     ran = run(*TRAIN, *words)
     assert (ran.code, ran.out) == (0, "")
     assert "8 images of 3x8x8, 2 classes" in ran.err
-    found = classifier.load(tmp_path / "new")
+    found = classifier_checkpoint.load(tmp_path / "new")
     assert (found.classes, found.accuracy) == (("cat", "dog"), ())
     assert found(torch.zeros(2, 3, 8, 8), torch.tensor(0)).shape == (2, 2)
 
@@ -50,19 +51,19 @@ def test_a_folder(run: Callable, plain_run: Path, pictures: Path, tmp_path: Path
 def test_ctrl_c_keeps_what_there_is(
     run: Callable, digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = classifier_training.ClassifierTrainer.step
+    step = classifier_trainer.ClassifierTrainer.step
 
-    def interrupted(trainer: classifier_training.ClassifierTrainer) -> float:
+    def interrupted(trainer: classifier_trainer.ClassifierTrainer) -> float:
         if trainer.finished_steps == 1:
             signal.raise_signal(signal.SIGINT)
         return step(trainer)
 
-    monkeypatch.setattr(classifier_training.ClassifierTrainer, "step", interrupted)
+    monkeypatch.setattr(classifier_trainer.ClassifierTrainer, "step", interrupted)
     out = tmp_path / "new"
     ran = run(*TRAIN, "--checkpoint", digits_run, "--data", "digits", "--out", out)
     assert ran.code == 130
     assert ran.last == f"SIGINT: stopped after step 2; classifier {out}"
-    assert classifier.load(out).step == 2
+    assert classifier_checkpoint.load(out).step == 2
 
 
 @pytest.mark.parametrize(

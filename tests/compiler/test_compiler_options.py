@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import fastdiff.compiler
 from fastdiff.compiler import explain
-from fastdiff.compiler.backend import MODES, _inductor, _told
+from fastdiff.compiler.pipeline import MODES, _inductor, _told
 
 BAD = [
     ({"precision": "exact"}, "fast, strict, got 'exact'"),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from fastdiff.compiler import dynamo, explain
-from fastdiff.compiler.budget import Budget
+from fastdiff.compiler.choose.budget import Budget
 
 
 def graphs_made():

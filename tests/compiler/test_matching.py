@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.compiler import Explanation, explain
-from fastdiff.compiler.backend import Options, compile_graph
+from fastdiff.compiler.pipeline import Options, compile_graph
 from fastdiff.compiler.report import GraphReport
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -365,7 +365,7 @@ def _dynamo_graph(model: nn.Module, *inputs: Tensor) -> tuple[torch.fx.GraphModu
 
 def test_gpu_graph() -> None:
     """The rewrite for CUDA tensors, on CPU tensors, with the identity in Inductor's place."""
-    from fastdiff.compiler import composed
+    from fastdiff.compiler.rewrite import composed
 
     def body(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
         both = torch.cat([x, y], dim=1)
@@ -376,7 +376,7 @@ def test_gpu_graph() -> None:
     model = _randomise(Block(body))
     inputs = _inputs((X, WIDE, TEMB))
     gm, example = _dynamo_graph(model, *inputs)
-    from fastdiff.compiler.normalise import mark_parameters
+    from fastdiff.compiler.graph.canonical import mark_parameters
 
     mark_parameters(gm, example)
     assert composed.gpu(gm) == 5

@@ -14,9 +14,9 @@ from test_threads import run_together
 from torch import nn
 
 import fastdiff
-from fastdiff.backend import isa
-from fastdiff.compiler import recording, replay
-from fastdiff.compiler.recording import Recorder
+from fastdiff.compiler.run import recording, replay
+from fastdiff.compiler.run.recording import Recorder
+from fastdiff.ops.backend import isa
 
 pytestmark = pytest.mark.skipif(isa() == "none", reason="without the C++ extension none are")
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.backend import missing
+from fastdiff.ops.backend import missing
 from fastdiff.ops.gpu import eager_kernel
 
 OPERATIONS = (

@@ -8,7 +8,8 @@ from accuracy import LAYOUT_IDS, LAYOUTS
 from conftest import DTYPE_IDS, DTYPES
 from gpu_accuracy import assert_close_to_oracle
 
-from fastdiff import ops, reference, schedules
+from fastdiff import ops, schedules
+from fastdiff.ops import reference
 
 pytest.importorskip("triton")
 from fastdiff.kernels import denoising_loss as kernels

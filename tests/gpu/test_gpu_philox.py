@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastdiff import reference
+from fastdiff.ops import reference
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

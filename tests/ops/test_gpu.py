@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import selfcheck
-from fastdiff.ops import gpu
+from fastdiff.ops import gpu, selfcheck
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = {name for name in selfcheck.CASES if not name.endswith("_backward")}

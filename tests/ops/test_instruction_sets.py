@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.backend import extension, isa
+from fastdiff.ops.backend import extension, isa
 
 SCRIPT = """
 import json, torch
-from fastdiff import backend, selfcheck
-from fastdiff.backend import isa
+from fastdiff import backend
+from fastdiff.ops import selfcheck
+from fastdiff.ops.backend import isa
 torch.set_num_threads(1)
 with backend("cpu"):
     bad = [f"{r.operation} {r.layout} {r.dtype}: {r.max_error} {r.reason}"

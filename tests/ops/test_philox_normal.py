@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import fastdiff
-from fastdiff import ops, reference
+from fastdiff import ops
+from fastdiff.ops import reference
 
 WORD = 0xFFFFFFFF
 START = WORD  # the row of the noise that sampling starts from

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdiff
-from fastdiff import ops, reference
+from fastdiff import ops
+from fastdiff.ops import reference
 from fastdiff.ops.sampler_step import COUNT, DEPTH
 from fastdiff.samplers.table import COLUMNS, MAX_HISTORY
 

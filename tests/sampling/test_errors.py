@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastdiff import sample, samplers, schedules
+from fastdiff.common.inputs import check_generator
 from fastdiff.samplers import DDIM
-from fastdiff.sampling.arguments import check_generator, check_mode, target
+from fastdiff.sampling.arguments import check_mode, target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdiff import schedules
-from fastdiff.ops.checks import beside
+from fastdiff.common.checks import beside
 from fastdiff.sde import (
     EDM,
     VE,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff import schedules
-from fastdiff.ops.checks import beside
+from fastdiff.common.checks import beside
 from fastdiff.process import KINDS
 from fastdiff.sde import EDM, PARAMETRISATIONS, VE, VP, Interpolated, SubVP, prediction_fn, score_fn
 

@@ -22,7 +22,7 @@ from fastdiff.sde import (
     discretize,
     log_likelihood,
 )
-from fastdiff.sde.solver import METHODS
+from fastdiff.sde.solvers.by_name import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKERS = {

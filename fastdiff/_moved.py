@@ -1,0 +1,82 @@
+"""Modules under the names that they had in earlier versions.
+
+``import fastdiff.drawing`` gives the module ``fastdiff.generation``: the same object under both
+names. New code uses the new names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "backend": "ops.backend",
+    "checkpoint": "checkpoints.checkpoint",
+    "classifier": "checkpoints.classifier_checkpoint",
+    "classifier_training": "training.classifier_trainer",
+    "drawing": "generation",
+    "errors": "common.errors",
+    "images": "data.image_grid",
+    "losses.likelihood": "losses.discretized_gaussian",
+    "nn.checks": "nn.input_checks",
+    "nn.attention": "nn.self_attention",
+    "ops.checks": "common.checks",
+    "profiling": "ops.profiling",
+    "recipe": "training",
+    "reference": "ops.reference",
+    "sampling.conditions": "common.conditions",
+    "sampling.guidance": "sampling.classifier_free",
+    "sampling.per_model": "common.per_model",
+    "sde.adaptive": "sde.solvers.adaptive",
+    "sde.adaptive_steps": "sde.solvers.adaptive_schemes",
+    "sde.brownian": "sde.solvers.brownian",
+    "sde.langevin": "sde.solvers.langevin",
+    "sde.ode": "sde.solvers.ode",
+    "sde.predictors": "sde.solvers.predictors",
+    "sde.process": "sde.processes",
+    "sde.rounding": "sde.solvers.rounding",
+    "sde.runge_kutta": "sde.solvers.runge_kutta",
+    "sde.solver": "sde.solvers.by_name",
+    "sde.views": "sde.processes.from_schedule",
+    "selfcheck": "ops.selfcheck",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds a moved module by its old name, and loads nothing twice."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A spec for an old name; None for any other."""
+        package, _, name = fullname.partition(".")
+        if package != "fastdiff" or name not in MOVED:
+            return None
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module itself; its own spec is kept, since the import system puts ``spec`` there."""
+        _, _, name = spec.name.partition(".")
+        module = importlib.import_module(f"fastdiff.{MOVED[name]}")
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module's own spec back."""
+        spec = module.__spec__
+        assert spec is not None
+        module.__spec__ = spec.loader_state
+
+
+def install() -> None:
+    """Make the old names importable.
+
+    ``fastdiff.backend`` is a class too, which an import of a module of that name must not replace.
+    A module that is in ``sys.modules`` already replaces nothing.
+    """
+    sys.meta_path.append(_Finder())
+    sys.modules["fastdiff.backend"] = importlib.import_module("fastdiff.ops.backend")

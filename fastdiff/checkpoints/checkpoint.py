@@ -1,0 +1,423 @@
+"""Checkpoints: a folder that fastdiff and diffusers both read, written whole or not at all.
+
+    config.json, diffusion_pytorch_model.safetensors   the (averaged) model, as diffusers has it
+    fastdiff.json                                      process, prediction, classes and origin
+    training_state.safetensors, training.json          what resuming needs; not in exported ones
+
+A training run keeps its checkpoints at OUT/checkpoints/step-00001000. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdiff.checkpoints import forward_process
+from fastdiff.checkpoints.folder import (
+    FORMAT,
+    check_format,
+    damaged,
+    field,
+    new_folder,
+    not_finite,
+    optional_field,
+    read_json,
+    read_tensors,
+    write_json,
+)
+from fastdiff.common.errors import CheckpointError, InputError
+from fastdiff.diffusion import Diffusion
+from fastdiff.generation import Classifier, Drawn, Guide
+from fastdiff.nn import UNet2DModel
+from fastdiff.nn.wrappers import plain_names, plain_state, unwrapped
+from fastdiff.objectives import Forward
+from fastdiff.samplers import Sampler
+from fastdiff.sde import Solver
+
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+META, STATE, TRAINING = "fastdiff.json", "training_state.safetensors", "training.json"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Checkpoint:
+    """A trained model and what is needed to sample from it.
+
+    Attributes:
+        model: the network, float32, in eval mode. It may be compiled, or inside DataParallel or
+            the like; a file then holds the network itself, under its own names.
+        forward: the schedule or SDE it was trained on.
+        prediction: what it predicts: eps, x0, v, score or flow; in continuous time ncsn or edm,
+            too.
+        classes: names of the classes; empty for an unconditional model.
+        step: training steps behind it.
+        seed: seed of that training.
+        dataset: name of the data set.
+        null_class: the model has one class more, the last, that stands for none: it was trained
+            with label dropout and can be guided (Ho & Salimans 2022, arXiv:2207.12598).
+        objective: what it was trained for, one of ``fastdiff.objectives.NAMES``; None is the one
+            natural to the forward process.
+        variance: of its steps, with a NoiseSchedule; None is the objective's own.
+        levels: of the ladder of the objective ncsn; None elsewhere.
+    """
+
+    model: UNet2DModel
+    forward: Forward
+    prediction: str
+    classes: tuple[str, ...] = ()
+    step: int = 0
+    seed: int = 0
+    dataset: str = ""
+    null_class: bool = False
+    objective: str | None = None
+    variance: str | None = None
+    levels: int | None = None
+
+    def diffusion(self) -> Diffusion:
+        """The model with its process; InputError for fields that do not fit together."""
+        return Diffusion(
+            self.model, self.forward, self.prediction, objective=self.objective,
+            variance=self.variance, levels=self.levels,
+        )  # fmt: skip
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images; InputError unless the model's config has one number."""
+        size = unwrapped(self.model).config.sample_size
+        if not isinstance(size, int):
+            raise InputError(f"the model's sample_size must be one number, got {size}")
+        return size
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        channels: int = unwrapped(self.model).config.in_channels
+        return channels
+
+    def check_labels(self, labels: Sequence[int]) -> None:
+        """InputError unless every label is a class of this model."""
+        if labels and not self.classes:
+            raise InputError("the model is unconditional: it has no classes to ask for")
+        wrong = [label for label in labels if not 0 <= label < len(self.classes)]
+        if wrong:
+            raise InputError(
+                f"class {wrong[0]} does not exist: the model has 0..{len(self.classes) - 1}"
+            )
+
+    def sample(self, sampler: Sampler | Solver, **options: Any) -> Tensor:
+        """The images of :meth:`draw`, with its arguments."""
+        return self.draw(sampler, **options).images
+
+    def draw(
+        self,
+        sampler: Sampler | Solver,
+        *,
+        labels: Sequence[int] | None = None,
+        count: int | None = None,
+        guidance: float | Sequence[float] = 1.0,
+        classifier: Classifier | None = None,
+        classifier_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        batch_size: int = 256,
+        progress: bool | str = True,
+    ) -> Drawn:
+        """Draw images in [-1, 1], and say how many evaluations of the network each took.
+
+        Args:
+            sampler: of this model, from ``diffusion().sampler``.
+            labels: class of each image; required for a model with classes, else None.
+            count: how many images; None takes the number of labels.
+            guidance: scale of classifier-free guidance, as in ``fastdiff.sample``; one number for a
+                solver.
+            classifier: (x, t) -> logits [N, K] of noised images, which guides them to their labels;
+                t is what the diffusion network is given. A model without classes then takes labels
+                of it.
+            classifier_scale: of the gradient of its log-probabilities.
+            generator: source of all noise.
+            batch_size: images in one pass; changes which noise an image gets on the way.
+            progress: show a progress bar.
+
+        Returns:
+            Images [N, C, S, S] on the CPU, and evaluations int64 [N].
+
+        Raises:
+            InputError: labels for a model without classes, none for one with, or unknown ones;
+                guidance of a model that was trained without label dropout; a classifier and no
+                labels; a score that is not finite.
+        """
+        if self.classes and labels is None:
+            raise InputError("the model is class-conditional: say which classes to draw")
+        if classifier is not None and labels is None:
+            raise InputError("a classifier guides towards labels: say which classes to draw")
+        if self.classes or classifier is None:
+            self.check_labels(labels or ())
+        count = len(labels or ()) if count is None else count
+        if count < 0 or batch_size < 1:
+            raise InputError(f"cannot draw {count} images, {batch_size} at a time")
+        if labels is not None and len(labels) != count:
+            raise InputError(f"{count} images were asked for, with {len(labels)} labels")
+        shape = (count, self.channels, self.image_size, self.image_size)
+        device = unwrapped(self.model).device
+        noise = torch.randn(shape, generator=generator, device="cpu")
+        cond, uncond, guide = {}, None, None
+        if labels is not None:
+            wanted = torch.tensor(labels, dtype=torch.int64, device=device)
+            if classifier is not None:
+                guide = Guide(classifier, wanted, classifier_scale)
+            if self.classes:
+                cond["class_labels"] = wanted
+            if self.null_class:
+                uncond = {"class_labels": torch.full_like(wanted, len(self.classes))}
+        if guidance != 1 and uncond is None:
+            raise InputError(
+                f"guidance {guidance} needs a model with classes, trained with label dropout"
+            )
+        try:
+            drawn = self.diffusion().draw(
+                sampler,
+                shape,
+                x_T=noise.to(device, memory_format=torch.channels_last),
+                cond=cond,
+                uncond=uncond,
+                guidance=guidance,
+                guide=guide,
+                generator=generator,
+                max_batch=batch_size,
+                progress=progress,
+            )
+        except FloatingPointError as error:  # of a solver that chooses its own steps
+            raise InputError(str(error)) from None
+        return Drawn(drawn.images.contiguous().cpu(), drawn.evaluations)
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: the name of a model shipped with fastdiff ("digits"), a checkpoint folder, or the
+            folder of a training run, whose newest checkpoint is taken. A shipped name wins over a
+            folder of that name; write ./digits for the folder.
+
+    Returns:
+        The checkpoint on the CPU, its model in eval mode and float32 whatever the file holds.
+
+    Raises:
+        CheckpointError: nothing there, or files that are damaged, foreign or of another version;
+            the text names the file.
+    """
+    folder = resolve(path)
+    meta = read_json(folder / META)
+    check_format(meta, folder / META)
+    forward = forward_process.read(meta, folder / META)
+    model = _read_model(folder)
+    found = Checkpoint(
+        model,
+        forward,
+        field(meta, "prediction", str, folder / META),
+        classes=tuple(map(str, field(meta, "classes", list, folder / META))),
+        step=field(meta, "step", int, folder / META),
+        seed=field(meta, "seed", int, folder / META),
+        dataset=field(meta, "dataset", str, folder / META),
+        null_class=field({"null_class": False, **meta}, "null_class", bool, folder / META),
+        objective=optional_field(meta, "objective", str, folder / META),
+        variance=optional_field(meta, "variance", str, folder / META),
+        levels=optional_field(meta, "levels", int, folder / META),
+    )
+    try:
+        width = found.channels * (2 if found.diffusion().objective.learned else 1)
+    except InputError as error:
+        raise CheckpointError(f"{folder / META}: {error}") from None
+    for key, told, name in (
+        ("image_size", field(meta, "image_size", int, folder / META), "sample_size"),
+        ("channels", field(meta, "channels", int, folder / META), "in_channels"),
+        ("classes", len(found.classes) + found.null_class or None, "num_class_embeds"),
+        ("channels and variance", width, "out_channels"),
+    ):
+        value = getattr(model.config, name)
+        if told != value:
+            raise CheckpointError(
+                f"{folder}: {META} and {CONFIG} disagree: {key} is {told}, {name} is {value}"
+            )
+    return found
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint folder that ``path`` names, as :func:`load` understands it."""
+    if str(path) in shipped():
+        return PRETRAINED / str(path)
+    folder = Path(path)
+    if (folder / META).is_file():
+        return folder
+    found = newest(folder)
+    if found is not None:
+        return found
+    if not folder.exists():
+        names = "".join(f", and no shipped model is called so ({n})" for n in shipped()[:1])
+        raise CheckpointError(f"no checkpoint at {folder}: no such folder{names}")
+    raise CheckpointError(
+        f"{folder} is not a fastdiff checkpoint: it has no {META}{_what_it_is(folder)}"
+    )
+
+
+def _what_it_is(folder: Path) -> str:
+    """What else a path is that is no checkpoint, and what to do with it, to end a sentence."""
+    if folder.is_file():
+        return "; it is a file: give the folder that it is in"
+    if (folder / "classifier.json").is_file():
+        return "; it holds a classifier, which guides a checkpoint's model"
+    names = ("model_index.json", CONFIG, f"unet/{CONFIG}")
+    if any((folder / name).is_file() for name in names):
+        return (
+            ", which says on what process a model was trained and what it predicts. It holds a "
+            "model of diffusers: read that with fastdiff.nn.UNet2DModel.from_pretrained, and write "
+            "fastdiff.checkpoint.Checkpoint(model, forward, prediction) by checkpoint.save"
+        )
+    return ""
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the models that come with fastdiff."""
+    return tuple(sorted(meta.parent.name for meta in PRETRAINED.glob(f"*/{META}")))
+
+
+def all_steps(out: str | Path) -> list[Path]:
+    """Checkpoints of a training run, oldest first."""
+    found = []
+    for folder in Path(out).glob("checkpoints/step-*"):
+        match = _STEP.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return [folder for _, folder in sorted(found)]
+
+
+def newest(out: str | Path) -> Path | None:
+    """The newest checkpoint of a training run, or None."""
+    return next(reversed(all_steps(out)), None)
+
+
+def step_folder(out: str | Path, step: int) -> Path:
+    """Where a training run keeps its checkpoint of ``step``."""
+    return Path(out) / "checkpoints" / f"step-{step:08d}"
+
+
+def save(
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    state: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
+) -> None:
+    """Write a checkpoint as a new folder: all of it, flushed to disk, or nothing.
+
+    Args:
+        checkpoint: what to write.
+        folder: where; must not exist yet.
+        dtype: of the model's weights in the file.
+        state: tensors and JSON facts that resuming needs, see :func:`read_state`.
+
+    Raises:
+        CheckpointError: the folder exists, weights are not finite in ``dtype``, or the disk
+            refused; whatever was there before is untouched.
+    """
+    folder = Path(folder)
+    model = unwrapped(checkpoint.model)
+    if dtype != torch.float32:
+        model = copy.deepcopy(model).to(dtype)
+    if name := not_finite(plain_state(model)):
+        raise CheckpointError(f"not written: {name} is not finite in {dtype}")
+    with new_folder(folder) as staging:
+        model.save_pretrained(staging)
+        write_json(staging / META, _meta(checkpoint))
+        if state is not None:
+            tensors, facts = state
+            contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+            save_file(contiguous, staging / STATE)
+            write_json(staging / TRAINING, {"format": FORMAT, **facts})
+
+
+def export(checkpoint: Checkpoint, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a checkpoint without its training state, to share: see :func:`save`."""
+    save(checkpoint, folder, dtype=dtype)
+
+
+def read_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts that :func:`save` was given as ``state``.
+
+    Raises:
+        CheckpointError: the checkpoint was exported without them, or they are damaged.
+    """
+    return plain_names(read_tensors(Path(folder) / STATE)), read_facts(folder)
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """The JSON part of :func:`read_state`."""
+    path = Path(folder) / TRAINING
+    if not path.is_file():
+        raise CheckpointError(f"{folder} cannot be resumed: it has no {TRAINING}")
+    facts = read_json(path)
+    check_format(facts, path)
+    return facts
+
+
+def prune(out: str | Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints of a run, and what unfinished writes left.
+
+    What cannot be deleted is left where it is, with a warning.
+    """
+    for folder in (*all_steps(out)[:-keep], *Path(out).glob("checkpoints/.step-*.partial")):
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            warnings.warn(
+                f"fastdiff: cannot delete the old checkpoint {folder}: {error.strerror or error}",
+                stacklevel=2,
+            )
+
+
+def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        **forward_process.describe(checkpoint.forward),
+        "prediction": checkpoint.prediction,
+        "objective": checkpoint.objective,
+        "variance": checkpoint.variance,
+        "levels": checkpoint.levels,
+        "image_size": checkpoint.image_size,
+        "channels": checkpoint.channels,
+        "classes": list(checkpoint.classes),
+        "null_class": checkpoint.null_class,
+        "step": checkpoint.step,
+        "seed": checkpoint.seed,
+        "dataset": checkpoint.dataset,
+    }
+
+
+def _read_model(folder: Path) -> UNet2DModel:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
+    kind = read_json(folder / CONFIG).get("_class_name")
+    if kind != "UNet2DModel":
+        raise CheckpointError(f"{folder / CONFIG} describes a {kind}, wanted a UNet2DModel")
+    try:
+        model = UNet2DModel.from_pretrained(folder).float().eval()
+    except SafetensorError as error:
+        raise damaged(folder / WEIGHTS, error) from None
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"cannot build the model of {folder}: {error}") from None
+    if wrong := not_finite(model.state_dict()):
+        raise CheckpointError(f"{folder / WEIGHTS}: {wrong} has NaN or infinity")
+    return model

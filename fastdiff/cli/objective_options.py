@@ -1,0 +1,118 @@
+"""The options of ``fastdiff train`` that say what is learned: the objective and its process."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastdiff import objectives, schedules, sde
+from fastdiff.cli.options import positive
+from fastdiff.common.errors import InputError
+from fastdiff.objectives import Forward
+
+# Each objective's options, with their defaults.
+_DDPM = {"schedule": "cosine", "timesteps": 1000}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ddpm": {**_DDPM, "prediction": "v"},
+    "hybrid": {**_DDPM, "prediction": "eps"},
+    "vlb": {**_DDPM, "prediction": "eps"},
+    "flow": {"timesteps": 1000, "prediction": "flow"},
+    "dsm": {"sde": "vp", "prediction": "eps"},
+    "ncsn": {"sde": "ve", "prediction": "ncsn", "levels": objectives.LEVELS},
+    "edm": {"prediction": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
+}
+SDES: dict[str, tuple[type[sde.SDE], dict[str, float]]] = {
+    "vp": (sde.VP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
+    "subvp": (sde.SubVP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
+    "ve": (sde.VE, {"sigma_min": 0.01, "sigma_max": 50.0, "trained_from": 1e-5}),
+}
+FLAGS = (
+    "schedule", "timesteps", "sde", "beta_min", "beta_max", "sigma_min", "sigma_max", "sigma_data",
+    "trained_from", "levels", "prediction",
+)  # fmt: skip
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """--objective and the options that belong to one or the other."""
+    group = command.add_argument_group(
+        "diffusion",
+        "Each objective has a process and options of its own: ddpm, hybrid and vlb --schedule and "
+        "--timesteps, flow\n--timesteps, dsm --sde and its options, ncsn those of ve and --levels, "
+        "edm --sigma-min, --sigma-max, --sigma-data.",
+    )
+    group.add_argument(
+        "--objective",
+        choices=objectives.NAMES,
+        default="ddpm",
+        metavar="NAME",
+        help="what the model is trained for: ddpm (noise prediction and its kin), hybrid or vlb (a "
+        "learned variance, by the variational bound), flow (rectified flow), dsm (score matching "
+        "of an SDE), ncsn (at a ladder of noise levels), edm (the preconditioned denoiser)",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=tuple(schedules.NAMES),
+        help="noise schedule (default: cosine); the betas of the others are scaled by 1000 / T, so "
+        "that they end in noise however few the timesteps are",
+    )
+    group.add_argument(
+        "--timesteps", type=positive, metavar="T", help="of the schedule (default: 1000)"
+    )
+    group.add_argument("--sde", choices=tuple(SDES), help="of dsm (default: vp)")
+    for name, text in (
+        ("--beta-min", "of vp and subvp (default: 0.1)"),
+        ("--beta-max", "of vp and subvp (default: 20)"),
+        ("--sigma-min", "least noise of ve (default: 0.01) and edm (default: 0.002)"),
+        ("--sigma-max", "most noise of ve (default: 50) and edm (default: 80)"),
+        ("--sigma-data", "standard deviation of the images, of edm (default: 0.5)"),
+        ("--trained-from", "smallest time of training and likelihoods, of --sde (default: 1e-5)"),
+    ):
+        group.add_argument(name, type=float, metavar="X", help=text)
+    group.add_argument(
+        "--levels", type=positive, metavar="L",
+        help=f"of ncsn's ladder (default: {objectives.LEVELS})",
+    )  # fmt: skip
+    group.add_argument(
+        "--prediction",
+        choices=sde.PARAMETRISATIONS,
+        metavar="KIND",
+        help="what the model predicts: eps, x0, v, score or flow; ncsn and edm with these "
+        "objectives (default: ddpm v, hybrid, vlb and dsm eps, else the objective's name)",
+    )
+
+
+def settled(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, those not given set to the objective's defaults.
+
+    Raises:
+        InputError: an option that does not belong to the objective or its SDE.
+    """
+    options, of_what = dict(OPTIONS[args.objective]), f"--objective {args.objective}"
+    if "sde" in options:
+        chosen = args.sde or options["sde"]
+        options |= SDES[chosen][1]
+        of_what += f" --sde {chosen}"
+    values = {}
+    for name in FLAGS:
+        given = getattr(args, name)
+        if given is not None and name not in options:
+            raise InputError(f"--{name.replace('_', '-')} does not belong to {of_what}")
+        values[name] = options.get(name) if given is None else given
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def forward(args: argparse.Namespace) -> Forward:
+    """The forward process of settled arguments; InputError for values that it refuses."""
+    try:
+        if args.objective == "flow":
+            return schedules.flow(args.timesteps)
+        if args.objective == "edm":
+            return sde.EDM(args.sigma_min, args.sigma_max, args.sigma_data)
+        if args.sde is not None:
+            kind, options = SDES[args.sde]
+            return kind(**{name: getattr(args, name) for name in options})
+        # So that short schedules reach noise, too: scaled by 1000 / T.
+        scaled = {"rescaled": True} if args.schedule in schedules.RESCALABLE else {}
+        return schedules.make(args.schedule, args.timesteps, **scaled)
+    except ValueError as error:
+        raise InputError(str(error)) from None

@@ -1,0 +1,1 @@
+"""Contracts that every layer above relies on: networks, arguments, seeds, errors, progress."""

@@ -1,0 +1,221 @@
+"""The memory that a graph's packed weights may take, spent where it saves the most time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fastdiff.compiler.choose import timings
+from fastdiff.compiler.choose.algorithms import PRECISIONS, cost, estimates, packed_bytes
+from fastdiff.compiler.choose.timings import Sizes
+from fastdiff.compiler.graph.nodes import value
+from fastdiff.compiler.match.fused import Match
+from fastdiff.ops.backend import kernel_runs
+
+CALL = 5e-6  # seconds, of a call of anything
+UNKNOWN = 32  # stands for a size of which the graph tells nothing
+Table = dict[Sizes, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to compute something.
+
+    Attributes:
+        size: bytes that it takes.
+        seconds: about.
+        name: of the algorithm.
+        together: of several weights as one.
+    """
+
+    size: int
+    seconds: float
+    name: str = "plain"
+    together: bool = False
+
+
+@dataclass
+class _Unit:
+    """Matches that are decided upon together, and the ways to compute them, a free one first."""
+
+    matches: list[Match]
+    options: list[Option]
+    group: bool
+
+
+class Budget:
+    """What the convolutions of one graph may use.
+
+    Args:
+        precision: of ``plan.PRECISIONS``.
+        bound: of the bytes that the graph's weights may be packed and copied into; None for any.
+
+    Attributes:
+        measured: whether choices are made by the clock.
+    """
+
+    def __init__(self, precision: str, bound: int | None) -> None:
+        self.names, self.bound = PRECISIONS[precision], bound
+        self.measured = timings.measured() and kernel_runs(torch.empty(0, device="cpu"))
+        self._allowed: dict[tuple[Node, ...], tuple[str, ...]] = {}
+
+    def allowed(self, weights: Sequence[Node]) -> tuple[str, ...]:
+        """The algorithms of the convolution by ``weights``, one behind the other."""
+        return self._allowed.get(tuple(weights), self.names if self.bound is None else ("plain",))
+
+    def plan(
+        self, groups: list[list[Match]], single: list[Match]
+    ) -> tuple[list[list[Match]], list[Match]]:
+        """Measure all sizes at once, and decide what is affordable.
+
+        Args:
+            groups: matches that can become one, for which their weights are copied.
+            single: those that stay on their own.
+
+        Returns:
+            The same, but for groups that are better, or only affordable, apart; the products of a
+            matrix's rows in them are then not worth a call.
+        """
+        table = self._table(groups, single)
+        if self.bound is None:
+            return groups, single
+        units = [self._together(group, table) for group in groups]
+        by_weight: dict[Node, list[Match]] = {}
+        for match in single:
+            by_weight.setdefault(match.weight, []).append(match)
+        units += [self._alone(matches, table) for matches in by_weight.values()]
+        chosen, left = spend([unit.options for unit in units], self.bound)
+        kept, apart = [], list(single)
+        for unit, option in zip(units, chosen, strict=True):
+            # What is left allows other choices where sizes, unknown now, are other ones.
+            whole = next((other for other in unit.options if other.together), option)
+            if not option.together and whole.size - option.size <= left:
+                option, left = whole, left - (whole.size - option.size)
+            names = {"plain", option.name}
+            for other in unit.options:
+                fits = other.together == option.together and other.size <= left
+                if fits and other.name not in names:
+                    names.add(other.name)
+                    left -= other.size
+            allowed = tuple(name for name in self.names if name in names)
+            if option.together:
+                kept.append(unit.matches)
+                self._allowed[tuple(m.weight for m in unit.matches)] = allowed
+                continue
+            for match in unit.matches:
+                self._allowed[(match.weight,)] = allowed
+            if unit.group and not _is_product(unit.matches[0]):
+                apart += unit.matches
+        return kept, apart
+
+    def _table(self, groups: list[list[Match]], single: list[Match]) -> Table:
+        if self.bound is None and not self.measured:
+            return {}
+        wanted = [[m] for m in single] + groups
+        if self.bound is not None:
+            wanted += [[m] for group in groups for m in group]
+        sizes = list(dict.fromkeys(_sizes(ms) for ms in wanted if not _is_product(ms[0])))
+        return dict(zip(sizes, estimates(sizes, self.names, self.measured), strict=True))
+
+    def _alone(self, matches: list[Match], table: Table) -> _Unit:
+        """Convolutions by one weight."""
+        sizes = [_sizes([match]) for match in matches]
+        options = []
+        for name in self.names:
+            names = [size.among(("plain", name)) for size in sizes]
+            if name == "plain" or any(name in found for found in names):
+                seconds = sum(
+                    min(cost(table[size], n) for n in found)
+                    for size, found in zip(sizes, names, strict=True)
+                )
+                options.append(Option(packed_bytes(name, sizes[0].weight), seconds, name))
+        return _Unit(matches, options, group=False)
+
+    def _together(self, group: list[Match], table: Table) -> _Unit:
+        """Linear layers that read the same: by one weight, or each by its own."""
+        weights = [value(match.weight) for match in group]
+        copied = sum(w.nbytes for w in weights if w is not None)
+        whole = _sizes(group)
+        if _is_product(group[0]):
+            size = copied + packed_bytes("direct", whole.weight)
+            options = [Option(0, len(group) * CALL), Option(size, CALL, together=True)]
+            return _Unit(group, options, group=True)
+        names = whole.among(self.names)  # which suit each of them too
+        options = [
+            Option(
+                sum(packed_bytes(name, _sizes([match]).weight) for match in group),
+                sum(cost(table[_sizes([match])], name) + CALL for match in group),
+                name,
+            )
+            for name in names
+        ]
+        for name in names[1:]:
+            size = copied + packed_bytes(name, whole.weight)
+            seconds = cost(table[whole], name) + CALL
+            options.append(Option(size, seconds, name, together=True))
+        return _Unit(group, options, group=True)
+
+
+def spend(options: Sequence[Sequence[Option]], bound: int) -> tuple[list[Option], int]:
+    """One option of each row, of no more than ``bound`` bytes in all, and what is left of them.
+
+    Greedy: the change that saves the most seconds for a byte, and fits, comes first. With a larger
+    bound what is spent is never less.
+
+    Args:
+        options: rows that begin with one of 0 bytes.
+        bound: bytes.
+    """
+    chosen, left = [0] * len(options), bound
+    heap: list[tuple[float, int, int, int]] = []
+
+    def consider(i: int) -> None:
+        row, now = options[i], options[i][chosen[i]]
+        for j, other in enumerate(row):
+            saved, size = now.seconds - other.seconds, other.size - now.size
+            if saved > 0:
+                heapq.heappush(heap, (-saved / max(size, 1), i, j, chosen[i]))
+
+    for i in range(len(options)):
+        consider(i)
+    while heap:
+        _, i, j, since = heapq.heappop(heap)
+        size = options[i][j].size - options[i][chosen[i]].size
+        if since == chosen[i] and size <= left:
+            chosen[i], left = j, left - size
+            consider(i)
+    return [row[j] for row, j in zip(options, chosen, strict=True)], left
+
+
+def _is_product(match: Match) -> bool:
+    """Whether it is a product of a matrix's rows, ``runtime.Product`` or left as it is."""
+    return match.x.form[0] == 2
+
+
+def _sizes(matches: Sequence[Match]) -> Sizes:
+    """Of matches that are one convolution, by the graph's examples."""
+    match, (ndim, channel) = matches[0], matches[0].x.form
+    x, weights = value(match.x.node), [value(m.weight) for m in matches]
+    assert x is not None
+    shapes = [w.shape for w in weights if w is not None]
+    sides = [_hint(x.shape[d]) for d in range(1, ndim) if d != channel]
+    channels = int(shapes[0][1])
+    return Sizes(
+        (_hint(x.shape[0]), channels, *sides, *[1] * (2 - len(sides))),
+        (sum(int(shape[0]) for shape in shapes), channels, *match.kernel),
+        match.stride,
+        match.padding,
+        match.upsample,
+        match.dtype,
+        torch.get_num_threads(),
+    )
+
+
+def _hint(size: Any) -> int:
+    found = size if isinstance(size, int) else size.node.hint
+    return UNKNOWN if found is None else max(int(found), 1)

@@ -1,0 +1,158 @@
+"""A graph in the spelling that the matcher reads: one operation for what can be said in several,
+and nothing that computes nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+import fastdiff.ops  # noqa: F401 - defines the operations
+from fastdiff.compiler.graph.effects import functionalise
+from fastdiff.compiler.graph.nodes import (
+    argument,
+    conversion,
+    dtype_of,
+    inline_modules,
+    is_number,
+    op,
+    value,
+)
+
+
+def mark_parameters(gm: GraphModule, example_inputs: list[Any]) -> None:
+    """Note which placeholders are parameters, and give those without one an example value."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, example in zip(placeholders, example_inputs, strict=True):
+        node.meta.setdefault("example_value", example)
+        found = node.meta["example_value"]
+        node.meta["fastdiff_parameter"] = any(isinstance(x, nn.Parameter) for x in (example, found))
+
+
+def normalise(gm: GraphModule) -> None:
+    """Rewrite ``gm`` in place; its values stay the same."""
+    inline_modules(gm)
+    functionalise(gm.graph)
+    for node in list(gm.graph.nodes):
+        if is_inert(node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif node.op == "call_function" and node.target in _DECOMPOSITIONS:
+            _DECOMPOSITIONS[node.target](gm.graph, node)
+        elif op(node) == "mul":
+            _swish(gm.graph, node)
+
+
+def is_inert(node: Node) -> bool:
+    """Whether a node gives the very tensor that it is given."""
+    if op(node) == "dropout":
+        p, training = argument(node, "p", 0.5), argument(node, "training", True)
+        return training is False or (is_number(p) and p == 0)
+    return op(node) == "to" and conversion(node) == dtype_of(node.args[0])
+
+
+def call(graph: Graph, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+    """A new node, with an example of its value."""
+    if isinstance(target, str):
+        node = graph.call_method(target, args, kwargs)
+    else:
+        node = graph.call_function(target, args, kwargs)
+    node.meta["example_value"] = _example(node)
+    return node
+
+
+def _example(node: Node) -> Any:
+    def example(source: Node) -> Any:
+        found = value(source)
+        return source.meta.get("example_value") if found is None else found
+
+    args, kwargs = map_arg(node.args, example), map_arg(node.kwargs, example)
+    mode = next((x.fake_mode for x in map(value, node.all_input_nodes)
+                 if isinstance(x, FakeTensor)), None)  # fmt: skip
+    # Through Python, or operations made of others would fix the sizes that are to stay symbols.
+    with torch.no_grad(), mode or nullcontext(), enable_python_dispatcher():
+        if isinstance(node.target, str):
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+
+def _swish(graph: Graph, node: Node) -> None:
+    """x * sigmoid(x) is silu(x)."""
+    a, b = argument(node, "input"), argument(node, "other")
+    for x, gate in ((a, b), (b, a)):
+        if op(gate) == "sigmoid" and argument(gate, "input") is x:
+            with graph.inserting_before(node):
+                new = call(graph, F.silu, x)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            if not gate.users:
+                graph.erase_node(gate)
+            return
+
+
+def _per_pixel(graph: Graph, emb: Any, like: Node) -> Node:
+    """emb [N, C] as it broadcasts to the pixels of ``like``."""
+    found = value(like)
+    assert found is not None
+    index = (slice(None), slice(None), *[None] * (found.ndim - 2))
+    return call(graph, operator.getitem, emb, index)
+
+
+def _group_norm_silu(graph: Graph, node: Node) -> None:
+    x, groups, weight, bias, eps, add, scale, shift, residual, silu, skip, _ = node.args
+    users = list(node.users)
+    if not all(op(user) == "getitem" and user.args[1] == 0 for user in users if user.users):
+        return
+    with graph.inserting_before(node):
+        if skip is not None:
+            x = call(graph, torch.cat, [x, skip], dim=1)
+        assert isinstance(x, Node)
+        if add is not None:
+            x = call(graph, operator.add, x, _per_pixel(graph, add, x))
+        h = call(graph, F.group_norm, x, groups, weight, bias, eps)
+        if scale is not None:
+            factor = call(graph, operator.add, _per_pixel(graph, scale, h), 1)
+            h = call(graph, operator.mul, h, factor)
+        if shift is not None:
+            h = call(graph, operator.add, h, _per_pixel(graph, shift, h))
+        if silu:
+            h = call(graph, F.silu, h)
+        if residual is not None:
+            h = call(graph, operator.add, h, residual)
+    for user in users:
+        user.replace_all_uses_with(h)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _add_time_embedding(graph: Graph, node: Node) -> None:
+    x, emb = node.args
+    assert isinstance(x, Node)
+    with graph.inserting_before(node):
+        new = call(graph, operator.add, x, _per_pixel(graph, emb, x))
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _upsample_nearest2x(graph: Graph, node: Node) -> None:
+    with graph.inserting_before(node):
+        new = call(graph, F.interpolate, node.args[0], scale_factor=2.0, mode="nearest")
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+_DECOMPOSITIONS: dict[Any, Callable[[Graph, Node], None]] = {
+    torch.ops.fastdiff.group_norm_silu.default: _group_norm_silu,
+    torch.ops.fastdiff.add_time_embedding.default: _add_time_embedding,
+    torch.ops.fastdiff.upsample_nearest2x.default: _upsample_nearest2x,
+}

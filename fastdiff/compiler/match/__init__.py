@@ -1,0 +1,1 @@
+"""Which nodes of a graph become one fused operation."""

@@ -1,0 +1,60 @@
+"""Which nodes become one convolution: what it reads through, what it writes through.
+
+An anchor is a convolution or a linear layer. Its prologue is followed up from its input, its
+epilogue down from its result; both stop at the first node that does not fit, so that in doubt a
+node stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from fastdiff.compiler.match.epilogue import epilogue
+from fastdiff.compiler.match.fused import Activation, Match, anchor
+from fastdiff.compiler.match.patterns import DTYPES, Readers
+from fastdiff.compiler.match.prologue import prologue
+
+
+def find(
+    graph: Graph,
+    frozen: set[Node],
+    *,
+    prologues: bool = True,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> list[Match]:
+    """All fused convolutions of a graph, in its order.
+
+    Args:
+        graph: normalised.
+        frozen: nodes that must stay as they are.
+        prologues: whether convolutions may read through what stands before them.
+        dtypes: that they may have.
+    """
+    anchors_found = (anchor(node, dtypes) for node in graph.nodes if node not in frozen)
+    matches = [match for match in anchors_found if match is not None]
+    anchors = {m.anchor for m in matches}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    claimed = set(anchors)
+    if prologues:
+        readers = Readers(anchors)
+        for match in matches:
+            prologue(match, readers, frozen)
+    # What adds a 1x1 shortcut to a 3x3 convolution goes to the latter.
+    for match in sorted(matches, key=lambda m: (m.kernel == (1, 1), order[m.anchor])):
+        epilogue(match, claimed, frozen)
+    _mark_statistics(matches)
+    return matches
+
+
+def _mark_statistics(matches: Iterable[Match]) -> None:
+    """A convolution collects the statistics of what a norm reads."""
+    found = {m.end: m for m in matches}
+    for match in matches:
+        if match.norm is None:
+            continue
+        for source in (match.x, match.skip and Activation(match.skip, 1)):
+            if source in found and not found[source].gated:
+                found[source].statistics = True

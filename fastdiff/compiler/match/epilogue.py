@@ -1,0 +1,96 @@
+"""What a convolution writes through."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from fastdiff import ops
+from fastdiff.compiler.graph.nodes import argument, dtype_of, is_number, op, same_sizes, value
+from fastdiff.compiler.graph.reshapes import step_down
+from fastdiff.compiler.match.fused import Activation, Match
+from fastdiff.compiler.match.patterns import is_per_channel, is_transparent, scale_of
+from fastdiff.ops.conv2d import GATED
+
+
+def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
+    """Walk down from the anchor while each value has one reader that the convolution can be."""
+    here, waiting = match.end, False  # waiting: for a residual that tells the shape after views
+    path: list[Node] = []
+    while True:
+        users = list(here.node.users)
+        if len(users) != 1 or users[0] in frozen or users[0] in claimed:
+            return
+        node, found = users[0], value(users[0])
+        if found is None or found.dtype != match.dtype:
+            return
+        kind, channel = op(node), here.channel
+        if is_transparent(node):
+            here = Activation(node, channel)
+        elif match.gated:
+            return
+        elif node.target is ops.geglu and not waiting and _may_be_gated(match, here):
+            match.gated = True
+            match.absorbed.append("geglu")
+            here = Activation(node, channel)
+        elif kind == "add" and not match.scale:
+            other = _other(node, here.node)
+            if other is None:
+                return
+            if (
+                match.emb is None and not waiting and channel == 1
+                and _adds_emb(node, here.node, other)
+            ):  # fmt: skip
+                match.emb = other
+                match.absorbed.append("emb")
+            elif match.residual is None and _adds_residual(node, here.node, other):
+                match.residual, waiting = other, False
+                match.absorbed.append("residual")
+            else:
+                return
+            here = Activation(node, channel)
+        elif (
+            kind in ("mul", "div") and not waiting and (s := scale_of(node, here.node)) is not None
+        ):
+            if s[0] != 1 or not is_number(s[0]):
+                match.scale.append(s)
+                match.absorbed.append("scale")
+            here = Activation(node, channel)
+        elif match.pointwise and match.residual is None and not match.scale:
+            moved = step_down(node, channel)
+            if moved is None or found.ndim not in (3, 4):
+                return
+            here, waiting = Activation(node, moved), True
+        else:
+            return
+        path.append(node)
+        if not waiting:
+            match.end = here
+            claimed.update(path)
+
+
+def _may_be_gated(match: Match, here: Activation) -> bool:
+    plain = match.emb is None and match.residual is None and not match.scale
+    last = match.pointwise and here.channel == here.form[0] - 1
+    return plain and last and match.filters % GATED == 0
+
+
+def _other(node: Node, mine: Node) -> Node | None:
+    a, b = argument(node, "input"), argument(node, "other")
+    other = b if a is mine else a
+    return other if other is not mine and value(other) is not None else None
+
+
+def _adds_emb(node: Node, mine: Node, other: Node) -> bool:
+    a, found = value(mine), value(node)
+    assert a is not None
+    assert found is not None
+    same = same_sizes(a.shape, found.shape) and dtype_of(other) == a.dtype
+    return same and is_per_channel(other, found)
+
+
+def _adds_residual(node: Node, mine: Node, other: Node) -> bool:
+    a, b, found = value(mine), value(other), value(node)
+    assert a is not None
+    assert b is not None
+    assert found is not None
+    return b.dtype == a.dtype and same_sizes(a.shape, b.shape) and same_sizes(a.shape, found.shape)

@@ -1,0 +1,247 @@
+"""Self-attention with one head, two of whose four projections go into the other two.
+
+With rows x [L, C], q = x Wq^T + bq and so on, the scores are
+
+    q k^T = (x A^T + c) x^T + what is constant along a row, A = Wk^T Wq, c = Wk^T bq,
+
+of which softmax does not see the constant, and with P = softmax(scale q k^T), whose rows sum to 1,
+
+    P v Wo^T + bo = (P x) B^T + b, B = Wo Wv, b = Wo bv + bo.
+
+So x itself is the keys and the values. The products of weights are taken in float64 and rounded
+once; what is rounded in the scores is x A^T in the place of q and k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fastdiff.compiler.graph.nodes import argument, equal, is_weight, op, value
+from fastdiff.compiler.graph.reshapes import VIEWS, order_of
+from fastdiff.compiler.match.fused import Activation, Match
+from fastdiff.compiler.match.patterns import plain_attention
+
+_SIZES = VIEWS | {"unsqueeze"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A [C, C] and c [C] of Wq [D, C], perhaps bq [D], and Wk [D, C]."""
+
+    bias: bool
+
+    def __call__(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Both in the dtype of the parts; c is None without bq."""
+        q, *bias, k = (part.detach().double() for part in parts)
+        dtype = parts[0].dtype
+        return (k.T @ q).to(dtype), (k.T @ bias[0]).to(dtype) if self.bias else None
+
+
+@dataclass(frozen=True)
+class Values:
+    """B [K, C] and b [K] of Wo [K, D], perhaps bo [K], Wv [D, C] and perhaps bv [D]."""
+
+    out_bias: bool
+    bias: bool
+
+    def __call__(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Both in the dtype of the parts; b is None without bo and bv."""
+        rest = [part.detach().double() for part in parts]
+        dtype, out = parts[0].dtype, rest.pop(0)
+        both: Tensor | None = rest.pop(0) if self.out_bias else None
+        v = rest.pop(0)
+        if self.bias:
+            moved = out @ rest.pop(0)
+            both = moved if both is None else both + moved
+        return (out @ v).to(dtype), None if both is None else both.to(dtype)
+
+
+@dataclass(eq=False)
+class SingleHead:
+    """The matches that make up one self-attention.
+
+    Attributes:
+        q: what reads the rows; it stands for k and v too.
+        k, v, out: the other projections.
+        attention: the node between them.
+        scale: of the scores.
+    """
+
+    q: Match
+    k: Match
+    v: Match
+    out: Match
+    attention: Node
+    scale: float
+
+    @property
+    def query(self) -> Match:
+        """The product x A^T + c, of rows."""
+        rows = Activation(argument(self.q.anchor, "input"), 2)
+        return replace(self.q, x=rows, norm=None, bias=None, absorbed=[])
+
+    def scores(self) -> tuple[list[Node], Scores]:
+        """The nodes of the parts of A and c, and what makes these of them."""
+        bias = [self.q.bias] if self.q.bias is not None else []
+        return [self.q.weight, *bias, self.k.weight], Scores(bool(bias))
+
+    def values(self) -> tuple[list[Node], Values]:
+        """The same of B and b."""
+        both = [[m.bias] if m.bias is not None else [] for m in (self.out, self.v)]
+        parts = [self.out.weight, *both[0], self.v.weight, *both[1]]
+        return parts, Values(bool(both[0]), bool(both[1]))
+
+
+def take(matches: list[Match], frozen: set[Node]) -> tuple[list[SingleHead], list[Match]]:
+    """Self-attentions of one head among ``matches``, and these without their q, k and v.
+
+    Args:
+        matches: of ``find.find``; they no longer collect the statistics that only q, k and v read.
+        frozen: nodes that must stay as they are.
+    """
+    by_end = {m.end.node: m for m in matches}
+    heads = []
+    for out in matches:
+        head = _head(out, by_end, frozen)
+        if head is not None:
+            heads.append(head)
+    gone = {id(m) for head in heads for m in (head.q, head.k, head.v)}
+    left = [m for m in matches if id(m) not in gone]
+    normed = [m for m in left if m.norm is not None]
+    wanted = {m.x for m in normed} | {Activation(m.skip, 1) for m in normed if m.skip is not None}
+    if heads:
+        for m in left:
+            m.statistics = m.statistics and m.end in wanted
+    return heads, left
+
+
+def _head(out: Match, by_end: dict[Node, Match], frozen: set[Node]) -> SingleHead | None:
+    """The self-attention that ``out`` is the last projection of."""
+    if not _is_product(out) or out.norm is not None or out.x.form != (3, 2):
+        return None
+    node = _through_views(out.x.node, frozen)
+    if node is None or not plain_attention(node) or len(node.users) != 1:
+        return None
+    rows, heads = value(out.x.node), value(node)
+    assert rows is not None
+    assert heads is not None
+    if not _is_one(heads.shape[1]) or not _same(out.x.node, node):
+        return None
+    if not (equal(rows.shape[0], heads.shape[0]) and equal(rows.shape[2], heads.shape[3])):
+        return None
+    found = []
+    for name in ("query", "key", "value"):
+        last = argument(node, name)
+        first = _through_views(last, frozen)
+        m = by_end.get(first) if first is not None else None
+        if m is None or not _is_projection(m) or not _is_head(last, m.anchor):
+            return None
+        if len(m.anchor.users) != 1:
+            return None
+        found.append(m)
+    q, k, v = found
+    same = all((m.x, m.norm) == (q.x, q.norm) for m in (k, v))
+    if not same or len({id(m) for m in found}) != 3 or out in found:
+        return None
+    width, channels = (int(size) for size in value(q.weight).shape)  # type: ignore[union-attr]
+    if min(width, v.filters) < channels:
+        return None  # attention over more channels would cost what the projections save
+    scale = argument(node, "scale")
+    return SingleHead(q, k, v, out, node, width**-0.5 if scale is None else float(scale))
+
+
+def _is_product(m: Match) -> bool:
+    """Whether a match is a linear layer of its input's values as they are or normalised."""
+    if m.kind != "linear" or m.dtype != torch.float32 or m.skip is not None or m.silu:
+        return False
+    bias, weight = value(m.bias), value(m.weight)
+    assert weight is not None
+    return m.bias is None or (
+        is_weight(m.bias) and bias is not None and tuple(bias.shape) == tuple(weight.shape[:1])
+    )
+
+
+def _is_projection(m: Match) -> bool:
+    """Whether a match gives rows [B, L, D] and does no more."""
+    plain = m.end.node is m.anchor and not m.statistics and m.end.form == (3, 2)
+    norm = m.norm
+    if norm is None:
+        reads = m.x.form == (3, 2)
+    else:
+        reads = norm.scale is None and norm.shift is None and m.x.channel == 1
+    return plain and reads and _is_product(m)
+
+
+def _through_views(node: Any, frozen: set[Node]) -> Node | None:
+    """What a node is a view of, where nobody else reads what lies between."""
+    here: Any = node
+    while _is_view(here):
+        if here in frozen or len(here.users) != 1:
+            return None
+        here = here.args[0]
+    return here if isinstance(here, Node) and here not in frozen else None
+
+
+def _is_head(node: Node, rows: Node) -> bool:
+    """Whether a node is [B, 1, L, D] of rows [B, L, D]."""
+    before, after = value(rows), value(node)
+    assert before is not None
+    assert after is not None
+    sizes = equal(after.shape[0], before.shape[0]) and equal(after.shape[3], before.shape[2])
+    return sizes and _is_one(after.shape[1]) and _same(node, rows)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _is_view(node: Any) -> bool:
+    source = value(node.args[0]) if isinstance(node, Node) and node.args else None
+    if source is None or value(node) is None or source.dtype != value(node).dtype:  # type: ignore[union-attr]
+        return False
+    if op(node) != "getitem":
+        return op(node) in _SIZES
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    sizes = list(source.shape)
+    for i in index:  # nothing but dimensions of size 1 come and go
+        if i is None:
+            continue
+        size = sizes.pop(0)
+        if not (i == slice(None) or (type(i) is int and i == 0 and _is_one(size))):
+            return False
+    return True
+
+
+def _same(node: Node, source: Node) -> bool:
+    """Whether a view of ``source`` has its values in their order, for all but sizes of 1."""
+    path = [node]
+    while path[-1] is not source:
+        path.append(path[-1].args[0])  # type: ignore[arg-type]
+    shape = value(source).shape  # type: ignore[union-attr]
+    places = list(range(len(shape)))  # in the source, of each dimension
+    for view in path[-2::-1]:
+        after = value(view).shape  # type: ignore[union-attr]
+        order = order_of(view, len(after))
+        if order is not None:
+            places = [places[d] for d in order]
+        else:
+            long = [(place, size) for place, size in zip(places, shape, strict=True)
+                    if not _is_one(size)]  # fmt: skip
+            sizes = [size for size in after if not _is_one(size)]
+            if len(long) != len(sizes):
+                return False
+            # One size that is not known to be the same is, as all the others are.
+            if sum(not equal(a, b) for (_, a), b in zip(long, sizes, strict=True)) > 1:
+                return False
+            left = iter(long)
+            places = [-1 if _is_one(size) else next(left)[0] for size in after]
+        shape = after
+    kept = [place for place, size in zip(places, shape, strict=True) if not _is_one(size)]
+    return all(a < b for a, b in pairwise(kept))

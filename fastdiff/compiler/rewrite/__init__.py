@@ -1,0 +1,1 @@
+"""Fused operations put in the places of what they compute, in a graph."""

@@ -1,0 +1,166 @@
+"""The operations of ``fastdiff.ops`` that have gradients and GPU kernels, put in a graph's places.
+
+``norms`` is for what is left on a CPU, ``training`` for training there, ``gpu`` for what Inductor
+gets.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fastdiff import ops
+from fastdiff.compiler.graph.edit import OURS, remove_unused
+from fastdiff.compiler.graph.effects import frozen_nodes, functionalise
+from fastdiff.compiler.graph.nodes import argument, dtype_of, equal, is_number, op, value
+from fastdiff.compiler.match.anchors import find
+from fastdiff.compiler.match.fused import Match
+from fastdiff.compiler.match.patterns import doubles, one_plus, pair_of, per_channel
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Statistics = dict[Node, Node]
+
+
+def norms(
+    graph: Graph, frozen: set[Node], statistics: Statistics | None = None, *, alone: bool = False
+) -> int:
+    """group_norm -> silu as ``ops.group_norm_silu``, with what stands between; how many.
+
+    ``alone``: norms without an activation too. PyTorch's takes the variance of channels-last
+    tensors as a difference of squares, which is wrong where means are large.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        silu = op(node) == "silu"
+        if node in frozen or not (silu or (alone and op(node) == "group_norm")):
+            continue
+        call = _group_norm_silu(node, argument(node, "input") if silu else node, frozen,
+                                statistics or {})  # fmt: skip
+        if call is None:
+            continue
+        args, kwargs = call
+        if not silu:
+            kwargs["silu"] = False
+        with graph.inserting_before(node):
+            new = graph.call_function(ops.group_norm_silu, args, kwargs)
+            new.meta |= {"example_value": node.meta.get("example_value"), OURS: True}
+        node.replace_all_uses_with(new)
+        count += 1
+    remove_unused(graph)
+    return count
+
+
+def training(gm: GraphModule) -> int:
+    """Put in what has gradients on a CPU; how many operations."""
+    functionalise(gm.graph)
+    return norms(gm.graph, frozen_nodes(gm.graph))
+
+
+def _group_norm_silu(
+    node: Node, here: Any, frozen: set[Node], statistics: Statistics
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments for what ends at ``node``, whose norm is ``here`` or before it."""
+    kwargs: dict[str, Any] = {}
+    path = [here]
+    if op(here) == "add" and (found := per_channel(here)) is not None:
+        here, shift = found
+        kwargs["shift"] = shift
+        path.append(here)
+    if op(here) == "mul" and (found := per_channel(here)) is not None:
+        here, factor = found
+        kwargs["scale"] = one_plus(factor)
+        if kwargs["scale"] is None:
+            return None
+        path.append(here)
+    x = argument(here, "input") if op(here) == "group_norm" else None
+    shape = value(x)
+    if shape is None or shape.dtype not in _DTYPES or frozen.intersection(path):
+        return None
+    if any(n is not node and len(n.users) != 1 for n in path) or dtype_of(node) != shape.dtype:
+        return None
+    groups, eps = argument(here, "num_groups"), argument(here, "eps", 1e-5)
+    weight, bias = argument(here, "weight"), argument(here, "bias")
+    if not isinstance(groups, int) or not is_number(eps):
+        return None
+    if any(dtype_of(v) != shape.dtype for v in (weight, bias) if v is not None):
+        return None
+    for name, v in list(kwargs.items()):
+        found_value = value(v)
+        if found_value is None or found_value.dtype != shape.dtype:
+            return None
+        if not equal(found_value.shape[0], shape.shape[0]):
+            return None
+        with node.graph.inserting_before(node):
+            kwargs[name] = node.graph.call_function(torch.flatten, (v, 1))
+    both = pair_of(x) if isinstance(x, Node) else None
+    if both is not None:
+        x, kwargs["skip"] = both
+    elif x in statistics:
+        kwargs["statistics"] = statistics[x]
+    return (x, groups, weight, bias, eps), kwargs
+
+
+def gpu(gm: GraphModule) -> int:
+    """Put in what has kernels for CUDA tensors; how many operations."""
+    graph = gm.graph
+    functionalise(graph)
+    frozen = frozen_nodes(graph)
+    matches = [m for m in find(graph, frozen, prologues=False, dtypes=_DTYPES)]
+    statistics: Statistics = {}
+    count = 0
+    for match in matches:
+        adds = match.emb is not None or match.residual is not None
+        if not adds or match.kind != "conv2d" or match.end.form != (4, 1):
+            continue
+        _epilogue(graph, match, statistics)
+        count += 1
+    count += norms(graph, frozen, statistics)
+    for node in list(graph.nodes):
+        if op(node) == "interpolate" and node not in frozen and doubles(node):
+            _replace(graph, node, ops.upsample_nearest2x, argument(node, "input"))
+            count += 1
+    remove_unused(graph)
+    return count
+
+
+def _epilogue(graph: Graph, match: Match, statistics: Statistics) -> None:
+    """A convolution without its bias, then all that is added to it."""
+    conv, end = match.anchor, match.end.node
+    wanted = not match.scale and any(
+        op(user) == "group_norm" and argument(user, "input") is end for user in end.users
+    )
+    with graph.inserting_before(end):
+        sizes = [argument(conv, name, default) for name, default in
+                 (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))]  # fmt: skip
+        bare = graph.call_function(torch.conv2d, (match.x.node, match.weight, None, *sizes))
+        emb = match.emb
+        if emb is not None:
+            emb = graph.call_function(torch.flatten, (emb, 1))
+            images, found = value(match.emb), value(end)
+            assert images is not None
+            assert found is not None
+            if isinstance(images.shape[0], int) and images.shape[0] == 1:
+                count = graph.call_method("size", (match.x.node, 0))
+                emb = graph.call_method("expand", (emb, count, -1))
+        both = graph.call_function(
+            ops.conv_epilogue, (bare, match.bias, emb, match.residual), {"statistics": wanted}
+        )
+        y = graph.call_function(operator.getitem, (both, 0))
+        y.meta["example_value"] = end.meta.get("example_value")
+        for factor, times in match.scale:
+            y = graph.call_function(operator.mul if times else operator.truediv, (y, factor))
+            y.meta["example_value"] = end.meta.get("example_value")
+        if wanted:
+            statistics[y] = graph.call_function(operator.getitem, (both, 1))
+    end.replace_all_uses_with(y)
+
+
+def _replace(graph: Graph, node: Node, target: Callable[..., Any], *args: Any) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta["example_value"] = node.meta.get("example_value")
+    node.replace_all_uses_with(new)

@@ -1,0 +1,77 @@
+"""The strides that a rewritten graph's values have, and who may see them.
+
+The fused operations give channels-last memory whatever they read. What computes the same for any
+strides goes on from there; every other node, and the caller, is shown the strides that the values
+have in eager mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from fastdiff.compiler.graph.edit import OURS
+from fastdiff.compiler.graph.effects import FRESH, VIEWS, name_of
+from fastdiff.compiler.graph.nodes import op, value
+from fastdiff.compiler.run import calls
+
+
+def restore_strides(graph: Graph, frozen: set[Node]) -> None:
+    """Insert copies where a node or the caller depends on strides that are others now."""
+    foreign: set[Node] = set()
+    restored: dict[Node, Node] = {}
+
+    def eager(node: Node) -> Node:
+        if node not in foreign:
+            return node
+        if node not in restored:
+            restored[node] = _restored(graph, node)
+        return restored[node]
+
+    for node in list(graph.nodes):
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.meta.get(OURS):
+            foreign.add(node)
+        elif node not in frozen and _takes_any(node):
+            if any(source in foreign for source in node.all_input_nodes):
+                if op(node) == "view":
+                    node.target = "reshape"
+                if op(node) != "contiguous":
+                    foreign.add(node)
+        elif any(source in foreign for source in node.all_input_nodes):
+            node.args = map_arg(node.args, eager)
+            node.kwargs = map_arg(node.kwargs, eager)
+
+
+def _takes_any(node: Node) -> bool:
+    name = name_of(node)
+    if name == "view":  # not of the bits as another dtype
+        before, after = value(node.args[0]), value(node)
+        return before is not None and after is not None and before.dtype == after.dtype
+    return name in FRESH or name in VIEWS
+
+
+def _restored(graph: Graph, node: Node) -> Node:
+    found = value(node)
+    if found is None:
+        return node
+    target = calls.restore(*_memory_of(found))
+    with graph.inserting_after(node):
+        new = graph.call_function(target, (node,))
+    new.meta["example_value"] = found
+    return new
+
+
+def _memory_of(x: torch.Tensor) -> tuple[tuple[int, ...] | None, list[int]]:
+    """A tensor's strides if they are numbers, and its dimensions from the outermost one in."""
+    strides: Sequence[Any] = x.stride()
+    known = all(isinstance(s, int) for s in (*strides, *x.shape))
+    hints = [s if isinstance(s, int) else s.node.hint for s in strides]
+    order = sorted(range(x.ndim), key=lambda d: -hints[d])
+    dense = x.numel() == 0 or all(h != 0 for h in hints) if known else True
+    return (tuple(strides) if known and dense else None), order

@@ -1,0 +1,297 @@
+"""What the nodes of a fused graph call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.compiler.choose import algorithms
+from fastdiff.compiler.choose.timings import Sizes
+from fastdiff.compiler.run.packing import PackedWeight
+from fastdiff.ops import reference
+from fastdiff.ops.conv2d import ALGORITHMS, kernel_runs
+from fastdiff.ops.group_norm_coefficients import channel_statistics
+from fastdiff.ops.group_norm_coefficients import kernel_runs as has_kernel
+from fastdiff.ops.group_norm_silu import group_norm_silu
+
+FEW = 64  # rows, beyond which PyTorch's product, that packs its weight each time, is as quick
+# To and from [N, C, H, W], by the number of dimensions and the one of the channels. All of them are
+# views of channels-last memory.
+_ENTER: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
+    (4, 1): None,
+    (3, 1): lambda x: x.unsqueeze(3),
+    (3, 2): lambda x: x.transpose(1, 2).unsqueeze(3),
+    (4, 3): lambda x: x.permute(0, 3, 1, 2),
+}
+_LEAVE: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
+    (4, 1): None,
+    (3, 1): lambda y: y.flatten(2),
+    (3, 2): lambda y: y.flatten(2).transpose(1, 2),
+    (4, 3): lambda y: y.permute(0, 2, 3, 1),
+}
+_op = torch.ops.fastdiff.conv2d.default
+_attention = torch.ops.fastdiff.attention.default
+_coefficients = torch.ops.fastdiff.group_norm_coefficients.default
+
+
+class Planned:
+    """What has a weight, and an algorithm for each size of its input.
+
+    Args:
+        index: of its weight in what ``packing.Watch`` gives.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.plans: dict[tuple[Any, ...], str] = {}
+        self.seen: weakref.ref[PackedWeight] | None = None
+
+    def algorithm(self, x: Tensor, weight: PackedWeight) -> str:
+        """That for inputs of the size of x; ``plain`` is PyTorch's own operation."""
+        key = (x.shape, x.dtype, torch.get_num_threads(), kernel_runs(x))
+        found = self.plans.get(key)
+        if found is None:
+            found = self.plans[key] = self._choose(x, weight) if key[-1] else "plain"
+            self.seen = weakref.ref(weight)
+        return found
+
+    def _choose(self, x: Tensor, weight: PackedWeight) -> str:
+        raise NotImplementedError
+
+
+class Convolution(Planned):
+    """A convolution or a linear layer with its surroundings, for any size of its input.
+
+    Args:
+        index: of its weight in what ``packing.Watch`` gives.
+        x_form: number of dimensions of its input and the one of the channels.
+        y_form: the same of its result and its residual.
+        stride: down and across.
+        padding: above, below, left and right.
+        upsample: whether pixels are read twice in both directions.
+        silu: whether it reads through SiLU.
+        statistics: give those of the result too.
+        gated: its result is a * gelu(b), [a, b] being what it computes.
+        allowed: the algorithms that it may use, of ``timings.NAMES``.
+        measured: whether the quickest of them is found by the clock.
+    """
+
+    __name__ = "conv2d"
+    __qualname__ = "conv2d"
+
+    def __init__(
+        self,
+        index: int,
+        x_form: tuple[int, int],
+        y_form: tuple[int, int],
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        upsample: bool = False,
+        silu: bool = False,
+        statistics: bool = False,
+        gated: bool = False,
+        allowed: Sequence[str],
+        measured: bool,
+    ) -> None:
+        super().__init__(index)
+        self.enter, self.enter_y, self.leave = _ENTER[x_form], _ENTER[y_form], _LEAVE[y_form]
+        self.stride, self.padding = stride, padding
+        self.upsample, self.silu = upsample, silu
+        self.statistics, self.gated = statistics, gated
+        self.allowed, self.measured = allowed, measured
+        self.regroups = x_form[0] != y_form[0]
+
+    def __call__(
+        self,
+        weights: Sequence[PackedWeight],
+        x: Tensor,
+        skip: Tensor | None,
+        bias: Tensor | None,
+        norm: Tensor | None,
+        emb: Tensor | None,
+        residual: Tensor | None,
+        scale: float,
+    ) -> Any:
+        """The result, or a pair of it and its statistics."""
+        if self.enter is not None:
+            x = self.enter(x)
+        weight, shape = weights[self.index], None
+        if residual is not None:
+            if self.enter_y is not None:
+                residual = self.enter_y(residual)
+            if self.regroups:  # rows of pixels that the residual has in two dimensions, or back
+                shape = residual.shape
+                residual = residual.reshape(*shape[:2], *x.shape[2:])
+        if emb is not None and emb.shape[0] != x.shape[0]:
+            emb = emb.expand(x.shape[0], -1)
+        args = (self.stride, self.padding, self.upsample, norm, self.silu, emb, residual, scale,
+                self.statistics, self.gated)  # fmt: skip
+        algorithm = self.algorithm(x, weight)
+        if algorithm != "plain":
+            packed = weight.packed(algorithm)
+            number = ALGORITHMS.index(algorithm)
+            y, found = _op(x, skip, packed, weight.weight.shape, number, bias, *args)
+        else:
+            # As it was timed; PyTorch's result is then channels-last too.
+            x = x.contiguous(memory_format=torch.channels_last)
+            y, _ = reference.conv2d(x, skip, weight.weight, bias, *args[:-2], False, self.gated)
+            found = channel_statistics(y) if self.statistics else None
+        if shape is not None:
+            y = _channels_last(y, shape)
+        if self.leave is not None:
+            y = self.leave(y)
+        return (y, found) if self.statistics else y
+
+    def _choose(self, x: Tensor, weight: PackedWeight) -> str:
+        n, _, height, width = x.shape
+        size = tuple(weight.weight.shape)
+        sizes = Sizes(
+            (n, size[1], height, width), size, self.stride, self.padding, self.upsample, x.dtype,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return algorithms.choose(sizes, self.allowed, self.measured and x.numel() > 0)
+
+
+class Product(Planned):
+    """Several linear layers of the same rows as one product.
+
+    Args:
+        index: of its weight in what ``packing.Watch`` gives.
+        silu: whether it reads through SiLU.
+    """
+
+    __name__ = "product"
+    __qualname__ = "product"
+
+    def __init__(self, index: int, silu: bool) -> None:
+        super().__init__(index)
+        self.silu = silu
+
+    def __call__(self, weights: Sequence[PackedWeight], x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [N, C] to [N, K]."""
+        packed = weights[self.index]
+        weight, algorithm = packed.weight, self.algorithm(x, packed)
+        if algorithm == "plain":
+            return F.linear(F.silu(x) if self.silu else x, weight.view(weight.shape[:2]), bias)
+        args = ((1, 1), (0, 0, 0, 0), False, None, self.silu, None, None, 1.0, False, False)
+        rows, number = x.unsqueeze(2).unsqueeze(3), ALGORITHMS.index(algorithm)
+        y, _ = _op(rows, None, packed.packed(algorithm), weight.shape, number, bias, *args)
+        return y.flatten(1)
+
+    def _choose(self, x: Tensor, weight: PackedWeight) -> str:
+        return "direct" if x.shape[0] <= FEW else "plain"
+
+
+class Attention:
+    """Softmax attention without a mask: ``fastdiff.ops.attention`` where its kernel runs.
+
+    Args:
+        scale: of the scores, or None.
+    """
+
+    __name__ = "attention"
+    __qualname__ = "attention"
+
+    def __init__(self, scale: float | None) -> None:
+        self.scale = scale
+        self.seen: weakref.ref[PackedWeight] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, L, D], [B, H, S, D] and [B, H, S, D'] to [B, H, L, D']."""
+        if kernel_runs(q):
+            scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+            return _attention(q, k, v, scale)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+
+
+def coefficients(
+    statistics: list[Tensor],
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """``group_norm_coefficients``, with scale and shift for each image or for all of them."""
+    n = statistics[0].shape[0]
+    if scale is not None and scale.shape[0] != n:
+        scale = scale.expand(n, -1)
+    if shift is not None and shift.shape[0] != n:
+        shift = shift.expand(n, -1)
+    args = (statistics, num_groups, weight, bias, eps, scale, shift)
+    if has_kernel(statistics[0]):
+        return _coefficients(*args)
+    return reference.group_norm_coefficients(*args)
+
+
+def statistics_of(x: Tensor, channel: int) -> Tensor:
+    """``channel_statistics`` where the channels are any dimension."""
+    return channel_statistics(x if channel == 1 else x.movedim(channel, 1))
+
+
+def _channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory of pixels in order as images [N, C, H, W].
+
+    A reshape gives a batch of one a stride by which PyTorch does not know the layout.
+    """
+    _, c, h, w = shape
+    return x.as_strided(shape, (c * h * w, 1, c * w, c))
+
+
+def normalised_rows(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """group_norm(x) of images [N, C, *pixels] as rows [N, L, C]."""
+    rows = x.flatten(2).transpose(1, 2).contiguous()
+    n, length, channels = rows.shape
+    images = _channels_last(rows, (n, channels, length, 1))
+    y = group_norm_silu(images, num_groups, weight, bias, eps, silu=False)
+    return y.flatten(2).transpose(1, 2)
+
+
+def join(*parts: Tensor) -> Tensor:
+    """One behind the other."""
+    return torch.cat(parts)
+
+
+def split(y: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Views of the last dimension's parts."""
+    return torch.split_with_sizes(y, sizes, -1)
+
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    function.__module__ = __name__
+    return function
+
+
+def restore(strides: tuple[int, ...] | None, order: list[int]) -> Callable[[Tensor], Tensor]:
+    """A function that gives a tensor in the strides that it has without this package.
+
+    Args:
+        strides: these, where they are known.
+        order: dimensions from the outermost to the innermost in memory, for sizes that are not.
+    """
+    return _named("restore", partial(_restore, strides, order))
+
+
+def _restore(strides: tuple[int, ...] | None, order: list[int], x: Tensor) -> Tensor:
+    dense, step = [0] * x.ndim, 1
+    for d in reversed(order):
+        dense[d] = step
+        step *= max(x.shape[d], 1)
+    if strides is None:
+        strides = tuple(dense)
+    if x.stride() == strides:
+        return x
+    if order == sorted(order) and strides == tuple(dense) and not x.is_contiguous():
+        return x.contiguous()  # which writes to nothing that is there, as ``recording`` likes it
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

@@ -1,0 +1,133 @@
+"""A fused graph that runs without Python between its operations once it has run a few times.
+
+Between two operations Python takes longer than it seems to: after a large convolution its own data
+have left the cache. So what the graph does for inputs of one size is recorded (``recording``), and
+from then on C++ runs it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastdiff.compiler.run.packing import PackedWeight, Watch
+from fastdiff.compiler.run.recording import Recorder, Recording, Source
+from fastdiff.ops.backend import current, isa
+
+MOST = 64  # recordings that a graph keeps
+NEW, PYTHON = "new", "python"  # will be recorded; runs in Python for good
+
+
+class Replay:
+    """A fused graph as a function of its inputs.
+
+    The first call of inputs of new sizes runs in Python, and the second is recorded.
+
+    Args:
+        gm: the graph.
+        watch: its node that gives the packed weights.
+        varying: numbers of the inputs whose sizes or values may change.
+    """
+
+    def __init__(self, gm: GraphModule, watch: Node, varying: Sequence[int]) -> None:
+        assert isinstance(watch.target, Watch)
+        self.gm, self.watch, self.varying = gm, watch.target, list(varying)
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        # Python's numbers, as Dynamo passes those that may change.
+        self.numbers = [i for i in self.varying if _is_number(placeholders[i])]
+        self.attributes = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr"]
+        watched: list[Any] = list(watch.args)
+        self.watched: list[int | str] = [
+            placeholders.index(n) if n.op == "placeholder" else str(n.target) for n in watched
+        ]
+        self.seen: dict[tuple[Any, ...], Recording | str] = {}
+        self.lock = threading.Lock()  # for changes of ``seen``
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What the graph gives."""
+        key = self._key(inputs)
+        state = self.seen.get(key)
+        if state is None:
+            self._note(key, PYTHON if isa() == "none" else NEW)  # it takes C++ to run a recording
+        if state is None or state is PYTHON:
+            return self.gm.forward(*inputs)
+        weights = self._weights(inputs)
+        if isinstance(state, Recording):
+            return state.run(inputs, weights)
+        recorder = Recorder(self._names(inputs, weights), [inputs[i] for i in self.numbers])
+        with recorder:
+            result = self.gm.forward(*inputs)
+        recording = recorder.finish(result)
+        if not recorder.packs:
+            self._note(key, recording or PYTHON)
+        return result
+
+    def _note(self, key: tuple[Any, ...], state: Recording | str) -> None:
+        with self.lock:
+            self.seen.pop(key, None)
+            while len(self.seen) >= MOST:
+                del self.seen[next(iter(self.seen))]
+            self.seen[key] = state
+
+    def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """All that decides what the graph does."""
+        key: list[Any] = [torch.get_num_threads(), current()]
+        for i in self.varying:
+            x = inputs[i]
+            if i in self.numbers:
+                key.append(x.item())
+            elif isinstance(x, Tensor):
+                key.append((x.shape, x.stride(), x.dtype))
+            else:
+                key.append((type(x), x))
+        return tuple(key)
+
+    def _weights(self, inputs: Sequence[Any]) -> list[PackedWeight]:
+        found = [inputs[w] if isinstance(w, int) else attrgetter(w)(self.gm) for w in self.watched]
+        return self.watch(*found)  # type: ignore[return-value]
+
+    def _names(
+        self, inputs: Sequence[Any], weights: Sequence[PackedWeight]
+    ) -> Iterator[tuple[Tensor, Source]]:
+        """Every tensor that is there before the graph runs, and where a later call has it from."""
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor):
+                yield x, partial(_input, i)
+        for name in self.attributes:
+            if isinstance(x := attrgetter(name)(self.gm), Tensor):
+                yield x, partial(_constant, self.gm, name)
+        for i, weight in enumerate(weights):
+            yield weight.weight, partial(_weight, i, "weight")
+            if weight.bias is not None:
+                yield weight.bias, partial(_weight, i, "bias")
+            for name, packed in list(weight.by_algorithm.items()):
+                yield packed, partial(_packed, i, name)
+
+
+def _input(i: int, inputs: Sequence[Any], _: Sequence[PackedWeight]) -> Any:
+    return inputs[i]
+
+
+def _constant(gm: GraphModule, name: str, *_: Any) -> Any:
+    return attrgetter(name)(gm)
+
+
+def _weight(i: int, name: str, _: Sequence[Any], weights: Sequence[PackedWeight]) -> Any:
+    return getattr(weights[i], name)
+
+
+def _packed(i: int, algorithm: str, _: Sequence[Any], weights: Sequence[PackedWeight]) -> Any:
+    return weights[i].packed(algorithm)
+
+
+def _is_number(node: Node) -> bool:
+    return bool(node.users) and all(
+        user.op == "call_method" and user.target == "item" for user in node.users
+    )

@@ -1,0 +1,177 @@
+"""One image file as pixels of 8 bits, whatever its mode, depth and metadata."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from fastdiff.common.errors import DataError
+
+_TO_UPRIGHT = {  # from the values of EXIF's tag Orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Colours of 16 bits, of which Pillow keeps the high byte alone. With the other order of bytes its
+# decoders give the low byte. N is the processor's own order.
+_LOW_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+_DEEP_COLOURS = ("RGB;16", "RGBX;16", "RGBA;16", "CMYK;16")
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What a file with more than 8 bits a value holds.
+
+    Attributes:
+        kind: format and mode in Pillow's words, such as "PNG I;16".
+        white: the largest value that the file's type has room for.
+        largest: the largest value in it, not counting opacity.
+    """
+
+    kind: str
+    white: int
+    largest: float
+
+
+def read(
+    file: Path, size: int, grayscale: bool, value_range: tuple[float, float] | None
+) -> tuple[np.ndarray, Depth | None]:
+    """Read the first frame of a file, upright: its largest centred square, resized.
+
+    The orientation comes from the EXIF data; EXIF data that cannot be parsed is passed over.
+    Transparency becomes white.
+
+    Args:
+        file: of any format that Pillow reads.
+        size: height and width S of the result.
+        grayscale: one channel in place of three.
+        value_range: which values become 0 and 255, in a file with more than 8 bits a value. What
+            lies between is cut into 256 bins of equal width, what lies outside is clipped. None
+            takes all values that an unsigned integer of the file's width has, so that the highest 8
+            bits are kept.
+
+    Returns:
+        Pixels uint8 [S, S, C], and the depth of a file with more than 8 bits a value, else None.
+
+    Raises:
+        DataError: the file cannot be read, or its range is unknown; the text is the file's name
+            and the reason, in one line.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: " + ("a link to nothing" if file.is_symlink() else "not a file"))
+    try:
+        with Image.open(file) as opened:
+            image, depth = _with_8_bits(file, opened, value_range)
+            turn = _TO_UPRIGHT.get(_orientation(opened))
+            image = image if turn is None else image.transpose(turn)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.fit(image.convert("L" if grayscale else "RGB"), (size, size))
+    except Exception as error:  # decoders raise whatever their damaged input makes them run into
+        raise DataError(f"{file}: {_reason(error)}") from error
+    return np.asarray(image).reshape(size, size, -1), depth
+
+
+def _reason(error: Exception) -> str:
+    """An exception's text in one line, with the type's name where the text alone says little."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if text and isinstance(error, (OSError, ValueError, SyntaxError, Image.DecompressionBombError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The tag of the EXIF data, 1 (upright) where there is none or it cannot be parsed."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as for a decoder: the data may be anything
+        return 1
+
+
+def _with_8_bits(
+    file: Path, opened: Image.Image, value_range: tuple[float, float] | None
+) -> tuple[Image.Image, Depth | None]:
+    """The image in a mode of 8 bits a value, and the depth of its file if it has more."""
+    raw = _raw_mode(opened)
+    values = _deep_values(file, opened, raw)  # [H, W] or [H, W, C]
+    if values is None:
+        opened.load()  # before the metadata, whose errors are passed over
+        return opened, None
+    seen = values[..., :3] if opened.mode == "RGBA" else values
+    low, high = float(seen.min()), float(seen.max())
+    white = 4095 if raw == "I;12" else 65535
+    if value_range is None:
+        say = "say which are black and white with value_range (--value-range)"
+        if opened.mode == "F":
+            raise ValueError(
+                f"it holds floating-point values ({low:g} to {high:g}), whose range is unknown: "
+                + say
+            )
+        if low < 0 or high > white:
+            raise ValueError(f"its values ({low:g} to {high:g}) lie outside 0 to {white}: {say}")
+    elif not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("it holds values that are not finite")
+    pixels = _in_bins(values, value_range or (0, white))
+    transparent = opened.info.get("transparency")  # one value, or one a channel
+    if transparent is not None:
+        pixels[values == transparent if values.ndim == 2 else (seen == transparent).all(2)] = 255
+    mode = "L" if values.ndim == 2 else opened.mode
+    image = Image.frombytes(mode, opened.size, pixels.tobytes())
+    return image, Depth(f"{opened.format} {opened.mode}", white, high)
+
+
+def _in_bins(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    """Values as the numbers 0..255 of 256 bins of equal width, uint8.
+
+    An integer stands for the unit interval above it: 0..65535 gives the high byte.
+    """
+    low, high = value_range
+    span = high - low + (values.dtype.kind in "iu")
+    bins: np.ndarray = np.subtract(values, low, dtype=np.float64)
+    bins *= 256 / span
+    return bins.clip(0, 255, out=bins).astype(np.uint8)
+
+
+def _raw_mode(opened: Image.Image) -> str:
+    """How a file stores its pixels, in the words of Pillow's decoders; "" if that is not told."""
+    for *_, arguments in getattr(opened, "tile", [])[:1]:
+        raw = arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments
+        return raw if isinstance(raw, str) else ""
+    return ""
+
+
+def _deep_values(file: Path, opened: Image.Image, raw: str) -> np.ndarray | None:
+    """The values of a file with more than 8 bits each, [H, W] or [H, W, C], else None."""
+    if opened.mode.startswith(("I", "F")):
+        return np.asarray(opened)
+    if raw[:-1] in _DEEP_COLOURS and raw[-1] in _LOW_BYTE:
+        high, low = np.asarray(opened), _decoded(file, raw[:-1] + _LOW_BYTE[raw[-1]])
+    elif raw == "LA;16B":  # decoded as RGBA; its four bytes taken as they are give all of it
+        quads = _decoded(file, "RGBA")
+        high, low = quads[..., [0, 0, 0, 2]], quads[..., [1, 1, 1, 3]]
+    else:
+        return None
+    return high.astype(np.uint16) << 8 | low
+
+
+def _decoded(file: Path, raw: str) -> np.ndarray:
+    """A file's pixels decoded as if it stored them in another way, uint8 [H, W, C]."""
+    with Image.open(file) as opened:
+        tiles: list[Any] = getattr(opened, "tile", [])
+        for i, tile in enumerate(tiles):
+            arguments = raw if isinstance(tile[3], str) else (raw, *tile[3][1:])
+            named = hasattr(tile, "_replace")  # a plain tuple in Pillow 10
+            tiles[i] = tile._replace(args=arguments) if named else (*tile[:3], arguments)
+        return np.asarray(opened)

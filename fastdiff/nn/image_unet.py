@@ -1,0 +1,65 @@
+"""A U-Net for images of a given size, from a few numbers."""
+
+from __future__ import annotations
+
+import math
+
+from fastdiff.common.errors import InputError
+from fastdiff.nn.unet import UNet2DModel
+
+
+def make_unet(
+    image_size: int,
+    channels: int = 1,
+    num_classes: int = 0,
+    *,
+    widths: tuple[int, ...] = (32, 64, 64),
+    layers_per_block: int = 2,
+    attention: tuple[int, ...] = (1, 2),
+    dropout: float = 0.0,
+    learned_variance: bool = False,
+) -> UNet2DModel:
+    """A U-Net for images of one size, its weights drawn from torch's global generator.
+
+    Args:
+        image_size: height and width; divisible by 2 ** (number of levels - 1).
+        channels: of the images.
+        num_classes: classes to condition on; 0 for an unconditional model.
+        widths: feature channels of each level, the resolution halving from one to the next.
+        layers_per_block: residual blocks a level.
+        attention: the levels with self-attention; 0 is the full resolution.
+        dropout: in every residual block.
+        learned_variance: return twice the channels, for the objectives hybrid and vlb.
+
+    Raises:
+        InputError: sizes that do not fit together.
+    """
+    levels = len(widths)
+    if levels == 0 or min(widths) < 1 or layers_per_block < 1:
+        raise InputError(f"widths and layers must be positive, got {widths} and {layers_per_block}")
+    if image_size < 1 or image_size % 2 ** (levels - 1):
+        raise InputError(
+            f"{levels} levels halve the image {levels - 1} times: "
+            f"its size must be divisible by {2 ** (levels - 1)}, got {image_size}"
+        )
+    wrong = [level for level in attention if not 0 <= level < levels]
+    if wrong:
+        raise InputError(f"attention level {wrong[0]} does not exist: there are 0..{levels - 1}")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout must lie in [0, 1), got {dropout}")
+    kinds = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(levels)]
+    head_dim = math.gcd(32, *widths)
+    groups = math.gcd(32, *(width // 4 or 1 for width in widths), *widths)  # of 4 channels or more
+    return UNet2DModel(
+        sample_size=image_size,
+        in_channels=channels,
+        out_channels=channels * (2 if learned_variance else 1),
+        block_out_channels=tuple(widths),
+        layers_per_block=layers_per_block,
+        down_block_types=tuple(kinds),
+        up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(kinds)),
+        norm_num_groups=groups,
+        attention_head_dim=head_dim,
+        dropout=dropout,
+        num_class_embeds=num_classes or None,
+    )

@@ -1,0 +1,11 @@
+"""Processes in continuous time: VP, sub-VP, VE and EDM, and those that schedules follow."""
+
+from __future__ import annotations
+
+from fastdiff.sde.processes.edm import EDM
+from fastdiff.sde.processes.from_schedule import Interpolated, Straight
+from fastdiff.sde.processes.linear_sde import SDE
+from fastdiff.sde.processes.ve import VE
+from fastdiff.sde.processes.vp import VP, SubVP
+
+__all__ = ["EDM", "SDE", "VE", "VP", "Interpolated", "Straight", "SubVP"]

@@ -1,0 +1,149 @@
+"""Schedules with timesteps, seen as processes in continuous time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.common.per_device import PerDevice
+from fastdiff.schedules import FlowSchedule, NoiseSchedule
+from fastdiff.sde.processes.linear_sde import SDE
+
+
+class Interpolated(SDE):
+    """A discrete noise schedule as a continuous one, exact at its timesteps.
+
+    Timestep i stands at t = (i + 1) / T; between two of them, and from t = 0 to the first, log
+    alpha is a straight line (as in DPM-Solver, arXiv:2206.00927, appendix D.2).
+
+    Args:
+        schedule: any :class:`NoiseSchedule` with some signal left at its end.
+
+    Raises:
+        ValueError: a schedule with zero terminal SNR, whose log alpha is infinite.
+    """
+
+    jumps = True
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        if schedule.has_zero_terminal_snr:
+            raise ValueError("a schedule with zero terminal SNR has no continuous view")
+        self.schedule = schedule
+        self.smallest = 1 / schedule.num_timesteps
+        zero = torch.zeros(1, dtype=torch.float64, device="cpu")
+        log_alpha = torch.cat([zero, schedule.alpha_t.log()])  # at t = 0, 1/T, 2/T...
+        slope = log_alpha.diff() * schedule.num_timesteps
+        self._line = log_alpha, slope
+        self._lines: PerDevice[torch.device, tuple[Tensor, Tensor]] = PerDevice()
+
+    def __repr__(self) -> str:
+        return f"Interpolated({self.schedule!r})"
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f, constant between two timesteps, and g^2 = -2 f."""
+        _, slope = self._on(t.device)
+        f = slope[self._interval(t)]
+        return f, -2 * f
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sqrt(1 - alpha^2)."""
+        index = self._interval(t)
+        start = index.double() / self.schedule.num_timesteps
+        before, slope = self._on(t.device)
+        log_alpha = before[index] + slope[index] * (t - start)
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Those with alpha^2 + sigma^2 = 1."""
+        return self.schedule.levels(ratio)
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """On the straight line of log alpha = -log(1 + ratio^2) / 2."""
+        log_alpha = -torch.log1p(ratio**2) / 2
+        count, (before, slope) = self.schedule.num_timesteps, self._on(ratio.device)
+        index = (torch.searchsorted(-before, -log_alpha) - 1).clamp(0, count - 1)
+        return index.double() / count + (log_alpha - before[index]) / slope[index]
+
+    def label(self, t: Tensor) -> Tensor:
+        """T t - 1, the timestep."""
+        return self.schedule.num_timesteps * t - 1
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """log alpha [T + 1] and its slopes [T], copied once: CUDA graphs cannot capture a copy."""
+        if device not in self._lines:
+            log_alpha, slope = self._line
+            self._lines[device] = log_alpha.to(device), slope.to(device)
+        return self._lines[device]
+
+    def _interval(self, t: Tensor) -> Tensor:
+        """Number of the straight line that t lies on; a timestep ends its own."""
+        count = self.schedule.num_timesteps
+        return ((t * count - 1e-9).ceil().long() - 1).clamp(0, count - 1)
+
+
+class Straight(SDE):
+    """Rectified flow: x_t = (1 - t) x_0 + t eps (Liu et al. 2022, arXiv:2209.03003).
+
+    As an SDE f = alpha'/alpha = -1 / (1 - t) and g^2 = 2 t - 2 f t^2 = 2 t / (1 - t). Both grow
+    without bounds towards t = 1, where x no longer says anything of x_0, though the probability
+    flow f x - g^2 score / 2 = eps - x_0 does not: what is left of x_0 at time t is found in a score
+    to 1 / (1 - t) times its rounding error. So time ends at 0.999, with the prior N(0, 0.999^2);
+    a thousandth of x_0 is lost there, and single precision still gives the flow to 1e-4.
+
+    Args:
+        num_timesteps: T of the :class:`fastdiff.schedules.FlowSchedule` whose labels the network
+            is given.
+        shift: of that schedule; the process is the same for all.
+        label_by: of that schedule.
+
+    Attributes:
+        smallest: the noise of the schedule's first timestep.
+
+    Raises:
+        ValueError: as the schedule does; a first timestep that is noisier than the end.
+    """
+
+    end = 1 - 1e-3
+
+    def __init__(
+        self, num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma"
+    ) -> None:
+        schedule = FlowSchedule(num_timesteps, shift, label_by=label_by)
+        self.num_timesteps, self.shift, self.label_by = num_timesteps, shift, label_by
+        self.smallest = schedule.sigma_t[0].item()
+        if self.smallest >= self.end:
+            raise ValueError(
+                f"the first timestep must be less noisy than {self.end}, got {self.smallest:g} "
+                f"with num_timesteps={num_timesteps} and shift={shift}"
+            )
+
+    def __repr__(self) -> str:
+        labels = "" if self.label_by == "sigma" else f", label_by={self.label_by!r}"
+        return f"Straight(num_timesteps={self.num_timesteps}, shift={self.shift}{labels})"
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f = -1 / (1 - t) and g^2 = 2 t / (1 - t)."""
+        return -1 / (1 - t), 2 * t / (1 - t)
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - t and t."""
+        return 1 - t, t
+
+    def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Those with alpha + sigma = 1."""
+        return 1 / (1 + ratio), ratio / (1 + ratio)
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """ratio / (1 + ratio)."""
+        return ratio / (1 + ratio)
+
+    def label(self, t: Tensor) -> Tensor:
+        """T t, or the timestep T s - 1 with t = shift s / (1 + (shift - 1) s): see ``label_by``."""
+        if self.label_by == "sigma":
+            return self.num_timesteps * t
+        return self.num_timesteps * t / (self.shift - (self.shift - 1) * t) - 1
+
+    @property
+    def prior_std(self) -> float:
+        """That of the noise at the end."""
+        return self.end

@@ -1,0 +1,139 @@
+"""From noise to images in steps of fixed lengths: predictors, correctors, and their loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.common.checks import wide_dtype
+from fastdiff.sde.processes import EDM, SDE
+from fastdiff.sde.score import Score
+from fastdiff.sde.solvers.langevin import CORRECTORS, Level
+from fastdiff.sde.solvers.predictors import METHODS, Steps
+from fastdiff.sde.solvers.stepping import (
+    Watched,
+    check_count,
+    check_images,
+    check_known,
+    check_positive,
+    counted,
+    normal,
+)
+
+RHO = 7  # of Karras' grid
+
+
+@torch.no_grad()
+def solve(
+    score: Score,
+    sde: SDE,
+    x_T: Tensor,
+    steps: int,
+    *,
+    method: str = "euler-maruyama",
+    corrector: str | None = None,
+    snr: float = 0.16,
+    corrector_steps: int = 1,
+    denoise: bool = True,
+    start: float | None = None,
+    generator: torch.Generator | None = None,
+    check_finite: bool = False,
+    progress: bool | str = True,
+) -> Tensor:
+    """Solve the reverse-time SDE, or the probability-flow ODE, in steps of fixed lengths.
+
+    Predictor and corrector alternate as in Song et al. 2021, arXiv:2011.13456, algorithms 2 to 5;
+    the steps are those of :func:`time_grid`. Coefficients are float64 and x is in float32 at least,
+    whatever its dtype; the score is evaluated steps (1 + corrector_steps) times, and once more to
+    denoise.
+
+    Args:
+        score: the score of the process, from :func:`fastdiff.sde.score_fn` or any (x, t) -> like x.
+            It is given t as float64 [N] on x's device.
+        sde: the process that leads from images to noise.
+        x_T: noise of its prior, [N, ...], floating point; or images at time ``start``.
+        steps: how many steps, at least 1.
+        method: the predictor,
+
+            euler-maruyama     for the reverse-time SDE
+            reverse-diffusion  the reverse SDE, discretised like the forward one
+            ancestral          the posterior of the step's end, given the x_0 that the score implies
+            probability-flow   Euler's method for the ODE, without noise
+
+        corrector: what follows each step at its end,
+
+            None               nothing
+            langevin           steps that hold the update's signal-to-noise ratio at ``snr``
+            annealed-langevin  steps 2 alpha (snr sigma)^2
+
+        snr: the corrector's signal-to-noise ratio.
+        corrector_steps: how many times it is applied.
+        denoise: end with the mean of x_0 given x at the smallest time (Tweedie's formula), in one
+            more evaluation; without it some noise is left (Jolicoeur-Martineau et al. 2021,
+            arXiv:2105.14080).
+        start: the time of x_T; None for the process's end.
+        generator: source of all noise, None for PyTorch's global one.
+        check_finite: look at each score, which waits for the device.
+        progress: show a progress bar on standard error; a string describes it.
+
+    Returns:
+        Images like ``x_T``.
+
+    Raises:
+        TypeError: ``x_T`` is not floating point, a number of steps no whole number, or a score no
+            tensor.
+        ValueError: an unknown method or corrector; a number of steps below 1, an snr that is not
+            positive, an ``x_T`` without dimensions beside N, a ``start`` outside the process's
+            times; a score of another shape than x.
+        FloatingPointError: with ``check_finite``, the score is not finite.
+    """
+    check_known(method, METHODS, "method")
+    if corrector is not None:
+        check_known(corrector, CORRECTORS, "corrector")
+    check_images(x_T, "x_T")
+    check_positive(snr, "snr")
+    corrector_steps = check_count(corrector_steps, "corrector_steps")
+    plan = Steps(sde, time_grid(sde, steps, start))
+    rows = list(zip(*(column.tolist() for column in METHODS[method](plan)), strict=True))
+    (alphas, sigmas), kept = (level.tolist() for level in plan.levels), plan.kept.tolist()
+    times = plan.times.to(x_T.device)
+
+    ask, x = Watched(score, x_T.dtype, check_finite), x_T.to(wide_dtype(x_T.dtype))
+    for i in counted(len(rows), progress):
+        of_x, of_score, of_noise = rows[i]
+        found = ask(x, times[i], f"step {i}")
+        x = of_x * x + of_score * found
+        if of_noise:
+            x.add_(normal(x, generator), alpha=of_noise)
+        if corrector is not None:
+            level = Level(sigmas[i + 1], kept[i] ** 2)
+            for _ in range(corrector_steps):
+                found = ask(x, times[i + 1], f"step {i}, corrector")
+                z = normal(x, generator)
+                size = CORRECTORS[corrector](found, z, level, snr)
+                x = x + size * found + (2 * size).sqrt() * z
+    if denoise:
+        found = ask(x, times[-1], "the last denoising step")
+        x = (x + sigmas[-1] ** 2 * found) / alphas[-1]
+    return x.to(x_T.dtype)
+
+
+def time_grid(sde: SDE, steps: int, start: float | None = None) -> Tensor:
+    """The times that ``steps`` steps begin and end with, float64 [steps + 1], falling.
+
+    They are evenly spaced from ``start`` (None for the process's end) to its smallest; those of
+    ``EDM`` to the power 1/7 (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+
+    Raises:
+        TypeError: ``steps`` is no whole number.
+        ValueError: ``steps`` below 1, or a start outside smallest..end.
+    """
+    steps = check_count(steps, "steps")
+    first, last = sde.end if start is None else start, sde.smallest
+    if not last < first <= sde.end:
+        raise ValueError(f"start must be more than {last:g} and at most {sde.end:g}, got {first}")
+    power = RHO if isinstance(sde, EDM) else 1
+    ends = first ** (1 / power), last ** (1 / power)
+    times = torch.linspace(*ends, steps + 1, dtype=torch.float64, device="cpu") ** power
+    times[0], times[-1] = first, last  # which rounding may have moved
+    return times

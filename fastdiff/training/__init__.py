@@ -1,0 +1,18 @@
+"""Training of diffusion models and of classifiers that guide them."""
+
+from __future__ import annotations
+
+from fastdiff.nn.image_unet import make_unet
+from fastdiff.training.trainer import Trainer, make_diffusion
+from fastdiff.training.training_options import (
+    LR_SCHEDULES,
+    TIMESTEP_SAMPLERS,
+    WEIGHTINGS,
+    TrainingOptions,
+    recorded_options,
+)
+
+__all__ = [
+    "LR_SCHEDULES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Trainer", "TrainingOptions",
+    "make_diffusion", "make_unet", "recorded_options",
+]  # fmt: skip

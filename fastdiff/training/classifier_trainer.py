@@ -1,0 +1,226 @@
+"""Training a classifier of noised images (Dhariwal & Nichol 2021, arXiv:2105.05233, appendix H)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastdiff import ops, process
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.classifier_checkpoint import (
+    Accuracy,
+    Architecture,
+    Classifier,
+    check_fits,
+)
+from fastdiff.common.errors import InputError, TrainingError
+from fastdiff.common.seeds import seeded
+from fastdiff.data.datasets import ImageSet, batch_indices, stream_generator
+from fastdiff.schedules import GaussianPath
+from fastdiff.sde import discretize
+from fastdiff.training.session import deferred_signals, ema_decay, training_bar
+
+LEVELS = 5  # of noise, at which accuracy is measured
+BATCH = 256  # images of a measurement at once
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch_size: images a step.
+        lr: learning rate of AdamW at the first step; it falls linearly to 0.
+        weight_decay: of AdamW.
+        ema: decay of the averaged weights; at step s it is min(ema, (1 + s) / (10 + s)).
+        seed: of the weights, the order, the times and the noise.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    ema: float = 0.999
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise InputError(f"{name} must be below 2**31, got {getattr(self, name)}")
+        for name in ("weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2**63, got {self.seed}")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema must lie in [0, 1), got {self.ema}")
+
+
+class ClassifierTrainer:
+    """Trains a classifier on x_t at random times of a diffusion model's forward process.
+
+    Times are drawn evenly from the timesteps of a schedule, or those that
+    :func:`fastdiff.sde.discretize` gives an SDE.
+
+    Args:
+        checkpoint: the diffusion model that the classifier is to guide.
+        data: images and labels.
+        architecture: None is the default one for the images' size and channels.
+        options: how to train.
+        device: where.
+
+    Attributes:
+        model: the classifier in training.
+        ema: the one with averaged weights, in eval mode.
+        finished_steps: steps behind it.
+
+    Raises:
+        InputError: images without labels, or that do not fit the checkpoint or the architecture.
+
+    Example:
+        >>> trainer = ClassifierTrainer(found, fastdiff.data.digits(), device="cuda")
+        >>> trainer.run()
+        >>> trained = trainer.classifier(fastdiff.data.digits("test"))
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        data: ImageSet,
+        architecture: Architecture | None = None,
+        options: ClassifierOptions | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.options, self.data = options or ClassifierOptions(), data
+        if data.labels is None:
+            raise InputError("a classifier needs images with labels")
+        shape = architecture or Architecture(data.size, data.channels)
+        if (shape.image_size, shape.channels) != (data.size, data.channels):
+            raise InputError(
+                f"the classifier takes {shape.channels} x {shape.image_size} x {shape.image_size} "
+                f"images, the data has {data.channels} x {data.size} x {data.size}"
+            )
+        with seeded(self.options.seed, torch.get_default_device()):
+            network = shape.make(len(data.classes))
+        self.model = network.to(device).train()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self._made = Classifier(
+            self.ema, checkpoint.forward, shape, data.classes,
+            seed=self.options.seed, dataset=data.name,
+        )  # fmt: skip
+        check_fits(self._made, checkpoint)
+        forward, self.device = checkpoint.forward, self.model.device
+        if isinstance(forward, GaussianPath):
+            self.path: GaussianPath = forward
+            timesteps = torch.arange(forward.num_timesteps, device="cpu")
+            self.labels = forward.labels_of(timesteps, torch.float32)
+        else:
+            self.path = path = discretize(forward)
+            self.labels = forward.label(path.times).float()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.options.lr, weight_decay=self.options.weight_decay
+        )
+        self.finished_steps = 0
+
+    def step(self) -> float:
+        """Train on the next batch and return its cross-entropy, in nats.
+
+        Raises:
+            TrainingError: it is not finite; the model is left as it was.
+        """
+        step, options = self.finished_steps, self.options
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * (1 - step / options.steps)
+        generator = stream_generator(options.seed, "classifier", step)
+        indices = batch_indices(len(self.data), options.batch_size, step, options.seed)
+        x0, classes = self.data.batch(indices, generator)
+        assert classes is not None
+        t = torch.randint(len(self.labels), (len(x0),), generator=generator, device="cpu")
+        loss = functional.cross_entropy(
+            self._logits(self.model, x0, t, generator), classes.to(self.device)
+        )
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {step + 1}; a lower learning rate may help"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        decay = ema_decay(options.ema, step)
+        ops.ema_update([*self.ema.parameters()], [*self.model.parameters()], 1 - decay)
+        self.finished_steps += 1
+        return value
+
+    def run(self, *, progress: bool = True) -> signal.Signals | None:
+        """Train to the last step; SIGINT (Ctrl-C) or SIGTERM ends it after the running one.
+
+        Returns:
+            The signal that ended it, or None after the last step.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        bar = training_bar(self.options.steps, self.finished_steps, progress)
+        with bar as count, deferred_signals() as caught:
+            while self.finished_steps < self.options.steps and not caught:
+                count(self.step())
+        return caught[0] if caught else None
+
+    def classifier(self, held_out: ImageSet | None = None) -> Classifier:
+        """The averaged classifier as it stands; it goes on changing with the training.
+
+        Args:
+            held_out: images of the same classes to measure its accuracy on, at five levels of
+                noise from the process's last timestep to its first.
+
+        Raises:
+            InputError: held-out images of other classes.
+        """
+        made = replace(self._made, step=self.finished_steps)
+        if held_out is None:
+            return made
+        if held_out.classes != self.data.classes:
+            raise InputError(
+                f"held-out images must have the classes {self.data.classes}, got {held_out.classes}"
+            )
+        last = len(self.labels) - 1
+        timesteps = [round(last * (1 - i / (LEVELS - 1))) for i in range(LEVELS)]
+        return replace(made, accuracy=tuple(self._accuracy(held_out, t) for t in timesteps))
+
+    @torch.no_grad()
+    def _accuracy(self, images: ImageSet, timestep: int) -> Accuracy:
+        generator = stream_generator(self.options.seed, "held out", timestep)
+        right = 0
+        for indices in torch.arange(len(images), device="cpu").split(BATCH):
+            x0, classes = replace(images, flip=False).batch(indices)
+            assert classes is not None
+            t = torch.full((len(x0),), timestep, device="cpu")
+            found = self._logits(self.ema, x0, t, generator).argmax(1).cpu()
+            right += int((found == classes).sum())
+        alpha, sigma = self.path.alpha_t[timestep].item(), self.path.sigma_t[timestep].item()
+        return Accuracy(alpha, sigma, right / len(images))
+
+    def _logits(
+        self, model: torch.nn.Module, x0: Tensor, t: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Of images noised to timesteps of the path."""
+        noise = torch.randn(x0.shape, generator=generator, device="cpu")
+        x_t = process.q_sample(self.path, x0, t, noise)
+        logits: Tensor = model(x_t.to(self.device), self.labels[t].to(self.device))
+        return logits

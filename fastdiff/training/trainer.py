@@ -1,0 +1,469 @@
+"""Training, for any of ``fastdiff.objectives``, with averaging of the weights.
+
+Everything random in step s is drawn from generators seeded with (seed, s), and so is the order of
+the images. A run that was interrupted and resumed is therefore bit for bit the run that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import ops
+from fastdiff.checkpoints import checkpoint, forward_process
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.folder import optional_field
+from fastdiff.common.errors import CheckpointError, DataError, InputError, TrainingError
+from fastdiff.common.inputs import checked_seeds
+from fastdiff.common.model import Model
+from fastdiff.common.seeds import seeded
+from fastdiff.data import image_grid
+from fastdiff.data.datasets import ImageSet, batch_indices, stream_generator, stream_seed
+from fastdiff.diffusion import Diffusion
+from fastdiff.nn import UNet2DModel
+from fastdiff.nn.image_unet import make_unet
+from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
+from fastdiff.objectives import Forward
+from fastdiff.ops.profiling import span
+from fastdiff.sampling.terminal import warn_of_image_at_the_end
+from fastdiff.training.fingerprint import check_same, fingerprint
+from fastdiff.training.session import (
+    Dispensable,
+    deferred_signals,
+    ema_decay,
+    loss_log,
+    training_bar,
+)
+from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, recorded_options
+
+__all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
+
+LOSSES = "losses.jsonl"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
+PREVIEW_STEPS = 20  # DDIM steps of the sample grids along the way
+
+
+class Trainer:
+    """Trains a model on images in memory.
+
+    Args:
+        model: predicts [N, C, S, S] from (x_t, t[, class_labels]), or [N, 2 C, S, S] with a
+            learned variance; trained in place. It may be compiled, or inside DataParallel,
+            DistributedDataParallel or the like: checkpoints hold the network itself, under its own
+            names. DistributedDataParallel has laid out its gradients like the weights that it was
+            given, so under it they keep their memory format; convert the network before.
+        forward: the forward process, a schedule or an SDE.
+        data: images, and labels if the model is class-conditional.
+        options: how to train.
+        prediction: what the model predicts, see ``fastdiff.objectives.make``.
+        objective: what it is trained for, likewise; None for the one natural to the process.
+        variance: of its steps, likewise.
+        levels: of the objective ncsn, likewise.
+        out: folder for checkpoints, sample grids and losses.jsonl; None writes nothing.
+        record: JSON facts to keep with the training state.
+
+    Attributes:
+        diffusion: the model with its process and its objective.
+        model: the model as it was given, in training mode.
+        network: the same without what torch has put around it.
+        ema: the network with averaged weights, in eval mode.
+        finished_steps: steps behind it.
+
+    Raises:
+        InputError: the model, the data, the process and the objective do not fit together, or
+            ``out`` holds checkpoints of an earlier run, which :meth:`resume` continues.
+
+    Example:
+        >>> trainer = Trainer(model, fastdiff.schedules.cosine(), data, TrainingOptions(steps=100))
+        >>> losses = [trainer.step() for _ in range(100)]
+        >>> trained = trainer.checkpoint()
+    """
+
+    def __init__(
+        self,
+        model: UNet2DModel,
+        forward: Forward,
+        data: ImageSet,
+        options: TrainingOptions | None = None,
+        *,
+        prediction: str = "eps",
+        objective: str | None = None,
+        variance: str | None = None,
+        levels: int | None = None,
+        out: str | Path | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options = options or TrainingOptions()
+        self.diffusion = make_diffusion(
+            model, forward, self.options, prediction, objective, variance, levels
+        )
+        self.network: UNet2DModel = unwrapped(model)
+        _check_fit(self.network, data, self.options.null_class, self.diffusion.objective.learned)
+        warn_of_image_at_the_end(self.diffusion.path)
+        if out is not None:
+            forward_process.describe(forward)
+        if out is not None and checkpoint.newest(out) is not None:
+            raise InputError(
+                f"{out} holds checkpoints of an earlier run; resume it, or go elsewhere"
+            )
+        if out is not None and self.options.sample_every and data.channels not in (1, 3):
+            raise InputError(
+                "sample grids show images of 1 or 3 channels, the data has "
+                f"{data.channels}; set sample_every to 0"
+            )
+        self.data = data
+        self.memory_format = (
+            torch.channels_last if self.options.channels_last else torch.contiguous_format
+        )
+        self.model = model.train()
+        if not is_distributed(model):
+            model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.parameters = list(self.network.parameters())
+        self.averages = list(self.ema.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.options.lr,
+            weight_decay=self.options.weight_decay,
+            fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
+        )
+        self.finished_steps = 0
+        self.out = None if out is None else Path(out).absolute()
+        self.record = dict(record or {})
+
+    @classmethod
+    def resume(
+        cls,
+        out: str | Path,
+        data: ImageSet,
+        options: TrainingOptions | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        record: Mapping[str, Any] | None = None,
+    ) -> Trainer:
+        """Take up a run at its newest checkpoint.
+
+        The model is the bare network; where it was compiled before, ``trainer.model.compile()``
+        compiles it again.
+
+        Args:
+            out: the run's folder.
+            data: the same images as before, wherever they were read from; labels and all. What
+                they are known by is their content, up to the rounding of another decoder.
+            options: None takes those of the checkpoint.
+            device: where to train.
+            record: None takes that of the checkpoint.
+
+        Raises:
+            CheckpointError: no checkpoint in ``out``, or one that cannot be resumed.
+            DataError: other images than before.
+        """
+        folder = checkpoint.newest(out)
+        if folder is None:
+            raise CheckpointError(f"no checkpoint to resume in {out}")
+        found = checkpoint.load(folder)
+        tensors, facts = checkpoint.read_state(folder)
+        trainer = cls(
+            copy.deepcopy(found.model).to(device),
+            found.forward,
+            data,
+            options or recorded_options(facts, folder),
+            prediction=found.prediction,
+            objective=found.objective,
+            variance=found.variance,
+            levels=found.levels,
+            record=facts.get("record", {}) if record is None else record,
+        )
+        if (facts.get("images"), found.classes) != (len(data), data.classes):
+            raise DataError(
+                f"the run trained on {facts.get('images')} images of the classes "
+                f"{found.classes}, now there are {len(data)} of {data.classes}"
+            )
+        recorded = optional_field(facts, "fingerprint", dict, folder / checkpoint.TRAINING)
+        check_same(
+            recorded, trainer.fingerprint, (found.dataset, data.name), folder / checkpoint.TRAINING
+        )
+        trainer._restore(tensors, found, folder / checkpoint.STATE)
+        try:
+            trainer.diffusion.objective.load_state_dict(facts.get("timesteps", {}))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / checkpoint.TRAINING}: {error}") from None
+        trainer.out = Path(out).absolute()
+        return trainer
+
+    def step(self) -> float:
+        """Train on the next batch and return its loss.
+
+        torch's global generators are seeded for the step, for dropout, and put back after it.
+
+        Raises:
+            TrainingError: the loss or, where it is limited, the gradient is not finite; the model
+                is left as it was.
+        """
+        step, seed = self.finished_steps, self.options.seed
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        dropout = seeded(stream_seed(seed, "dropout", step), self.parameters[0].device)
+        with dropout, span("train step"):
+            value = self._step(step)
+        self.finished_steps += 1
+        return value
+
+    def _step(self, step: int) -> float:
+        with span("data"):
+            batch = self._draw(step)
+        with span("forward"):
+            loss = self.loss(*batch)
+            value = float(loss.detach())
+            _check_finite(value, "loss", step)
+        with span("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with span("optimizer"):
+            if self.options.grad_clip:
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip)
+                _check_finite(float(norm), "norm of the gradient", step)
+            self.optimizer.step()
+        with span("ema"):
+            self._average(step)
+        return value
+
+    def loss(
+        self, x0: Tensor, labels: Tensor | None, t: Tensor, weights: Tensor, noise: Tensor
+    ) -> Tensor:
+        """The objective's loss of a batch, a scalar.
+
+        Args:
+            x0: clean images, [N, C, S, S].
+            labels: classes, int64 [N], or None.
+            t: times, [N], as the objective draws them.
+            weights: their importance weights, float64 [N].
+            noise: standard normal, like ``x0``; or seeds of it, int64 [N, 2].
+        """
+
+        def model(x_t: Tensor, t: Tensor) -> Any:
+            with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.options.bf16):
+                return self.model(x_t, t, labels)
+
+        return self.diffusion.objective.loss(model, x0, t, weights, noise)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        options = self.options
+        rise = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+        if options.lr_schedule == "constant":
+            return options.lr * rise
+        done = max(0, step - options.warmup) / max(1, options.steps - options.warmup)
+        return options.lr * rise * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+    def run(self, *, progress: bool = True) -> signal.Signals | None:
+        """Train to the last step, with checkpoints, sample grids and losses.jsonl in ``out``.
+
+        SIGINT (Ctrl-C) and SIGTERM end it after the running step, with a checkpoint; a second one
+        does so at once, without. A line of the log or a sample grid that cannot be made or written
+        is a warning, the first time, and the run goes on without.
+
+        Returns:
+            The signal that ended it, or None after the last step.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+            CheckpointError: a checkpoint could not be written; the one before it is still there.
+            InputError: ``out`` takes no files.
+        """
+        options, dispensable = self.options, Dispensable()
+        bar = training_bar(options.steps, self.finished_steps, progress)
+        log = None if self.out is None else loss_log(self.out / LOSSES, self.finished_steps)
+        with bar as count, deferred_signals() as caught:
+            while self.finished_steps < options.steps and not caught:
+                loss = self.step()
+                done = self.finished_steps
+                if log is not None:
+                    with dispensable("line in the log"):
+                        log({"step": done, "loss": loss, "lr": self.learning_rate(done - 1)})
+                count(loss)
+                if done % options.save_every == 0 or done == options.steps or caught:
+                    self.save()
+                if self.out and options.sample_every and done % options.sample_every == 0:
+                    with dispensable("sample grid"):
+                        image_grid.save(
+                            self.preview(), self.out / "samples" / f"step-{done:08d}.png"
+                        )
+            self.save()
+        return caught[0] if caught else None
+
+    def checkpoint(self) -> Checkpoint:
+        """The averaged model as it stands; it goes on changing with the training."""
+        return Checkpoint(
+            self.ema,
+            self.diffusion.forward,
+            self.diffusion.prediction,
+            classes=self.data.classes,
+            step=self.finished_steps,
+            seed=self.options.seed,
+            dataset=self.data.name,
+            null_class=self.options.null_class,
+            objective=self.diffusion.objective.name,
+            variance=self.diffusion.objective.variance,
+            levels=self.diffusion.objective.levels,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint into ``out``, unless this step has one, and drop the oldest."""
+        if self.out is None:
+            return
+        folder = checkpoint.step_folder(self.out, self.finished_steps)
+        if not folder.exists():
+            checkpoint.save(self.checkpoint(), folder, state=self._state())
+        checkpoint.prune(self.out, self.options.keep)
+
+    @torch.no_grad()
+    def preview(self, columns: int = 8) -> Any:
+        """A labelled grid of samples from the averaged model, always of the same noise."""
+        current = self.checkpoint()
+        steps = min(PREVIEW_STEPS, self.diffusion.path.num_timesteps)
+        sampler = self.diffusion.sampler("ddim", steps, grid="trailing")
+        shown = range(min(10, len(current.classes)))
+        labels = [label for label in shown for _ in range(columns)] if current.classes else None
+        drawn = current.sample(
+            sampler,
+            labels=labels,
+            count=None if labels else columns * 4,
+            generator=stream_generator(self.options.seed, "preview", 0),
+            progress=False,
+        )
+        names = [current.classes[label] for label in shown] if labels else None
+        return image_grid.grid(drawn, columns, labels=names)
+
+    def _draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Images, labels, times, their weights and seeds of the noise, on the model's device."""
+        seed, size = self.options.seed, self.options.batch_size
+        generator = stream_generator(seed, "step", step)
+        x0, labels = self.data.batch(batch_indices(len(self.data), size, step, seed), generator)
+        t, weights = self.diffusion.objective.draw(size, generator)
+        seeds = checked_seeds(stream_seed(seed, "noise", step), None, size)
+        if labels is not None and self.options.label_dropout:
+            hidden = (
+                torch.rand(size, generator=generator, device="cpu") < self.options.label_dropout
+            )
+            labels = labels.masked_fill(hidden, len(self.data.classes))
+        device = self.parameters[0].device
+        return (
+            x0.to(device, memory_format=self.memory_format),
+            None if labels is None else labels.to(device),
+            t.to(device),
+            weights.to(device),
+            seeds.to(device),
+        )
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        decay = ema_decay(self.options.ema, step)
+        ops.ema_update(self.averages, self.parameters, 1 - decay)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the images are known by when the run is resumed."""
+        return fingerprint(self.data)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds for :meth:`resume`; AdamW's moments are zero before step 1."""
+        tensors: dict[str, Tensor] = {}
+        for name, p in self._named_parameters():
+            tensors[f"model.{name}"] = p
+            for key in MOMENTS:
+                moment = self.optimizer.state[p].get(key)
+                tensors[f"{key}.{name}"] = torch.zeros_like(p) if moment is None else moment
+        facts = {
+            "step": self.finished_steps,
+            "images": len(self.data),
+            "fingerprint": self.fingerprint,
+            "options": asdict(self.options),
+            "record": self.record,
+            "timesteps": self.diffusion.objective.state_dict(),
+        }
+        return tensors, facts
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Under the names that they have in files, whatever of the network is compiled."""
+        return [(plain_name(name), p) for name, p in self.network.named_parameters()]
+
+    @torch.no_grad()
+    def _restore(self, tensors: Mapping[str, Tensor], found: Checkpoint, path: Path) -> None:
+        """Set weights, averages, optimizer and step from a checkpoint."""
+        self.ema.load_state_dict(found.model.state_dict())
+        for name, p in self._named_parameters():
+            # Copied, so that p and its moments keep their memory format and AdamW's fused kernel.
+            restored = {"model": p, **{key: torch.empty_like(p) for key in MOMENTS}}
+            for key, target in restored.items():
+                value = tensors.get(f"{key}.{name}")
+                if value is None or value.shape != p.shape:
+                    seen = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                    raise CheckpointError(
+                        f"{path}: {key}.{name} must have shape {tuple(p.shape)}, got {seen}"
+                    )
+                target.copy_(value)
+            where = p.device if self.optimizer.defaults["fused"] else "cpu"
+            self.optimizer.state[p] = {
+                "step": torch.tensor(float(found.step), device=where),
+                **{key: restored[key] for key in MOMENTS},
+            }
+        self.finished_steps = found.step
+
+
+def make_diffusion(
+    model: Model,
+    forward: Forward,
+    options: TrainingOptions,
+    prediction: str = "eps",
+    objective: str | None = None,
+    variance: str | None = None,
+    levels: int | None = None,
+) -> Diffusion:
+    """A model with its process and its objective, as :class:`Trainer` makes it.
+
+    Raises:
+        InputError: options that do not fit the process or each other.
+    """
+    weighting, times = options.weighting, options.timestep_sampler
+    return Diffusion(
+        model, forward, prediction, objective=objective, variance=variance, levels=levels,
+        weighting=None if weighting == "none" else weighting,
+        timesteps=None if times == "default" else times,
+    )  # fmt: skip
+
+
+def _check_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {name} is {value} at step {step + 1}; a lower learning rate may help"
+        )
+
+
+def _check_fit(model: UNet2DModel, data: ImageSet, null_class: bool, learned: bool) -> None:
+    config, classes = model.config, model.config.num_class_embeds or 0
+    if (config.in_channels, config.sample_size) != (data.channels, data.size):
+        raise InputError(
+            f"the model takes {config.in_channels} x {config.sample_size} x {config.sample_size} "
+            f"images, the data has {data.channels} x {data.size} x {data.size}"
+        )
+    if config.out_channels != data.channels * (2 if learned else 1):
+        raise InputError(
+            f"the model returns {config.out_channels} channels; for images of {data.channels} and "
+            f"a {'learned' if learned else 'fixed'} variance it must return "
+            f"{data.channels * (2 if learned else 1)}"
+        )
+    if null_class and not data.classes:
+        raise InputError("label_dropout hides labels, but the data has none")
+    if classes != len(data.classes) + null_class:
+        more = " and label_dropout needs one more" if null_class else ""
+        raise InputError(f"the model has {classes} classes, the data {len(data.classes)}{more}")

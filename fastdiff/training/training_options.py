@@ -1,0 +1,109 @@
+"""The options of a training run, checked, and read from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastdiff import objectives
+from fastdiff.checkpoints import checkpoint
+from fastdiff.common.errors import CheckpointError, InputError
+from fastdiff.losses import score_matching, weights
+
+LR_SCHEDULES = ("cosine", "constant")
+WEIGHTINGS = ("none", *weights.NAMES, *score_matching.WEIGHTINGS)
+TIMESTEP_SAMPLERS = ("default", *objectives.TIMESTEPS)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch_size: images a step.
+        lr: highest learning rate of AdamW.
+        lr_schedule: cosine falls to 0 at the last step, constant stays.
+        warmup: steps over which the rate first rises linearly.
+        ema: decay of the averaged weights; at step s it is min(ema, (1 + s) / (10 + s)).
+        weight_decay: of AdamW.
+        grad_clip: largest norm of the gradient; 0 leaves it alone.
+        seed: of the order, the timesteps, the noise and dropout.
+        bf16: run the model under bfloat16 autocast.
+        label_dropout: share of the labels that are hidden, so that the model can be guided without
+            a classifier; it then has one class more, the last, that stands for none.
+        weighting: of the loss, see ``fastdiff.objectives.make``, or none.
+        timestep_sampler: how times are drawn, likewise; default is the objective's own way.
+        channels_last: keep weights and images in channels_last memory format.
+        save_every: steps between checkpoints; one is written at the end in any case.
+        sample_every: steps between sample grids; 0 for none.
+        keep: newest checkpoints to keep.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    steps: int = 3000
+    batch_size: int = 64
+    lr: float = 1e-3
+    lr_schedule: str = "cosine"
+    warmup: int = 100
+    ema: float = 0.999
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    seed: int = 0
+    bf16: bool = False
+    label_dropout: float = 0.0
+    weighting: str = "none"
+    timestep_sampler: str = "default"
+    channels_last: bool = True
+    save_every: int = 500
+    sample_every: int = 500
+    keep: int = 2
+
+    @property
+    def null_class(self) -> bool:
+        """Whether the model has a class for hidden labels."""
+        return self.label_dropout > 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise InputError(f"{name} must be below 2**31, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "grad_clip", "seed", "sample_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2**63, got {self.seed}")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema must lie in [0, 1), got {self.ema}")
+        if not 0 <= self.label_dropout < 1:
+            raise InputError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        for name, known in (
+            ("weighting", WEIGHTINGS),
+            ("timestep_sampler", TIMESTEP_SAMPLERS),
+            ("lr_schedule", LR_SCHEDULES),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"unknown {name} {value!r}, wanted one of {', '.join(known)}")
+
+
+def recorded_options(facts: Mapping[str, Any], folder: Path) -> TrainingOptions:
+    """The options in a checkpoint's training facts; CheckpointError if they are not usable."""
+    known = {field.name for field in fields(TrainingOptions)}
+    options = facts.get("options")
+    unusable = f"{folder / checkpoint.TRAINING}: unusable options: {options!r}"
+    if not isinstance(options, dict) or not set(options) <= known:
+        raise CheckpointError(unusable)
+    try:
+        return TrainingOptions(**options)
+    except (TypeError, InputError) as error:
+        raise CheckpointError(f"{unusable}: {error}") from None

@@ -1,0 +1,630 @@
+"""Choices by the clock, the file that keeps the measurements, and the bound of packed memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from judging import assert_as_eager, compiled
+from small import small_inputs, small_net
+from test_threads import run_together
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from fastdiff.compiler import backend, explain
+from fastdiff.compiler.choose import algorithms, budget, timings
+from fastdiff.compiler.choose.budget import Option, spend
+from fastdiff.compiler.choose.timings import NAMES, Sizes
+from fastdiff.ops.conv2d import ALGORITHMS, conv2d_pack, suits
+
+SIZE = Sizes((2, 16, 8, 12), (32, 16, 3, 3), (1, 1), (1, 1, 1, 1), False, torch.float32, 1)
+ROW = {"plain": 4e-3, "direct": 3e-3, "winograd2": 2e-3, "winograd4": 1e-3, "strassen": 2e-3,
+       "phases4": 1e-3}  # fmt: skip
+OF_3X3 = SIZE.among(NAMES)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """By the clock, with an empty cache, as in a process that has just begun."""
+    monkeypatch.setenv("FASTDIFF_PLAN", "measured")
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(timings, "_tables", {})
+    monkeypatch.setattr(timings, "_unsure", set())
+    monkeypatch.setattr(timings, "_interruptions", lambda: 0)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that are said to be measured, and the sizes that have been."""
+    seen = []
+
+    def prefer(name):
+        def measure(size, names):
+            seen.append(size)
+            return {n: ROW[n] / (100 if n == name else 1) for n in names}, True
+
+        monkeypatch.setattr(timings, "_measure", measure)
+        return seen
+
+    return prefer
+
+
+def forget():
+    """What a process knows by heart."""
+    timings._tables.clear()
+
+
+def written(file):
+    return json.loads(file.read_text())
+
+
+# -- the file
+
+
+def test_measurements_are_kept(cache, monkeypatch):
+    monkeypatch.setattr(timings, "SPREAD", 1e9)  # on a busy machine too
+    first = timings.of([SIZE, SIZE])
+    assert first[0] == first[1]
+    assert set(first[0]) == set(OF_3X3)
+    assert all(0 < seconds < 10 for seconds in first[0].values())
+    forget()
+    assert timings.of([SIZE]) == first[:1]
+    assert [file.name for file in cache.iterdir()] == [timings.path().name]
+
+
+def test_each_size_is_measured_once(clock):
+    seen = clock("direct")
+    other = replace(SIZE, x=(1, 16, 8, 12))
+    timings.of([SIZE, other, SIZE])
+    forget()
+    timings.of([other])
+    timings.of([SIZE])
+    assert seen == [SIZE, other]
+
+
+def test_only_what_is_wanted_is_measured():
+    assert set(timings.of([SIZE], ("plain", "direct"))[0]) == {"plain", "direct"}
+    assert set(timings.of([SIZE])[0]) == set(OF_3X3)
+    strided = replace(SIZE, stride=(2, 2))
+    assert set(timings.of([strided])[0]) == {"plain", "direct"}
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        Sizes((1, 5, 4, 3), (7, 5, 1, 1), (1, 1), (0, 0, 0, 0), False, torch.bfloat16, 1),
+        Sizes((2, 5, 4, 3), (7, 5, 3, 3), (2, 2), (0, 1, 0, 1), False, torch.float32, 1),
+        Sizes((2, 5, 4, 3), (7, 5, 3, 3), (1, 1), (1, 1, 1, 1), True, torch.float32, 1),
+        Sizes((1, 640, 2, 2), (512, 640, 3, 3), (1, 1), (1, 1, 1, 1), False, torch.float32, 1),
+    ],
+    ids=["1x1", "strided", "upsampled", "large"],
+)
+def test_measuring_any_size(size):
+    row = timings.of([size])[0]
+    assert set(row) == set(size.among(NAMES))
+    assert all(0 < seconds < 10 for seconds in row.values())
+
+
+def test_slow_algorithms_are_not_repeated(monkeypatch):
+    calls = []
+    taken = {"plain": 1.0, "direct": 0.01, "winograd2": 0.001, "winograd4": 0.06}
+
+    def time(sizes, name, *_):
+        calls.append(name)
+        return taken[name]
+
+    monkeypatch.setattr(timings, "_time", time)
+    assert timings._measure(SIZE, OF_3X3) == (taken, True)
+    assert {name: calls.count(name) for name in OF_3X3} == {
+        "plain": 1, "direct": 1, "winograd2": 4, "winograd4": 2,
+    }  # fmt: skip
+
+
+def test_a_cold_first_call_does_not_count(monkeypatch):
+    calls = {name: iter([5e-4, 2e-3, 1e-3, 1.1e-3]) for name in OF_3X3}
+    monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: next(calls[name]))
+    assert timings._measure(SIZE, OF_3X3) == (dict.fromkeys(OF_3X3, 1e-3), True)
+
+
+def test_calls_that_were_interrupted_do_not_count(monkeypatch):
+    times, interruptions = iter([8e-3, 8e-3, 1e-3, 8e-3]), iter([0, 1, 1, 2, 2, 2])
+    monkeypatch.setattr(timings, "_time", lambda *_: next(times))
+    monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
+    assert timings._calm_time() == (1e-3, True)
+
+
+def test_slow_calls_are_not_repeated_because_they_were_interrupted(monkeypatch):
+    times, interruptions = iter([0.3, 0.2]), itertools.count()
+    monkeypatch.setattr(timings, "_time", lambda *_: next(times))
+    monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
+    assert timings._calm_time() == (0.3, True)
+
+
+def test_what_was_always_interrupted_is_chosen_by_its_size(monkeypatch):
+    interruptions = itertools.count()
+    monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: ROW[name] / 100)
+    monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
+    assert timings._measure(SIZE, OF_3X3) == ({n: ROW[n] / 100 for n in OF_3X3}, False)
+    monkeypatch.setattr(algorithms, "heuristic", lambda size: {**ROW, "direct": 1e-9})
+    assert algorithms.choose(SIZE, NAMES, measured=True) == "direct"
+    assert written(timings.path())["seconds"] == {}
+
+
+def test_a_busy_machine_is_asked_more_often(monkeypatch, caplog):
+    """And if no two times agree, later processes ask again."""
+    busy = [8.0, 4.0, 2.0, 1.0, 5.0, 0.5, 0.52]
+    calls = {name: iter([seconds * 1e-3 for seconds in busy]) for name in OF_3X3}
+    monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: next(calls[name]))
+    assert timings._measure(SIZE, OF_3X3) == (dict.fromkeys(OF_3X3, 5e-4), True)
+    calls.update({name: iter([1e-3 / 1.2**turn for turn in range(13)]) for name in OF_3X3})
+    assert timings.of([SIZE], ("plain", "direct"))[0].keys() == {"plain", "direct"}
+    assert next(calls["direct"], None) is None
+    assert written(timings.path())["seconds"] == {}
+    timings.of([SIZE], ("plain", "direct"))
+
+
+def machine():
+    return timings._machine()
+
+
+BROKEN = {
+    "not JSON": b"{",
+    "empty": b"",
+    "not text": b"\xff\xfe\x00",
+    "nested too deep": b"[" * 100_000,
+    "a list": b"[]",
+    "a number": b"1",
+    "without a machine": json.dumps({"seconds": {SIZE.key: ROW}}).encode(),
+    "without seconds": json.dumps({"machine": machine()}).encode(),
+    "seconds are a list": json.dumps({"machine": machine(), "seconds": [ROW]}).encode(),
+    "no seconds at all": json.dumps({"machine": machine(), "seconds": None}).encode(),
+    **{
+        f"another {name}": json.dumps(
+            {"machine": {**machine(), name: 0}, "seconds": {SIZE.key: ROW}}
+        ).encode()
+        for name in machine()
+    },
+    **{
+        f"a row is {bad!r}": json.dumps(
+            {"machine": machine(), "seconds": {SIZE.key: bad}}
+        ).encode()
+        for bad in (
+            None, 1.0, [1.0], "direct", {**ROW, "direct": "1"}, {**ROW, "direct": None},
+            {**ROW, "direct": True}, {**ROW, "direct": -1.0}, {**ROW, "direct": 0.0},
+            {**ROW, "direct": math.nan}, {**ROW, "direct": math.inf}, {**ROW, "magic": 1.0},
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_a_file_that_cannot_be_believed(cache, clock, caplog, content):
+    seen = clock("direct")
+    cache.mkdir()
+    timings.path().write_bytes(content)
+    with caplog.at_level(logging.WARNING, logger="fastdiff.compiler"):
+        assert timings.of([SIZE])[0]["direct"] == ROW["direct"] / 100
+    assert seen == [SIZE]
+    assert [str(timings.path()) in record.getMessage() for record in caplog.records] == [True]
+    assert written(timings.path())["machine"] == machine()
+    forget()
+    caplog.clear()
+    timings.of([SIZE])
+    assert seen == [SIZE]
+    assert not caplog.records
+
+
+def test_a_row_that_is_incomplete_is_measured(cache, clock):
+    seen = clock("direct")
+    cache.mkdir()
+    row = {"plain": 1.0, "direct": 1.0}
+    timings.path().write_text(json.dumps({"machine": machine(), "seconds": {SIZE.key: row}}))
+    assert timings.of([SIZE], ("plain", "direct")) == [row]
+    assert not seen
+    assert timings.of([SIZE])[0]["winograd4"] == ROW["winograd4"]
+    assert seen == [SIZE]
+
+
+def test_a_folder_in_the_place_of_the_file(caplog, clock):
+    clock("direct")
+    timings.path().mkdir(parents=True)
+    timings.of([SIZE])
+    timings.of([SIZE])
+    assert ["used" in r.getMessage() or "written" in r.getMessage() for r in caplog.records] == [
+        True, True,
+    ]  # fmt: skip
+    assert not list(timings.path().parent.glob("*.new"))
+
+
+def test_a_file_in_the_place_of_the_folder(cache, caplog, clock):
+    seen = clock("direct")
+    cache.write_text("")
+    timings.of([SIZE])
+    timings.of([SIZE])
+    assert seen == [SIZE]
+    assert any("cannot be written" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written(cache, caplog, clock):
+    seen = clock("direct")
+    cache.mkdir(mode=0o500)
+    timings.of([SIZE])
+    timings.of([SIZE])
+    assert seen == [SIZE]
+    assert any("cannot be written" in r.getMessage() for r in caplog.records)
+
+
+def test_no_home(monkeypatch, clock):
+    seen = clock("direct")
+    monkeypatch.delenv("FASTDIFF_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def home():
+        raise RuntimeError("could not determine home directory")
+
+    monkeypatch.setattr(timings.Path, "home", home)
+    assert timings.path() is None
+    timings.of([SIZE])
+    timings.of([SIZE])
+    assert seen == [SIZE]
+
+
+def test_where_the_file_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTDIFF_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert timings.path().parent == tmp_path / "fastdiff"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert timings.path().parent == tmp_path / ".cache" / "fastdiff"
+
+
+def test_what_others_have_measured_meanwhile_stays(clock):
+    clock("direct")
+    other = replace(SIZE, x=(1, 16, 8, 12))
+    timings.of([SIZE])
+    content = written(timings.path())
+    content["seconds"][other.key] = ROW
+    timings.path().write_text(json.dumps(content))
+    third = replace(SIZE, x=(5, 16, 8, 12))
+    timings.of([third])
+    assert set(written(timings.path())["seconds"]) == {SIZE.key, other.key, third.key}
+    assert timings.of([other]) == [ROW]
+
+
+def test_threads_measure_once(clock):
+    seen = clock("direct")
+    run_together(lambda index: timings.of([SIZE]))
+    assert seen == [SIZE]
+
+
+# -- the choice
+
+
+@pytest.mark.parametrize(
+    ("row", "allowed", "wanted"),
+    [
+        (ROW, NAMES, "winograd4"),
+        (ROW, ("plain", "direct"), "direct"),
+        (ROW, ("plain",), "plain"),
+        ({**ROW, "plain": 0.79e-3}, NAMES, "plain"),
+        ({**ROW, "plain": 0.81e-3}, NAMES, "winograd4"),
+        ({**ROW, "plain": 2.3e-3}, ("plain", "direct"), "plain"),
+        ({**ROW, "winograd2": 1e-4}, NAMES, "winograd2"),
+        ({**ROW, "winograd2": 1e-4}, ("plain", "winograd4"), "winograd4"),
+        ({**ROW, "direct": 1e-4}, NAMES, "direct"),
+    ],
+)
+def test_the_quickest_allowed(monkeypatch, row, allowed, wanted):
+    monkeypatch.setattr(timings, "_measure", lambda size, names: ({n: row[n] for n in names}, True))
+    assert algorithms.choose(SIZE, allowed, measured=True) == wanted
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.99, "direct"), (0.97, "strassen")])
+def test_strassens_weights_must_be_worth_their_memory(monkeypatch, share, wanted):
+    size = Sizes((2, 64, 8, 12), (32, 64, 1, 1), (1, 1), (0,) * 4, False, torch.float32, 1)
+    row = {"plain": 1.0, "direct": 1e-3, "strassen": share * 1e-3}
+    monkeypatch.setattr(timings, "_measure", lambda size, names: (row, True))
+    assert algorithms.choose(size, NAMES, measured=True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "stride", "wanted"),
+    [
+        ((1, 64, 32, 32), (64, 64, 3, 3), 1, "winograd4"),
+        ((1, 64, 8, 8), (64, 64, 3, 3), 1, "winograd2"),
+        ((4, 64, 8, 8), (64, 64, 3, 3), 1, "winograd4"),
+        ((1, 3, 32, 32), (64, 3, 3, 3), 1, "direct"),
+        ((1, 64, 32, 32), (64, 64, 3, 3), 2, "direct"),
+        ((1, 64, 32, 32), (64, 64, 1, 1), 1, "direct"),
+        ((1, 320, 32, 32), (320, 320, 1, 1), 1, "strassen"),
+        ((1, 320, 8, 8), (320, 320, 1, 1), 1, "direct"),
+    ],
+)
+def test_heuristic(monkeypatch, cache, x, weight, stride, wanted):
+    monkeypatch.setattr(timings, "of", None)
+    sides = (weight[2] // 2,) * 4
+    size = Sizes(x, weight, (stride, stride), sides, False, torch.float32, 1)
+    assert algorithms.choose(size, NAMES, measured=False) == wanted
+    assert algorithms.choose(size, ("plain", "direct"), measured=False) == "direct"
+
+
+@torch.no_grad()
+def test_heuristic_touches_no_file(monkeypatch, cache):
+    monkeypatch.setenv("FASTDIFF_PLAN", "heuristic")
+    monkeypatch.setattr(timings, "of", None)
+    model, case = small_net(), small_inputs(3, (16, 24))
+    assert_as_eager(compiled(model)(*case), model, case)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("value", ["", "fastest", "Measured"])
+def test_an_unknown_plan(monkeypatch, value):
+    monkeypatch.setenv("FASTDIFF_PLAN", value)
+    text = f"FASTDIFF_PLAN must be measured or heuristic, got {value!r}"
+    with pytest.raises(ValueError, match=text):
+        backend(torch.fx.GraphModule({}, torch.fx.Graph()), [])
+    with pytest.raises(BackendCompilerFailed, match=text), torch.no_grad():
+        compiled(small_net())(*small_inputs())
+
+
+@torch.no_grad()
+def test_measured_for_real(cache, caplog, monkeypatch):
+    monkeypatch.setattr(timings, "SPREAD", 1e9)
+    model, case = small_net(), small_inputs()
+    with caplog.at_level(logging.INFO, logger="fastdiff.compiler"):
+        assert_as_eager(compiled(model)(*case), model, case)
+    assert ["measuring" in record.getMessage() for record in caplog.records] == [True]
+    assert written(timings.path())["seconds"]
+
+
+@pytest.mark.parametrize("precision", ["fast", "strict"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_whatever_is_preferred_is_right(clock, name, precision):
+    clock(name)
+    model, case, options = small_net(), small_inputs(3, (5, 7)), {"precision": precision}
+    assert_as_eager(compiled(model, options=options)(*case), model, case, precision=precision)
+    used = {row.algorithm for row in explain(model, *case, options=options).fused}
+    if precision == "strict":
+        assert not any("winograd" in algorithm for algorithm in used)
+    elif name != "phases4":  # it does not upsample: see the next
+        assert name in used
+
+
+@torch.no_grad()
+def test_upsampled_convolutions_by_phases(clock):
+    clock("phases4")
+    model = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 12, 3, padding=1), nn.Tanh())
+    x = torch.randn(2, 8, 5, 7)
+    assert_as_eager(compiled(model.eval())(x), model, (x,))
+    assert [row.algorithm for row in explain(model, x).fused] == ["phases4"]
+    strict = explain(model, x, options={"precision": "strict"}).fused
+    assert [row.algorithm for row in strict] == ["direct"]
+
+
+@torch.no_grad()
+def test_linear_layers_by_strassen(clock):
+    clock("strassen")
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (f(x).unflatten(2, (4, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).flatten(2)) + x
+
+    model, x = Block().eval(), torch.randn(2, 50, 64)
+    assert_as_eager(compiled(model)(x), model, (x,))
+    rows = explain(model, x).fused
+    assert [row.algorithm for row in rows if "linear" in row.what] == ["strassen"] * 2
+    assert "strassen" not in {
+        row.algorithm for row in explain(model, x, options={"precision": "strict"}).fused
+    }
+
+
+@torch.no_grad()
+def test_all_sizes_are_measured_when_the_graph_is_compiled(clock, monkeypatch):
+    """Those that the model then runs with, and none besides."""
+    seen, batches, of = clock("direct"), [], timings.of
+
+    def note(sizes, *names):
+        batches.append(len(seen))
+        return of(sizes, *names)
+
+    monkeypatch.setattr(timings, "of", note)
+    model, case = small_net(), small_inputs()
+    net = compiled(model)
+    net(*case)
+    assert batches[0] == 0
+    assert len(batches) > 1
+    assert set(batches[1:]) == {len(seen)}
+    assert len({size.key for size in seen}) == len(seen)
+
+
+@torch.no_grad()
+def test_new_sizes_are_measured_once_and_without_a_new_graph(clock):
+    seen = clock("winograd2")
+    model = small_net()
+    net = compiled(model, dynamic=True)
+    counts = []
+    for batch, size in ((2, (8, 12)), (3, (16, 16)), (2, (8, 12)), (3, (16, 16)), (0, (8, 12))):
+        case = small_inputs(batch, size)
+        assert_as_eager(net(*case), model, case)
+        counts.append(len(seen))
+    assert 0 < counts[0] < counts[1] == counts[-1]
+    assert len({size.key for size in seen}) == len(seen)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_new_size_in_many_threads(clock):
+    seen = clock("winograd4")
+    model = small_net()
+    net = compiled(model, dynamic=True)
+    case, found = small_inputs(3, (16, 16)), {}
+    with torch.no_grad():
+        net(*small_inputs())
+    run_together(lambda index: found.update({index: net(*case)}))
+    for out in found.values():
+        assert_as_eager(out, model, case)
+    assert len({size.key for size in seen}) == len(seen)
+
+
+def test_measuring_changes_nothing_around_it():
+    torch.manual_seed(3)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with torch.enable_grad():
+        timings.of([SIZE])
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+# -- the bound
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (16, 16), (17, 33), (3, 128), (40, 64)])
+def test_packed_bytes_of_a_weight(name, size):
+    for kernel in (1, 3):
+        weight = torch.ones(*size, kernel, kernel)
+        if suits(name, weight.shape, (1, 1), (1,) * 4, upsample=True):
+            assert algorithms.packed_bytes(name, weight.shape) == conv2d_pack(weight, name).nbytes
+
+
+def test_nothing_is_packed_for_plain():
+    assert algorithms.packed_bytes("plain", (16, 16, 3, 3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [("measured", torch.float32), ("heuristic", torch.bfloat16)], ids=str
+)
+@torch.no_grad()
+def test_the_bound_holds_and_more_is_more(monkeypatch, clock, value, dtype):
+    monkeypatch.setenv("FASTDIFF_PLAN", value)
+    clock("")
+    model, case = small_net().to(dtype), small_inputs(3, (16, 24), dtype=dtype)
+    found = []
+    for bound in (0, 10_000, 50_000, 200_000, 10**12, None):
+        torch.compiler.reset()
+        options = {"packed_bytes": bound}
+        assert_as_eager(compiled(model, options=options)(*case), model, case)
+        told = explain(model, *case, options=options)
+        assert bound is None or told.packed_bytes <= bound
+        found.append(told.packed_bytes)
+        if bound == 0:
+            assert {row.algorithm for row in told.fused} <= {"plain", "streamed"}
+    assert found[:-1] == sorted(found[:-1])
+    assert found[0] == 0 < found[2] < found[3] < found[-2]
+
+
+@torch.no_grad()
+def test_memory_goes_where_it_saves_the_most(monkeypatch):
+    """Of two convolutions by weights of one size, the one for the larger images."""
+    model = nn.Sequential(
+        nn.Conv2d(16, 16, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, padding=1), nn.Tanh(),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 16, 24, 24, generator=torch.Generator().manual_seed(0))
+
+    def measure(size, names):
+        return {n: ROW[n] * size.x[2] for n in names}, True
+
+    monkeypatch.setattr(timings, "_measure", measure)
+    for name in ("direct", "winograd2"):
+        bound = algorithms.packed_bytes(name, (16, 16, 3, 3))
+        rows = explain(model, x, options={"packed_bytes": bound}).fused
+        assert [row.algorithm for row in rows] == [name, "plain"]
+
+
+@torch.no_grad()
+def test_a_shared_weight_is_paid_for_once(clock):
+    clock("winograd4")
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    model = nn.Sequential(conv, nn.Tanh(), conv, nn.Tanh()).eval()
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    size = algorithms.packed_bytes("winograd4", (16, 16, 3, 3))
+    for bound in (size, None):
+        told = explain(model, x, options={"packed_bytes": bound})
+        assert [row.algorithm for row in told.fused] == ["winograd4"] * 2
+        assert told.packed_bytes == size
+
+
+@torch.no_grad()
+def test_bounded_and_dynamic(clock):
+    """What is allowed is fixed; other sizes make do with it."""
+    clock("")
+    model, bound = small_net(), 100_000
+    options = {"packed_bytes": bound}
+    net = compiled(model, options=options, dynamic=True)
+    for batch, size in ((2, (8, 12)), (3, (16, 16)), (7, (24, 4)), (3, (5, 7))):
+        case = small_inputs(batch, size)
+        assert_as_eager(net(*case), model, case)
+        assert explain(model, *case, options=options, dynamic=True).packed_bytes <= bound
+
+
+@torch.no_grad()
+def test_a_large_bound_is_none(monkeypatch, clock):
+    """Every algorithm that a later size may want is there."""
+    clock("direct")
+    case, found = small_inputs(3, (16, 24)), []
+    original = budget.Budget.allowed
+
+    def note(self, weights):
+        found[-1].append(original(self, weights))
+        return original(self, weights)
+
+    monkeypatch.setattr(budget.Budget, "allowed", note)
+    for bound in (None, 10**12):
+        found.append([])
+        explain(small_net(), *case, options={"packed_bytes": bound})
+    every = {tuple(OF_3X3), ("plain", "direct", "strassen"), ("plain", "direct")}
+    assert set(found[1]) == every
+
+
+def test_spending():
+    """By hand: 3 seconds for 10 bytes, then 1 for 10, of which only what fits is bought."""
+    rows = [
+        [Option(0, 5.0), Option(10, 2.0), Option(30, 1.5)],
+        [Option(0, 5.0), Option(10, 4.0)],
+        [Option(0, 1.0), Option(1, 2.0)],
+    ]
+    sizes = {
+        bound: [option.size for option in spend(rows, bound)[0]]
+        for bound in (0, 9, 10, 19, 20, 39, 40)
+    }
+    assert sizes == {
+        0: [0, 0, 0], 9: [0, 0, 0], 10: [10, 0, 0], 19: [10, 0, 0], 20: [10, 10, 0],
+        39: [10, 10, 0], 40: [30, 10, 0],
+    }  # fmt: skip
+    assert spend(rows, 45)[1] == 5
+    assert spend([], 3) == ([], 3)
+
+
+def test_spending_is_monotone():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        numbers = torch.rand(6, 4, 2, generator=generator)
+        rows = [
+            [Option(0, 1.0)] + [Option(1 + int(100 * a), float(b)) for a, b in row.tolist()]
+            for row in numbers
+        ]
+        before = 0
+        for bound in range(0, 640, 7):
+            chosen, left = spend(rows, bound)
+            size = sum(option.size for option in chosen)
+            assert size + left == bound
+            assert left >= 0
+            assert size >= before
+            before = size
