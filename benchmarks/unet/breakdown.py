@@ -238,19 +238,18 @@ def _convolution(event: Any) -> Convolution | None:
 
 
 def _fused(given: dict[str, Any]) -> Convolution:
-    from fastdiff.ops.conv2d import ALGORITHMS, output_size
+    from fastdiff.ops.conv2d_algorithms import numbered
+    from fastdiff.ops.conv_spec import ConvSpec
 
-    n, channels, *size = given["x"]
-    if given["skip"]:
-        channels += given["skip"][1]
-    weight, stride, upsample = given["weight_size"], given["stride"], bool(given["upsample"])
-    height, width = output_size(size, weight[2:], stride, given["padding"], upsample)
+    spec = ConvSpec.decode(given["spec"])
+    n, _, *size = given["x"]
+    height, width = spec.output_size(size)
     return Convolution(
-        (n, channels, *size),
-        tuple(weight),
-        tuple(stride),
-        upsample,
-        ALGORITHMS[given["algorithm"]],
+        (n, spec.channels, *size),
+        spec.weight,
+        spec.stride,
+        spec.upsample,
+        numbered(given["algorithm"]).name,
         height * width,
     )
 

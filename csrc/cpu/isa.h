@@ -11,6 +11,9 @@ enum class Isa { Default, Avx2, Avx512, Avx512Bf16 };
 // Of the sets that the extension was built with, the last one that the processor has.
 Isa isa();
 
+// As FASTDIFF_ISAS of the build and `fastdiff doctor` name it.
+const char* isa_name(Isa isa);
+
 }  // namespace fastdiff
 
 // Declares one kernel in every instruction set's namespace.

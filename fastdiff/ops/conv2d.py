@@ -17,25 +17,22 @@ from fastdiff.common.checks import (
     check_no_gradient,
     check_same_kind,
 )
-from fastdiff.ops import backend, reference
+from fastdiff.ops import backend, conv2d_algorithms, reference
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS, packed_count
+from fastdiff.ops.conv_spec import ConvSpec
 from fastdiff.ops.dispatch import check_devices
 from fastdiff.ops.profiling import span
 
-# The number that C++ knows them by.
-ALGORITHMS = ("direct", "winograd2", "winograd4", "strassen", "phases4")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-LARGEST = 64  # side of a kernel, stride and padding that the C++ kernel takes
-MOST_CHANNELS = 2**20
-GATED = 256  # filters of a gated convolution come in multiples of it
-HALVES = 32  # and channels of Strassen's
 
-torch.library.define("fastdiff::conv2d_packed_size", "(int[] weight_size, int algorithm) -> int")
+# Algorithms go by their number in the list of csrc/cpu/conv2d_algorithms.cpp, since a profiler
+# keeps the numbers among an operator's arguments but no text.
 torch.library.define("fastdiff::conv2d_pack", "(Tensor weight, int algorithm) -> Tensor")
 torch.library.define(
     "fastdiff::conv2d",
-    "(Tensor x, Tensor? skip, Tensor packed, int[] weight_size, int algorithm, Tensor? bias, "
-    "int[] stride, int[] padding, bool upsample, Tensor? norm, bool silu, Tensor? emb, "
-    "Tensor? residual, float scale, bool statistics, bool gated) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor packed, int[] spec, int algorithm, Tensor? skip=None, Tensor? bias=None, "
+    "Tensor? norm=None, Tensor? emb=None, Tensor? residual=None, float scale=1.0) "
+    "-> (Tensor, Tensor)",
 )
 
 
@@ -77,9 +74,9 @@ def conv2d(
         residual: like y.
         scale: multiplies the sum.
         statistics: take those of y on the way.
-        gated: y = a * gelu(b), [a, b] being the halves of conv(...) + bias, whose K channels are a
-            multiple of 256: GEGLU of Shazeer 2020 (arXiv:2002.05202). Direct or Strassen's, without
-            emb, residual, scale and statistics.
+        gated: y = a * gelu(b), [a, b] being the halves of conv(...) + bias: GEGLU of Shazeer 2020
+            (arXiv:2002.05202). By ``direct`` or ``strassen``, whose K is then a multiple of 256,
+            without emb, residual, scale and statistics.
         packed: what ``conv2d_pack(weight, algorithm)`` gave; None packs for this call alone.
         algorithm: ``direct``; for stride 1 and R = S = 3 ``winograd2`` or ``winograd4``, F(2x2) or
             F(4x4) of Lavin & Gray 2016 (arXiv:1509.09308), which take 1/2.25 and 1/4 of the
@@ -87,7 +84,8 @@ def conv2d(
             each direction, ``phases4``: four 2x2 convolutions of the image as it is by F(4x4),
             1/5.76 of them; for R = S = 1 and channels in multiples of 32 ``strassen`` (Strassen
             1969, Numerische Mathematik 13), 7/8 of them. What they cost in accuracy is in
-            csrc/cpu/kernels/conv2d_winograd.h and strassen.h.
+            csrc/cpu/kernels/conv2d_winograd.h and strassen.h. Without the C++ extension there is
+            no algorithm to choose, and any name will do.
 
     Returns:
         y [N, K, H', W'], or gated [N, K / 2, H', W'], channels-last, and None or its statistics:
@@ -99,23 +97,45 @@ def conv2d(
         ValueError: shapes or devices do not fit, or the algorithm does not suit the convolution.
     """
     check_no_gradient(x, weight, bias, skip, norm, emb, residual)
-    args = (stride, padding, upsample, norm, silu, emb, residual, scale, statistics, gated)
-    check(x, skip, weight, bias, algorithm, *args)
+    _check_input(x, weight, skip)
+    k, c, *kernel = weight.shape
+    spec = ConvSpec(
+        k, c, (kernel[0], kernel[1]), tuple(stride), tuple(padding),  # type: ignore[arg-type]
+        upsample, silu, gated, statistics,
+    )  # fmt: skip
+    computes = kernel_runs(x)
+    number = _check_algorithm(algorithm, spec, x.dtype if computes else None)
+    _check_output(x, spec, bias, norm, emb, residual, scale)
     with span("conv2d"):
-        if not (kernel_runs(x) and within_limits(weight.shape, stride, padding)):
-            return reference.conv2d(x, skip, weight, bias, *args)
-        number = ALGORITHMS.index(algorithm)
+        if number is None or not computes:
+            return reference.conv2d(
+                x, weight, spec, skip=skip, bias=bias, norm=norm, emb=emb, residual=residual,
+                scale=scale,
+            )  # fmt: skip
         if packed is None:
-            packed = conv2d_pack(weight, algorithm)
-        y, found = torch.ops.fastdiff.conv2d(x, skip, packed, weight.shape, number, bias, *args)
-        return y, found if statistics else None
+            packed = torch.ops.fastdiff.conv2d_pack(weight, number)
+        y, of_y = torch.ops.fastdiff.conv2d(
+            x, packed, spec.encode(), number, skip, bias, norm, emb, residual, scale
+        )
+        return y, of_y if statistics else None
 
 
 def conv2d_pack(weight: Tensor, algorithm: str) -> Tensor:
-    """``weight`` [K, C, R, S] as the kernel of ``algorithm`` reads it: a flat float32 tensor."""
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algorithm!r}, wanted one of {', '.join(ALGORITHMS)}")
-    return torch.ops.fastdiff.conv2d_pack(weight, ALGORITHMS.index(algorithm))
+    """A weight as the C++ kernel reads it.
+
+    Args:
+        weight: [K, C, R, S], float32 or bfloat16, on the CPU.
+        algorithm: one that ``conv2d`` takes.
+
+    Returns:
+        A flat tensor that ``conv2d`` takes as ``packed`` together with the same algorithm.
+
+    Raises:
+        RuntimeError: the C++ extension is not here.
+        TypeError: another dtype.
+        ValueError: an unknown algorithm, or one that is not for such a weight.
+    """
+    return torch.ops.fastdiff.conv2d_pack(weight, conv2d_algorithms.named(algorithm).number)
 
 
 def kernel_runs(x: Tensor) -> bool:
@@ -123,71 +143,8 @@ def kernel_runs(x: Tensor) -> bool:
     return x.dtype in KERNEL_DTYPES and x.is_cpu and backend.kernel_runs(x)
 
 
-def packed_bytes(weight_size: Sequence[int], algorithm: str) -> int:
-    """Memory that ``conv2d_pack`` takes for a weight [K, C, R, S]; none without the extension."""
-    if backend.extension is None:
-        return 0
-    return 4 * torch.ops.fastdiff.conv2d_packed_size(weight_size, ALGORITHMS.index(algorithm))
-
-
-def within_limits(
-    weight_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> bool:
-    """Whether the C++ kernel takes such a convolution: all but those of absurd sizes."""
-    return (
-        max(*weight_size[2:], *stride, *padding) <= LARGEST
-        and max(weight_size[:2]) <= MOST_CHANNELS
-    )
-
-
-def suits(
-    algorithm: str,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    upsample: bool,
-) -> bool:
-    """Whether ``algorithm`` can compute such a convolution."""
-    _, channels, *kernel_size = weight_size
-    if algorithm == "strassen":
-        return kernel_size == [1, 1] and channels % HALVES == 0
-    if algorithm == "phases4" and not (
-        upsample and sum(padding[:2]) % 2 == 0 and sum(padding[2:]) % 2 == 0
-    ):
-        return False
-    return algorithm == "direct" or (kernel_size == [3, 3] and tuple(stride) == (1, 1))
-
-
-def output_size(
-    size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], upsample: bool,
-) -> list[int]:  # fmt: skip
-    """Height and width of the result for images of ``size``."""
-    return [
-        ((2 * size[d] if upsample else size[d]) + padding[2 * d] + padding[2 * d + 1]
-         - kernel_size[d]) // stride[d] + 1
-        for d in (0, 1)
-    ]  # fmt: skip
-
-
-def check(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    algorithm: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    upsample: bool,
-    norm: Tensor | None,
-    silu: bool,
-    emb: Tensor | None,
-    residual: Tensor | None,
-    scale: float,
-    statistics: bool,
-    gated: bool,
-) -> None:
-    """Raise what ``conv2d`` says it raises."""
+def _check_input(x: Tensor, weight: Tensor, skip: Tensor | None) -> None:
+    """Raise what ``conv2d`` says it raises where what it reads does not fit the weight."""
     check_floating(x, "x")
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
@@ -203,44 +160,51 @@ def check(
             )
         check_same_kind(skip, x, "skip", "x")
         channels += skip.shape[1]
-    k, wanted, *kernel_size = weight.shape
     if 0 in (*weight.shape, *size):
         raise ValueError(
             f"neither weight nor image may be empty, got {tuple(weight.shape)} and {tuple(x.shape)}"
         )
-    if wanted != channels:
-        raise ValueError(f"weight is for {wanted} channels, the input has {channels}")
+    if weight.shape[1] != channels:
+        raise ValueError(f"weight is for {weight.shape[1]} channels, the input has {channels}")
     check_same_kind(weight, x, "weight", "x")
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algorithm!r}, wanted one of {', '.join(ALGORITHMS)}")
-    if len(stride) != 2 or min(stride) < 1 or len(padding) != 4 or min(padding) < 0:
-        raise ValueError(
-            f"wanted two strides of 1 or more and four paddings of 0 or more, "
-            f"got {tuple(stride)} and {tuple(padding)}"
-        )
-    if not suits(algorithm, weight.shape, stride, padding, upsample):
-        suited = {
-            "strassen": f"1x1 kernels and channels in multiples of {HALVES}",
-            "phases4": "3x3 kernels, stride 1, upsampled images and even sums of padding",
-        }.get(algorithm, "3x3 kernels and stride 1")
-        raise ValueError(
-            f"{algorithm} is for {suited}, got a weight of {tuple(weight.shape)}, "
-            f"stride {tuple(stride)}, padding {tuple(padding)} and upsample {upsample}"
-        )
-    if gated and (k % GATED or algorithm not in ("direct", "strassen")):
-        raise ValueError(
-            "a gated convolution is direct or Strassen's and has filters in multiples of "
-            f"{GATED}, got {algorithm} and {k} filters"
-        )
-    if gated and (emb is not None or residual is not None or scale != 1 or statistics):
+
+
+def _check_algorithm(name: str, spec: ConvSpec, dtype: torch.dtype | None) -> int | None:
+    """The algorithm's number, or None where only the reference can compute such a convolution."""
+    if not ALGORITHMS:
+        return None
+    algorithm = conv2d_algorithms.named(name)
+    if not conv2d_algorithms.within_limits(spec):
+        return None
+    reason = conv2d_algorithms.refusal(algorithm, spec, dtype)
+    if reason is not None:
+        raise ValueError(f"{reason}, got {spec}")
+    return algorithm.number
+
+
+def _check_output(
+    x: Tensor,
+    spec: ConvSpec,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    emb: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+) -> None:
+    """Raise what ``conv2d`` says it raises where what it reads and writes through does not fit."""
+    added = emb is not None or residual is not None or scale != 1 or spec.statistics
+    if spec.gated and added:
         raise ValueError("a gated convolution has no emb, residual, scale or statistics")
-    out = output_size(size, kernel_size, stride, padding, upsample)
+    if spec.gated and spec.filters % 2:
+        raise ValueError(f"a gated convolution has two halves, got {spec.filters} filters")
+    n, size = x.shape[0], x.shape[2:]
+    out = spec.output_size(size)
     if min(out) < 1:
-        raise ValueError(f"images of {tuple(size)} are smaller than the kernel {kernel_size}")
+        raise ValueError(f"images of {tuple(size)} are smaller than the kernel {list(spec.kernel)}")
     for name, value, shape in (
-        ("bias", bias, (k,)),
-        ("emb", emb, (n, k)),
-        ("residual", residual, (n, k, *out)),
+        ("bias", bias, (spec.filters,)),
+        ("emb", emb, (n, spec.filters)),
+        ("residual", residual, (n, spec.filters, *out)),
     ):
         if value is not None:
             if value.shape != shape:
@@ -248,28 +212,27 @@ def check(
             check_same_kind(value, x, name, "x")
     if norm is not None:
         check_device(norm, x, "norm", "x")
-    if norm is not None and (norm.shape != (n, 2, channels) or norm.dtype != torch.float32):
-        raise ValueError(
-            f"norm must be float32 [{n}, 2, {channels}], got {norm.dtype} {tuple(norm.shape)}"
-        )
+        if norm.shape != (n, 2, spec.channels) or norm.dtype != torch.float32:
+            raise ValueError(
+                f"norm must be float32 [{n}, 2, {spec.channels}], got {norm.dtype} "
+                f"{tuple(norm.shape)}"
+            )
 
 
 @torch.library.register_fake("fastdiff::conv2d_pack")
 def _fake_pack(weight: Tensor, algorithm: int) -> Tensor:
-    size = torch.ops.fastdiff.conv2d_packed_size(weight.shape, algorithm)
-    return weight.new_empty(size, dtype=torch.float32)
+    row = conv2d_algorithms.numbered(algorithm)
+    return weight.new_empty(packed_count(row, weight.shape), dtype=row.packed_dtype)
 
 
 @torch.library.register_fake("fastdiff::conv2d")
 def _fake(  # type: ignore[no-untyped-def]
-    x, skip, packed, weight_size, algorithm, bias, stride, padding, upsample, norm, silu, emb,
-    residual, scale, statistics, gated,
+    x, packed, numbers, algorithm, skip=None, bias=None, norm=None, emb=None, residual=None,
+    scale=1.0,
 ):  # fmt: skip
     check_devices(x, skip, packed, bias, norm, emb, residual)
-    k, _, *kernel_size = weight_size
-    out = output_size(x.shape[2:], kernel_size, stride, padding, upsample)
-    y = x.new_empty((x.shape[0], k // 2 if gated else k, *out)).to(
-        memory_format=torch.channels_last
-    )
-    shape = (x.shape[0], k, 2) if statistics else (0,)
-    return y, x.new_empty(shape, dtype=torch.float64)
+    spec = ConvSpec.decode(numbers)
+    n, k = x.shape[0], spec.filters
+    size = (n, k // 2 if spec.gated else k, *spec.output_size(x.shape[2:]))
+    y = x.new_empty(size).to(memory_format=torch.channels_last)
+    return y, x.new_empty((n, k, 2) if spec.statistics else (0,), dtype=torch.float64)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from fastdiff.ops.conv_spec import ConvSpec
+
 _WORD = 0xFFFFFFFF  # the bits of a word of Philox
 
 
@@ -209,19 +211,15 @@ def group_norm_coefficients(
 
 def conv2d(
     x: Tensor,
-    skip: Tensor | None,
     weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    upsample: bool,
-    norm: Tensor | None,
-    silu: bool,
-    emb: Tensor | None,
-    residual: Tensor | None,
-    scale: float,
-    statistics: bool,
-    gated: bool,
+    spec: ConvSpec,
+    *,
+    skip: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    emb: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """(conv(up(act(norm(cat(x, skip))))) + bias + emb + residual) * scale, and its statistics; or
     that gated.
@@ -231,24 +229,24 @@ def conv2d(
         wide = torch.promote_types(h.dtype, torch.float32)
         gain, offset = norm.to(wide).unbind(1)
         h = (h.to(wide) * _per_channel(gain, h) + _per_channel(offset, h)).to(x.dtype)
-    if silu:
+    if spec.silu:
         h = F.silu(h)
-    if upsample:
+    if spec.upsample:
         h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-    top, bottom, left, right = padding
+    top, bottom, left, right = spec.padding
     if (top, left) != (bottom, right):  # a convolution of PyTorch's pads both sides alike
         h, top, left = F.pad(h, (left, right, top, bottom)), 0, 0
-    y = F.conv2d(h, weight, bias, tuple(stride), (top, left))
+    y = F.conv2d(h, weight, bias, spec.stride, (top, left))
     if emb is not None:
         y = y + _per_channel(emb, y)
     if residual is not None:
         y = y + residual
     if scale != 1:
         y = y * scale
-    if gated:
+    if spec.gated:
         y = geglu(y.movedim(1, -1)).movedim(-1, 1)
     y = y.contiguous(memory_format=torch.channels_last)
-    return y, channel_statistics(y) if statistics else None
+    return y, channel_statistics(y) if spec.statistics else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -21,9 +21,12 @@ from fastdiff.compiler import backend, explain
 from fastdiff.compiler.choose import algorithms, budget, timings
 from fastdiff.compiler.choose.budget import Option, spend
 from fastdiff.compiler.choose.timings import NAMES, Sizes
-from fastdiff.ops.conv2d import ALGORITHMS, conv2d_pack, suits
+from fastdiff.ops.conv2d import conv2d_pack
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
+from fastdiff.ops.conv_spec import ConvSpec
 
-SIZE = Sizes((2, 16, 8, 12), (32, 16, 3, 3), (1, 1), (1, 1, 1, 1), False, torch.float32, 1)
+AROUND = (1, 1, 1, 1)  # padding
+SIZE = Sizes((2, 16, 8, 12), ConvSpec(32, 16, (3, 3), padding=AROUND), torch.float32, 1)
 ROW = {"plain": 4e-3, "direct": 3e-3, "winograd2": 2e-3, "winograd4": 1e-3, "strassen": 2e-3,
        "phases4": 1e-3}  # fmt: skip
 OF_3X3 = SIZE.among(NAMES)
@@ -69,7 +72,7 @@ def written(file):
 
 
 def test_measurements_are_kept(cache, monkeypatch):
-    monkeypatch.setattr(timings, "SPREAD", 1e9)  # on a busy machine too
+    monkeypatch.setattr(timings, "AGREEING_RATIO", 1e9)  # on a busy machine too
     first = timings.of([SIZE, SIZE])
     assert first[0] == first[1]
     assert set(first[0]) == set(OF_3X3)
@@ -77,6 +80,20 @@ def test_measurements_are_kept(cache, monkeypatch):
     forget()
     assert timings.of([SIZE]) == first[:1]
     assert [file.name for file in cache.iterdir()] == [timings.path().name]
+
+
+def test_rows_are_named_as_in_files_that_users_have():
+    assert SIZE.key == "2,16,8,12,32,16,3,3,1,1,1,1,1,1,0,float32,1"
+    upsampled = replace(SIZE.spec, upsample=True, padding=(0, 2, 3, 1), stride=(1, 2))
+    other = replace(SIZE, spec=upsampled, dtype=torch.bfloat16, threads=4)
+    assert other.key == "2,16,8,12,32,16,3,3,1,2,0,2,3,1,1,bfloat16,4"
+
+
+def test_what_is_not_measured_is_not_measured_twice(clock):
+    seen = clock("direct")
+    around = replace(SIZE, spec=replace(SIZE.spec, silu=True, statistics=True))
+    assert timings.of([SIZE, around]) == [timings.of([SIZE])[0]] * 2
+    assert seen == [SIZE]
 
 
 def test_each_size_is_measured_once(clock):
@@ -92,17 +109,17 @@ def test_each_size_is_measured_once(clock):
 def test_only_what_is_wanted_is_measured():
     assert set(timings.of([SIZE], ("plain", "direct"))[0]) == {"plain", "direct"}
     assert set(timings.of([SIZE])[0]) == set(OF_3X3)
-    strided = replace(SIZE, stride=(2, 2))
+    strided = replace(SIZE, spec=replace(SIZE.spec, stride=(2, 2)))
     assert set(timings.of([strided])[0]) == {"plain", "direct"}
 
 
 @pytest.mark.parametrize(
     "size",
     [
-        Sizes((1, 5, 4, 3), (7, 5, 1, 1), (1, 1), (0, 0, 0, 0), False, torch.bfloat16, 1),
-        Sizes((2, 5, 4, 3), (7, 5, 3, 3), (2, 2), (0, 1, 0, 1), False, torch.float32, 1),
-        Sizes((2, 5, 4, 3), (7, 5, 3, 3), (1, 1), (1, 1, 1, 1), True, torch.float32, 1),
-        Sizes((1, 640, 2, 2), (512, 640, 3, 3), (1, 1), (1, 1, 1, 1), False, torch.float32, 1),
+        Sizes((1, 5, 4, 3), ConvSpec(7, 5), torch.bfloat16, 1),
+        Sizes((2, 5, 4, 3), ConvSpec(7, 5, (3, 3), (2, 2), (0, 1, 0, 1)), torch.float32, 1),
+        Sizes((2, 5, 4, 3), ConvSpec(7, 5, (3, 3), (1, 1), AROUND, True), torch.float32, 1),
+        Sizes((1, 640, 2, 2), ConvSpec(512, 640, (3, 3), (1, 1), AROUND), torch.float32, 1),
     ],
     ids=["1x1", "strided", "upsampled", "large"],
 )
@@ -329,7 +346,7 @@ def test_the_quickest_allowed(monkeypatch, row, allowed, wanted):
 
 @pytest.mark.parametrize(("share", "wanted"), [(0.99, "direct"), (0.97, "strassen")])
 def test_strassens_weights_must_be_worth_their_memory(monkeypatch, share, wanted):
-    size = Sizes((2, 64, 8, 12), (32, 64, 1, 1), (1, 1), (0,) * 4, False, torch.float32, 1)
+    size = Sizes((2, 64, 8, 12), ConvSpec(32, 64), torch.float32, 1)
     row = {"plain": 1.0, "direct": 1e-3, "strassen": share * 1e-3}
     monkeypatch.setattr(timings, "_measure", lambda size, names: (row, True))
     assert algorithms.choose(size, NAMES, measured=True) == wanted
@@ -351,7 +368,8 @@ def test_strassens_weights_must_be_worth_their_memory(monkeypatch, share, wanted
 def test_heuristic(monkeypatch, cache, x, weight, stride, wanted):
     monkeypatch.setattr(timings, "of", None)
     sides = (weight[2] // 2,) * 4
-    size = Sizes(x, weight, (stride, stride), sides, False, torch.float32, 1)
+    spec = ConvSpec(*weight[:2], weight[2:], (stride, stride), sides)
+    size = Sizes(x, spec, torch.float32, 1)
     assert algorithms.choose(size, NAMES, measured=False) == wanted
     assert algorithms.choose(size, ("plain", "direct"), measured=False) == "direct"
 
@@ -377,7 +395,7 @@ def test_an_unknown_plan(monkeypatch, value):
 
 @torch.no_grad()
 def test_measured_for_real(cache, caplog, monkeypatch):
-    monkeypatch.setattr(timings, "SPREAD", 1e9)
+    monkeypatch.setattr(timings, "AGREEING_RATIO", 1e9)
     model, case = small_net(), small_inputs()
     with caplog.at_level(logging.INFO, logger="fastdiff.compiler"):
         assert_as_eager(compiled(model)(*case), model, case)
@@ -497,14 +515,15 @@ def test_measuring_changes_nothing_around_it():
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (16, 16), (17, 33), (3, 128), (40, 64)])
 def test_packed_bytes_of_a_weight(name, size):
-    for kernel in (1, 3):
-        weight = torch.ones(*size, kernel, kernel)
-        if suits(name, weight.shape, (1, 1), (1,) * 4, upsample=True):
-            assert algorithms.packed_bytes(name, weight.shape) == conv2d_pack(weight, name).nbytes
+    for kernel in ((1, 1), (3, 3)):
+        spec = ConvSpec(*size, kernel, padding=AROUND, upsample=True)
+        if suits(name, spec):
+            packed = conv2d_pack(torch.ones(spec.weight), name)
+            assert algorithms.packed_bytes(name, spec) == packed.nbytes
 
 
 def test_nothing_is_packed_for_plain():
-    assert algorithms.packed_bytes("plain", (16, 16, 3, 3)) == 0
+    assert algorithms.packed_bytes("plain", SIZE.spec) == 0
 
 
 @pytest.mark.parametrize(
@@ -543,7 +562,7 @@ def test_memory_goes_where_it_saves_the_most(monkeypatch):
 
     monkeypatch.setattr(timings, "_measure", measure)
     for name in ("direct", "winograd2"):
-        bound = algorithms.packed_bytes(name, (16, 16, 3, 3))
+        bound = algorithms.packed_bytes(name, ConvSpec(16, 16, (3, 3)))
         rows = explain(model, x, options={"packed_bytes": bound}).fused
         assert [row.algorithm for row in rows] == [name, "plain"]
 
@@ -554,7 +573,7 @@ def test_a_shared_weight_is_paid_for_once(clock):
     conv = nn.Conv2d(16, 16, 3, padding=1)
     model = nn.Sequential(conv, nn.Tanh(), conv, nn.Tanh()).eval()
     x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    size = algorithms.packed_bytes("winograd4", (16, 16, 3, 3))
+    size = algorithms.packed_bytes("winograd4", ConvSpec(16, 16, (3, 3)))
     for bound in (size, None):
         told = explain(model, x, options={"packed_bytes": bound})
         assert [row.algorithm for row in told.fused] == ["winograd4"] * 2

@@ -12,7 +12,8 @@ import fastdiff
 from fastdiff.compiler import explain
 from fastdiff.compiler.choose import algorithms
 from fastdiff.compiler.run import calls
-from fastdiff.ops.conv2d import MOST_CHANNELS
+from fastdiff.ops.conv2d_algorithms import within_limits
+from fastdiff.ops.conv_spec import ConvSpec
 
 
 class Projections(nn.Module):
@@ -33,18 +34,18 @@ def test_few_and_many(biases: bool, dtype: torch.dtype) -> None:
     """One graph for all numbers of rows, of which few are read through the packed weight."""
     model = Projections(biases).to(dtype).eval()
     net = compiled(model, dynamic=True)
-    for rows in (3, 2, calls.FEW, calls.FEW + 1, 3):
+    for rows in (3, 2, calls.PRODUCT_ROWS, calls.PRODUCT_ROWS + 1, 3):
         case = (torch.randn(rows, 24).to(dtype),)
         assert_as_eager(settled(net, case), model, case, precision="strict")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "algorithm"), [(calls.FEW, "direct"), (99, "plain")])
+@pytest.mark.parametrize(("rows", "algorithm"), [(calls.PRODUCT_ROWS, "direct"), (99, "plain")])
 def test_what_is_told(rows: int, algorithm: str) -> None:
     (row,) = explain(Projections().eval(), torch.randn(rows, 24)).fused
     assert (row.what, row.algorithm) == ("silu + 3 x linear", algorithm)
     copied = 4 * 64 * 24
-    packed = algorithms.packed_bytes("direct", (64, 24, 1, 1)) if algorithm == "direct" else 0
+    packed = algorithms.packed_bytes("direct", ConvSpec(64, 24)) if algorithm == "direct" else 0
     assert row.packed_bytes == copied + packed
 
 
@@ -59,7 +60,7 @@ def test_without_kernels() -> None:
 @pytest.mark.parametrize("spare", [0, -1])
 def test_a_bound(spare: int) -> None:
     """The copy and its packed form fit, or nothing is fused."""
-    size = 4 * 64 * 24 + algorithms.packed_bytes("direct", (64, 24, 1, 1))
+    size = 4 * 64 * 24 + algorithms.packed_bytes("direct", ConvSpec(64, 24))
     options = {"packed_bytes": size + spare}
     found = explain(Projections().eval(), torch.randn(3, 24), options=options)
     assert found.packed_bytes == (size if spare == 0 else 0)
@@ -67,7 +68,10 @@ def test_a_bound(spare: int) -> None:
 
 @torch.no_grad()
 def test_more_outputs_than_a_kernel_takes() -> None:
-    model = Projections(outputs=(MOST_CHANNELS // 2, MOST_CHANNELS // 2 + 1)).eval()
+    outputs = (2**19, 2**19 + 1)
+    assert within_limits(ConvSpec(max(outputs), 24))
+    assert not within_limits(ConvSpec(sum(outputs), 24))
+    model = Projections(outputs=outputs).eval()
     case = (torch.randn(2, 24),)
     assert_as_eager(settled(compiled(model), case), model, case)
     assert explain(model, *case).fused == ()

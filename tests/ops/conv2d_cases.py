@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from fastdiff.ops.conv2d import ALGORITHMS, output_size, suits
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
+from fastdiff.ops.conv_spec import ConvSpec
 
 OPTIONS = ("bias", "norm", "emb", "residual")
+TENSORS = ("skip", *OPTIONS)  # in the order of the operator's schema
 DTYPES = (torch.float32, torch.bfloat16)
 DTYPE_IDS = ("f32", "bf16")
-OF_3X3 = [name for name in ALGORITHMS if suits(name, (1, 1, 3, 3), (1, 1), (1,) * 4, False)]
+OF_3X3 = [name for name in ALGORITHMS if suits(name, ConvSpec(1, 1, (3, 3)))]
 AROUND = {"padding": (1, 1, 1, 1), "silu": True, "statistics": True}
 
 
@@ -26,18 +28,22 @@ class Case(NamedTuple):
     upsample: bool = False
 
     def suits(self, algorithm):
-        return suits(algorithm, self.weight, self.stride, self.padding, self.upsample)
+        return suits(algorithm, self.spec())
+
+    def spec(self, **options):
+        return ConvSpec(
+            self.filters, self.x[1] + self.skip, self.kernel, **self.settings(), **options
+        )
 
     @property
     def weight(self):
-        return (self.filters, self.x[1] + self.skip, *self.kernel)
+        return self.spec().weight
 
     def settings(self):
         return {"stride": self.stride, "padding": self.padding, "upsample": self.upsample}
 
     def out(self):
-        n, _, *size = self.x
-        return (n, self.filters, *output_size(size, self.kernel, *self[3:5], self.upsample))
+        return (self.x[0], self.filters, *self.spec().output_size(self.x[2:]))
 
 
 NO_PADDING = (0, 0, 0, 0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops.conv2d import ALGORITHMS
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 from accuracy import LAYOUT_IDS, LAYOUTS, CountCalls, amid_nans
-from conv2d_cases import AROUND, CASES, DTYPE_IDS, DTYPES, OF_3X3, OPTIONS, make
+from conv2d_cases import AROUND, CASES, DTYPE_IDS, DTYPES, OF_3X3, OPTIONS, TENSORS, make
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,25 +128,35 @@ def test_is_one_dispatcher_call() -> None:
 
 
 @pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("algorithm", range(3), ids=OF_3X3)
+@pytest.mark.parametrize("algorithm", OF_3X3)
 def test_opcheck(algorithm, statistics) -> None:
-    values = make(CASES["skip"], torch.float32, OPTIONS)
-    weight = values["weight"]
-    packed = torch.ops.fastdiff.conv2d_pack(weight, algorithm)
+    case = CASES["skip"]
+    values = make(case, torch.float32, OPTIONS)
+    packed = ops.conv2d_pack(values["weight"], algorithm)
+    spec = case.spec(silu=True, statistics=statistics)
     torch.library.opcheck(
         torch.ops.fastdiff.conv2d.default,
-        (values["x"], values["skip"], packed, weight.shape, algorithm, values["bias"], (1, 1),
-         (1, 1, 1, 1), False, values["norm"], True, values["emb"], values["residual"], 0.5,
-         statistics, False),
+        (values["x"], packed, spec.encode(), ALGORITHMS[algorithm].number,
+         *(values[name] for name in TENSORS), 0.5),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", range(3), ids=OF_3X3)
+@pytest.mark.parametrize("algorithm", OF_3X3)
 def test_opcheck_of_packing(algorithm) -> None:
     for shape in ((5, 3, 3, 3), (16, 8, 3, 3)):
         torch.library.opcheck(
-            torch.ops.fastdiff.conv2d_pack.default, (torch.randn(shape), algorithm)
+            torch.ops.fastdiff.conv2d_pack.default,
+            (torch.randn(shape), ALGORITHMS[algorithm].number),
         )
+
+
+@pytest.mark.parametrize("algorithm", OF_3X3)
+def test_compiles_without_a_graph_break(algorithm) -> None:
+    values = make(CASES["skip"], torch.float32, OPTIONS)
+    compiled = torch.compile(ops.conv2d, fullgraph=True, backend="eager")
+    wanted = ops.conv2d(**values, **AROUND, algorithm=algorithm)
+    found = compiled(**values, **AROUND, algorithm=algorithm)
+    assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -204,9 +215,9 @@ REFUSED = [
     ("strassen of 6 channels", lambda: ops.conv2d(X, W[..., :1, :1], algorithm="strassen"),
      ValueError, r"strassen is for 1x1 kernels .* got a weight of \(5, 6, 1, 1\)"),
     ("gated, of 5 filters", lambda: ops.conv2d(X, W, gated=True), ValueError,
-     "gated .* in multiples of 256, got direct and 5 filters"),
+     r"direct gates filters in multiples of 256, got a weight of \(5, 6, 3, 3\)"),
     ("gated, by winograd", lambda: ops.conv2d(X, GATED, gated=True, algorithm="winograd2"),
-     ValueError, "gated convolution is direct or Strassen's .* got winograd2 and 256"),
+     ValueError, "winograd2 computes nothing gated, got a weight of"),
     ("gated, with statistics", lambda: ops.conv2d(X, GATED, gated=True, statistics=True),
      ValueError, "a gated convolution has no emb, residual, scale or statistics"),
     ("gated, scaled", lambda: ops.conv2d(X, GATED, gated=True, scale=0.5), ValueError, "no emb"),
@@ -254,25 +265,27 @@ PACKED = ops.conv2d_pack(W, "direct")
 
 
 def straight(
-    x=X, skip=None, packed=PACKED, size=(5, 6, 3, 3), algorithm=0, bias=None, stride=(1, 1),
-    padding=(1, 1, 1, 1), upsample=False, norm=None, emb=None, residual=None,
-    gated=False,
+    x=X, packed=PACKED, algorithm="direct", size=(5, 6, 3, 3), stride=(1, 1),
+    padding=(1, 1, 1, 1), upsample=0, gated=0, flags=(0,), **tensors,
 ):  # fmt: skip
     """The op itself, past the Python checks."""
-    return torch.ops.fastdiff.conv2d(
-        x, skip, packed, size, algorithm, bias, stride, padding, upsample, norm, False, emb,
-        residual, 1.0, False, gated,
-    )  # fmt: skip
+    number = ALGORITHMS[algorithm].number if isinstance(algorithm, str) else algorithm
+    spec = (*size, *stride, *padding, upsample, 0, gated, *flags)
+    return torch.ops.fastdiff.conv2d(x, packed, spec, number, **tensors)
 
 
-def gated(algorithm=0, **options):
-    packed = torch.ops.fastdiff.conv2d_pack(GATED, algorithm)
-    return straight(packed=packed, size=GATED.shape, algorithm=algorithm, gated=True, **options)
+def gated(algorithm="direct", **options):
+    packed = ops.conv2d_pack(GATED, algorithm)
+    return straight(packed=packed, size=GATED.shape, algorithm=algorithm, gated=1, **options)
 
 
-def phases(upsample=True, **options):
-    packed = torch.ops.fastdiff.conv2d_pack(W, 4)
-    return straight(packed=packed, algorithm=4, upsample=upsample, **options)
+def phases(upsample=1, **options):
+    packed = ops.conv2d_pack(W, "phases4")
+    return straight(packed=packed, algorithm="phases4", upsample=upsample, **options)
+
+
+def pack(weight, algorithm):
+    return torch.ops.fastdiff.conv2d_pack(weight, algorithm)
 
 
 STRAIGHT = {
@@ -289,22 +302,22 @@ STRAIGHT = {
     "packed, of two dimensions": lambda: straight(packed=PACKED[None]),
     "packed, every other": lambda: straight(packed=PACKED.repeat_interleave(2)[::2]),
     "packed, repeated": lambda: straight(packed=PACKED[:1].expand(PACKED.shape)),
-    "packed for another algorithm": lambda: straight(algorithm=1),
-    "an unknown algorithm": lambda: straight(algorithm=5),
-    "phases of an image as it is": lambda: phases(upsample=False),
+    "packed for another algorithm": lambda: straight(algorithm="winograd2"),
+    "an unknown algorithm": lambda: straight(algorithm=len(ALGORITHMS)),
+    "phases of an image as it is": lambda: phases(upsample=0),
     "phases of odd padding": lambda: phases(padding=(1, 2, 1, 1)),
-    "phases of 1x1": lambda: straight(size=(5, 6, 1, 1), algorithm=4, upsample=True),
+    "phases of 1x1": lambda: straight(size=(5, 6, 1, 1), algorithm="phases4", upsample=1),
     "phases of stride 2": lambda: phases(stride=(2, 2)),
-    "phases, packed for another": lambda: straight(algorithm=4, upsample=True),
+    "phases, packed for another": lambda: straight(algorithm="phases4", upsample=1),
     "a negative algorithm": lambda: straight(algorithm=-1),
-    "winograd of 1x1": lambda: straight(size=(5, 6, 1, 1), algorithm=1),
-    "strassen of 3x3": lambda: straight(algorithm=3),
-    "strassen of 6 channels": lambda: straight(size=(5, 6, 1, 1), algorithm=3),
-    "gated, of 5 filters": lambda: straight(gated=True),
-    "gated, by winograd": lambda: gated(algorithm=1),
+    "winograd of 1x1": lambda: straight(size=(5, 6, 1, 1), algorithm="winograd2"),
+    "strassen of 3x3": lambda: straight(algorithm="strassen"),
+    "strassen of 6 channels": lambda: straight(size=(5, 6, 1, 1), algorithm="strassen"),
+    "gated, of 5 filters": lambda: straight(gated=1),
+    "gated, by winograd": lambda: gated(algorithm="winograd2"),
     "gated, with an embedding": lambda: gated(emb=torch.zeros(2, 256)),
     "gated, with a residual": lambda: gated(residual=torch.zeros(2, 256, 4, 4)),
-    "winograd of stride 2": lambda: straight(stride=(1, 2), algorithm=2),
+    "winograd of stride 2": lambda: straight(stride=(1, 2), algorithm="winograd4"),
     "a weight of three sizes": lambda: straight(size=(5, 6, 3)),
     "other channels": lambda: straight(size=(5, 5, 3, 3)),
     "no channels": lambda: straight(X[:, :0], packed=PACKED[:0], size=(5, 0, 3, 3)),
@@ -329,12 +342,27 @@ STRAIGHT = {
     "residual": lambda: straight(residual=X),
     "residual of one image": lambda: straight(residual=torch.zeros(1, 5, 4, 4)),
     "meta residual": lambda: straight(residual=torch.zeros(2, 5, 4, 4, device="meta")),
-    "packing, float64": lambda: torch.ops.fastdiff.conv2d_pack(W.double(), 0),
-    "packing, three dimensions": lambda: torch.ops.fastdiff.conv2d_pack(W[0], 0),
-    "packing, unknown": lambda: torch.ops.fastdiff.conv2d_pack(W, 7),
-    "packing, strassen of 3x3": lambda: torch.ops.fastdiff.conv2d_pack(W, 3),
-    "packing, strassen of 6 channels": lambda: torch.ops.fastdiff.conv2d_pack(W[..., :1, :1], 3),
-    "packing, winograd of 1x3": lambda: torch.ops.fastdiff.conv2d_pack(W[:, :, :1], 2),
+    "no numbers": lambda: torch.ops.fastdiff.conv2d(X, PACKED, (), 0),
+    "a number too few": lambda: straight(flags=()),
+    "a number too many": lambda: straight(flags=(0, 0)),
+    "statistics of 2": lambda: straight(flags=(2,)),
+    "a negative flag": lambda: straight(upsample=-1),
+    "a gate of 256": lambda: straight(gated=256),
+    "stride 65": lambda: straight(stride=(1, 65)),
+    "padding 65": lambda: straight(padding=(0, 0, 65, 0)),
+    "a huge stride": lambda: straight(stride=(2**63 - 1, 1)),
+    "a huge padding": lambda: straight(padding=(2**63 - 1, 1, 1, 1)),
+    "a huge kernel": lambda: straight(size=(5, 6, 2**32, 2**32)),
+    "huge filters": lambda: straight(size=(2**62, 6, 3, 3)),
+    "huge channels": lambda: straight(size=(5, 2**62, 3, 3)),
+    "packing, float64": lambda: pack(W.double(), 0),
+    "packing, three dimensions": lambda: pack(W[0], 0),
+    "packing, unknown": lambda: pack(W, len(ALGORITHMS)),
+    "packing, negative": lambda: pack(W, -1),
+    "packing, nothing": lambda: pack(W[:0], 0),
+    "packing, strassen of 3x3": lambda: ops.conv2d_pack(W, "strassen"),
+    "packing, strassen of 6 channels": lambda: ops.conv2d_pack(W[..., :1, :1], "strassen"),
+    "packing, winograd of 1x3": lambda: ops.conv2d_pack(W[:, :, :1], "winograd4"),
 }
 
 
@@ -352,13 +380,12 @@ def test_packing_for_an_unknown_algorithm() -> None:
 # Sizes whose products do not fit 64 bits: a crash would take the test run with it, so a process of
 # their own computes them.
 HUGE = {
-    "kernel": "op(ONE, None, ONE[0, 0, 0, :0], (1, 1, 2**32, 2**32), 0, None, (1, 1), "
-              "(2**32 - 1, 0, 2**32 - 1, 0), *REST)",
-    "filters": "op(ONE.expand(1, 4, 1, 1), None, ONE[0, 0, 0, :0], (2**62, 4, 1, 1), 0, None, "
-               "(1, 1), (0, 0, 0, 0), *REST)",
-    "paddings": "op(ONE, None, PACKED, (1, 1, 1, 1), 0, None, (1, 1), "
-                "(2**63 - 1, 2**63 - 1, 1, 1), *REST)",
+    "kernel": "op(ONE, ONE[0, 0, 0, :0], (1, 1, 2**32, 2**32, 1, 1, 2**32 - 1, 0, 2**32 - 1, 0, "
+              "0, 0, 0, 0), 0)",
+    "filters": "op(ONE.expand(1, 4, 1, 1), ONE[0, 0, 0, :0], (2**62, 4, 1, 1, 1, 1, *NONE), 0)",
+    "paddings": "op(ONE, PACKED, (1, 1, 1, 1, 1, 1, 2**63 - 1, 2**63 - 1, 1, 1, 0, 0, 0, 0), 0)",
     "padding": "ops.conv2d(ONE, ONE, padding=(2**40, 0, 2**40, 0))",
+    "padding beyond 64 bits": "ops.conv2d(ONE, ONE, padding=(2**64, 0, 2**64, 0))",
     "stride": "ops.conv2d(ONE, ONE, stride=(2**32 - 1,) * 2, padding=(2**32 - 1, 0) * 2)",
     "stride and kernel": "ops.conv2d(ONE, ONE.expand(1, 1, 2, 2), stride=(2**32 - 2,) * 2, "
                          "padding=(2**32 - 1, 0) * 2)",
@@ -366,8 +393,7 @@ HUGE = {
 SCRIPT = """
 import torch
 from fastdiff import ops
-op, ONE = torch.ops.fastdiff.conv2d, torch.ones(1, 1, 1, 1)
-REST = (False, None, False, None, None, 1.0, False)
+op, ONE, NONE = torch.ops.fastdiff.conv2d, torch.ones(1, 1, 1, 1), (0,) * 8
 PACKED = ops.conv2d_pack(ONE, "direct")
 for name, code in {huge}.items():
     try:

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from accuracy import amid_nans
-from conv2d_cases import DTYPE_IDS, DTYPES, OPTIONS, Case, make
+from conv2d_cases import DTYPE_IDS, DTYPES, OPTIONS, TENSORS, Case, make
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,11 +85,11 @@ def test_opcheck(statistics) -> None:
     case = UPSAMPLED["a skip"]
     values = make(case, torch.float32, OPTIONS)
     weight = values["weight"]
-    torch.library.opcheck(torch.ops.fastdiff.conv2d_pack.default, (weight, 4))
+    number = ALGORITHMS["phases4"].number
+    torch.library.opcheck(torch.ops.fastdiff.conv2d_pack.default, (weight, number))
     packed = ops.conv2d_pack(weight, "phases4")
+    spec = case.spec(silu=True, statistics=statistics)
     torch.library.opcheck(
         torch.ops.fastdiff.conv2d.default,
-        (values["x"], values["skip"], packed, weight.shape, 4, values["bias"], (1, 1),
-         (1, 1, 1, 1), True, values["norm"], True, values["emb"], values["residual"], 0.5,
-         statistics, False),
-    )  # fmt: skip
+        (values["x"], packed, spec.encode(), number, *(values[name] for name in TENSORS), 0.5),
+    )

@@ -12,6 +12,7 @@ from conv2d_cases import DTYPE_IDS, DTYPES, NO_PADDING, OPTIONS, Case, make
 from conv2d_judging import call, judge, relative
 
 from fastdiff import ops
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,14 +151,15 @@ def test_gated_is_the_gate_of_what_is_not(algorithm) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("number", "algorithm"), [(0, "direct"), (3, "strassen")])
-def test_opcheck(number, algorithm, gated) -> None:
-    values = make(GATED["halves"], torch.float32, ("bias", "norm"))
-    weight = values["weight"]
+@pytest.mark.parametrize("algorithm", POINTWISE)
+def test_opcheck(algorithm, gated) -> None:
+    case = GATED["halves"]
+    values = make(case, torch.float32, ("bias", "norm"))
+    number, weight = ALGORITHMS[algorithm].number, values["weight"]
     torch.library.opcheck(torch.ops.fastdiff.conv2d_pack.default, (weight, number))
     packed = ops.conv2d_pack(weight, algorithm)
     torch.library.opcheck(
         torch.ops.fastdiff.conv2d.default,
-        (values["x"], None, packed, weight.shape, number, values["bias"], (1, 1), NO_PADDING,
-         False, values["norm"], True, None, None, 1.0, False, gated),
+        (values["x"], packed, case.spec(silu=True, gated=gated).encode(), number, None,
+         values["bias"], values["norm"]),
     )  # fmt: skip

@@ -17,49 +17,48 @@ struct Threads {
   void (*run)(int64_t units, Body body, void* context);
 };
 
+// A weight [K, C, R, S].
+struct ConvWeight {
+  int64_t filters, channels, kernel_h, kernel_w;
+};
+
+// What a convolution is, whatever images it reads. These are the numbers that ConvSpec of
+// fastdiff/ops/conv_spec.py encodes, in their order; cpu/conv2d_spec.cpp decodes and checks them.
+struct ConvSpec : ConvWeight {
+  int64_t stride_h, stride_w;
+  int64_t top, bottom, left, right;  // padding, of zeros
+  bool upsample, silu, gated, statistics;
+};
+
 // y = (conv(up(silu(norm(cat(x, skip))))) + bias + emb + residual) * scale, or where it is gated
 // a * gelu(b), [a, b] being the halves of conv(...) + bias. T is `dtype`, float32 or bfloat16;
 // images are [N, H, W, C], a pixel's channels side by side and `ld` elements from the next pixel's.
 // Sums are taken in float32.
-struct Conv2d {
+struct Conv2d : ConvSpec {
   c10::ScalarType dtype;
-  int64_t images, height, width;        // of x and skip
-  int64_t x_channels, channels;         // of x, and of x and skip together
-  int64_t filters, kernel_h, kernel_w;  // of the weight
-  int64_t stride_h, stride_w, top, left;
+  int64_t images, height, width;  // of x and skip
+  int64_t x_channels;             // of all channels the first ones, which are x's and not skip's
   int64_t out_height, out_width;
-  bool upsample, silu, gated;
   float scale;
   int64_t x_ld, skip_ld, emb_ld, residual_ld;
   const void* x;
   const void* skip;      // or null
-  const float* packed;   // by conv2d_direct_pack or conv2d_winograd_pack
+  const void* packed;    // the weight, by the pack kernel of the algorithm
   const float* norm;     // [N, 2, C] or null
   const void* bias;      // [K] or null
   const void* emb;       // [N, K] or null
   const void* residual;  // like y, or null
   void* y;               // [N, H', W', K], or gated K / 2
-  double* statistics;    // [N, K, 2], mean and variance; or null
+  double* y_statistics;  // [N, K, 2], mean and variance; or null
   Threads threads;
 };
 
-FASTDIFF_DECLARE(conv2d_direct, const Conv2d&)
-FASTDIFF_DECLARE(conv2d_strassen, const Conv2d&)
-FASTDIFF_DECLARE(conv2d_winograd2, const Conv2d&)
-FASTDIFF_DECLARE(conv2d_winograd4, const Conv2d&)
-FASTDIFF_DECLARE(conv2d_phases4, const Conv2d&)
-
-// Packs a weight [K, C, R, S] that has the given strides. With `out` null only `size`, the number
-// of floats, is told.
-FASTDIFF_DECLARE(conv2d_direct_pack, const float* weight, const int64_t* sizes, float* out,
-                 int64_t* size, const Threads&)
-FASTDIFF_DECLARE(conv2d_strassen_pack, const float* weight, const int64_t* sizes, float* out,
-                 int64_t* size, const Threads&)
-FASTDIFF_DECLARE(conv2d_winograd2_pack, const float* weight, const int64_t* sizes, float* out,
-                 int64_t* size, const Threads&)
-FASTDIFF_DECLARE(conv2d_winograd4_pack, const float* weight, const int64_t* sizes, float* out,
-                 int64_t* size, const Threads&)
-FASTDIFF_DECLARE(conv2d_phases4_pack, const float* weight, const int64_t* sizes, float* out,
-                 int64_t* size, const Threads&)
+// The two kernels of an algorithm. NAME computes a convolution. NAME_pack packs a weight,
+// contiguous in float32, and tells in `count` how many elements it then takes; with `packed` null
+// it only tells.
+#define FASTDIFF_DECLARE_CONV2D(name)                                                 \
+  FASTDIFF_DECLARE(name, const Conv2d&)                                               \
+  FASTDIFF_DECLARE(name##_pack, const ConvWeight&, const float* weight, void* packed, \
+                   int64_t* count, const Threads&)
 
 }  // namespace fastdiff

@@ -145,13 +145,14 @@ struct Direct {
   void multiply(int64_t block, int64_t begin, int64_t end, const Array<const float*>& rows) {
     static thread_local Scratch scratch;
     float* products = scratch.at_least((grid.largest + 1) * chunk_ld);
+    const auto* packed = static_cast<const float*>(p.packed);
     const int64_t first = grid.blocks[block];
     const int64_t row = patch_width(grid.segments[first]) * p.channels;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t k0 = part * chunk, k1 = std::min(outputs, k0 + chunk);
       for (int64_t gate = 0; gate < gates; ++gate)
         for (int64_t k = k0; k < k1; k += Product::kColumns)
-          product.multiply(rows, row, p.packed, gate * outputs + k,
+          product.multiply(rows, row, packed, gate * outputs + k,
                            std::min(Product::kColumns, k1 - k),
                            products + gate * (k1 - k0) + k - k0, chunk_ld);
       for (int64_t s = first; s < grid.blocks[block + 1]; ++s) {

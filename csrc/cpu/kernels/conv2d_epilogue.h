@@ -230,7 +230,7 @@ void join_statistics(const Conv2d& p, const Array<Segment>& segments, int64_t pa
   for (int64_t begin = 0, end; begin < segments.size(); begin = end) {
     const int64_t image = segments[begin].image;
     for (end = begin; end < segments.size() && segments[end].image == image;) ++end;
-    double* out = p.statistics + image * p.filters * 2;
+    double* out = p.y_statistics + image * p.filters * 2;
     for (int64_t k = 0; k < p.filters; ++k) {
       double count = 0, mean = 0, deviations = 0;
       for (int64_t i = begin * parts; i < end * parts; ++i) {

@@ -51,10 +51,11 @@ struct Sevenths {
 
 void conv2d_strassen(const Conv2d& p) { direct<Sevenths>(p); }
 
-void conv2d_strassen_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,
+void conv2d_strassen_pack(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
                           const Threads& threads) {
-  const int64_t filters = sizes[0], channels = sizes[1];
-  *size = strassen_packed(channels, filters);
+  const int64_t filters = size.filters, channels = size.channels;
+  auto* out = static_cast<float*>(packed);
+  *count = strassen_packed(channels, filters);
   if (!out) return;
   share(threads, (filters + kPair - 1) / kPair, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kPair; first < std::min(filters, end * kPair); first += kPair)

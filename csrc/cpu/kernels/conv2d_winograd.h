@@ -167,7 +167,8 @@ struct Winograd {
 
   Phase phase(int64_t number) const {
     const int64_t row = number / kStep, column = number % kStep;
-    if (r == 3) return {number, row, column, -p.top, -p.left, p.packed};
+    const auto* packed = static_cast<const float*>(p.packed);
+    if (r == 3) return {number, row, column, -p.top, -p.left, packed};
     // Row 2 i + row has taps at p.top rows above of the upsampled image and at the next two: which
     // two of them are the same pixel depends on whether the first is the lower half of one.
     const int64_t which = ((row - p.top) & 1) * 2 + ((column - p.left) & 1);
@@ -176,7 +177,7 @@ struct Winograd {
             column,
             (row - p.top) >> 1,
             (column - p.left) >> 1,
-            p.packed + which * kPlanes * depth * packed_columns(p.filters)};
+            packed + which * kPlanes * depth * packed_columns(p.filters)};
   }
 
   void run() {
@@ -391,18 +392,20 @@ void taps(const float* g, int64_t which, double (&out)[r][r]) {
 // G g G^T of each filter and channel in float64: for each phase panels of [planes, C, filters],
 // each plane's rows padded with zeros to whole vectors of channels.
 template <int m, int r>
-void winograd_pack(const float* weight, const int64_t* sizes, float* out, int64_t* size,
+void winograd_pack(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
                    const Threads& threads) {
   constexpr int kTile = m + r - 1, kPlanes = kTile * kTile, kPhases = r == 2 ? 4 : 1;
-  const int64_t filters = sizes[0], channels = sizes[1], depth = rounded_up(channels, kLanes);
+  const int64_t filters = size.filters, channels = size.channels,
+                depth = rounded_up(channels, kLanes);
   const int64_t each = kPlanes * depth * packed_columns(filters);
-  *size = kPhases * each;
+  auto* out = static_cast<float*>(packed);
+  *count = kPhases * each;
   if (!out) return;
-  std::memset(out, 0, *size * sizeof(float));
+  std::memset(out, 0, *count * sizeof(float));
   share(threads, (filters + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * kPanel; k < std::min(filters, end * kPanel); ++k) {
       const int64_t first = k / kPanel * kPanel;
-      const int64_t packed = packed_columns(std::min(kPanel, filters - first));
+      const int64_t columns = packed_columns(std::min(kPanel, filters - first));
       for (int64_t phase = 0; phase < kPhases; ++phase) {
         float* panel = out + phase * each + first * kPlanes * depth + k - first;
         for (int64_t c = 0; c < channels; ++c) {
@@ -419,7 +422,7 @@ void winograd_pack(const float* weight, const int64_t* sizes, float* out, int64_
           for (int a = 0; a < kTile; ++a)
             for (int q = 0; q < kTile; ++q) {
               const double u = product(G[q], [&](int i) { return half[a][i]; });
-              panel[((a * kTile + q) * depth + c) * packed] = static_cast<float>(u);
+              panel[((a * kTile + q) * depth + c) * columns] = static_cast<float>(u);
             }
         }
       }

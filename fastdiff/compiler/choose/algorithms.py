@@ -1,4 +1,7 @@
-"""Which algorithm computes a convolution of given sizes, and what memory its weight takes."""
+"""Which algorithm computes a convolution of given sizes, and what memory its weight takes.
+
+The algorithms of ``ops.conv2d_algorithms``, and ``plain``, PyTorch's own convolution.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,18 @@ from collections.abc import Sequence
 
 from fastdiff.compiler.choose import timings
 from fastdiff.compiler.choose.timings import NAMES, Sizes
-from fastdiff.ops.conv2d import output_size
-from fastdiff.ops.conv2d import packed_bytes as kernel_bytes
+from fastdiff.ops import conv2d_algorithms
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS
+from fastdiff.ops.conv_spec import ConvSpec
 
-PRECISIONS = {"fast": NAMES, "strict": ("plain", "direct")}
-TILES = 16  # of F(4x4), below which its transforms and its weights' 36 planes do not pay
-# PyTorch's convolution must be that much quicker than ours: what ours do on the way, the norm and
-# the additions, are passes of their own beside it.
-# And Strassen's than the direct one, and phases than winograd4, whose weights take less memory: 4/7
-# and 0.36 of it.
-WANTED = {"plain": 0.8, "strassen": 0.98, "phases4": 0.95}
+PRECISIONS = {
+    "fast": NAMES,
+    "strict": ("plain", *(name for name, row in ALGORITHMS.items() if row.strict)),
+}
+PRODUCT = "direct"  # what computes linear layers of a few rows, whatever the clock says
+# As the algorithms' own handicaps: PyTorch's convolution is taken only if it is that much quicker,
+# for it leaves the norm and the additions to passes of their own.
+PLAIN_HANDICAP = 0.8
 
 
 def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
@@ -29,8 +34,8 @@ def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
     names = sizes.among(allowed)
     if len(names) == 1:
         return names[0]
-    found = estimates([sizes], names, measured)[0]
-    return min(reversed(names), key=lambda name: cost(found, name))
+    seconds = estimates([sizes], names, measured)[0]
+    return min(reversed(names), key=lambda name: cost(seconds, name))
 
 
 def estimates(
@@ -46,27 +51,27 @@ def estimates(
 
 
 def heuristic(sizes: Sizes) -> dict[str, float]:
-    """About how long each algorithm takes, from the sizes alone."""
-    k, c, *kernel = sizes.weight
-    height, width = output_size(sizes.x[2:], kernel, sizes.stride, sizes.padding, sizes.upsample)
+    """About how many seconds each algorithm takes, from the sizes alone."""
+    spec = sizes.spec
+    height, width = spec.output_size(sizes.x[2:])
     pixels = sizes.x[0] * height * width
-    unit = 1e-11 * pixels * k * c * kernel[0] * kernel[1]
-    shares = {"plain": 1.0, "direct": 0.75, "winograd2": 0.5, "winograd4": 0.35}
-    shares |= {"strassen": 0.7, "phases4": 0.27}
-    if min(k, c) < 256 or pixels < 256:
-        shares["strassen"] = 0.8
-    if min(k, c) < 16:
-        shares["winograd2"], shares["winograd4"], shares["phases4"] = 0.9, 0.95, 0.95
-    elif pixels < 16 * TILES:
-        shares["winograd4"] = shares["phases4"] = 0.6
-    return {name: shares[name] * unit for name in sizes.among(NAMES)}
+    plain = 1e-11 * pixels
+    for size in spec.weight:
+        plain *= size
+    return {
+        name: plain if name == "plain" else plain * ALGORITHMS[name].time(spec, pixels)
+        for name in sizes.among(NAMES)
+    }
 
 
-def cost(row: dict[str, float], name: str) -> float:
-    """Seconds of an algorithm, with what it is at a disadvantage."""
-    return row[name] / WANTED.get(name, 1.0)
+def cost(seconds: dict[str, float], name: str) -> float:
+    """The seconds of an algorithm, divided by its handicap: what is compared."""
+    handicap = PLAIN_HANDICAP if name == "plain" else ALGORITHMS[name].handicap
+    return seconds[name] / handicap
 
 
-def packed_bytes(name: str, weight: Sequence[int]) -> int:
-    """Bytes of what ``conv2d_pack`` gives for a weight [K, C, R, S]; none for ``plain``."""
-    return 0 if name == "plain" else kernel_bytes(weight, name)
+def packed_bytes(name: str, spec: ConvSpec) -> int:
+    """Bytes that the packed weight takes; none for ``plain``, or where nothing is packed at all."""
+    if name == "plain" or not ALGORITHMS:
+        return 0
+    return conv2d_algorithms.packed_bytes(name, spec.weight)

@@ -11,14 +11,14 @@ import torch
 from torch.fx import Node
 
 from fastdiff.compiler.choose import timings
-from fastdiff.compiler.choose.algorithms import PRECISIONS, cost, estimates, packed_bytes
+from fastdiff.compiler.choose.algorithms import PRECISIONS, PRODUCT, cost, estimates, packed_bytes
 from fastdiff.compiler.choose.timings import Sizes
 from fastdiff.compiler.graph.nodes import value
-from fastdiff.compiler.match.fused import Match
+from fastdiff.compiler.match.fused import Match, joined
 from fastdiff.ops.backend import kernel_runs
 
-CALL = 5e-6  # seconds, of a call of anything
-UNKNOWN = 32  # stands for a size of which the graph tells nothing
+CALL_SECONDS = 5e-6  # that a call of anything takes
+UNKNOWN_SIZE = 32  # stands for a size of which the graph tells nothing
 Table = dict[Sizes, dict[str, float]]
 
 
@@ -128,12 +128,12 @@ class Budget:
         options = []
         for name in self.names:
             names = [size.among(("plain", name)) for size in sizes]
-            if name == "plain" or any(name in found for found in names):
+            if name == "plain" or any(name in allowed for allowed in names):
                 seconds = sum(
-                    min(cost(table[size], n) for n in found)
-                    for size, found in zip(sizes, names, strict=True)
+                    min(cost(table[size], n) for n in allowed)
+                    for size, allowed in zip(sizes, names, strict=True)
                 )
-                options.append(Option(packed_bytes(name, sizes[0].weight), seconds, name))
+                options.append(Option(packed_bytes(name, sizes[0].spec), seconds, name))
         return _Unit(matches, options, group=False)
 
     def _together(self, group: list[Match], table: Table) -> _Unit:
@@ -142,21 +142,24 @@ class Budget:
         copied = sum(w.nbytes for w in weights if w is not None)
         whole = _sizes(group)
         if _is_product(group[0]):
-            size = copied + packed_bytes("direct", whole.weight)
-            options = [Option(0, len(group) * CALL), Option(size, CALL, together=True)]
+            size = copied + packed_bytes(PRODUCT, whole.spec)
+            options = [
+                Option(0, len(group) * CALL_SECONDS),
+                Option(size, CALL_SECONDS, together=True),
+            ]
             return _Unit(group, options, group=True)
         names = whole.among(self.names)  # which suit each of them too
         options = [
             Option(
-                sum(packed_bytes(name, _sizes([match]).weight) for match in group),
-                sum(cost(table[_sizes([match])], name) + CALL for match in group),
+                sum(packed_bytes(name, match.spec) for match in group),
+                sum(cost(table[_sizes([match])], name) + CALL_SECONDS for match in group),
                 name,
             )
             for name in names
         ]
         for name in names[1:]:
-            size = copied + packed_bytes(name, whole.weight)
-            seconds = cost(table[whole], name) + CALL
+            size = copied + packed_bytes(name, whole.spec)
+            seconds = cost(table[whole], name) + CALL_SECONDS
             options.append(Option(size, seconds, name, together=True))
         return _Unit(group, options, group=True)
 
@@ -193,29 +196,24 @@ def spend(options: Sequence[Sequence[Option]], bound: int) -> tuple[list[Option]
 
 
 def _is_product(match: Match) -> bool:
-    """Whether it is a product of a matrix's rows, ``runtime.Product`` or left as it is."""
+    """Whether it is a product of a matrix's rows, ``calls.Product`` or left as it is."""
     return match.x.form[0] == 2
 
 
 def _sizes(matches: Sequence[Match]) -> Sizes:
     """Of matches that are one convolution, by the graph's examples."""
     match, (ndim, channel) = matches[0], matches[0].x.form
-    x, weights = value(match.x.node), [value(m.weight) for m in matches]
+    x, spec = value(match.x.node), joined(matches)
     assert x is not None
-    shapes = [w.shape for w in weights if w is not None]
     sides = [_hint(x.shape[d]) for d in range(1, ndim) if d != channel]
-    channels = int(shapes[0][1])
     return Sizes(
-        (_hint(x.shape[0]), channels, *sides, *[1] * (2 - len(sides))),
-        (sum(int(shape[0]) for shape in shapes), channels, *match.kernel),
-        match.stride,
-        match.padding,
-        match.upsample,
+        (_hint(x.shape[0]), spec.channels, *sides, *[1] * (2 - len(sides))),
+        spec,
         match.dtype,
         torch.get_num_threads(),
     )
 
 
 def _hint(size: Any) -> int:
-    found = size if isinstance(size, int) else size.node.hint
-    return UNKNOWN if found is None else max(int(found), 1)
+    example = size if isinstance(size, int) else size.node.hint
+    return UNKNOWN_SIZE if example is None else max(int(example), 1)

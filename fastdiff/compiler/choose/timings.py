@@ -25,7 +25,9 @@ from torch import Tensor
 
 from fastdiff.ops import reference
 from fastdiff.ops.backend import isa
-from fastdiff.ops.conv2d import ALGORITHMS, conv2d_pack, suits
+from fastdiff.ops.conv2d import conv2d_pack
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
+from fastdiff.ops.conv_spec import ConvSpec
 
 try:
     import resource
@@ -35,12 +37,13 @@ except ImportError:  # not a Unix
 log = logging.getLogger("fastdiff.compiler")
 VERSION = 4  # of the file's form and of what the kernels do; another is not used
 NAMES = ("plain", *ALGORITHMS)  # PyTorch's own convolution, which packs nothing, before ours
-ROUNDS, MOST = 3, 12  # calls, of which the quickest counts; until two of them agree
-TRIES = 4  # calls until one is not interrupted
-SPREAD = 1.15  # within which they do
-SLOW = 0.05  # seconds, from which a single call counts
-HOPELESS, SHORT = 2.0, 0.005  # times the best and seconds, from which the first call is enough
-LARGE = 8 << 20  # bytes of a weight whose packed forms are not held at the same time
+LEAST_CALLS, MOST_CALLS = 3, 12  # of which the quickest counts; until two of them agree
+AGREEING_RATIO = 1.15  # two times agree within it
+CALM_TRIES = 4  # calls until one is not interrupted
+SLOW_SECONDS = 0.05  # from which a single call counts
+# An algorithm is not called again once a call took both so many times the best and so long.
+HOPELESS_RATIO, HOPELESS_SECONDS = 2.0, 0.005
+LARGE_WEIGHT_BYTES = 8 << 20  # whose packed forms are not held at the same time
 _lock = threading.RLock()
 _op = torch.ops.fastdiff.conv2d.default
 Table = dict[str, dict[str, float]]
@@ -52,32 +55,27 @@ class Sizes:
 
     Attributes:
         x: [N, C, H, W] of what is read, the skip's channels included.
-        weight: [K, C, R, S].
-        stride: down and across.
-        padding: above, below, left and right.
-        upsample: whether pixels are read twice in both directions.
+        spec: the convolution. It is measured bare: what it reads and writes through takes the same
+            time whichever algorithm computes it.
         dtype: of the images.
         threads: that compute.
     """
 
     x: tuple[int, ...]
-    weight: tuple[int, ...]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    upsample: bool
+    spec: ConvSpec
     dtype: torch.dtype
     threads: int
 
     @property
     def key(self) -> str:
         """As a row of the file is named."""
-        numbers = (*self.x, *self.weight, *self.stride, *self.padding, int(self.upsample))
+        spec = self.spec
+        numbers = (*self.x, *spec.weight, *spec.stride, *spec.padding, int(spec.upsample))
         return f"{','.join(map(str, numbers))},{str(self.dtype)[6:]},{self.threads}"
 
     def among(self, names: Sequence[str]) -> list[str]:
         """Those of ``names`` that can compute it."""
-        given = (self.weight, self.stride, self.padding, self.upsample)
-        return [name for name in names if name == "plain" or suits(name, *given)]
+        return [name for name in names if name == "plain" or suits(name, self.spec, self.dtype)]
 
 
 def measured() -> bool:
@@ -105,6 +103,8 @@ def of(sizes: Sequence[Sizes], names: Sequence[str] = NAMES) -> list[dict[str, f
         if missing:
             log.info("measuring %d convolutions for %s", len(missing), file or "this process")
             for size in missing:
+                if not _lacks(table, size, names):
+                    continue  # it differs from one before in what is not measured
                 row, sure = _measure(size, size.among(names))
                 table.setdefault(size.key, {}).update(row)
                 (_unsure.discard if sure else _unsure.add)(size.key)
@@ -222,38 +222,38 @@ def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool
     Returns:
         The seconds, and whether those of the quickest could be had again.
     """
-    found: dict[str, list[float]] = {}  # ascending
+    seconds_of: dict[str, list[float]] = {}  # ascending
     disturbed: set[str] = set()
     with torch.inference_mode():
         n, c, h, w = sizes.x
         x = torch.full((n, h, w, c), 0.5, dtype=sizes.dtype, device="cpu").permute(0, 3, 1, 2)
-        weight = torch.full(sizes.weight, 0.5, dtype=sizes.dtype, device="cpu")
-        large = 4 * weight.numel() > LARGE
+        weight = torch.full(sizes.spec.weight, 0.5, dtype=sizes.dtype, device="cpu")
+        large = 4 * weight.numel() > LARGE_WEIGHT_BYTES
         packed: dict[str, Tensor] = {}
         likely = list(reversed(names))  # the quickest first, beside which others are hopeless
         left = [[name] for name in likely] if large else [likely]
         for together in left:
             packed.clear()
-            for turn in range(MOST + 1):
+            for turn in range(MOST_CALLS + 1):
                 for name in list(together):
                     if name != "plain" and name not in packed:
                         packed[name] = conv2d_pack(weight, name)
                     seconds, calm = _calm_time(sizes, name, x, weight, packed.get(name))
                     if not calm:
                         disturbed.add(name)
-                    found[name] = sorted([*(found[name] if turn > 1 else ()), seconds])
-                    best = min(times[0] for times in found.values())
-                    hopeless = seconds > max(HOPELESS * best, SHORT)
-                    agreed = turn >= ROUNDS and _agree(found[name])
-                    if hopeless or agreed or (turn > 0 and seconds > SLOW):
+                    seconds_of[name] = sorted([*(seconds_of[name] if turn > 1 else ()), seconds])
+                    best = min(times[0] for times in seconds_of.values())
+                    hopeless = seconds > max(HOPELESS_RATIO * best, HOPELESS_SECONDS)
+                    agreed = turn >= LEAST_CALLS and _agree(seconds_of[name])
+                    if hopeless or agreed or (turn > 0 and seconds > SLOW_SECONDS):
                         together.remove(name)
-    quickest = min(found, key=lambda name: found[name])
-    sure = _agree(found[quickest]) and quickest not in disturbed
-    return {name: times[0] for name, times in found.items()}, sure
+    quickest = min(seconds_of, key=lambda name: seconds_of[name])
+    sure = _agree(seconds_of[quickest]) and quickest not in disturbed
+    return {name: times[0] for name, times in seconds_of.items()}, sure
 
 
 def _agree(times: Sequence[float]) -> bool:
-    return times[0] > SLOW or (len(times) > 1 and times[1] <= SPREAD * times[0])
+    return times[0] > SLOW_SECONDS or (len(times) > 1 and times[1] <= AGREEING_RATIO * times[0])
 
 
 def _calm_time(*args: Any) -> tuple[float, bool]:
@@ -263,10 +263,10 @@ def _calm_time(*args: Any) -> tuple[float, bool]:
     much only beside a short call.
     """
     quickest = math.inf
-    for _ in range(TRIES):
+    for _ in range(CALM_TRIES):
         before = _interruptions()
         seconds = _time(*args)
-        if seconds > SLOW or _interruptions() == before:
+        if seconds > SLOW_SECONDS or _interruptions() == before:
             return seconds, True
         quickest = min(quickest, seconds)
     return quickest, False
@@ -277,10 +277,11 @@ def _interruptions() -> int:
 
 
 def _time(sizes: Sizes, name: str, x: Tensor, weight: Tensor, packed: Tensor | None) -> float:
-    args = (sizes.stride, sizes.padding, sizes.upsample, None, False, None, None, 1.0, False, False)
+    spec = sizes.spec.bare
+    numbers = spec.encode()
     begin = time.perf_counter()
     if packed is None:
-        reference.conv2d(x, None, weight, None, *args)
+        reference.conv2d(x, weight, spec)
     else:
-        _op(x, None, packed, sizes.weight, ALGORITHMS.index(name), None, *args)
+        _op(x, packed, numbers, ALGORITHMS[name].number)
     return time.perf_counter() - begin

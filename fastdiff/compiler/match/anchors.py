@@ -8,6 +8,7 @@ node stays as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import Graph, Node
@@ -43,7 +44,7 @@ def find(
         for match in matches:
             prologue(match, readers, frozen)
     # What adds a 1x1 shortcut to a 3x3 convolution goes to the latter.
-    for match in sorted(matches, key=lambda m: (m.kernel == (1, 1), order[m.anchor])):
+    for match in sorted(matches, key=lambda m: (m.spec.kernel == (1, 1), order[m.anchor])):
         epilogue(match, claimed, frozen)
     _mark_statistics(matches)
     return matches
@@ -51,10 +52,12 @@ def find(
 
 def _mark_statistics(matches: Iterable[Match]) -> None:
     """A convolution collects the statistics of what a norm reads."""
-    found = {m.end: m for m in matches}
+    by_end = {m.end: m for m in matches}
     for match in matches:
         if match.norm is None:
             continue
-        for source in (match.x, match.skip and Activation(match.skip, 1)):
-            if source in found and not found[source].gated:
-                found[source].statistics = True
+        sources = [match.x] if match.skip is None else [match.x, Activation(match.skip, 1)]
+        for source in sources:
+            before = by_end.get(source)
+            if before is not None and not before.spec.gated:
+                before.spec = replace(before.spec, statistics=True)

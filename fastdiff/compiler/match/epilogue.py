@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import Node
 
 from fastdiff import ops
@@ -9,7 +11,7 @@ from fastdiff.compiler.graph.nodes import argument, dtype_of, is_number, op, sam
 from fastdiff.compiler.graph.reshapes import step_down
 from fastdiff.compiler.match.fused import Activation, Match
 from fastdiff.compiler.match.patterns import is_per_channel, is_transparent, scale_of
-from fastdiff.ops.conv2d import GATED
+from fastdiff.ops.conv2d_algorithms import computable
 
 
 def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
@@ -26,10 +28,10 @@ def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
         kind, channel = op(node), here.channel
         if is_transparent(node):
             here = Activation(node, channel)
-        elif match.gated:
+        elif match.spec.gated:
             return
         elif node.target is ops.geglu and not waiting and _may_be_gated(match, here):
-            match.gated = True
+            match.spec = replace(match.spec, gated=True)
             match.absorbed.append("geglu")
             here = Activation(node, channel)
         elif kind == "add" and not match.scale:
@@ -55,7 +57,7 @@ def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
                 match.scale.append(s)
                 match.absorbed.append("scale")
             here = Activation(node, channel)
-        elif match.pointwise and match.residual is None and not match.scale:
+        elif match.spec.pointwise and match.residual is None and not match.scale:
             moved = step_down(node, channel)
             if moved is None or found.ndim not in (3, 4):
                 return
@@ -70,8 +72,8 @@ def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
 
 def _may_be_gated(match: Match, here: Activation) -> bool:
     plain = match.emb is None and match.residual is None and not match.scale
-    last = match.pointwise and here.channel == here.form[0] - 1
-    return plain and last and match.filters % GATED == 0
+    last = match.spec.pointwise and here.channel == here.form[0] - 1
+    return plain and last and computable(replace(match.spec, gated=True))
 
 
 def _other(node: Node, mine: Node) -> Node | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from fastdiff.compiler.graph.nodes import argument, dtype_of, is_weight, op, pair, value
 from fastdiff.compiler.match.patterns import Norm
-from fastdiff.ops.conv2d import MOST_CHANNELS, within_limits
+from fastdiff.ops.conv2d_algorithms import within_limits
+from fastdiff.ops.conv_spec import ConvSpec
 
 
 @dataclass(frozen=True)
@@ -24,113 +25,99 @@ class Activation:
     @property
     def form(self) -> tuple[int, int]:
         """Number of dimensions, and the one of the channels."""
-        found = value(self.node)
-        assert found is not None
-        return found.ndim, self.channel
+        tensor = value(self.node)
+        assert tensor is not None
+        return tensor.ndim, self.channel
 
 
 @dataclass
 class Match:
-    """One fused convolution.
+    """One fused convolution, which grows while what stands around its anchor is looked at.
 
     Attributes:
         anchor: the convolution or linear layer.
         kind: ``conv2d``, ``conv1d`` or ``linear``.
-        kernel: height and width.
+        spec: what is computed, the prologue and the epilogue included.
+        weight: the node of the weight.
         x: what it reads first.
         skip: what it reads behind x's channels.
+        norm: the norm that it reads through.
         end: the node whose value it gives.
         bias, emb, residual: nodes that it adds.
         scale: numbers and nodes that the sum is multiplied by (True) or divided by (False).
-        statistics: somebody wants those of the result.
-        gated: its result is a * gelu(b), [a, b] being what it computes.
         absorbed: nodes that it stands for, for the report.
     """
 
     anchor: Node
     kind: str
-    kernel: tuple[int, int]
+    spec: ConvSpec
     weight: Node
     bias: Node | None
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
     x: Activation
     end: Activation
     skip: Node | None = None
     norm: Norm | None = None
-    silu: bool = False
-    upsample: bool = False
     emb: Node | None = None
     residual: Node | None = None
     scale: list[tuple[Any, bool]] = field(default_factory=list)
-    statistics: bool = False
-    gated: bool = False
     absorbed: list[str] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of all that it reads and writes."""
-        found = dtype_of(self.anchor)
-        assert found is not None
-        return found
+        dtype = dtype_of(self.anchor)
+        assert dtype is not None
+        return dtype
 
-    @property
-    def filters(self) -> int:
-        """The weight's output channels."""
-        found = value(self.weight)
-        assert found is not None
-        return int(found.shape[0])
 
-    @property
-    def pointwise(self) -> bool:
-        """Whether each pixel is computed from itself alone."""
-        return self.kernel == (1, 1) and self.stride == (1, 1) and not any(self.padding)
+def joined(matches: Sequence[Match]) -> ConvSpec:
+    """The one convolution that computes those of ``matches``, which read the same, together."""
+    return replace(matches[0].spec, filters=sum(match.spec.filters for match in matches))
 
 
 def anchor(node: Node, dtypes: Sequence[torch.dtype]) -> Match | None:
-    """A node as a convolution with nothing around it yet; None if it is none that is fused."""
+    """A node as a convolution with nothing around it yet, or None where it cannot be fused."""
     kind = op(node)
     if kind not in ("conv2d", "conv1d", "linear"):
         return None
     x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
-    shape, found = value(x), value(node)
-    if shape is None or found is None or not is_weight(weight):
+    images, result = value(x), value(node)
+    if images is None or result is None or not is_weight(weight):
         return None
     tensors = [v for v in (x, weight, bias) if v is not None]
-    if found.dtype not in dtypes or any(dtype_of(v) != found.dtype for v in tensors):
+    if result.dtype not in dtypes or any(dtype_of(v) != result.dtype for v in tensors):
         return None
     if bias is not None and not isinstance(bias, Node):
         return None
     w = value(weight)
     assert w is not None
-    if not all(isinstance(size, int) for size in w.shape) or w.layout != torch.strided:
+    if not all(isinstance(size, int) and size > 0 for size in w.shape):
         return None
-    if max(w.shape[:2]) > MOST_CHANNELS:
+    spec = _spec(node, w.shape, images.ndim) if w.layout == torch.strided else None
+    if spec is None or not within_limits(spec):
         return None
-    if kind == "linear":
-        if w.ndim != 2 or shape.ndim not in (2, 3, 4):
-            return None
-        stride, padding, kernel = (1, 1), (0, 0, 0, 0), (1, 1)
-        return Match(node, kind, kernel, weight, bias, stride, padding,
-                     Activation(x, shape.ndim - 1), Activation(node, shape.ndim - 1))  # fmt: skip
-    if argument(node, "groups", 1) != 1 or shape.ndim != w.ndim:
+    channel = images.ndim - 1 if kind == "linear" else 1
+    return Match(node, kind, spec, weight, bias, Activation(x, channel), Activation(node, channel))
+
+
+def _spec(node: Node, shape: torch.Size, ndim: int) -> ConvSpec | None:
+    """What an anchor of a weight of ``shape`` computes from an input of ``ndim`` dimensions."""
+    if op(node) == "linear":
+        return ConvSpec(*shape) if len(shape) == 2 and ndim in (2, 3, 4) else None
+    if argument(node, "groups", 1) != 1 or ndim != len(shape):
         return None
-    dilation = argument(node, "dilation", 1)
-    if pair(dilation) != (1, 1):
+    if pair(argument(node, "dilation", 1)) != (1, 1):
         return None
-    if kind == "conv1d":
+    stride = pair(argument(node, "stride", 1))
+    if op(node) == "conv1d":
         padding = argument(node, "padding", 0)
-        whole = pair(argument(node, "stride", 1)) == (1, 1) and w.shape[2] == 1
-        if not whole or not (padding == "valid" or pair(padding) == (0, 0)):
-            return None
-        size = (1, 1)
-        return Match(node, kind, size, weight, bias, (1, 1), (0, 0, 0, 0), Activation(x, 1),
-                     Activation(node, 1))  # fmt: skip
-    stride2, sides = pair(argument(node, "stride", 1)), _padding(node, w.shape)
-    if stride2 is None or sides is None or not within_limits(w.shape, stride2, sides):
+        whole = stride == (1, 1) and shape[2] == 1
+        plain = whole and (padding == "valid" or pair(padding) == (0, 0))
+        return ConvSpec(*shape[:2]) if plain else None
+    sides = _padding(node, shape)
+    if stride is None or sides is None:
         return None
-    return Match(node, kind, (w.shape[2], w.shape[3]), weight, bias, stride2, sides,
-                 Activation(x, 1), Activation(node, 1))  # fmt: skip
+    return ConvSpec(shape[0], shape[1], (shape[2], shape[3]), stride, sides)
 
 
 def _padding(node: Node, size: torch.Size) -> tuple[int, int, int, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import Node
 
@@ -18,15 +20,19 @@ from fastdiff.compiler.match.patterns import (
     pair_of,
     zero_padding,
 )
-from fastdiff.ops.conv2d import LARGEST
+from fastdiff.ops.conv2d_algorithms import within_limits
+from fastdiff.ops.conv_spec import ConvSpec
 
 
 def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
-    """Walk up from the anchor's input; keep what was seen up to where it makes a whole."""
-    here, spatial = match.x, not match.pointwise
+    """Walk up from the anchor's input.
+
+    After each step that leaves a prologue which can be fused, it is kept in ``match``; a later step
+    that does not fit leaves what was kept last.
+    """
+    here, spatial = match.x, not match.spec.pointwise
     norm: Norm | None = None
-    silu = upsample = False
-    padding, seen = match.padding, list[str]()
+    spec, seen = match.spec, list[str]()
     while True:
         node, channel = here.node, here.channel
         if node in frozen:
@@ -38,17 +44,19 @@ def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
         if is_transparent(node) or (is_cast(node) and match.dtype == torch.bfloat16):
             here = Activation(node.args[0], channel)  # type: ignore[arg-type]
         elif kind == "pad" and spatial and not seen and (sides := zero_padding(node)) is not None:
-            wider = tuple(a + b for a, b in zip(padding, sides, strict=True))
-            if max(wider) > LARGEST:
+            padding = tuple(a + b for a, b in zip(spec.padding, sides, strict=True))
+            spec = replace(spec, padding=padding)  # type: ignore[arg-type]
+            if not within_limits(spec):
                 return
-            padding = wider  # type: ignore[assignment]
             here = Activation(argument(node, "input"), channel)
             seen.append("pad")
-        elif kind == "interpolate" and spatial and not upsample and mine and doubles(node):
-            upsample, here = True, Activation(argument(node, "input"), channel)
+        elif kind == "interpolate" and spatial and not spec.upsample and mine and doubles(node):
+            spec = replace(spec, upsample=True)
+            here = Activation(argument(node, "input"), channel)
             seen.append("upsample")
-        elif kind == "silu" and not silu and norm is None and mine:
-            silu, here = True, Activation(argument(node, "input"), channel)
+        elif kind == "silu" and not spec.silu and norm is None and mine:
+            spec = replace(spec, silu=True)
+            here = Activation(argument(node, "input"), channel)
             seen.append("silu")
         elif norm is None and is_image and mine and (n := norm_of(node, readers)) is not None:
             if frozen & {n.node, n.last}:
@@ -59,7 +67,7 @@ def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
             here = Activation(both[0], channel)
             if _fits(match, here) and (match.kind == "conv2d" or norm is not None):
                 match.skip = both[1]
-                _keep(match, here, norm, silu, upsample, padding, [*seen, "cat"])
+                _keep(match, here, norm, spec, [*seen, "cat"])
             return
         else:
             stepped = None if spatial else step_up(node, channel)
@@ -68,20 +76,11 @@ def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
             here = Activation(*stepped)
         # A view alone is no gain; behind a norm it leads to who collected the statistics.
         if (stepped is None or norm is not None) and _fits(match, here):
-            _keep(match, here, norm, silu, upsample, padding, seen)
+            _keep(match, here, norm, spec, seen)
 
 
-def _keep(
-    match: Match,
-    x: Activation,
-    norm: Norm | None,
-    silu: bool,
-    upsample: bool,
-    padding: tuple[int, int, int, int],
-    seen: list[str],
-) -> None:
-    match.x, match.norm, match.silu = x, norm, silu
-    match.upsample, match.padding = upsample, padding
+def _keep(match: Match, x: Activation, norm: Norm | None, spec: ConvSpec, seen: list[str]) -> None:
+    match.x, match.norm, match.spec = x, norm, spec
     match.absorbed = list(reversed(seen))
 
 
@@ -90,7 +89,7 @@ def _fits(match: Match, x: Activation) -> bool:
     found, result = value(x.node), value(match.anchor)
     if found is None or result is None or found.dtype != match.dtype or found.ndim > 4:
         return False
-    if match.kind == "conv2d" and not match.pointwise:
+    if match.kind == "conv2d" and not match.spec.pointwise:
         return True
     if found.ndim == 2 or result.ndim == 3:
         return (found.ndim == 2) == (result.ndim == 2)

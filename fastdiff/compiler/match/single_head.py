@@ -85,7 +85,8 @@ class SingleHead:
     def query(self) -> Match:
         """The product x A^T + c, of rows."""
         rows = Activation(argument(self.q.anchor, "input"), 2)
-        return replace(self.q, x=rows, norm=None, bias=None, absorbed=[])
+        spec = replace(self.q.spec, filters=self.q.spec.channels)
+        return replace(self.q, spec=spec, x=rows, norm=None, bias=None, absorbed=[])
 
     def scores(self) -> tuple[list[Node], Scores]:
         """The nodes of the parts of A and c, and what makes these of them."""
@@ -103,7 +104,8 @@ def take(matches: list[Match], frozen: set[Node]) -> tuple[list[SingleHead], lis
     """Self-attentions of one head among ``matches``, and these without their q, k and v.
 
     Args:
-        matches: of ``find.find``; they no longer collect the statistics that only q, k and v read.
+        matches: of ``find.find``. They no longer collect the statistics that only q, k and v read,
+            and the last projections read the channels of x, as B does.
         frozen: nodes that must stay as they are.
     """
     by_end = {m.end.node: m for m in matches}
@@ -112,13 +114,14 @@ def take(matches: list[Match], frozen: set[Node]) -> tuple[list[SingleHead], lis
         head = _head(out, by_end, frozen)
         if head is not None:
             heads.append(head)
+            out.spec = replace(out.spec, channels=head.q.spec.channels)
     gone = {id(m) for head in heads for m in (head.q, head.k, head.v)}
     left = [m for m in matches if id(m) not in gone]
     normed = [m for m in left if m.norm is not None]
     wanted = {m.x for m in normed} | {Activation(m.skip, 1) for m in normed if m.skip is not None}
     if heads:
         for m in left:
-            m.statistics = m.statistics and m.end in wanted
+            m.spec = replace(m.spec, statistics=m.spec.statistics and m.end in wanted)
     return heads, left
 
 
@@ -151,7 +154,7 @@ def _head(out: Match, by_end: dict[Node, Match], frozen: set[Node]) -> SingleHea
     if not same or len({id(m) for m in found}) != 3 or out in found:
         return None
     width, channels = (int(size) for size in value(q.weight).shape)  # type: ignore[union-attr]
-    if min(width, v.filters) < channels:
+    if min(width, v.spec.filters) < channels:
         return None  # attention over more channels would cost what the projections save
     scale = argument(node, "scale")
     return SingleHead(q, k, v, out, node, width**-0.5 if scale is None else float(scale))
@@ -159,7 +162,7 @@ def _head(out: Match, by_end: dict[Node, Match], frozen: set[Node]) -> SingleHea
 
 def _is_product(m: Match) -> bool:
     """Whether a match is a linear layer of its input's values as they are or normalised."""
-    if m.kind != "linear" or m.dtype != torch.float32 or m.skip is not None or m.silu:
+    if m.kind != "linear" or m.dtype != torch.float32 or m.skip is not None or m.spec.silu:
         return False
     bias, weight = value(m.bias), value(m.weight)
     assert weight is not None
@@ -170,7 +173,7 @@ def _is_product(m: Match) -> bool:
 
 def _is_projection(m: Match) -> bool:
     """Whether a match gives rows [B, L, D] and does no more."""
-    plain = m.end.node is m.anchor and not m.statistics and m.end.form == (3, 2)
+    plain = m.end.node is m.anchor and not m.spec.statistics and m.end.form == (3, 2)
     norm = m.norm
     if norm is None:
         reads = m.x.form == (3, 2)

@@ -14,12 +14,13 @@ from fastdiff.compiler.choose.budget import Budget
 from fastdiff.compiler.graph.edit import OURS, remove_unused
 from fastdiff.compiler.graph.nodes import argument, is_number, is_weight, value
 from fastdiff.compiler.match import single_head
-from fastdiff.compiler.match.fused import Activation, Match
+from fastdiff.compiler.match.fused import Activation, Match, joined
 from fastdiff.compiler.match.patterns import Norm, as_rows, plain_attention
 from fastdiff.compiler.match.single_head import SingleHead
 from fastdiff.compiler.run import calls
 from fastdiff.compiler.run.packing import Combine, Watch, behind
-from fastdiff.ops.conv2d import MOST_CHANNELS
+from fastdiff.ops.conv2d_algorithms import within_limits
+from fastdiff.ops.conv_spec import ConvSpec
 
 
 @dataclass(eq=False)
@@ -33,7 +34,7 @@ class Emitted:
 
 
 class Rewriter:
-    """Replaces matches by calls of ``runtime``'s objects.
+    """Replaces matches by calls of the objects of ``run.calls``.
 
     Args:
         gm: the graph, in place.
@@ -112,8 +113,8 @@ class Rewriter:
         assert found is not None
         head = self.of_head.get(match.anchor)
         parts, combine = head.values() if head else ([match.weight], behind)
-        index = self._weight(parts, match.kernel, combine)
-        convolution = self._convolution(match, index)
+        index = self._weight(parts, match.spec.kernel, combine)
+        convolution = self._convolution(match, index, match.spec)
         norm = self._coefficients(match)
         with self.graph.inserting_before(match.end.node):
             bias = self._derived_bias(index) if head else self._value(match.bias)
@@ -123,7 +124,7 @@ class Rewriter:
                 bias, norm, emb, self._value(match.residual), self._scale(match),
             )  # fmt: skip
             y = node
-            if match.statistics:
+            if match.spec.statistics:
                 y = self._call(operator.getitem, node, 0)
                 self.statistics[match.end] = self._call(operator.getitem, node, 1)
         self._replace(match.end.node, y)
@@ -134,9 +135,8 @@ class Rewriter:
         index = self._weight([m.weight for m in group], (1, 1))
         norm = self._coefficients(first)
         rows = first.x.form[0] == 2
-        call: Any = calls.Product(index, first.silu) if rows else self._convolution(first, index)
-        sizes = [m.filters for m in group]
-        channels = int(value(first.weight).shape[1])  # type: ignore[union-attr]
+        spec, sizes = joined(group), [m.spec.filters for m in group]
+        call: Any = calls.Product(index, spec) if rows else self._convolution(first, index, spec)
         with self.graph.inserting_before(first.anchor):
             biases = [self._value(m.bias) for m in group if m.bias is not None]
             bias = self._call(calls.join, *biases) if biases else None
@@ -150,14 +150,15 @@ class Rewriter:
         for i, match in enumerate(group):
             with self.graph.inserting_before(match.anchor):
                 self._replace(match.anchor, self._call(operator.getitem, parts, i))
-        self._tell(call, first, len(group), (sum(sizes), channels, 1, 1))
+        self._tell(call, first, len(group), spec.weight)
 
     def _single_head(self, head: SingleHead) -> None:
         """The rows, x A^T + c of them, and the attention; the output layer comes in its turn."""
         parts, combine = head.scores()
         index = self._weight(parts, (1, 1), combine)
         query, norm = head.query, head.q.norm
-        product, attention = self._convolution(query, index), calls.Attention(head.scale)
+        product = self._convolution(query, index, query.spec)
+        attention = calls.Attention(head.scale)
         with self.graph.inserting_before(head.attention):
             rows = self._value(head.q.x.node)
             if norm is not None:
@@ -169,9 +170,8 @@ class Rewriter:
             heads = [self._call(torch.unsqueeze, x, 1) for x in (q, rows)]
             y = self._call(attention, heads[0], heads[1], heads[1])
             self.new[head.out.x.node] = self._call(torch.squeeze, y, 1)
-        channels = int(value(head.q.weight).shape[1])  # type: ignore[union-attr]
         what = "norm + linear" if norm is not None else "linear"
-        self.emitted.append(Emitted(product, what, 3, (channels, channels, 1, 1)))
+        self.emitted.append(Emitted(product, what, 3, query.spec.weight))
         self.emitted.append(Emitted(attention, "single-head attention", 1, ()))
 
     def _derived_bias(self, index: int) -> Node:
@@ -184,11 +184,9 @@ class Rewriter:
             self._replace(node, self._call(call, q, k, v))
         self.emitted.append(Emitted(call, "attention", 1, ()))
 
-    def _convolution(self, match: Match, index: int) -> calls.Convolution:
+    def _convolution(self, match: Match, index: int, spec: ConvSpec) -> calls.Convolution:
         return calls.Convolution(
-            index, match.x.form, match.end.form, stride=match.stride, padding=match.padding,
-            upsample=match.upsample, silu=match.silu, statistics=match.statistics,
-            gated=match.gated,
+            index, spec, match.x.form, match.end.form,
             allowed=self.budget.allowed(self.weights[index]), measured=self.budget.measured,
         )  # fmt: skip
 
@@ -245,13 +243,13 @@ class Rewriter:
         return self.statistics[source]
 
     def _tell(self, call: Any, match: Match, parts: int, size: tuple[int, ...]) -> None:
-        size = size if len(size) == 4 else (*size[:2], *match.kernel)
-        kernel = "x".join(map(str, match.kernel))
+        size = size if len(size) == 4 else (*size[:2], *match.spec.kernel)
+        kernel = "x".join(map(str, match.spec.kernel))
         name = f"conv {kernel}" if match.kind == "conv2d" else "linear"
         before = [w for w in match.absorbed if w in ("cat", "norm", "silu", "upsample", "pad")]
         after = [w for w in match.absorbed if w not in before]
         name = f"{parts} x {name}" if parts > 1 else name
-        what = [*before, name, *after, *(["statistics"] if match.statistics else [])]
+        what = [*before, name, *after, *(["statistics"] if match.spec.statistics else [])]
         self.emitted.append(Emitted(call, " + ".join(what), parts, size))
 
     def _finish(self) -> None:
@@ -280,15 +278,15 @@ def _merged(matches: list[Match], order: dict[Node, int]) -> tuple[list[list[Mat
     groups: dict[Any, list[Match]] = defaultdict(list)
     single = []
     for m in matches:
-        plain = m.end.node is m.anchor and not m.statistics
+        plain = m.end.node is m.anchor and not m.spec.statistics
         if m.kind != "linear" or not plain or not (m.bias is None or is_weight(m.bias)):
             single.append(m)
             continue
         norm = m.norm and m.norm.last
-        groups[m.x, m.end.form, m.skip, norm, m.silu, m.bias is None].append(m)
+        groups[m.x, m.end.form, m.skip, norm, m.spec.silu, m.bias is None].append(m)
     several = []
     for group in groups.values():
-        if len(group) > 1 and sum(m.filters for m in group) <= MOST_CHANNELS:
+        if len(group) > 1 and within_limits(joined(group)):
             several.append(sorted(group, key=lambda m: order[m.anchor]))
         else:
             single += group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,15 @@ from fastdiff.compiler.choose import algorithms
 from fastdiff.compiler.choose.timings import Sizes
 from fastdiff.compiler.run.packing import PackedWeight
 from fastdiff.ops import reference
-from fastdiff.ops.conv2d import ALGORITHMS, kernel_runs
+from fastdiff.ops.conv2d import kernel_runs
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS
+from fastdiff.ops.conv_spec import ConvSpec
 from fastdiff.ops.group_norm_coefficients import channel_statistics
 from fastdiff.ops.group_norm_coefficients import kernel_runs as has_kernel
 from fastdiff.ops.group_norm_silu import group_norm_silu
 
-FEW = 64  # rows, beyond which PyTorch's product, that packs its weight each time, is as quick
+# With more rows PyTorch's linear, which packs its weight at every call, is as quick as ours.
+PRODUCT_ROWS = 64
 # To and from [N, C, H, W], by the number of dimensions and the one of the channels. All of them are
 # views of channels-last memory.
 _ENTER: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
@@ -55,11 +59,11 @@ class Planned:
     def algorithm(self, x: Tensor, weight: PackedWeight) -> str:
         """That for inputs of the size of x; ``plain`` is PyTorch's own operation."""
         key = (x.shape, x.dtype, torch.get_num_threads(), kernel_runs(x))
-        found = self.plans.get(key)
-        if found is None:
-            found = self.plans[key] = self._choose(x, weight) if key[-1] else "plain"
+        name = self.plans.get(key)
+        if name is None:
+            name = self.plans[key] = self._choose(x, weight) if key[-1] else "plain"
             self.seen = weakref.ref(weight)
-        return found
+        return name
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
         raise NotImplementedError
@@ -70,14 +74,9 @@ class Convolution(Planned):
 
     Args:
         index: of its weight in what ``packing.Watch`` gives.
+        spec: what it computes.
         x_form: number of dimensions of its input and the one of the channels.
         y_form: the same of its result and its residual.
-        stride: down and across.
-        padding: above, below, left and right.
-        upsample: whether pixels are read twice in both directions.
-        silu: whether it reads through SiLU.
-        statistics: give those of the result too.
-        gated: its result is a * gelu(b), [a, b] being what it computes.
         allowed: the algorithms that it may use, of ``timings.NAMES``.
         measured: whether the quickest of them is found by the clock.
     """
@@ -88,23 +87,17 @@ class Convolution(Planned):
     def __init__(
         self,
         index: int,
+        spec: ConvSpec,
         x_form: tuple[int, int],
         y_form: tuple[int, int],
         *,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-        upsample: bool = False,
-        silu: bool = False,
-        statistics: bool = False,
-        gated: bool = False,
         allowed: Sequence[str],
         measured: bool,
     ) -> None:
         super().__init__(index)
         self.enter, self.enter_y, self.leave = _ENTER[x_form], _ENTER[y_form], _LEAVE[y_form]
-        self.stride, self.padding = stride, padding
-        self.upsample, self.silu = upsample, silu
-        self.statistics, self.gated = statistics, gated
+        self.spec, self.numbers = spec, spec.encode()  # once, not at every call
+        self.without_statistics = replace(spec, statistics=False)
         self.allowed, self.measured = allowed, measured
         self.regroups = x_form[0] != y_form[0]
 
@@ -131,31 +124,30 @@ class Convolution(Planned):
                 residual = residual.reshape(*shape[:2], *x.shape[2:])
         if emb is not None and emb.shape[0] != x.shape[0]:
             emb = emb.expand(x.shape[0], -1)
-        args = (self.stride, self.padding, self.upsample, norm, self.silu, emb, residual, scale,
-                self.statistics, self.gated)  # fmt: skip
         algorithm = self.algorithm(x, weight)
         if algorithm != "plain":
-            packed = weight.packed(algorithm)
-            number = ALGORITHMS.index(algorithm)
-            y, found = _op(x, skip, packed, weight.weight.shape, number, bias, *args)
+            y, statistics = _op(
+                x, weight.packed(algorithm), self.numbers, ALGORITHMS[algorithm].number, skip,
+                bias, norm, emb, residual, scale,
+            )  # fmt: skip
         else:
             # As it was timed; PyTorch's result is then channels-last too.
             x = x.contiguous(memory_format=torch.channels_last)
-            y, _ = reference.conv2d(x, skip, weight.weight, bias, *args[:-2], False, self.gated)
-            found = channel_statistics(y) if self.statistics else None
+            y, _ = reference.conv2d(
+                x, weight.weight, self.without_statistics, skip=skip, bias=bias, norm=norm,
+                emb=emb, residual=residual, scale=scale,
+            )  # fmt: skip
+            statistics = channel_statistics(y) if self.spec.statistics else None
         if shape is not None:
             y = _channels_last(y, shape)
         if self.leave is not None:
             y = self.leave(y)
-        return (y, found) if self.statistics else y
+        return (y, statistics) if self.spec.statistics else y
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
         n, _, height, width = x.shape
-        size = tuple(weight.weight.shape)
-        sizes = Sizes(
-            (n, size[1], height, width), size, self.stride, self.padding, self.upsample, x.dtype,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        size = (n, self.spec.channels, height, width)
+        sizes = Sizes(size, self.spec, x.dtype, torch.get_num_threads())
         return algorithms.choose(sizes, self.allowed, self.measured and x.numel() > 0)
 
 
@@ -164,15 +156,15 @@ class Product(Planned):
 
     Args:
         index: of its weight in what ``packing.Watch`` gives.
-        silu: whether it reads through SiLU.
+        spec: the product as a 1x1 convolution.
     """
 
     __name__ = "product"
     __qualname__ = "product"
 
-    def __init__(self, index: int, silu: bool) -> None:
+    def __init__(self, index: int, spec: ConvSpec) -> None:
         super().__init__(index)
-        self.silu = silu
+        self.silu, self.numbers = spec.silu, spec.encode()
 
     def __call__(self, weights: Sequence[PackedWeight], x: Tensor, bias: Tensor | None) -> Tensor:
         """x [N, C] to [N, K]."""
@@ -180,13 +172,12 @@ class Product(Planned):
         weight, algorithm = packed.weight, self.algorithm(x, packed)
         if algorithm == "plain":
             return F.linear(F.silu(x) if self.silu else x, weight.view(weight.shape[:2]), bias)
-        args = ((1, 1), (0, 0, 0, 0), False, None, self.silu, None, None, 1.0, False, False)
-        rows, number = x.unsqueeze(2).unsqueeze(3), ALGORITHMS.index(algorithm)
-        y, _ = _op(rows, None, packed.packed(algorithm), weight.shape, number, bias, *args)
+        rows, number = x.unsqueeze(2).unsqueeze(3), ALGORITHMS[algorithm].number
+        y, _ = _op(rows, packed.packed(algorithm), self.numbers, number, None, bias)
         return y.flatten(1)
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
-        return "direct" if x.shape[0] <= FEW else "plain"
+        return algorithms.PRODUCT if x.shape[0] <= PRODUCT_ROWS else "plain"
 
 
 class Attention:

@@ -1,0 +1,118 @@
+#include "cpu/conv2d_algorithms.h"
+
+#include <algorithm>
+
+namespace fastdiff {
+
+FASTDIFF_DECLARE_CONV2D(conv2d_direct)
+FASTDIFF_DECLARE_CONV2D(conv2d_winograd2)
+FASTDIFF_DECLARE_CONV2D(conv2d_winograd4)
+FASTDIFF_DECLARE_CONV2D(conv2d_strassen)
+FASTDIFF_DECLARE_CONV2D(conv2d_phases4)
+
+namespace {
+
+bool of_3x3(const ConvWeight& weight) { return weight.kernel_h == 3 && weight.kernel_w == 3; }
+
+bool of_halves(const ConvWeight& weight) {
+  return weight.kernel_h == 1 && weight.kernel_w == 1 && weight.channels % 32 == 0;
+}
+
+bool steps_of_1(const ConvSpec& spec) { return spec.stride_h == 1 && spec.stride_w == 1; }
+
+bool in_phases(const ConvSpec& spec) {
+  return steps_of_1(spec) && spec.upsample && (spec.top + spec.bottom) % 2 == 0 &&
+         (spec.left + spec.right) % 2 == 0;
+}
+
+}  // namespace
+
+const std::vector<ConvAlgorithm>& conv2d_algorithms() {
+  // 16 tiles of F(4x4): with fewer its transforms and its weight's 36 planes do not pay.
+  constexpr int64_t kPixels = 16 * 16;
+  static const std::vector<ConvAlgorithm> list{
+      {.name = "direct",
+       .purpose = "all convolutions",
+       .gated_multiple = 256,
+       .strict = true,
+       .cost = {.share = 0.75},
+       .pack = FASTDIFF_KERNEL(conv2d_direct_pack),
+       .run = FASTDIFF_KERNEL(conv2d_direct)},
+      {.name = "winograd2",
+       .purpose = "3x3 kernels and stride 1",
+       .packs = of_3x3,
+       .suits = steps_of_1,
+       .cost = {.share = 0.5, .narrow = 16, .narrow_share = 0.9},
+       .pack = FASTDIFF_KERNEL(conv2d_winograd2_pack),
+       .run = FASTDIFF_KERNEL(conv2d_winograd2)},
+      {.name = "winograd4",
+       .purpose = "3x3 kernels and stride 1",
+       .packs = of_3x3,
+       .suits = steps_of_1,
+       .cost = {.share = 0.35,
+                .narrow = 16,
+                .narrow_share = 0.95,
+                .small = kPixels,
+                .small_share = 0.6},
+       .pack = FASTDIFF_KERNEL(conv2d_winograd4_pack),
+       .run = FASTDIFF_KERNEL(conv2d_winograd4)},
+      // Packed it takes 7/4 of the direct one's memory.
+      {.name = "strassen",
+       .purpose = "1x1 kernels and channels in multiples of 32",
+       .packs = of_halves,
+       .gated_multiple = 256,
+       .cost = {.share = 0.7,
+                .narrow = 256,
+                .narrow_share = 0.8,
+                .small = 256,
+                .small_share = 0.8,
+                .handicap = 0.98},
+       .pack = FASTDIFF_KERNEL(conv2d_strassen_pack),
+       .run = FASTDIFF_KERNEL(conv2d_strassen)},
+      // Packed it takes 100/36 of winograd4's memory.
+      {.name = "phases4",
+       .purpose = "3x3 kernels, stride 1, upsampled images and even sums of padding",
+       .packs = of_3x3,
+       .suits = in_phases,
+       .cost = {.share = 0.27,
+                .narrow = 16,
+                .narrow_share = 0.95,
+                .small = kPixels,
+                .small_share = 0.6,
+                .handicap = 0.95},
+       .pack = FASTDIFF_KERNEL(conv2d_phases4_pack),
+       .run = FASTDIFF_KERNEL(conv2d_phases4)},
+  };
+  return list;
+}
+
+const ConvAlgorithm& conv2d_algorithm(int64_t number) {
+  const auto& list = conv2d_algorithms();
+  TORCH_CHECK_VALUE(number >= 0 && number < static_cast<int64_t>(list.size()), "unknown algorithm ",
+                    number, ", wanted 0 to ", list.size() - 1);
+  return list[number];
+}
+
+std::optional<std::string> ConvAlgorithm::refusal(const ConvSpec& spec) const {
+  if (fastdiff::isa() < isa) return std::string(name) + " needs " + isa_name(isa);
+  if (!packs(spec) || !suits(spec)) return std::string(name) + " is for " + purpose;
+  if (spec.gated && gated_multiple == 0) return std::string(name) + " computes nothing gated";
+  if (spec.gated && spec.filters % gated_multiple != 0)
+    return std::string(name) + " gates filters in multiples of " + std::to_string(gated_multiple);
+  return std::nullopt;
+}
+
+int64_t ConvAlgorithm::packed_count(const ConvWeight& weight) const {
+  TORCH_CHECK_VALUE(
+      packs(weight), name, " is for ", purpose, ", got a weight of ",
+      at::IntArrayRef({weight.filters, weight.channels, weight.kernel_h, weight.kernel_w}));
+  int64_t count = 0;
+  pack(weight, nullptr, nullptr, &count, {1, nullptr});
+  return count;
+}
+
+bool ConvAlgorithm::takes(at::ScalarType dtype) const {
+  return std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end();
+}
+
+}  // namespace fastdiff

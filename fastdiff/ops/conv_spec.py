@@ -1,0 +1,90 @@
+"""What a convolution is, apart from the tensors that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+_MOST = 2**63 - 1  # what an operator's schema can carry
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A convolution with what it reads and writes through; the same for images of any size.
+
+    Attributes:
+        filters: K of the weight [K, C, R, S].
+        channels: C of the weight.
+        kernel: R and S, its height and width.
+        stride: down and across.
+        padding: zeros above, below, left and right of what the convolution reads.
+        upsample: each pixel is read twice in both directions (nearest, 2x).
+        silu: what is read goes through SiLU, behind a norm if there is one.
+        gated: the result is a * gelu(b), [a, b] being the halves of the K channels.
+        statistics: mean and variance of the result are wanted too.
+
+    Raises:
+        ValueError: a size or a distance that no convolution has.
+    """
+
+    filters: int
+    channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    upsample: bool = False
+    silu: bool = False
+    gated: bool = False
+    statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.kernel) != 2 or not all(1 <= size <= _MOST for size in self.weight):
+            raise ValueError(f"wanted a weight [K, C, R, S] of 1 or more each, got {self.weight}")
+        strides = len(self.stride) == 2 and all(1 <= step <= _MOST for step in self.stride)
+        if not strides or len(self.padding) != 4 or not all(0 <= p <= _MOST for p in self.padding):
+            raise ValueError(
+                "wanted two strides of 1 or more and four paddings of 0 or more, "
+                f"got {self.stride} and {self.padding}"
+            )
+
+    def __str__(self) -> str:
+        return (
+            f"a weight of {self.weight}, stride {self.stride}, padding {self.padding} and "
+            f"upsample {self.upsample}"
+        )
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """The weight's shape [K, C, R, S]."""
+        return (self.filters, self.channels, *self.kernel)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each pixel of the result is computed from the one pixel in its place."""
+        plain = self.stride == (1, 1) and not any(self.padding) and not self.upsample
+        return self.kernel == (1, 1) and plain
+
+    @property
+    def bare(self) -> ConvSpec:
+        """The convolution alone, without what it reads and writes through but the upsampling."""
+        return replace(self, silu=False, gated=False, statistics=False)
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the result for images of height and width ``size``."""
+        up, (top, bottom, left, right) = 2 if self.upsample else 1, self.padding
+        return (
+            (up * size[0] + top + bottom - self.kernel[0]) // self.stride[0] + 1,
+            (up * size[1] + left + right - self.kernel[1]) // self.stride[1] + 1,
+        )
+
+    def encode(self) -> tuple[int, ...]:
+        """The numbers that the operator ``fastdiff::conv2d`` takes (csrc/cpu/conv2d_spec.cpp)."""
+        flags = (self.upsample, self.silu, self.gated, self.statistics)
+        return (*self.weight, *self.stride, *self.padding, *map(int, flags))
+
+    @classmethod
+    def decode(cls, numbers: Sequence[int]) -> ConvSpec:
+        """What ``numbers`` encode."""
+        k, c, r, s, down, across, top, bottom, left, right, *flags = numbers
+        padding = (top, bottom, left, right)
+        return cls(k, c, (r, s), (down, across), padding, *map(bool, flags))
