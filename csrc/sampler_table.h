@@ -1,9 +1,10 @@
-// The layout of a row of a sampler's table, which fastdiff/samplers/table.py explains.
+// The layout of a row of a sampler's table. fastdiff/samplers/table.py says what each column means,
+// and a test compares the enumeration with COLUMNS of fastdiff/ops/sampler_step.py.
 #pragma once
 
 namespace fastdiff {
 
-// The columns; those of the history follow, one a slot.
+// The columns. Those of the history's slots follow, one a slot.
 enum SamplerColumn {
   kGuidance,
   kRescale,

@@ -21,8 +21,16 @@ from fastdiff.ops.gpu import on_gpu
 from fastdiff.ops.philox_normal import check_seed
 from fastdiff.ops.profiling import ranged
 
-COUNT = 18  # coefficients in a row before those of the history: fastdiff.samplers.table has them
-DEPTH = 8  # slots of the history, at most
+# The coefficients of a row, in their order. Those of the history's slots follow. What each means is
+# said in fastdiff/samplers/table.py. Kernels know them by csrc/sampler_table.h and by the constants
+# of kernels/sampler_step.py.
+COLUMNS = (
+    "guidance", "rescale",
+    "x0_x", "x0_m", "clip_min", "clip_max", "quantile",
+    "out_x", "out_x0", "out_m", "noise", "logvar", "logvar_v",
+    "keep_x", "keep_x0", "keep_m", "keep_noise", "slot",
+)  # fmt: skip
+MAX_HISTORY = 8  # slots
 
 torch.library.define(
     "fastdiff::sampler_step",
@@ -59,12 +67,12 @@ def sampler_step(
         history: None for a table without history (K = 0), or [K, N, C, ...] in the table's dtype,
             of which the row's slot is written; see :func:`new_history`. A slot whose coefficient is
             0 is not read.
-        noise: standard normal noise like x; None draws it from ``seed``, or is no noise.
+        noise: standard normal noise like x; None takes that of ``seed``, or, without it, no noise.
         table: coefficients [R, 18 + K], float32 (float64 for float64 images), on x's device.
         step: the row, an int64 tensor of one element on x's device (so that a captured loop can
             advance it there).
         seed: int64 [N, 2], for each image its seed and its number: noise is that of
-            :func:`philox_normal` with ``step`` as its row, drawn on the way.
+            :func:`philox_normal` with ``step`` as its row, computed on the way.
         out: where the result goes, like x, and may be x itself; None makes a new tensor.
 
     Returns:
@@ -86,11 +94,12 @@ def sampler_step(
 
 
 def sampler_step_for(x: Tensor) -> Callable[..., None]:
-    """What :func:`sampler_step` runs on tensors like ``x``, for a loop that has checked them.
+    """The function that :func:`sampler_step` runs on tensors like ``x``, without its checks.
 
     Returns:
-        A function of x, model_out, history, noise, table, step, seed and out, in this order, with
-        the backend as it is now. A kernel still refuses what does not fit.
+        A function of x, model_out, history, noise, table, step, seed and out, in this order, on
+        the backend that is set now. It is for a loop that has checked its tensors once; a kernel
+        still refuses tensors that do not fit.
     """
     return ranged("sampler_step", _kernel if kernel_runs(x) else reference.sampler_step)
 
@@ -103,8 +112,8 @@ def new_history(x: Tensor, depth: int) -> Tensor:
     Raises:
         ValueError: ``depth`` outside 0..8.
     """
-    if not 0 <= depth <= DEPTH:
-        raise ValueError(f"depth must lie in 0..{DEPTH}, got {depth}")
+    if not 0 <= depth <= MAX_HISTORY:
+        raise ValueError(f"depth must lie in 0..{MAX_HISTORY}, got {depth}")
     strides = (x.numel(), *torch.empty_like(x).stride())
     dtype = wide_dtype(x.dtype)
     return torch.empty_strided((depth, *x.shape), strides, dtype=dtype, device=x.device).zero_()
@@ -134,19 +143,19 @@ def _check(
     depth = 0
     if history is not None:
         depth = history.shape[0] if history.ndim else 0
-        if history.shape != (depth, *x.shape) or depth > DEPTH:
+        if history.shape != (depth, *x.shape) or depth > MAX_HISTORY:
             raise ValueError(
-                f"history must have shape [K, {', '.join(map(str, x.shape))}] with K <= {DEPTH}, "
-                f"got {tuple(history.shape)}"
+                f"history must have shape [K, {', '.join(map(str, x.shape))}] with K <= "
+                f"{MAX_HISTORY}, got {tuple(history.shape)}"
             )
         if history.dtype != wide:
             raise TypeError(f"history must be {wide} for {x.dtype} images, got {history.dtype}")
         check_device(history, x, "history", "x")
     if noise is not None:
         check_like(noise, x, "noise", "x")
-    if table.ndim != 2 or table.shape[1] != COUNT + depth:
+    if table.ndim != 2 or table.shape[1] != len(COLUMNS) + depth:
         raise ValueError(
-            f"table must have shape [R, {COUNT + depth}] for a history of {depth}, "
+            f"table must have shape [R, {len(COLUMNS) + depth}] for a history of {depth}, "
             f"got {tuple(table.shape)}"
         )
     if table.dtype != wide:

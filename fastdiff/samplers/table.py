@@ -32,14 +32,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.per_device import PerDevice
+from fastdiff.ops.sampler_step import COLUMNS as COLUMNS
+from fastdiff.ops.sampler_step import MAX_HISTORY as MAX_HISTORY
 
-COLUMNS = (
-    "guidance", "rescale",
-    "x0_x", "x0_m", "clip_min", "clip_max", "quantile",
-    "out_x", "out_x0", "out_m", "noise", "logvar", "logvar_v",
-    "keep_x", "keep_x0", "keep_m", "keep_noise", "slot",
-)  # fmt: skip
-MAX_HISTORY = 8
 FORMAT = "fastdiff sampler table"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fastdiff.samplers.grids import Point
 from fastdiff.samplers.sampler import EPS, X0, Keep, Row
 from fastdiff.samplers.table import MAX_HISTORY
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEDULE = schedules.linear(100)
 ZERO_SNR = schedules.rescale_zero_terminal_snr(SCHEDULE)
 
@@ -34,6 +37,19 @@ def table(rows=2, depth=0, **columns):
         torch.arange(rows),
         torch.ones(rows + 1, 2, dtype=torch.float64),
     )
+
+
+def test_every_language_has_the_columns_of_python_in_their_order():
+    header = (ROOT / "csrc" / "sampler_table.h").read_text(encoding="utf-8")
+    (enumeration,) = re.findall(r"enum SamplerColumn \{([^}]*)\}", header)
+    camel = ["k" + name.title().replace("_", "") for name in COLUMNS]
+    assert re.findall(r"\w+", enumeration) == [*camel, "kSamplerColumns"]
+    assert re.findall(r"kSamplerDepth = (\d+);", header) == [str(MAX_HISTORY)]
+
+    triton = (ROOT / "kernels" / "sampler_step.py").read_text(encoding="utf-8")
+    constants = dict(re.findall(r"^(\w+) = tl\.constexpr\((\d+)\)$", triton, re.MULTILINE))
+    wanted = {name.upper(): str(index) for index, name in enumerate(COLUMNS)}
+    assert constants == {"COLUMNS": str(len(COLUMNS)), **wanted}
 
 
 def test_a_row_means_what_the_docstring_says():
