@@ -1,9 +1,9 @@
 """w_n mean((prediction - p_n x0 - q_n z)^2) of each image, and its gradient in the prediction.
 
 The images are walked flat, whatever their layout, all in the same one. With x0 and z given, forward
-reads 3 S for an activation of S bytes, backward reads 3 S and writes 1 S: the least there is. What
-is not given is not read, and z drawn from a seed never is in memory: both save 1 S, and the second
-costs the arithmetic of kernels/philox.py each time.
+reads 3 S for an activation of S bytes, backward reads 3 S and writes 1 S: the least there is. A
+tensor that is not given is not read, which saves 1 S. Noise z from a seed is never in memory, which
+saves 1 S too and costs the arithmetic of kernels/philox.py in each pass.
 
 Forward is one kernel where an image is little beside what a program reads while another kernel
 starts, or where there are enough images for all SMs: then a program has whole images, one or
@@ -199,7 +199,7 @@ class _Inputs(NamedTuple):
         return math.prod(int(length) for length in self.prediction.shape[1:])
 
     def layout(self, memory_format: torch.memory_format) -> dict[str, int]:
-        """CHANNELS and CHANNELS_LAST, which count where noise is drawn."""
+        """CHANNELS and CHANNELS_LAST, which noise from a seed depends on."""
         last = memory_format != torch.contiguous_format and self.seed is not None
         return {"CHANNELS": self.prediction.shape[1] if last else 1, "CHANNELS_LAST": last}
 
@@ -360,6 +360,6 @@ def denoising_loss_from_seed_backward(
     target_noise: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """Its gradient in ``prediction``, with the noise drawn again."""
+    """Its gradient in ``prediction``, with the noise computed again."""
     tables = (target_x0, target_noise, weight)
     return _backward(grad, prediction, x0, None, seed, row, t, *tables)

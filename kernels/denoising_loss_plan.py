@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastdiff.kernels.group_norm_plan import CARD, LAUNCH, SM, SMS
 from fastdiff.kernels.tiles import ceil_power, tile
 
-DRAWN = 8  # bytes that the card moves while it draws an element's noise
+NOISE = 8  # bytes that the card moves while it computes an element's noise from a seed
 THREADS = 512  # of the largest program
 
 
@@ -27,40 +27,41 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(images: int, elements: int, itemsize: int, read: int, drawn: bool) -> Plan:
-    """Whole images or pieces, what is quicker by the estimates of ``group_norm_plan``.
+def plan(images: int, elements: int, itemsize: int, read: int, seeded: bool) -> Plan:
+    """Whole images or pieces, whichever is quicker by the estimates of ``group_norm_plan``.
 
     Args:
         images, elements: how many, and how many each has.
         itemsize: bytes of an element.
         read: activations that are read.
-        drawn: whether noise is drawn.
+        seeded: whether the noise is computed from a seed.
     """
-    whole = _whole(images, elements, itemsize, drawn)
-    share = elements * (read * itemsize + DRAWN * drawn)
+    whole = _whole(images, elements, itemsize, seeded)
+    share = elements * (read * itemsize + NOISE * seeded)
     programs = -(-images // whole.rows)
     alone = -(-programs // SMS) * whole.rows * share / SM
     everything = images * share / CARD
     once, twice = max(everything, alone), everything + LAUNCH
-    return whole if once <= twice else _split(images, elements, itemsize, drawn)
+    return whole if once <= twice else _split(images, elements, itemsize, seeded)
 
 
-def _whole(images: int, elements: int, itemsize: int, drawn: bool) -> Plan:
-    """One image in tiles of up to 512 threads, 8 to 16 elements each, or several that are smaller
-    than a tile of ``tiles.tile``. Where noise is drawn, which takes registers, 8 elements at most.
+def _whole(images: int, elements: int, itemsize: int, seeded: bool) -> Plan:
+    """One image in tiles of up to 512 threads, 8 to 16 elements each, or several images that are
+    smaller than a tile of ``tiles.tile``. Noise from a seed takes registers: then 8 elements at
+    most.
     """
-    columns = max(min(ceil_power(elements), THREADS * (8 if drawn else 16)), 4)
+    columns = max(min(ceil_power(elements), THREADS * (8 if seeded else 16)), 4)
     rows = tile(images, columns, itemsize).rows if elements <= columns else 1
     warps = max(1, min(THREADS // 32, rows * columns // 256))
     return Plan(rows, columns, -(-elements // columns), 1, warps)
 
 
-def _split(images: int, elements: int, itemsize: int, drawn: bool) -> Plan:
-    """Pieces of an image, four programs an SM: tiles of two vectors of 16 bytes a thread at most,
-    of one where noise is drawn.
+def _split(images: int, elements: int, itemsize: int, seeded: bool) -> Plan:
+    """Pieces of an image, four programs an SM. A thread has at most two vectors of 16 bytes of a
+    tile, or one where the noise is computed from a seed.
     """
     vector = 16 // itemsize
-    largest = 128 * vector * (1 if drawn else 2)
+    largest = 128 * vector * (1 if seeded else 2)
     wanted = -(-images * elements // (4 * SMS))
     columns = min(max(ceil_power(wanted), 32 * vector), largest)
     loops = -(-wanted // columns)

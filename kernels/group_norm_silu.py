@@ -49,7 +49,10 @@ from fastdiff.kernels.channel_tiles import (
     whole_vectors,
 )
 from fastdiff.kernels.group_norm_plan import plan, split
+from fastdiff.kernels.group_norm_silu_backward import group_norm_silu_backward
 from fastdiff.kernels.launch import launch
+
+__all__ = ["group_norm_silu", "group_norm_silu_backward"]
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, one timestep an image.
 
-The images are walked flat, whatever their layout, all in the same one. Given noise: reads 2 S and
-writes 1 S for an activation of S bytes. Drawn noise: reads 1 S and writes 1 S, for it is never in
-memory: who needs it again draws it again. Both are the least there is. The products and the sum
-are in float32, drawn noise too, and x_t is rounded once.
+The images are walked flat, whatever their layout, all in the same one. ``q_sample`` takes the noise
+as a tensor: it reads 2 S and writes 1 S for an activation of S bytes. ``q_sample_from_seed``
+computes the noise from a seed: it reads 1 S and writes 1 S, for the noise is never in memory, and a
+kernel that needs it later computes it again. Both are the least there is. The products, the sum and
+noise from a seed are in float32, and x_t is rounded once.
 
 A timestep is read and judged by the program that needs it: one outside the tables reads nothing
 and makes its image NaN.

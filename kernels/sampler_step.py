@@ -5,12 +5,12 @@
     x' = out_x x + out_x0 x0 + out_m m + sum h_j history_j + noise exp((logvar + logvar_v v) / 2) z
     history[slot] = keep_x x + keep_x0 x0 + keep_m m + keep_noise z
 
-Layout: x [N, C, pixels] or [N, pixels, C], walked flat, all images in one unless noise is drawn or
-the model's output has variance channels: then m and v of an image follow each other, or of each
-pixel. Reads x, m (m_u and m_c), and, where the row has a coefficient for them, v, z and slots of
-the history, each once; writes x' and the slot. That is 3 L for latents of L bytes without guidance,
-history and noise, 4 L with guidance, and one float32 an element for each slot read or written: the
-least there is. Noise from a seed never goes to memory.
+Layout: x [N, C, pixels] or [N, pixels, C], walked flat, all images in one unless noise comes from a
+seed or the model's output has variance channels: then m and v of an image follow each other, or of
+each pixel. Reads x, m (m_u and m_c), and, where the row has a coefficient for them, v, z and slots
+of the history, each once; writes x' and the slot. That is 3 L for latents of L bytes without
+guidance, history and noise, 4 L with guidance, and one float32 an element for each slot read or
+written: the least there is. Noise from a seed never goes to memory.
 
 One launch, whatever the row says: a program reads the row by the step's number in device memory and
 branches on its coefficients, so a captured graph serves all rows. Slots, noise and variance are
@@ -46,7 +46,9 @@ from fastdiff.kernels.sampler_step_image import (
     threshold,
 )
 
-COLUMNS = tl.constexpr(18)  # before those of the history
+# The columns of a row, as COLUMNS in fastdiff/ops/sampler_step.py has them, which a test compares;
+# those of the history's slots follow.
+COLUMNS = tl.constexpr(18)
 GUIDANCE = tl.constexpr(0)
 RESCALE = tl.constexpr(1)
 X0_X = tl.constexpr(2)

@@ -1,6 +1,8 @@
-// Group normalisation as a gain and an offset of each image and channel, from statistics that were
-// taken where the tensor was written. A few hundred numbers an image: no vectors, and threads only
-// for a tensor whose statistics have to be taken here.
+// fastdiff::channel_statistics and fastdiff::group_norm_coefficients on CPU tensors. The arithmetic
+// of the first is in kernels/group_norm_coefficients.cpp. That of the second is here: coefficients
+// are a few hundred numbers an image, too few for vectors or threads.
+#include "cpu/kernels/group_norm_coefficients.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -8,7 +10,6 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/kernels/channel_statistics.h"
 #include "cpu/tensors.h"
 
 namespace fastdiff {

@@ -12,10 +12,10 @@ inline Pieces pieces_of(const at::Tensor& x, at::MemoryFormat format) {
   if (format != at::MemoryFormat::Contiguous && x.size(1) < image) {
     p.channels = x.size(1);
     p.pixels = image / p.channels;
-    p.width = std::min(p.channels, kPiece / std::min(p.pixels, kDrawnBlock));
+    p.width = std::min(p.channels, kPiece / std::min(p.pixels, kNoiseBlock));
   }
   const int64_t fit = kPiece / p.width;
-  p.length = p.pixels <= fit ? p.pixels : fit / kDrawnBlock * kDrawnBlock;
+  p.length = p.pixels <= fit ? p.pixels : fit / kNoiseBlock * kNoiseBlock;
   p.across = (p.channels + p.width - 1) / p.width;
   p.count = p.across * ((p.pixels + p.length - 1) / p.length);
   return p;

@@ -65,7 +65,8 @@ void sampler_step_cpu(const at::Tensor& x, const at::Tensor& model_out,
     sizes.append(x.sizes().begin(), x.sizes().end());
     check_tensor(*history, sizes, wide, "history");
   }
-  TORCH_CHECK_VALUE(table.dim() == 2, "table must be [R, 18 + K], got ", table.sizes());
+  TORCH_CHECK_VALUE(table.dim() == 2, "table must be [R, ", static_cast<int>(kSamplerColumns),
+                    " + K], got ", table.sizes());
   check_tensor(table, {table.size(0), kSamplerColumns + depth}, wide, "table");
   TORCH_CHECK_TYPE(step.scalar_type() == at::kLong && step.numel() == 1,
                    "step must be an int64 tensor of one element");
@@ -113,17 +114,17 @@ void sampler_step_cpu(const at::Tensor& x, const at::Tensor& model_out,
   args.x = a.const_data_ptr();
   args.model_out = m.const_data_ptr();
 
-  const bool drawn = (noise || seed) && (row[kNoise] != 0 || row[kKeepNoise] != 0);
-  args.learned = has_variance && drawn && row[kNoise] != 0 && row[kLogvarV] != 0;
+  const bool noisy = (noise || seed) && (row[kNoise] != 0 || row[kKeepNoise] != 0);
+  args.learned = has_variance && noisy && row[kNoise] != 0 && row[kLogvarV] != 0;
   at::Tensor z, seeds;
-  if (drawn && noise) {
+  if (noisy && noise) {
     z = noise->contiguous(format);
     args.noise = z.const_data_ptr();
-  } else if (drawn && format == at::MemoryFormat::Contiguous) {
+  } else if (noisy && format == at::MemoryFormat::Contiguous) {
     seeds = seed->contiguous();
     args.seed = seeds.const_data_ptr<int64_t>();
     args.step = static_cast<uint32_t>(index);
-  } else if (drawn) {  // elements are counted channels-first
+  } else if (noisy) {  // the generator counts elements channels-first
     z = at::empty(x.sizes(), x.options().dtype(wide));
     fill_philox_normal(*seed, static_cast<uint32_t>(index), z);
     z = z.contiguous(format);

@@ -13,8 +13,8 @@ struct DenoisingLossArgs {
   int64_t images, channels, pixels;
   const void* prediction;
   const void* x0;       // null: target_x0 counts as 0
-  const void* noise;    // null, unless there are seeds: target_noise counts as 0
-  const int64_t* seed;  // [images, 2], contiguous, where the noise is drawn, else null
+  const void* noise;    // null where there is a seed; null without one: target_noise counts as 0
+  const int64_t* seed;  // [images, 2], contiguous, of the noise, or null
   const int64_t* row;   // one element, of which the low word counts
   const int64_t* t;     // [images]; outside 0..steps-1 the image's loss and gradient are NaN
   int64_t steps;

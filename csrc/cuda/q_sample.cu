@@ -1,11 +1,13 @@
-// x_t = signal[t] x_0 + sigma[t] noise, the noise given or drawn here from a seed.
+// x_t = signal[t] x_0 + sigma[t] noise. The noise is given, or computed here from a seed.
 //
-// q_sample: reads 2 S and writes 1 S for images of S bytes, which is the least there is; the
-// tensors share a layout, whichever it is, and are walked flat. q_sample_from_seed: reads 1 S and
-// writes 1 S, the least there is; the noise is never in memory, nor rounded, and who needs it again
-// draws it again. Which elements a thread takes is drawn_unit.cuh's business.
+// q_sample reads 2 S and writes 1 S for images of S bytes, the least possible. The tensors share a
+// layout, whichever it is, and are walked flat.
+//
+// q_sample_from_seed reads 1 S and writes 1 S, the least possible. The noise is never in memory and
+// never rounded: a kernel that needs it later computes it again. noise_unit.cuh says which elements
+// a thread takes.
 #include "cuda/access.cuh"
-#include "cuda/drawn_unit.cuh"
+#include "cuda/noise_unit.cuh"
 #include "cuda/q_sample.h"
 
 namespace fastdiff::cuda {
@@ -24,7 +26,7 @@ struct Coefficients {
     }
   }
 
-  // Rounded the same way in both kernels: float32 noise gives the same x_t, given or drawn.
+  // Both kernels round in the same way: float32 noise that is given yields the x_t of its seed.
   __device__ __forceinline__ float operator()(float x0, float noise) const {
     return __fmaf_rn(signal, x0, sigma * noise);
   }
@@ -64,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) q_sample_kernel(QSampleArgs a) {
 
 template <class T, int W, int Form>
 __global__ void __launch_bounds__(kThreads)
-    q_sample_from_seed_kernel(QSampleFromSeedArgs a, DrawnImage image) {
-  using Unit = DrawnUnit<T, W, Form>;
+    q_sample_from_seed_kernel(QSampleFromSeedArgs a, NoiseImage image) {
+  using Unit = NoiseUnit<T, W, Form>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= image.units) return;
   const Unit unit(image, i);
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
       if (unit.inside(v)) x[v] = load<W>(x0 + unit.at(v));
     const Coefficients noised(a, n);
     float z[Unit::kVectors][W];
-    unit.draw(PhiloxStream(a.seed + 2 * n, static_cast<uint32_t>(load_one(a.row))), z);
+    unit.fill(PhiloxStream(a.seed + 2 * n, static_cast<uint32_t>(load_one(a.row))), z);
 #pragma unroll
     for (int v = 0; v < Unit::kVectors; ++v) {
       if (!unit.inside(v)) continue;
@@ -113,9 +115,9 @@ void q_sample_cuda(const QSampleArgs& a, Stream stream) {
 void q_sample_from_seed_cuda(const QSampleFromSeedArgs& a, Stream stream) {
   for_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    for_drawn_unit<T>(
+    for_noise_unit<T>(
         a.channels_last, a.channels, a.pixels, common_alignment(a.x0, a.out),
-        [&](auto width, auto form, const DrawnImage& image) {
+        [&](auto width, auto form, const NoiseImage& image) {
           const FlatPlan plan = flat_plan(image.units, a.images, 1);
           FASTDIFF_LAUNCH(
               q_sample_from_seed_kernel<T, decltype(width)::value, decltype(form)::value>,

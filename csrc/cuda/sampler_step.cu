@@ -12,7 +12,7 @@
 // the slot. Of images of L bytes: 3 L, guided 4 L, and 1 L for each of v and z where they have a
 // coefficient, and 4 bytes an element for each slot read or written. That is the least there is.
 // Each block reads the row, too. What images as a whole need (sampler_step_image.cu) comes on top
-// where the row asks for it. Noise from a seed is drawn on the chip and never goes to memory.
+// where the row asks for it. Noise from a seed is computed on the chip and never goes to memory.
 //
 // Why so: everything that depends on the row is decided here, by branches that all threads of the
 // launch take alike, so that the host never waits for a step that the device counts. The first
@@ -37,8 +37,8 @@ constexpr int64_t kManyPacks = 65536;
 // memory are of different channels here, or not aligned to a counter's four.
 //
 // If 4 divides the pixels, a counter's values are of one channel and pixels 4 g .. 4 g + 3, which
-// lie C elements apart: where the range holds that many, each counter is drawn once, and gives what
-// of it lies in the range. streams[n - first_image] is that of image n.
+// lie C elements apart: where the range holds that many, each counter is computed once, and gives
+// what of it lies in the range. streams[n - first_image] is that of image n.
 __device__ __forceinline__ void draw_shared(const SamplerStepArgs& a, const PhiloxStream* streams,
                                             int64_t first_image, int64_t first, int64_t end,
                                             float* z) {
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kThreads, 2) sampler_step_kernel(SamplerStepAr
   read_next(own());
   const float* row = read_row(a);
   const bool rescaled = rescales(a, row), thresholded = thresholds(row);
-  const bool drawn = row[kNoise] != 0 || row[kKeepNoise] != 0;
-  const bool noisy = drawn && (a.noise || a.seed), seeded = drawn && a.seed;
+  const bool wanted = row[kNoise] != 0 || row[kKeepNoise] != 0;
+  const bool noisy = wanted && (a.noise || a.seed), seeded = wanted && a.seed;
   const bool learned = a.has_variance && row[kNoise] != 0 && row[kLogvarV] != 0;
   float* kept = nullptr;  // the slot that is written
   if (row[kSlot] >= 0 && row[kSlot] < static_cast<float>(a.depth))

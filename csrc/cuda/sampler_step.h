@@ -30,7 +30,7 @@ struct SamplerStepArgs {
   const int64_t* seed;  // [N, 2], contiguous, or null; not with noise
   void* out;
 
-  const float* table;  // [rows, 18 + depth], of any strides, counted in elements
+  const float* table;  // [rows, kSamplerColumns + depth], of any strides, counted in elements
   int64_t rows, row_stride, column_stride;
   const int64_t* step;  // the row, on the device. Outside 0..rows-1, `out` becomes NaN and no slot
                         // is written

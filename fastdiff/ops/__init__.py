@@ -7,15 +7,13 @@ from fastdiff.ops.add_time_embedding import add_time_embedding
 from fastdiff.ops.attention import attention
 from fastdiff.ops.conv2d import conv2d, conv2d_pack
 from fastdiff.ops.conv_epilogue import conv_epilogue
-from fastdiff.ops.denoising_loss import denoising_loss
-from fastdiff.ops.denoising_loss_from_seed import denoising_loss_from_seed
+from fastdiff.ops.denoising_loss import denoising_loss, denoising_loss_from_seed
 from fastdiff.ops.ema_update import ema_update
 from fastdiff.ops.geglu import geglu
 from fastdiff.ops.group_norm_coefficients import channel_statistics, group_norm_coefficients
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
-from fastdiff.ops.q_sample import q_sample
-from fastdiff.ops.q_sample_from_seed import q_sample_from_seed
+from fastdiff.ops.q_sample import q_sample, q_sample_from_seed
 from fastdiff.ops.sampler_step import new_history, sampler_step, sampler_step_for
 from fastdiff.ops.upsample_nearest2x import upsample_nearest2x
 

@@ -1,4 +1,8 @@
-"""The weighted squared error of a prediction against p x_0 + q noise, which is never stored."""
+"""The weighted squared error of a prediction against p x_0 + q noise, which is never stored.
+
+``denoising_loss`` takes the noise as a tensor. ``denoising_loss_from_seed`` computes it from a seed
+where it is needed, so the noise is never in memory.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from fastdiff.common.checks import (
 from fastdiff.ops import reference
 from fastdiff.ops.dispatch import check_devices, differentiable, dispatch, fake_like
 from fastdiff.ops.gpu import on_gpu
+from fastdiff.ops.philox_normal import check_row, check_seed
 
 torch.library.define(
     "fastdiff::denoising_loss",
@@ -28,9 +33,23 @@ torch.library.define(
     "(Tensor grad, Tensor prediction, Tensor? x0, Tensor? noise, Tensor t, Tensor target_x0, "
     "Tensor target_noise, Tensor weight) -> Tensor",
 )
+torch.library.define(
+    "fastdiff::denoising_loss_from_seed",
+    "(Tensor prediction, Tensor? x0, Tensor seed, Tensor row, Tensor t, Tensor target_x0, "
+    "Tensor target_noise, Tensor weight) -> Tensor",
+)
+torch.library.define(
+    "fastdiff::denoising_loss_from_seed_backward",
+    "(Tensor grad, Tensor prediction, Tensor? x0, Tensor seed, Tensor row, Tensor t, "
+    "Tensor target_x0, Tensor target_noise, Tensor weight) -> Tensor",
+)
 
 _kernel = differentiable(torch.ops.fastdiff.denoising_loss.default)
 _backward_kernel = differentiable(torch.ops.fastdiff.denoising_loss_backward.default)
+_kernel_from_seed = differentiable(torch.ops.fastdiff.denoising_loss_from_seed.default)
+_backward_kernel_from_seed = differentiable(
+    torch.ops.fastdiff.denoising_loss_from_seed_backward.default
+)
 
 
 def denoising_loss(
@@ -73,10 +92,51 @@ def denoising_loss(
     )
 
 
-def check_denoising_loss(
+def denoising_loss_from_seed(
+    prediction: Tensor,
+    x0: Tensor | None,
+    seed: Tensor,
+    row: Tensor,
+    t: Tensor,
+    target_x0: Tensor,
+    target_noise: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """weight_t mean((prediction - p_t x_0 - q_t noise)^2) of each image, with the noise of a seed.
+
+    The loss is that of :func:`denoising_loss`. Its noise is that of :func:`philox_normal` for
+    ``seed`` and ``row``, not rounded, the same that :func:`q_sample_from_seed` puts into x_t.
+    Forward and backward each compute it again.
+
+    Args:
+        prediction: [N, ...], floating point, channels-first or channels-last.
+        x0: clean images, like ``prediction``; None where p is 0 and they need not be read.
+        seed: int64 [N, 2], for each image its seed and its number.
+        row: which noise of that seed, an int64 tensor of one element on the device of
+            ``prediction``; its lowest 32 bits count.
+        t: timesteps [N], int64, in 0..T-1.
+        target_x0: p [T], float32 (float64 for a float64 prediction).
+        target_noise: q [T], likewise.
+        weight: [T], likewise.
+
+    Returns:
+        [N] in the tables' dtype. Differentiable in ``prediction`` and ``x0``, once.
+
+    Raises:
+        TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not fit.
+        IndexError: a timestep outside 0..T-1 (CPU tensors; on a GPU the loss is NaN).
+    """
+    return dispatch(
+        prediction, _kernel_from_seed, reference.denoising_loss_from_seed, _check_from_seed,
+        prediction, x0, seed, row, t, target_x0, target_noise, weight,
+    )  # fmt: skip
+
+
+def _check_all_but_noise(
     prediction: Tensor, x0: Tensor | None, t: Tensor, p: Tensor, q: Tensor, weight: Tensor
 ) -> None:
-    """Raise unless these are arguments of :func:`denoising_loss`."""
+    """Raise unless both operations can take these arguments, which they share."""
     check_floating(prediction, "prediction")
     if x0 is not None:
         check_like(x0, prediction, "x0", "prediction")
@@ -93,7 +153,7 @@ def check_denoising_loss(
     check_timesteps(t, prediction, p.numel())
 
 
-def check_loss_grad(grad: Tensor, prediction: Tensor) -> None:
+def _check_grad(grad: Tensor, prediction: Tensor) -> None:
     """Raise unless ``grad`` is the gradient of a loss [N] of ``prediction``."""
     if grad.shape != prediction.shape[:1]:
         raise ValueError(
@@ -109,7 +169,7 @@ def _check(
     prediction: Tensor, x0: Tensor | None, noise: Tensor | None, t: Tensor,
     p: Tensor, q: Tensor, weight: Tensor,
 ) -> None:  # fmt: skip
-    check_denoising_loss(prediction, x0, t, p, q, weight)
+    _check_all_but_noise(prediction, x0, t, p, q, weight)
     if noise is not None:
         check_like(noise, prediction, "noise", "prediction")
 
@@ -119,11 +179,30 @@ def _check_backward(
     p: Tensor, q: Tensor, weight: Tensor,
 ) -> None:  # fmt: skip
     _check(prediction, x0, noise, t, p, q, weight)
-    check_loss_grad(grad, prediction)
+    _check_grad(grad, prediction)
+
+
+def _check_from_seed(
+    prediction: Tensor, x0: Tensor | None, seed: Tensor, row: Tensor, t: Tensor,
+    p: Tensor, q: Tensor, weight: Tensor,
+) -> None:  # fmt: skip
+    _check_all_but_noise(prediction, x0, t, p, q, weight)
+    check_seed(seed, prediction)
+    check_row(row, prediction)
+
+
+def _check_backward_from_seed(
+    grad: Tensor, prediction: Tensor, x0: Tensor | None, seed: Tensor, row: Tensor, t: Tensor,
+    p: Tensor, q: Tensor, weight: Tensor,
+) -> None:  # fmt: skip
+    _check_from_seed(prediction, x0, seed, row, t, p, q, weight)
+    _check_grad(grad, prediction)
 
 
 on_gpu("denoising_loss", _check)
-on_gpu("denoising_loss_backward", _check_backward)
+on_gpu("denoising_loss_backward", _check_backward, family="denoising_loss")
+on_gpu("denoising_loss_from_seed", _check_from_seed, family="denoising_loss")
+on_gpu("denoising_loss_from_seed_backward", _check_backward_from_seed, family="denoising_loss")
 
 
 @torch.library.register_fake("fastdiff::denoising_loss")
@@ -137,6 +216,19 @@ def _fake_backward(grad, prediction, x0, noise, t, p, q, weight):  # type: ignor
     return fake_like(prediction, grad, x0, noise, t, p, q, weight)
 
 
+@torch.library.register_fake("fastdiff::denoising_loss_from_seed")
+def _fake_from_seed(prediction, x0, seed, row, t, p, q, weight):  # type: ignore[no-untyped-def]
+    check_devices(prediction, x0, seed, row, t, p, q, weight)
+    return weight.new_empty(prediction.shape[:1])
+
+
+@torch.library.register_fake("fastdiff::denoising_loss_from_seed_backward")
+def _fake_backward_from_seed(  # type: ignore[no-untyped-def]
+    grad, prediction, x0, seed, row, t, p, q, weight
+):
+    return fake_like(prediction, grad, x0, seed, row, t, p, q, weight)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
@@ -144,19 +236,26 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     _, _, _, t, p, q, _ = ctx.saved_tensors
     dprediction = _backward_kernel(grad, *ctx.saved_tensors)
-    dx0 = of_input(p, t, dprediction) if ctx.needs_input_grad[1] else None
-    dnoise = of_input(q, t, dprediction) if ctx.needs_input_grad[2] else None
+    dx0 = _of_target(p, t, dprediction) if ctx.needs_input_grad[1] else None
+    dnoise = _of_target(q, t, dprediction) if ctx.needs_input_grad[2] else None
     return dprediction, dx0, dnoise, None, None, None, None
 
 
-def of_input(factor: Tensor, t: Tensor, dprediction: Tensor) -> Tensor:
-    """The gradient of what the target has ``factor`` of."""
+def _backward_from_seed(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    _, _, _, _, t, p, _, _ = ctx.saved_tensors
+    dprediction = _backward_kernel_from_seed(grad, *ctx.saved_tensors)
+    dx0 = _of_target(p, t, dprediction) if ctx.needs_input_grad[1] else None
+    return dprediction, dx0, None, None, None, None, None, None
+
+
+def _of_target(factor: Tensor, t: Tensor, dprediction: Tensor) -> Tensor:
+    """The gradient of x0 or of the noise, of which the target has ``factor``[t]."""
     shape = (-1, *[1] * (dprediction.ndim - 1))
     return (-factor[t].view(shape) * dprediction).to(dprediction.dtype)
 
 
-def refuse_second_gradient(ctx, *grads: Tensor) -> NoReturn:  # type: ignore[no-untyped-def]
-    """A backward kernel has no derivative; without this PyTorch would take it for constant."""
+def _refuse_second_gradient(ctx, *grads: Tensor) -> NoReturn:  # type: ignore[no-untyped-def]
+    """A backward kernel has no derivative. Unless this refuses, PyTorch takes it for a constant."""
     raise NotImplementedError(
         "the denoising loss can be differentiated once; for a second time use "
         'fastdiff.backend("reference")'
@@ -164,4 +263,10 @@ def refuse_second_gradient(ctx, *grads: Tensor) -> NoReturn:  # type: ignore[no-
 
 
 torch.library.register_autograd("fastdiff::denoising_loss", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastdiff::denoising_loss_backward", refuse_second_gradient)
+torch.library.register_autograd("fastdiff::denoising_loss_backward", _refuse_second_gradient)
+torch.library.register_autograd(
+    "fastdiff::denoising_loss_from_seed", _backward_from_seed, setup_context=_setup_context
+)
+torch.library.register_autograd(
+    "fastdiff::denoising_loss_from_seed_backward", _refuse_second_gradient
+)

@@ -1,8 +1,8 @@
 """How operations reach the kernels for CUDA tensors, in Triton or in CUDA C++.
 
-Both take an operation's own arguments. torch.compile sees the Triton kernels behind the operation,
-as it does with ``torch.library.triton_op``, of which this is the mechanism for an operation that
-has kernels for a CPU too.
+A kernel's launcher takes its operation's own arguments. torch.compile sees the Triton kernels
+behind the operation, as it sees those behind a ``torch.library.triton_op``. That function itself
+cannot be used here: it would take the place of the operation's kernel for a CPU.
 """
 
 from __future__ import annotations
@@ -19,24 +19,21 @@ from torch.utils._pytree import tree_leaves
 
 from fastdiff.ops.backend import kernels_on_cuda, missing, on_cuda
 
-operations: set[str] = set()  # that have kernels for CUDA tensors
-
-TRITON_FILES = {  # of operations that share one with another
-    "denoising_loss_backward": "denoising_loss",
-    "denoising_loss_from_seed": "denoising_loss",
-    "denoising_loss_from_seed_backward": "denoising_loss",
-    "q_sample_from_seed": "q_sample",
-    "upsample_nearest2x_backward": "upsample_nearest2x",
-}
+operations: dict[str, str] = {}  # those with kernels for CUDA tensors, each with its family
 
 
-def on_gpu(name: str, check: Callable[..., None], *, traced: bool = True) -> None:
+def on_gpu(
+    name: str, check: Callable[..., None], *, family: str | None = None, traced: bool = True
+) -> None:
     """Give an operation its kernels for CUDA tensors.
 
     Args:
         name: an operation of the namespace fastdiff, already defined.
         check: called with the operation's arguments, raises if a kernel must not have them.
-        traced: whether torch.compile may look at the Triton kernels; not where they get addresses.
+        family: the family that the operation is a variant of; None where the family has its name.
+            The Triton launcher is in ``kernels/<family>.py``.
+        traced: whether torch.compile may look at the Triton kernels. It may not where they are
+            given the addresses of tensors.
     """
 
     def kernel(*args: Any) -> Any:
@@ -44,7 +41,7 @@ def on_gpu(name: str, check: Callable[..., None], *, traced: bool = True) -> Non
         return eager_kernel(name, kernels_on_cuda())(*args)
 
     torch.library.impl(f"fastdiff::{name}", "CUDA")(kernel)
-    operations.add(name)
+    operations[name] = family or name
     if not traced:
         return
 
@@ -61,7 +58,7 @@ def on_gpu(name: str, check: Callable[..., None], *, traced: bool = True) -> Non
 
 @cache
 def eager_kernel(name: str, where: str | None) -> Callable[..., Any]:
-    """What ``gpu_kernel`` gives, after which autograd knows of the tensors that were written."""
+    """What ``gpu_kernel`` gives, made to tell autograd which tensors it has written."""
     kernel = gpu_kernel(name, where)
     arguments = getattr(torch.ops.fastdiff, name).default._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
@@ -88,9 +85,9 @@ def _sees_triton(args: Any) -> bool:
 def gpu_kernel(name: str, where: str | None) -> Callable[..., Any]:
     """The function that computes an operation in Triton (``triton``) or CUDA C++ (``cuda``)."""
     if where == "triton":
-        module = importlib.import_module(f"fastdiff.kernels.{TRITON_FILES.get(name, name)}")
-        found: Callable[..., Any] = getattr(module, name)
-        return found
+        module = importlib.import_module(f"fastdiff.kernels.{operations[name]}")
+        launcher: Callable[..., Any] = getattr(module, name)
+        return launcher
     if where == "cuda":
         operation: Callable[..., Any] = getattr(torch.ops.fastdiff_cuda, name)
         return operation

@@ -156,7 +156,7 @@ def _check_backward(
 
 
 on_gpu("group_norm_silu", _check)
-on_gpu("group_norm_silu_backward", _check_backward)
+on_gpu("group_norm_silu_backward", _check_backward, family="group_norm_silu")
 
 
 @torch.library.register_fake("fastdiff::group_norm_silu")

@@ -47,7 +47,7 @@ def _check_backward(grad: Tensor) -> None:
 
 
 on_gpu("upsample_nearest2x", _check)
-on_gpu("upsample_nearest2x_backward", _check_backward)
+on_gpu("upsample_nearest2x_backward", _check_backward, family="upsample_nearest2x")
 
 
 @torch.library.impl("fastdiff::upsample_nearest2x", "CPU")

@@ -264,7 +264,7 @@ def _q_sample_from_seed(shapes: Shapes, kind: Kind) -> Iterator[Case]:
 
 
 def _denoising_loss(
-    name: str, drawn: bool = False, backward: bool = False
+    name: str, seeded: bool = False, backward: bool = False
 ) -> Callable[[Shapes, Kind], Iterator[Case]]:
     def make(shape: Sequence[int], x0: bool) -> Callable[[Source], Sequence[Any]]:
         n = shape[0]
@@ -272,14 +272,14 @@ def _denoising_loss(
         def arguments(s: Source) -> Sequence[Any]:
             grad = [s.values(n, dtype=torch.float32)] if backward else []
             images = s.image(*shape), s.image(*shape) if x0 else None
-            noise = (s.numbers(n, 2), s.numbers(1)) if drawn else (s.image(*shape),)
+            noise = (s.numbers(n, 2), s.numbers(1)) if seeded else (s.image(*shape),)
             weight = s.values(STEPS, dtype=torch.float32)
             return *grad, *images, *noise, s.numbers(n), *_schedule(s), weight
 
         return arguments
 
     def of_operation(shapes: Shapes, kind: Kind) -> Iterator[Case]:
-        moved = 3 - drawn + backward
+        moved = 3 - seeded + backward
         for shape in shapes.images:
             yield _case(name, shape, kind, make(shape, True), moved)
         shape = shapes.images[-2]

@@ -93,7 +93,6 @@ EXEMPTIONS = {
     ),
     ("cuda", "denoising_loss", "combine"): PARAMETERS,
     ("cuda", "denoising_loss", "denoising_loss_kernel"): LOSSES,
-    ("cuda", "denoising_loss_from_seed", "denoising_loss_kernel"): LOSSES,
     ("cuda", "group_norm_silu", "combine"): PARAMETERS,
     ("cuda", "group_norm_silu", "take_statistics"): SUMS,
     ("cuda", "group_norm_silu_backward", "combine"): PARAMETERS,

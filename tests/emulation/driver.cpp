@@ -209,13 +209,14 @@ void q_sample() {
 void denoising_loss() {
   struct Case {
     int64_t n, c, pixels;
-    bool drawn, x0;
+    bool seeded, x0;
   };
-  // Images that several threads, a block or several blocks take, with the noise given and drawn.
-  for (const bool drawn : {false, true})
+  // Images that several threads, a block or several blocks take, with noise that is given and that
+  // of seeds.
+  for (const bool seeded : {false, true})
     for (const Case& s :
-         {Case{5, 4, 8, drawn, true}, Case{2, 3, 7, drawn, false}, Case{2, 8, 72, drawn, true},
-          Case{1, 8, 260, drawn, true}, Case{1, 5, 1800, drawn, true}})
+         {Case{5, 4, 8, seeded, true}, Case{2, 3, 7, seeded, false}, Case{2, 8, 72, seeded, true},
+          Case{1, 8, 260, seeded, true}, Case{1, 5, 1800, seeded, true}})
       in_forms(
           "denoising_loss",
           [&](Form form, Memory& m) {
@@ -228,9 +229,9 @@ void denoising_loss() {
             args.images = s.n, args.channels = s.c, args.pixels = s.pixels;
             args.prediction = m.values(all);
             args.x0 = s.x0 ? m.values(all) : nullptr;
-            args.noise = s.drawn ? nullptr : m.values(all);
-            args.seed = s.drawn ? m.integers(seeds) : nullptr;
-            args.row = s.drawn ? m.integers({9}) : nullptr;
+            args.noise = s.seeded ? nullptr : m.values(all);
+            args.seed = s.seeded ? m.integers(seeds) : nullptr;
+            args.row = s.seeded ? m.integers({9}) : nullptr;
             args.t = m.integers(t);
             args.steps = 3;
             args.target_x0 = m.floats({.9f, .7f, .4f});

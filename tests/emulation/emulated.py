@@ -1,6 +1,6 @@
 """Builds the CUDA sources for the host and loads them: the kernels without a GPU, for tests.
 
-``load()`` gives the operations of csrc/cuda/binding.cpp for CPU tensors, ``traffic()`` what their
+``load()`` gives the operations of csrc/cuda/bindings for CPU tensors, ``traffic()`` what their
 kernels read and write, ``build_driver()`` a program that runs them under a sanitizer. Everything
 is built by ninja in build/, once.
 """
@@ -123,8 +123,7 @@ def build_driver(
 def _library() -> Path:
     folder = tools.folder_for("emulation")
     link = f"$cxx -shared $in -o $out {tools.torch_libraries()} -ltorch_cpu -lc10"
-    cuda = tools.CSRC / "cuda"
-    with_torch = [cuda / "binding.cpp", *sorted(cuda.glob("bindings/*.cpp"))]
+    with_torch = sorted(tools.CSRC.glob("cuda/bindings/*.cpp"))
     sources = [HERE / "emulation.cpp", *_kernels()]
     output = folder / "fastdiff_emulated.so"
     return _build(_rules("", link), sources, output, with_torch=with_torch)

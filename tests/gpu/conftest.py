@@ -20,14 +20,8 @@ import torch
 
 import fastdiff
 from fastdiff.ops.backend import missing
-from fastdiff.ops.gpu import eager_kernel
+from fastdiff.ops.gpu import eager_kernel, operations
 
-OPERATIONS = (
-    "add_time_embedding", "conv_epilogue", "denoising_loss", "denoising_loss_backward",
-    "denoising_loss_from_seed", "denoising_loss_from_seed_backward", "ema_update",
-    "group_norm_silu", "group_norm_silu_backward", "philox_normal", "q_sample",
-    "q_sample_from_seed", "sampler_step", "upsample_nearest2x", "upsample_nearest2x_backward",
-)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_IDS = ("f32", "bf16", "f16")
 
@@ -72,14 +66,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def triton_kernels() -> dict[str, Callable[..., Any]]:
-    return {name: eager_kernel(name, "triton") for name in OPERATIONS}
+    return {name: eager_kernel(name, "triton") for name in operations}
 
 
 def emulated_kernels() -> dict[str, Callable[..., Any]]:
     import emulated
 
-    operations = emulated.load()
-    return {name: getattr(operations, name) for name in OPERATIONS}
+    kernels = emulated.load()
+    return {name: getattr(kernels, name) for name in operations}
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def of_given(gpu, inputs):
     return run
 
 
-def of_drawn(gpu, inputs):
+def of_seed(gpu, inputs):
     def run(prediction, x0):
         loss = ops.denoising_loss_from_seed(
             prediction, x0, inputs.seed, inputs.row, inputs.t, *tables(gpu, prediction.dtype)
@@ -100,9 +100,9 @@ def test_values_and_gradients(gpu, shape, layout, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(("shape", "layout"), CASES)
-def test_values_and_gradients_with_drawn_noise(gpu, shape, layout, dtype) -> None:
+def test_values_and_gradients_with_the_noise_of_a_seed(gpu, shape, layout, dtype) -> None:
     inputs = Inputs(gpu, shape, dtype, layout)
-    assert_close_to_oracle(of_drawn(gpu, inputs), *inputs.images[:2])
+    assert_close_to_oracle(of_seed(gpu, inputs), *inputs.images[:2])
 
 
 @pytest.mark.parametrize("given", [(1, 0), (0, 1), (0, 0)], ids=["x0", "noise", "neither"])
@@ -112,7 +112,7 @@ def test_what_is_not_given_is_not_in_the_target(gpu, given) -> None:
     others = [value if wanted else None for value, wanted in zip(others, given, strict=True)]
     assert_close_to_oracle(of_given(gpu, inputs), prediction, *others)
     if not given[1]:
-        assert_close_to_oracle(of_drawn(gpu, inputs), prediction, others[0])
+        assert_close_to_oracle(of_seed(gpu, inputs), prediction, others[0])
 
 
 def test_an_image_that_a_program_takes_alone(gpu) -> None:
@@ -124,15 +124,15 @@ def test_an_image_that_a_program_takes_alone(gpu) -> None:
 def test_a_large_image_alone_is_cut_into_pieces(gpu, cut, layout) -> None:
     inputs = Inputs(gpu, cut, torch.float32, layout)
     assert_close_to_oracle(of_given(gpu, inputs), *inputs.images)
-    assert_close_to_oracle(of_drawn(gpu, inputs), *inputs.images[:2])
+    assert_close_to_oracle(of_seed(gpu, inputs), *inputs.images[:2])
 
 
-@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
-def test_a_plan_has_every_element_once(drawn) -> None:
+@pytest.mark.parametrize("seeded", [False, True], ids=["given", "seeded"])
+def test_a_plan_has_every_element_once(seeded) -> None:
     for images in (1, 2, 131, 133, 5000):
         for elements in (1, 63, 64, 3072, 8745, 12289, 786432):
             for itemsize in (2, 4):
-                found = plan(images, elements, itemsize, 3 - drawn, drawn)
+                found = plan(images, elements, itemsize, 3 - seeded, seeded)
                 piece = found.columns * found.loops
                 assert (found.pieces - 1) * piece < elements <= found.pieces * piece
                 assert found.rows == 1 or found.pieces == found.loops == 1
@@ -170,14 +170,14 @@ def test_an_unknown_timestep_makes_its_image_nan(gpu, layout) -> None:
     more = (t, *tables(gpu, torch.float32))
     # The operations themselves: beside a CPU tensor the public functions refuse such timesteps.
     o = torch.ops.fastdiff
-    drawn = (inputs.seed, inputs.row)
+    noise_of_seed = (inputs.seed, inputs.row)
     results = [
         o.denoising_loss(prediction, x0, noise, *more),
         o.denoising_loss(prediction, None, None, *more),
         o.denoising_loss_backward(inputs.grad, prediction, x0, noise, *more),
         o.denoising_loss_backward(inputs.grad, prediction, None, None, *more),
-        o.denoising_loss_from_seed(prediction, x0, *drawn, *more),
-        o.denoising_loss_from_seed_backward(inputs.grad, prediction, None, *drawn, *more),
+        o.denoising_loss_from_seed(prediction, x0, *noise_of_seed, *more),
+        o.denoising_loss_from_seed_backward(inputs.grad, prediction, None, *noise_of_seed, *more),
     ]
     for found in results:
         finite = torch.isfinite(found).reshape(5, -1)
@@ -218,7 +218,7 @@ def test_mixed_layouts_and_strides(gpu) -> None:
 def test_nothing(gpu, shape) -> None:
     """No image has no loss, and an image without elements has torch.mean's."""
     inputs = Inputs(gpu, shape, torch.bfloat16)
-    for run, images in ((of_given, inputs.images), (of_drawn, inputs.images[:2])):
+    for run, images in ((of_given, inputs.images), (of_seed, inputs.images[:2])):
         loss, *gradients = run(gpu, inputs)(*images)
         assert loss.shape == shape[:1]
         assert loss.isnan().all()

@@ -58,7 +58,7 @@ def test_values_and_gradients(gpu, shape, layout, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(("shape", "layout"), CASES)
-def test_drawn_noise_is_that_of_philox_normal(gpu, shape, layout, dtype) -> None:
+def test_noise_from_a_seed_is_that_of_philox_normal(gpu, shape, layout, dtype) -> None:
     """In float32, of which x_t is what q_sample makes, rounded once, to the last bit."""
     x0, t, _, seed = make(gpu, shape, dtype, layout)
     for row in (17, 2**32 - 1):

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import OPERATIONS
+
+from fastdiff.ops.gpu import operations
 
 pytest.importorskip("triton")
 READ = {"x", "x0", "grad", "model_out", "prediction", "seed", "table"}
@@ -26,7 +27,7 @@ def traced():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "ema_update"])
+@pytest.mark.parametrize("name", [name for name in operations if name != "ema_update"])
 def test_the_compiler_sees_the_kernels_and_what_they_write(traced, name) -> None:
     found = traced[name]
     assert found["kernels"]

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 from fastdiff import ops
+from fastdiff.samplers import COLUMNS
 
 
 class Traced(Exception):  # noqa: N818
@@ -46,7 +47,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], Sequence[Any]]]:
     x, channels, images = normal(2, 64, 16, 16), normal(64), normal(2, 64)
     whole = {"dtype": torch.int64, "device": "cuda"}
     t, step, seed = (torch.empty(shape, **whole) for shape in ((2,), (1,), (2, 2)))
-    table, mean = normal(5, 18 + 2), normal(2, 8, dtype=torch.float64)
+    table, mean = normal(5, len(COLUMNS) + 2), normal(2, 8, dtype=torch.float64)
     targets = (channels, channels, channels)
     operations = torch.ops.fastdiff
     return {

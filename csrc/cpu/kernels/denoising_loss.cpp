@@ -1,20 +1,21 @@
 // loss[n] = weight[t] mean (prediction - p[t] x_0 - q[t] z)^2 over image n, and its gradient
 // grad[n] 2 weight[t] / size (prediction - p[t] x_0 - q[t] z), rounded once.
 //
-// Predictions of S bytes: the loss reads 3 S, the gradient reads 3 S and writes 1 S, which is the
-// least there is; without x_0 in the target, or with z drawn from a counter (kernels/philox.h), 1 S
-// less each, without both 2 S. The target is never stored, and neither is noise that is drawn: that
-// of a piece is in a buffer on the stack, for the loss and again for the gradient.
+// For predictions of S bytes the loss reads 3 S, and the gradient reads 3 S and writes 1 S, the
+// least possible. Each reads 1 S less without x_0 in the target, and 1 S less without z or where z
+// is computed from a counter (kernels/philox.h). The target is never stored. Neither is noise from
+// a counter: a piece's noise is in a buffer on the stack, computed for the loss and again for the
+// gradient.
 //
 // A piece is summed in four vectors, the pieces of an image in double and in their order, so that
 // the sum does not depend on who computes which.
 #include "cpu/kernels/denoising_loss.h"
 
-#include "cpu/kernels/drawn.h"
+#include "cpu/kernels/noise.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 
-enum class Noise { None, Given, Drawn };
+enum class Noise { None, Given, FromSeed };
 
 // What is left of the prediction, for the elements of one image from `offset` on.
 template <class T, bool kX0, Noise kNoise>
@@ -34,12 +35,12 @@ struct Errors {
     if constexpr (kNoise == Noise::Given) noise = static_cast<const T*>(a.noise) + first;
   }
 
-  // Of elements offset.. of the image, of which z is the drawn noise.
+  // The errors of elements offset..offset+count-1 of the image. z is their noise from a seed.
   FASTDIFF_INLINE B at(int64_t offset, int64_t count, const Wide* z) const {
     B e = B::load(prediction + offset, count);
     if constexpr (kX0) add(e, minus_p, B::load(x0 + offset, count));
     if constexpr (kNoise == Noise::Given) add(e, minus_q, B::load(noise + offset, count));
-    if constexpr (kNoise == Noise::Drawn) add(e, minus_q, B::load_wide(z));
+    if constexpr (kNoise == Noise::FromSeed) add(e, minus_q, B::load_wide(z));
     return e;
   }
 
@@ -49,12 +50,12 @@ struct Errors {
   }
 };
 
-// The noise of a piece where it is drawn.
+// The noise of a piece where it is that of a seed, else null.
 template <Noise kNoise, class Wide>
-FASTDIFF_INLINE const Wide* drawn(const DenoisingLossArgs& a, const Piece& piece,
-                                  Drawn<Wide>& buffer) {
-  if constexpr (kNoise != Noise::Drawn) return nullptr;
-  return draw(a.pieces, piece, PhiloxStream(a.seed + 2 * piece.n, a.row), buffer);
+FASTDIFF_INLINE const Wide* seeded_noise(const DenoisingLossArgs& a, const Piece& piece,
+                                         NoiseBuffer<Wide>& buffer) {
+  if constexpr (kNoise != Noise::FromSeed) return nullptr;
+  return noise_of(a.pieces, piece, PhiloxStream(a.seed + 2 * piece.n, a.row), buffer);
 }
 
 // Squares added up, in vectors that do not wait for each other.
@@ -84,11 +85,11 @@ struct Squares {
 template <class T, bool kX0, Noise kNoise>
 static void sum(const DenoisingLossArgs& a, double* sums, int64_t begin, int64_t end) {
   constexpr int64_t size = Lanes<T>::size, step = Squares<T>::kBlocks * size;
-  Drawn<typename Lanes<T>::Wide> buffer;
+  NoiseBuffer<typename Lanes<T>::Wide> buffer;
   for (int64_t index = begin; index < end; ++index) {
     const Piece piece(a.pieces, index);
     const Errors<T, kX0, kNoise> errors(a, piece.n);
-    const auto* z = drawn<kNoise>(a, piece, buffer);
+    const auto* z = seeded_noise<kNoise>(a, piece, buffer);
     Squares<T> squares;
     piece.for_runs(a.pieces, [&](int64_t offset, int64_t length, int64_t from) FASTDIFF_HOT {
       int64_t i = 0;
@@ -111,11 +112,11 @@ static void differentiate(const DenoisingLossArgs& a, const void* grad, void* ou
                           int64_t end) {
   using Wide = typename Lanes<T>::Wide;
   const int64_t image = a.pieces.channels * a.pieces.pixels;
-  Drawn<Wide> buffer;
+  NoiseBuffer<Wide> buffer;
   for (int64_t index = begin; index < end; ++index) {
     const Piece piece(a.pieces, index);
     const Errors<T, kX0, kNoise> errors(a, piece.n);
-    const auto* z = drawn<kNoise>(a, piece, buffer);
+    const auto* z = seeded_noise<kNoise>(a, piece, buffer);
     const double weight = static_cast<const Wide*>(a.weight)[a.t[piece.n]];
     const double of_loss = static_cast<const Wide*>(grad)[piece.n];
     const auto factor =
@@ -136,7 +137,7 @@ template <class Body>
 FASTDIFF_INLINE void for_target(const DenoisingLossArgs& a, Body&& body) {
   const auto noises = [&](auto* tag, auto x0) {
     if (a.noise) return body(tag, x0, std::integral_constant<Noise, Noise::Given>());
-    if (a.seed) return body(tag, x0, std::integral_constant<Noise, Noise::Drawn>());
+    if (a.seed) return body(tag, x0, std::integral_constant<Noise, Noise::FromSeed>());
     return body(tag, x0, std::integral_constant<Noise, Noise::None>());
   };
   for_dtype(a.dtype, [&](auto* tag) {

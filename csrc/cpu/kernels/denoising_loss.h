@@ -15,7 +15,7 @@ struct DenoisingLossArgs {
   Pieces pieces;
   const void* prediction;
   const void* x0;       // null: nothing of it in the target
-  const void* noise;    // null: drawn from the seed or, where there is none, not in the target
+  const void* noise;    // null: that of the seed or, where there is none, not in the target
   const int64_t* seed;  // null, or (seed, image) of each image
   uint32_t row;
   const int64_t* t;  // [N], checked to lie in the tables

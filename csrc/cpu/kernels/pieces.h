@@ -4,7 +4,7 @@
 
 namespace fastdiff {
 
-// How a kernel that may draw noise divides the images of a batch: into pieces of `length` pixels
+// How a kernel that may compute noise divides the images of a batch: into pieces of `length` pixels
 // and `width` channels, fewer at an image's edges. Noise goes by the logical order of the elements,
 // so an image that lies in it is one channel.
 struct Pieces {
@@ -14,6 +14,6 @@ struct Pieces {
 };
 
 constexpr int64_t kPiece = 1024;     // elements of a piece at most
-constexpr int64_t kDrawnBlock = 64;  // pixels that are drawn at a time, or all
+constexpr int64_t kNoiseBlock = 64;  // a piece has a multiple of so many pixels, or all of them
 
 }  // namespace fastdiff

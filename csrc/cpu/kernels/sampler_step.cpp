@@ -7,7 +7,8 @@
 //
 // Reads x, m (m_u and m_c), v, z and the slots with a coefficient once, and writes x' and the slot:
 // 3 L for latents of L bytes without guidance, history and noise, which is the least there is.
-// Noise from a seed is drawn into a buffer on the stack, piece by piece, and never goes to memory.
+// Noise from a seed is computed into a buffer on the stack, piece by piece, and never goes to
+// memory.
 //
 // Everything is walked flat, whatever the layout, except a model's output with variance channels.
 // There m and v of an image follow each other (channels-first), or of each pixel (channels-last):

@@ -1,11 +1,19 @@
 // What the bindings share: devices, checks, and tensors made ready for the kernels.
 //
-// Nothing here or in the bindings reads a value from the device, waits for it or allocates other
-// than through PyTorch's allocator, so that every operation can be captured in a CUDA graph; what
-// is wrong with a value on the device (a timestep, a step) is the kernels' to answer, with NaN.
+// Each file of this folder checks the arguments of one family of operations, allocates their
+// results, starts their kernels and registers them with PyTorch. No other file of csrc/cuda
+// includes a header of PyTorch, but for binding.cpp.
+//
+// No binding reads a value from the device, waits for it or allocates other than through PyTorch's
+// allocator, so that every operation can be captured in a CUDA graph. A kernel answers a wrong
+// value on the device (a timestep, a step) with NaN.
+//
+// Compiled with -DFASTDIFF_EMULATE the same operations take CPU tensors, in the namespace
+// fastdiff_emulated, and the kernels run on the host (tests/emulation).
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -14,7 +22,12 @@
 #include "cuda/launch.h"
 #include "tensors.h"
 
-#ifndef FASTDIFF_EMULATE
+#ifdef FASTDIFF_EMULATE
+#define FASTDIFF_NAMESPACE fastdiff_emulated
+#define FASTDIFF_KEY CPU
+#else
+#define FASTDIFF_NAMESPACE fastdiff_cuda
+#define FASTDIFF_KEY CUDA
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

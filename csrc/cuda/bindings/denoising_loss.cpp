@@ -1,16 +1,15 @@
-// denoising_loss and its gradient, with noise given or drawn, on CUDA tensors.
+// denoising_loss and its gradient on CUDA tensors, with noise that is given or that of a seed.
 #include "cuda/denoising_loss.h"
 
 #include <limits>
 
 #include "cuda/bindings/common.h"
-#include "cuda/bindings/operations.h"
 
 namespace fastdiff::cuda {
 namespace {
 
-// The arguments, checked and dense, and what is computed of them. Whichever noise there is: given,
-// drawn from a seed, or none.
+// The arguments of all four operations, checked and dense, and their results. The noise is given
+// (`noise`), that of a seed (`seed`, `row`), or absent.
 class Arguments {
  public:
   Arguments(const at::Tensor& prediction, const Optional& x0, const Optional& noise,
@@ -69,8 +68,6 @@ class Arguments {
   DenoisingLossArgs args_;
 };
 
-}  // namespace
-
 at::Tensor denoising_loss(const at::Tensor& prediction, const Optional& x0, const Optional& noise,
                           const at::Tensor& t, const at::Tensor& target_x0,
                           const at::Tensor& target_noise, const at::Tensor& weight) {
@@ -100,6 +97,30 @@ at::Tensor denoising_loss_from_seed_backward(const at::Tensor& grad, const at::T
                                              const at::Tensor& weight) {
   return Arguments(prediction, x0, {}, seed, row, t, target_x0, target_noise, weight)
       .gradient(grad);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(FASTDIFF_NAMESPACE, m) {
+  m.def(
+      "denoising_loss(Tensor prediction, Tensor? x0, Tensor? noise, Tensor t, Tensor target_x0, "
+      "Tensor target_noise, Tensor weight) -> Tensor");
+  m.def(
+      "denoising_loss_backward(Tensor grad, Tensor prediction, Tensor? x0, Tensor? noise, "
+      "Tensor t, Tensor target_x0, Tensor target_noise, Tensor weight) -> Tensor");
+  m.def(
+      "denoising_loss_from_seed(Tensor prediction, Tensor? x0, Tensor seed, Tensor row, Tensor t, "
+      "Tensor target_x0, Tensor target_noise, Tensor weight) -> Tensor");
+  m.def(
+      "denoising_loss_from_seed_backward(Tensor grad, Tensor prediction, Tensor? x0, Tensor seed, "
+      "Tensor row, Tensor t, Tensor target_x0, Tensor target_noise, Tensor weight) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(FASTDIFF_NAMESPACE, FASTDIFF_KEY, m) {
+  m.impl("denoising_loss", denoising_loss);
+  m.impl("denoising_loss_backward", denoising_loss_backward);
+  m.impl("denoising_loss_from_seed", denoising_loss_from_seed);
+  m.impl("denoising_loss_from_seed_backward", denoising_loss_from_seed_backward);
 }
 
 }  // namespace fastdiff::cuda

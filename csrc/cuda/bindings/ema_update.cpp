@@ -6,7 +6,6 @@
 #include <mutex>
 
 #include "cuda/bindings/common.h"
-#include "cuda/bindings/operations.h"
 
 namespace fastdiff::cuda {
 namespace {
@@ -52,8 +51,6 @@ at::Tensor table_for(std::vector<int64_t> rows, const at::Tensor& x, Stream stre
   return tables.front().on_device;
 }
 
-}  // namespace
-
 void ema_update(at::TensorList averages, at::TensorList parameters, const at::Tensor& weight) {
   TORCH_CHECK_VALUE(averages.size() == parameters.size(),
                     "there must be as many averages as parameters, got ", averages.size(), " and ",
@@ -91,5 +88,13 @@ void ema_update(at::TensorList averages, at::TensorList parameters, const at::Te
     }
   for (const auto& average : averages) bump_version(average);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(FASTDIFF_NAMESPACE, m) {
+  m.def("ema_update(Tensor(a!)[] averages, Tensor[] parameters, Tensor weight) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(FASTDIFF_NAMESPACE, FASTDIFF_KEY, m) { m.impl("ema_update", ema_update); }
 
 }  // namespace fastdiff::cuda

@@ -2,7 +2,6 @@
 #include "cuda/group_norm_silu.h"
 
 #include "cuda/bindings/common.h"
-#include "cuda/bindings/operations.h"
 #include "cuda/group_norm_silu_backward.h"
 
 namespace fastdiff::cuda {
@@ -34,8 +33,6 @@ struct GroupNorm : Images {
     check_optional(shift, all.slice(0, 2), x, "shift");
   }
 };
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu(
     const at::Tensor& x, int64_t groups, const Optional& weight, const Optional& bias, double eps,
@@ -139,6 +136,24 @@ group_norm_silu_backward(const at::Tensor& grad, const at::Tensor& x, const at::
   args.workspace = workspace.mutable_data_ptr();
   group_norm_silu_backward_cuda(args, on.stream);
   return {dx, dskip, dweight, dbias, dadd, dscale, dshift};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(FASTDIFF_NAMESPACE, m) {
+  m.def(
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? add, Tensor? scale, Tensor? shift, Tensor? residual, bool silu, "
+      "Tensor? skip=None, Tensor? statistics=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int num_groups, "
+      "Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, Tensor? shift, bool silu, "
+      "Tensor? skip=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(FASTDIFF_NAMESPACE, FASTDIFF_KEY, m) {
+  m.impl("group_norm_silu", group_norm_silu);
+  m.impl("group_norm_silu_backward", group_norm_silu_backward);
 }
 
 }  // namespace fastdiff::cuda

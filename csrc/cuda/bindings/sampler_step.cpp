@@ -5,9 +5,9 @@
 #include <ATen/ops/empty_strided.h>
 
 #include "cuda/bindings/common.h"
-#include "cuda/bindings/operations.h"
 
 namespace fastdiff::cuda {
+namespace {
 
 void sampler_step(const at::Tensor& x, const at::Tensor& model_out, const Optional& history,
                   const Optional& noise, const at::Tensor& table, const at::Tensor& step,
@@ -34,7 +34,8 @@ void sampler_step(const at::Tensor& x, const at::Tensor& model_out, const Option
     sizes.append(x.sizes().begin(), x.sizes().end());
     check_tensor(*history, sizes, at::kFloat, x.device(), "history");
   }
-  TORCH_CHECK_VALUE(table.dim() == 2, "table must be [R, 18 + K], got ", table.sizes());
+  TORCH_CHECK_VALUE(table.dim() == 2, "table must be [R, ", static_cast<int>(kSamplerColumns),
+                    " + K], got ", table.sizes());
   check_tensor(table, {table.size(0), kSamplerColumns + depth}, at::kFloat, x.device(), "table");
   check_scalar(step, at::kLong, x, "step");
   if (seed) {
@@ -107,5 +108,15 @@ void sampler_step(const at::Tensor& x, const at::Tensor& model_out, const Option
     bump_version(*history);
   }
 }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(FASTDIFF_NAMESPACE, m) {
+  m.def(
+      "sampler_step(Tensor x, Tensor model_out, Tensor(a!)? history, Tensor? noise, "
+      "Tensor table, Tensor step, Tensor? seed, Tensor(b!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(FASTDIFF_NAMESPACE, FASTDIFF_KEY, m) { m.impl("sampler_step", sampler_step); }
 
 }  // namespace fastdiff::cuda

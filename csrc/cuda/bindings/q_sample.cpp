@@ -1,8 +1,7 @@
-// philox_normal, and the forward process with noise given or drawn, on CUDA tensors.
-#include "cuda/bindings/common.h"
-#include "cuda/bindings/operations.h"
-#include "cuda/philox_normal.h"
+// q_sample on CUDA tensors, with noise that is given or that of a seed.
 #include "cuda/q_sample.h"
+
+#include "cuda/bindings/common.h"
 
 namespace fastdiff::cuda {
 namespace {
@@ -13,8 +12,6 @@ void check_forward_process(const at::Tensor& x0, const at::Tensor& t, const at::
   check_tensor(signal, {signal.numel()}, at::kFloat, x0.device(), "sqrt_alphas_cumprod");
   check_tensor(sigma, {signal.numel()}, at::kFloat, x0.device(), "sqrt_one_minus_alphas_cumprod");
 }
-
-}  // namespace
 
 at::Tensor q_sample(const at::Tensor& x0, const at::Tensor& t, const at::Tensor& noise,
                     const at::Tensor& signal, const at::Tensor& sigma) {
@@ -67,23 +64,20 @@ at::Tensor q_sample_from_seed(const at::Tensor& x0, const at::Tensor& t, const a
   return out;
 }
 
-void philox_normal(const at::Tensor& seed, int64_t row, const at::Tensor& out) {
-  const Images shape(out, "out", 1);
-  check_seed(seed, out);
-  TORCH_CHECK_VALUE(row >= 0 && row <= 0xFFFFFFFF, "row must lie in 0..2^32-1, got ", row);
-  if (out.numel() == 0) return;
-  const OnDevice on(out);
-  const auto dense = out.is_contiguous() ? out : empty(out.sizes(), out);
-  Held held;
-  philox_normal_cuda({.dtype = shape.dtype,
-                      .images = shape.images,
-                      .image = shape.channels * shape.pixels,
-                      .seed = held.as<int64_t>(seed),
-                      .row = static_cast<uint32_t>(row),
-                      .out = dense.mutable_data_ptr()},
-                     on.stream);
-  if (!dense.is_same(out)) out.copy_(dense);
-  bump_version(out);
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(FASTDIFF_NAMESPACE, m) {
+  m.def(
+      "q_sample(Tensor x0, Tensor t, Tensor noise, Tensor sqrt_alphas_cumprod, "
+      "Tensor sqrt_one_minus_alphas_cumprod) -> Tensor");
+  m.def(
+      "q_sample_from_seed(Tensor x0, Tensor t, Tensor seed, Tensor row, "
+      "Tensor sqrt_alphas_cumprod, Tensor sqrt_one_minus_alphas_cumprod) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(FASTDIFF_NAMESPACE, FASTDIFF_KEY, m) {
+  m.impl("q_sample", q_sample);
+  m.impl("q_sample_from_seed", q_sample_from_seed);
 }
 
 }  // namespace fastdiff::cuda

@@ -1,4 +1,4 @@
-// The pieces that images are divided into, and the noise of a piece in the order of memory.
+// The noise of a piece of an image from a seed, in the order in which the piece lies in memory.
 #pragma once
 
 #include "cpu/kernels/philox.h"
@@ -6,7 +6,7 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-static_assert(kDrawnBlock % kPhiloxBlock == 0);
+static_assert(kNoiseBlock % kPhiloxBlock == 0);
 
 // Channels channel..channel+width-1 of pixels pixel..pixel+length-1 of image n.
 struct Piece {
@@ -29,10 +29,11 @@ struct Piece {
   }
 };
 
+// Room for the noise of a piece, padded since blocks are written and read whole.
 template <class Wide>
-struct Drawn {
-  Wide line[kPiece + 2 * kPhiloxBlock];
-  Wide mixed[kPiece + kPhiloxBlock];  // padded: blocks are read whole
+struct NoiseBuffer {
+  Wide line[kPiece + 2 * kPhiloxBlock];  // channel after channel, as the generator counts
+  Wide mixed[kPiece + kPhiloxBlock];     // pixel after pixel, where channels are interleaved
 };
 
 template <class Wide>
@@ -40,10 +41,12 @@ FASTDIFF_INLINE void spread(const Wide* line, int64_t length, int64_t width, Wid
   for (int64_t i = 0; i < length; ++i) out[i * width] = line[i];
 }
 
-// The noise of a piece: channels in turn, each with the stretch of its pixels, between each other.
+// Computes the noise of a piece into `to`, and returns where it begins there. The generator counts
+// channels-first, so the pixels of each channel are computed together, then interleaved.
 template <class Wide>
-static __attribute__((noinline)) const Wide* draw(const Pieces& p, const Piece& at,
-                                                  const PhiloxStream& stream, Drawn<Wide>& to) {
+static __attribute__((noinline)) const Wide* noise_of(const Pieces& p, const Piece& at,
+                                                      const PhiloxStream& stream,
+                                                      NoiseBuffer<Wide>& to) {
   const int64_t first = at.channel * p.pixels + at.pixel;
   if (at.width == 1) return stream.fill(first, at.length, to.line);
   const bool together = at.length == p.pixels;  // then the channels' stretches are one

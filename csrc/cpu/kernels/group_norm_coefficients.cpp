@@ -1,6 +1,7 @@
-// One pass: sums of x - x0 and (x - x0)^2 with x0 the first pixel, for stretches of pixels that are
-// joined in float64, so that neither a large mean nor many pixels cost accuracy.
-#include "cpu/kernels/channel_statistics.h"
+// channel_statistics, from which group_norm_coefficients are computed. One pass: sums of x - x0 and
+// (x - x0)^2 with x0 the first pixel, for stretches of pixels that are joined in float64, so that
+// neither a large mean nor many pixels cost accuracy.
+#include "cpu/kernels/group_norm_coefficients.h"
 
 #include <algorithm>
 
