@@ -202,6 +202,27 @@ def bench_upsample_nearest2x(on_device, shape, dtype, layout) -> None:
     on_device(ops.upsample_nearest2x, (x,), 5 * _size(x))
 
 
+@every_layout
+@every_dtype
+@every_shape(*SHAPES)
+def bench_add_time_embedding(on_device, shape, dtype, layout) -> None:
+    x, emb = _normal(shape, dtype, layout), _normal(shape[:2], dtype)
+    on_device(ops.add_time_embedding, (x, emb), 2 * _size(x))
+
+
+@every_dtype
+@every_shape(*LATENTS)
+def bench_philox_normal(on_device, shape, dtype) -> None:
+    """The peers draw numbers of the same law from PyTorch's generator."""
+    seed = torch.randint(2**62, (shape[0], 2), device="cuda")
+    on_device(
+        lambda seed: ops.philox_normal(seed, 3, shape, dtype),
+        (seed,),
+        _size(_normal(shape, dtype)),
+        peer=lambda seed: torch.randn(shape, dtype=dtype, device=seed.device),
+    )
+
+
 @every_dtype
 @every_shape(*LATENTS)
 def bench_q_sample(on_device, shape, dtype) -> None:
@@ -213,9 +234,9 @@ def bench_q_sample(on_device, shape, dtype) -> None:
 
 @every_dtype
 @every_shape(*IMAGES)
-@pytest.mark.parametrize("drawn", [False, True], ids=["", "drawn"])
-def bench_denoising_loss(on_device, shape, dtype, drawn) -> None:
-    """The loss for v and its gradient; where noise is drawn, the peers' is in memory."""
+@pytest.mark.parametrize("seeded", [False, True], ids=["", "seeded"])
+def bench_denoising_loss(on_device, shape, dtype, seeded) -> None:
+    """The loss for v and its gradient. Ours may compute the noise from seeds, the peers never."""
     prediction, x0, noise = _normal((3, *shape), dtype)
     t = torch.randint(1000, shape[:1], device="cuda")
     seed = torch.randint(2**62, (shape[0], 2), device="cuda")
@@ -240,9 +261,9 @@ def bench_denoising_loss(on_device, shape, dtype, drawn) -> None:
         return run
 
     on_device(
-        trained(from_seed if drawn else given),
+        trained(from_seed if seeded else given),
         (prediction, x0, noise),
-        (5 if drawn else 7) * _size(x0),
+        (5 if seeded else 7) * _size(x0),
         compiled=trained(inductor(given)),
         peer=trained(given),
     )
