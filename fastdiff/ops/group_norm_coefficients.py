@@ -1,7 +1,8 @@
-"""Group normalisation as a gain and an offset for each image and channel, which whoever reads the
-tensor next can apply; and the statistics that they are made of.
+"""Group normalisation as a gain and an offset for each image and channel.
 
-Inference on a CPU, for ``fastdiff.compiler``.
+The operation that reads the tensor next applies them, so the normalised tensor is never stored.
+They are computed from the mean and variance of each channel. Both operations are for inference on a
+CPU, and serve ``fastdiff.compiler``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ torch.library.define(
 def channel_statistics(x: Tensor) -> Tensor:
     """Mean and variance over the pixels of each channel of x [N, C, *spatial]: float64 [N, C, 2].
 
-    What ``conv2d`` takes of its result on the way; this is for tensors that come from elsewhere.
+    ``conv2d`` can take these statistics of its result as it writes it. This operation takes them of
+    a tensor that another operation has written.
+
+    Raises:
+        RuntimeError: a gradient is wanted, which there is none of.
+        TypeError: x is not floating point or not dense.
+        ValueError: x has fewer than two dimensions.
     """
     check_no_gradient(x)
     check_floating(x, "x")
@@ -61,6 +68,7 @@ def group_norm_coefficients(
         shift: [N, C], or None for 0.
 
     Raises:
+        RuntimeError: a gradient is wanted, which there is none of.
         TypeError: the statistics are not float64.
         ValueError: shapes do not fit, or num_groups does not divide C.
     """

@@ -222,10 +222,10 @@ def test_the_quantile_is_exact(gpu, quantile) -> None:
 
 def test_an_image_does_not_depend_on_its_batch(gpu) -> None:
     x, out, history, _, table, step, seed = arguments = made(gpu, (3, 3, 17, 29), **EVERYTHING)
-    drawn = run(*arguments)
+    whole = run(*arguments)
     for n in range(3):
         alone = run(x[n : n + 1], out[n::3], history[:, n : n + 1], None, table, step, seed[n:][:1])
-        assert torch.equal(alone[0], drawn[0][n : n + 1])
+        assert torch.equal(alone[0], whole[0][n : n + 1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)

@@ -23,10 +23,10 @@ SHAPES = {
     "numbers": (4,),
     "volume": (2, 3, 4, 5, 6),
 }
-# What the target has: x0, and noise that is given or drawn.
+# What the target has: x0, and noise that is given or that of a seed.
 TARGETS = {
     "both": (True, "given"), "eps": (False, "given"), "x0": (True, None), "nothing": (False, None),
-    "both, drawn": (True, "drawn"), "eps, drawn": (False, "drawn"),
+    "both, seeded": (True, "seeded"), "eps, seeded": (False, "seeded"),
 }  # fmt: skip
 ROW = torch.tensor([7 + 2**32])  # of which the lowest 32 bits count
 
@@ -61,7 +61,7 @@ def runner(has_x0, noise_is):
 
     def run(prediction, x0, noise, t, seed, grad):
         x0 = x0 if has_x0 else None
-        if noise_is == "drawn":
+        if noise_is == "seeded":
             loss = ops.denoising_loss_from_seed(
                 prediction, x0, seed, ROW, t, *tables(prediction.dtype)
             )
@@ -118,17 +118,17 @@ def test_the_formula() -> None:
 def test_a_seed_gives_what_its_noise_gives(shape, dtype, layout) -> None:
     prediction, x0, _, t, seed, grad = make(shape, dtype, layout)
     p, q, _ = tables(dtype)
-    drawn = ops.philox_normal(seed, 7, shape, dtype).requires_grad_()
-    given_noise = runner(True, "given")(prediction, x0, drawn, t, seed, grad)
-    from_seed = runner(True, "drawn")(prediction, x0, None, t, seed, grad)
+    noise = ops.philox_normal(seed, 7, shape, dtype).requires_grad_()
+    given_noise = runner(True, "given")(prediction, x0, noise, t, seed, grad)
+    from_seed = runner(True, "seeded")(prediction, x0, None, t, seed, grad)
     tight = {"rtol": 1e-6, "atol": 1e-8} if dtype == torch.float32 else {"rtol": 1e-13, "atol": 0}
     for a, b in zip(from_seed, given_noise, strict=False):
         torch.testing.assert_close(a, b, **tight)
     x_t = ops.q_sample_from_seed(x0, t, seed, ROW, p, q)
-    torch.testing.assert_close(x_t, ops.q_sample(x0, t, drawn, p, q), rtol=0, atol=0)
+    torch.testing.assert_close(x_t, ops.q_sample(x0, t, noise, p, q), rtol=0, atol=0)
 
 
-def test_drawn_noise_is_not_rounded() -> None:
+def test_noise_from_a_seed_is_not_rounded() -> None:
     """Of a bfloat16 prediction of 0 the loss is the mean square of float32 noise."""
     prediction = torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)
     seed, t, one = torch.tensor([[5, 0]]), torch.tensor([0]), torch.ones(1)
@@ -150,7 +150,7 @@ def test_large_images_keep_their_digits_and_threads_do_not_matter() -> None:
         torch.set_num_threads(count)
         found.append(
             [*runner(True, "given")(prediction, x0, noise, t, seed, grad),
-             *runner(True, "drawn")(prediction, x0, noise, t, seed, grad)]
+             *runner(True, "seeded")(prediction, x0, noise, t, seed, grad)]
         )  # fmt: skip
     torch.set_num_threads(threads)
     for other in found[1:]:
@@ -219,7 +219,7 @@ def test_gradients_in_float64(target) -> None:
     known = (t, *tables(torch.float64))
 
     def loss(prediction, x0, noise):
-        if noise_is == "drawn":
+        if noise_is == "seeded":
             return ops.denoising_loss_from_seed(prediction, x0, seed, ROW, *known)
         return ops.denoising_loss(prediction, x0, noise, *known)
 
@@ -231,7 +231,7 @@ def test_gradients_in_float64(target) -> None:
 def test_a_second_gradient_is_refused(target) -> None:
     prediction, x0, noise, t, seed, _ = make((2, 2, 3, 2), torch.float64)
     arguments = (prediction, x0 if target[0] else None)
-    if target[1] == "drawn":
+    if target[1] == "seeded":
         loss = ops.denoising_loss_from_seed(*arguments, seed, ROW, t, *tables(torch.float64))
     else:
         given_noise = noise if target[1] else None
@@ -261,8 +261,8 @@ def test_opcheck() -> None:
         for given_noise in (noise, None):
             arguments = (prediction, clean, given_noise, *known)
             torch.library.opcheck(namespace.denoising_loss.default, arguments)
-        drawn = (prediction, clean, seed, ROW, *known)
-        torch.library.opcheck(namespace.denoising_loss_from_seed.default, drawn)
+        seeded = (prediction, clean, seed, ROW, *known)
+        torch.library.opcheck(namespace.denoising_loss_from_seed.default, seeded)
     # The backward operations have no derivative, so nothing that would ask for one.
     with torch.no_grad():
         detached = tuple(v.detach() for v in (grad, prediction, x0))
@@ -286,7 +286,7 @@ def test_compile(target) -> None:
 
     def loss(prediction, x0, noise):
         x0 = x0 if has_x0 else None
-        if noise_is == "drawn":
+        if noise_is == "seeded":
             return ops.denoising_loss_from_seed(prediction, x0, seed, ROW, t, *given_tables)
         return ops.denoising_loss(prediction, x0, noise if noise_is else None, t, *given_tables)
 

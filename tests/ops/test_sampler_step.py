@@ -181,17 +181,17 @@ def test_noise_of_a_seed_is_philox_normal(dtype, layout) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     *most, seed = arguments
     most[3] = ops.philox_normal(seed, 4, most[0].shape, wide)
-    drawn = run(*arguments)
+    whole = run(*arguments)
     if dtype == wide:
-        for a, b in zip(drawn, run(*most, None), strict=True):
+        for a, b in zip(whole, run(*most, None), strict=True):
             assert torch.equal(a, b)
     # An image's noise does not depend on the batch it is in, nor on the layout.
     x, out, history, _, table, step, _ = arguments
     for n in range(3):
         alone = run(x[n : n + 1], out[n::3], history[:, n : n + 1], None, table, step, seed[n:][:1])
-        assert torch.equal(alone[0], drawn[0][n : n + 1])
+        assert torch.equal(alone[0], whole[0][n : n + 1])
     other = run(x.flip(2).flip(2), *arguments[1:])  # flip gives channels-first
-    torch.testing.assert_close(other[0], drawn[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(other[0], whole[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_threads_and_pieces_change_nothing() -> None:

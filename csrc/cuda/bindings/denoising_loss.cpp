@@ -53,11 +53,11 @@ class Arguments {
 
   at::Tensor gradient(const at::Tensor& grad) {
     check_tensor(grad, {args_.images}, at::kFloat, prediction_.device(), "grad");
-    auto found = empty(prediction_.sizes(), prediction_, shape_.format);
-    if (found.numel() == 0) return found;
-    denoising_loss_backward_cuda(args_, held_.as<float>(grad), found.mutable_data_ptr(),
+    auto dprediction = empty(prediction_.sizes(), prediction_, shape_.format);
+    if (dprediction.numel() == 0) return dprediction;
+    denoising_loss_backward_cuda(args_, held_.as<float>(grad), dprediction.mutable_data_ptr(),
                                  on_.stream);
-    return found;
+    return dprediction;
   }
 
  private:
