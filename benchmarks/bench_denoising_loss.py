@@ -6,7 +6,8 @@ import torch
 from comparison import every_dtype, every_shape
 from torch import Tensor
 
-from fastdiff import ops, reference, schedules
+from fastdiff import ops, schedules
+from fastdiff.ops import reference
 
 
 @every_dtype

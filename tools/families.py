@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import ops, reference
-from fastdiff.ops import gpu
+from fastdiff import ops
+from fastdiff.ops import gpu, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
@@ -33,7 +33,7 @@ class Family:
     Attributes:
         name: the stem of its files.
         operations: those that ``fastdiff/ops/<name>.py`` defines.
-        reference: whether ``fastdiff.reference`` has the operation of the family's name.
+        reference: whether ``fastdiff.ops.reference`` has the operation of the family's name.
         cpu: operations that ``csrc/cpu/<name>.cpp`` registers.
         triton: operations whose launchers ``kernels/<name>.py`` has.
         cuda: operations that ``csrc/cuda/bindings/<name>.cpp`` registers.
@@ -57,7 +57,7 @@ class Family:
     def missing(self) -> Iterator[str]:
         """What the family must have and has not."""
         if not self.reference:
-            yield f"fastdiff.reference has no function {self.name}"
+            yield f"fastdiff/ops/reference.py has no function {self.name}"
         if not self.cpu and not self.on_gpu:
             yield "no kernel computes it, on a CPU or on a GPU"
         if self.cpu and set(self.cpu) != set(self.operations):

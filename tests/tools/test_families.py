@@ -58,7 +58,7 @@ def test_the_table_is_written_in_the_place_of_the_old_one(copy):
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"reference": False}, "fastdiff.reference has no function q_sample"),
+        ({"reference": False}, "fastdiff/ops/reference.py has no function q_sample"),
         ({"cpu": ("q_sample",)}, "csrc/cpu/q_sample.cpp registers"),
         ({"cpu": (), "on_gpu": ()}, "no kernel computes it"),
         ({"triton": ("q_sample",)}, "kernels/q_sample.py has"),
