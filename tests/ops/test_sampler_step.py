@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import reference
-from fastdiff.ops.sampler_step import COUNT, DEPTH
-from fastdiff.samplers.table import COLUMNS, MAX_HISTORY
+from fastdiff.ops.sampler_step import COLUMNS, MAX_HISTORY
 
 SHAPES = {"odd": (3, 3, 5, 7), "latent": (2, 4, 8, 8), "one pixel": (2, 5, 1, 1),
           "long": (2, 3, 20, 31)}  # fmt: skip
@@ -46,7 +45,7 @@ FEATURES = {
 
 def table_of(dtype=torch.float32, depth=0, **columns):
     """A table whose row 4 has these columns; the others are NaN and must not be read."""
-    table = torch.full((6, COUNT + depth), torch.nan, dtype=torch.float64)
+    table = torch.full((6, len(COLUMNS) + depth), torch.nan, dtype=torch.float64)
     names = [*COLUMNS, *(f"h{j}" for j in range(depth))]
     columns = {**DEFAULTS, **columns}
     table[4] = torch.tensor([columns.pop(name, 0.0) for name in names])
@@ -98,7 +97,7 @@ def test_values(shape, dtype, layout, feature) -> None:
 @given(
     shape=st.tuples(*[st.integers(1, 9)] * 4), dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS), learned=st.booleans(), guided=st.booleans(),
-    z=st.sampled_from([{}, {"noisy": True}, {"seeded": True}]), depth=st.integers(0, DEPTH),
+    z=st.sampled_from([{}, {"noisy": True}, {"seeded": True}]), depth=st.integers(0, MAX_HISTORY),
     columns=st.fixed_dictionaries(
         {name: st.sampled_from([0.0, 0.5, -0.8]) for name in ("noise", "logvar", "logvar_v",
          "keep_x", "keep_x0", "keep_m", "keep_noise", "out_m", "out_x", "out_x0")}
@@ -168,10 +167,6 @@ def test_the_formula(quantile, backend) -> None:
     torch.testing.assert_close(got.flatten(), torch.tensor(new, dtype=torch.float64))
     torch.testing.assert_close(history[1].flatten(), torch.tensor(kept, dtype=torch.float64))
     assert torch.equal(history[0], first)
-
-
-def test_the_columns_are_the_samplers() -> None:
-    assert (len(COLUMNS), MAX_HISTORY) == (COUNT, DEPTH)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
@@ -357,8 +352,8 @@ def test_new_history() -> None:
     assert history[2].stride() == x.stride()
     assert not history.any()
     assert ops.new_history(x.double(), 0).shape == (0, 2, 3, 4, 5)
-    for depth in (-1, DEPTH + 1):
-        with pytest.raises(ValueError, match=f"0..{DEPTH}, got {depth}"):
+    for depth in (-1, MAX_HISTORY + 1):
+        with pytest.raises(ValueError, match=f"0..{MAX_HISTORY}, got {depth}"):
             ops.new_history(x, depth)
 
 
@@ -471,15 +466,15 @@ def test_more_elements_than_32_bits_count() -> None:
     assert x.numel() > 2**31
     out = torch.empty(6, 8, *x.shape[2:], device="meta", dtype=torch.bfloat16)
     history = ops.new_history(x, 2)
-    table = torch.empty(5, COUNT + 2, device="meta")
+    table = torch.empty(5, len(COLUMNS) + 2, device="meta")
     seed = torch.empty(3, 2, device="meta", dtype=torch.int64)
     step = torch.tensor(0, device="meta")
     got = ops.sampler_step(x, out, history, None, table, step, seed=seed)
     assert (got.shape, got.device.type, got.stride()) == (x.shape, "meta", x.stride())
 
 
-X, TABLE, STEP = torch.randn(2, 3, 4, 4), torch.rand(5, COUNT) - 2, torch.tensor(0)
-DEEP, HISTORY = torch.rand(5, COUNT + 2) - 2, torch.zeros(2, *X.shape)
+X, TABLE, STEP = torch.randn(2, 3, 4, 4), torch.rand(5, len(COLUMNS)) - 2, torch.tensor(0)
+DEEP, HISTORY = torch.rand(5, len(COLUMNS) + 2) - 2, torch.zeros(2, *X.shape)
 SEED = torch.zeros(2, 2, dtype=torch.int64)
 WIDE = torch.zeros(3, *X.shape)
 
@@ -519,7 +514,7 @@ REFUSED = {
         (X.half(), X.half(), HISTORY.half(), None, DEEP, STEP), TypeError,
     ),
     "history too deep": (
-        (X, X, torch.zeros(9, *X.shape), None, torch.rand(5, COUNT + 9), STEP), ValueError,
+        (X, X, torch.zeros(9, *X.shape), None, torch.rand(5, len(COLUMNS) + 9), STEP), ValueError,
     ),
     "slot above": ((X, X, HISTORY, None, slot(2.0), STEP), IndexError),
     "slot far above": ((X, X, HISTORY, None, slot(1e30), STEP), IndexError),
