@@ -1,8 +1,8 @@
 """The forward process, its posterior, and the parametrisations of a network's prediction.
 
-Everything broadcasts a timestep ``t``, int64 of shape [N], against images of shape [N, ...], works
-in float32 (float64 for float64 images) and returns images in the dtype they came in. A timestep
-outside 0..T-1 is an IndexError, a wrong dtype a TypeError, a wrong shape a ValueError.
+The functions broadcast a timestep ``t``, int64 of shape [N], against images of shape [N, ...],
+compute in float32 (float64 for float64 images) and return images in the dtype of their input. A
+timestep outside 0..T-1 is an IndexError, a wrong dtype a TypeError, a wrong shape a ValueError.
 A network may predict any of ``KINDS``; all are linear in (x_0, eps) given x_t:
 
     eps    the noise                       x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps
@@ -11,7 +11,7 @@ A network may predict any of ``KINDS``; all are linear in (x_0, eps) given x_t:
     score  grad log q(x_t | x_0) = -eps / sqrt(1 - abar)   (Song et al. 2021, arXiv:2011.13456)
     flow   eps - x_0                                       (Liu et al. 2022, arXiv:2209.03003)
 
-On a path other than DDPM's, alpha_t and sigma_t stand for sqrt(abar) and sqrt(1 - abar).
+On a path other than DDPM's, read alpha_t for sqrt(abar) and sigma_t for sqrt(1 - abar).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS = ("eps", "x0", "v", "score", "flow")
 
 
 def q_sample(schedule: GaussianPath, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_t ~ q(x_t | x_0) with the given noise (DDPM eq. 4).
+    """Sample x_t ~ q(x_t | x_0) with the given noise (DDPM eq. 4).
 
     Args:
         schedule: the noise schedule, T steps.
@@ -64,7 +64,7 @@ def q_posterior(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [N, ...], variance and clipped log-variance [N, 1, ...] of q(x_{t-1} | x_t, x_0).
 
-    DDPM eq. 6 and 7; the log-variance at t = 0 is that at t = 1, since the variance there is 0.
+    DDPM eq. 6 and 7. At t = 0 the variance is 0, so its log-variance is replaced by t = 1's.
     """
     check_shape(x0, x_t, "x0")
     mean = (
@@ -90,7 +90,11 @@ def velocity(schedule: GaussianPath, x0: Tensor, t: Tensor, noise: Tensor) -> Te
 def target(
     schedule: GaussianPath, x0: Tensor, t: Tensor, noise: Tensor, kind: str = "eps"
 ) -> Tensor:
-    """What a network with predictions of ``kind`` is trained on, shape and dtype of ``x0``."""
+    """The training target of a network that predicts ``kind``, in the shape and dtype of ``x0``.
+
+    Raises:
+        ValueError: unknown kind.
+    """
     check_kind(kind)
     if kind == "eps":
         return noise
@@ -108,9 +112,9 @@ def conversion(schedule: GaussianPath, kind: str, wanted: str) -> tuple[Tensor, 
 
     Args:
         schedule: the noise schedule, T steps.
-        kind: what the prediction is.
-        wanted: what to make of it. Where alpha is 0, the coefficients of x0, v and flow from eps
-            or score are not finite.
+        kind: the kind of the prediction, one of :data:`KINDS`.
+        wanted: the kind to convert to. Where alpha is 0, the coefficients that give x0, v or flow
+            from eps or score are not finite.
 
     Raises:
         ValueError: unknown kind.
@@ -118,11 +122,11 @@ def conversion(schedule: GaussianPath, kind: str, wanted: str) -> tuple[Tensor, 
     return conversion_at(kind, wanted, schedule.alpha_t, schedule.sigma_t)
 
 
-Form = tuple[Tensor, Tensor]  # a, b of a x_t + b prediction
+LinearForm = tuple[Tensor, Tensor]  # the coefficients a, b of a x_t + b prediction
 
 
-def conversion_at(kind: str, wanted: str, alpha: Tensor, sigma: Tensor) -> Form:
-    """As :func:`conversion`, at levels alpha and sigma of any shape, float64."""
+def conversion_at(kind: str, wanted: str, alpha: Tensor, sigma: Tensor) -> LinearForm:
+    """:func:`conversion` at given coefficients alpha and sigma, float64 of any shape."""
     check_kind(kind)
     check_kind(wanted)
     if kind == wanted:
@@ -139,16 +143,16 @@ def conversion_at(kind: str, wanted: str, alpha: Tensor, sigma: Tensor) -> Form:
     return -eps[0] / sigma, -eps[1] / sigma
 
 
-def x0_and_eps(kind: str, alpha: Tensor, sigma: Tensor) -> tuple[Form, Form]:
-    """x_0 and eps as linear forms of x_t and a prediction of ``kind``.
+def x0_and_eps(kind: str, alpha: Tensor, sigma: Tensor) -> tuple[LinearForm, LinearForm]:
+    """x_0 and eps as linear forms a x_t + b prediction.
 
     Args:
-        kind: what the prediction is.
-        alpha: coefficient of x_0 in x_t, of any shape, float64.
-        sigma: coefficient of eps, likewise.
+        kind: the kind of the prediction, one of :data:`KINDS`.
+        alpha: coefficient of x_0 in x_t, float64 of any shape.
+        sigma: coefficient of eps in x_t, float64 of the same shape.
 
     Returns:
-        The coefficients of x_t and of the prediction in x_0, and those in eps.
+        (a, b) for x_0, and (a, b) for eps.
     """
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if kind == "eps":
@@ -178,7 +182,11 @@ def to_x0(
 def to_eps(
     schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
 ) -> Tensor:
-    """The noise that a prediction of ``kind`` implies, shape and dtype of ``x_t``."""
+    """The noise that a prediction of ``kind`` implies, shape and dtype of ``x_t``.
+
+    Raises:
+        ValueError: unknown kind.
+    """
     return _convert(schedule, x_t, t, prediction, kind, "eps")
 
 
@@ -196,7 +204,11 @@ def to_v(
 def to_score(
     schedule: GaussianPath, x_t: Tensor, t: Tensor, prediction: Tensor, kind: str = "eps"
 ) -> Tensor:
-    """The score grad log q(x_t | x_0) that a prediction implies, shape and dtype of ``x_t``."""
+    """The score grad log q(x_t | x_0) that a prediction implies, shape and dtype of ``x_t``.
+
+    Raises:
+        ValueError: unknown kind.
+    """
     return _convert(schedule, x_t, t, prediction, kind, "score")
 
 
@@ -238,7 +250,10 @@ def _convert(
 
 
 def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """table[t] as [N, 1, ...] beside x, in float32 at least (narrow types promote when used)."""
+    """table[t] as [N, 1, ...] to broadcast with x, in float32 or float64.
+
+    A product with half-precision images is then computed in the table's dtype.
+    """
     check_floating(x, "images")
     check_timesteps(t, x, table.numel())
     return beside(table.to(x.device)[t], x)

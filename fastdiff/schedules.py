@@ -1,8 +1,8 @@
 """Noise schedules: how much signal and how much noise x_t holds at every timestep.
 
-Every schedule is a Gaussian path x_t = alpha_t x_0 + sigma_t eps for t = 0..T-1. That of DDPM
+Every schedule is a Gaussian path x_t = alpha_t x_0 + sigma_t eps for t = 0..T-1. DDPM's path
 follows from betas, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020,
-arXiv:2006.11239, eq. 2; t counts from 0 here); that of rectified flow is a straight line. All
+arXiv:2006.11239, eq. 2; t counts from 0 here). Rectified flow's path is a straight line. All
 tables are float64 on the CPU: single precision already loses three digits of the posterior
 variance at small t.
 """
@@ -20,29 +20,30 @@ from torch import Tensor
 
 from fastdiff.common.per_device import PerDevice
 
-_ONE = torch.ones(1, dtype=torch.float64, device="cpu")  # abar before the first timestep
-LABELS = ("sigma", "timestep")  # what the network of a FlowSchedule may be told
+_ONE = torch.ones(1, dtype=torch.float64, device="cpu")  # abar_{-1}, before the first timestep
+LABELS = ("sigma", "timestep")  # choices for ``label_by`` of FlowSchedule
 
 Value = TypeVar("Value")
 
 
 def _for_autograd() -> AbstractContextManager[Any]:
-    """Tensors that are kept must not be made in inference mode: no backward pass could save them.
+    """A context in which tensors to be cached are made: it leaves inference mode.
 
-    Left as it is elsewhere, so that a compiled graph need not change it.
+    A backward pass cannot save tensors made in inference mode. Outside inference mode the context
+    does nothing, so that a compiled graph need not switch modes.
     """
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _table(compute: Callable[[Any], Value]) -> cached_property[Value]:
-    """A property that is computed once, whatever mode it is first asked for in."""
+    """A property that is computed once, never in inference mode."""
 
     @wraps(compute)
-    def outside(self: Any) -> Value:
+    def compute_for_autograd(self: Any) -> Value:
         with _for_autograd():
             return compute(self)
 
-    return cached_property(outside)
+    return cached_property(compute_for_autograd)
 
 
 class GaussianPath:
@@ -51,8 +52,8 @@ class GaussianPath:
     Attributes:
         alpha_t: coefficient of the signal, float64 [T].
         sigma_t: coefficient of the noise, float64 [T].
-        extends: whether a model can be told of levels beyond the first and the last timestep, by
-            timesteps below 0 and above T - 1.
+        extends: whether models accept timesteps below 0 and above T - 1, which stand for noise
+            levels beyond those of the first and the last timestep.
     """
 
     alpha_t: Tensor
@@ -80,15 +81,15 @@ class GaussianPath:
         return (self.alpha_t / self.sigma_t).log()
 
     def levels(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """The alpha and sigma of this path at which sigma / alpha is ``ratio``, which is finite."""
+        """The alpha and sigma of this path at which sigma / alpha is ``ratio`` (finite)."""
         raise NotImplementedError
 
     def label(self, t: Tensor, sigma: Tensor) -> Tensor:
-        """What a network is told for its time: t, except on paths that say otherwise.
+        """The value that a network gets as its time: t, unless a subclass defines another.
 
         Args:
             t: timesteps in 0..T-1, fractions allowed, of any shape.
-            sigma: coefficients of the noise there, likewise.
+            sigma: coefficients of the noise at ``t``, of the same shape.
         """
         return t
 
@@ -97,16 +98,16 @@ class GaussianPath:
 
         Args:
             t: timesteps int64 [N], in 0..T-1.
-            dtype: of labels that are not whole numbers; else they are int64, as in sampling.
+            dtype: dtype of fractional labels; whole-number labels are int64, as in sampling.
         """
         return t
 
     def timestep(self, label: Tensor) -> Tensor:
-        """The timestep, fractions allowed, that a network is told by ``label``, of any shape."""
+        """The inverse of :meth:`label`: the timesteps, perhaps fractional, of these labels."""
         return label
 
     def coefficients(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t as [T] tensors on ``device``, made once and kept."""
+        """alpha_t and sigma_t as [T] tensors on ``device``, cached."""
         key = (device, dtype)
         if key not in self._coefficients:
             with _for_autograd():
@@ -127,11 +128,12 @@ class NoiseSchedule(GaussianPath):
     Args:
         betas: forward variances beta_t, shape [T], each in (0, 1]; before the last step they must
             leave some signal, abar_t > 0.
-        name: the schedule's name in :data:`NAMES`, when it has one.
-        options: the arguments it was made with, so that a checkpoint can record them.
+        name: the schedule's name in :data:`NAMES`, if it has one.
+        options: the arguments of the function of that name, so that a checkpoint can record them.
 
     Raises:
-        ValueError: the betas are not such a vector.
+        ValueError: ``betas`` has another shape or values outside (0, 1], or no signal is left
+            before the last step.
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class NoiseSchedule(GaussianPath):
         if gone > 1:
             raise ValueError(
                 "only the last step may have no signal at all (abar = 0), "
-                f"but here it is gone from step {self.num_timesteps - gone} of {self.num_timesteps}"
+                f"but abar is 0 from step {self.num_timesteps - gone} of {self.num_timesteps} on"
             )
         self.name = name
         self.options = dict(options or {})
@@ -223,7 +225,7 @@ class NoiseSchedule(GaussianPath):
         return (1 - self.alphas_cumprod_prev) * self.alphas.sqrt() / (1 - self.alphas_cumprod)
 
     def respaced(self, timesteps: Tensor) -> NoiseSchedule:
-        """The schedule of the shorter process that visits only ``timesteps`` (int64, rising).
+        """The schedule of the shorter process that visits only ``timesteps`` (int64, increasing).
 
         Its betas are 1 - abar_t / abar_prev over the visited steps (iDDPM, arXiv:2102.09672).
         """
@@ -235,17 +237,17 @@ class NoiseSchedule(GaussianPath):
 class FlowSchedule(GaussianPath):
     """x_t = (1 - s) x_0 + s eps at s = (t + 1) / T: the straight path of rectified flow.
 
-    Liu et al. 2022, arXiv:2209.03003. The network is told T sigma_t for its time, T times the
-    noise that x_t holds, as those of Stable Diffusion 3's kind are: 1..T without a shift, and with
-    one the shifted values. Training, samplers and the view in continuous time tell it the same.
+    Liu et al. 2022, arXiv:2209.03003. By default the network gets T sigma_t as its time, as in
+    Stable Diffusion 3: 1..T without a shift, else the shifted values. Training, samplers and
+    :class:`fastdiff.sde.Straight` all use this label.
 
     Args:
         num_timesteps: T.
         shift: moves the timesteps towards more noise, s -> shift s / (1 + (shift - 1) s) (Esser et
             al. 2024, arXiv:2403.03206, eq. 23).
-        label_by: what the network is told: "sigma", T sigma_t; or "timestep", t in 0..T-1 whatever
-            the shift, as models were trained before there was this option, and as a learned
-            embedding of T timesteps needs it.
+        label_by: the label that the network gets: "sigma" is T sigma_t; "timestep" is t in 0..T-1
+            whatever the shift, for learned embeddings of T timesteps and for models trained before
+            this option existed.
 
     Raises:
         ValueError: T below 1, a shift that is not positive, or an unknown ``label_by``.
@@ -275,14 +277,14 @@ class FlowSchedule(GaussianPath):
         return 1 / (1 + ratio), ratio / (1 + ratio)
 
     def label(self, t: Tensor, sigma: Tensor) -> Tensor:
-        """T sigma, or t: see ``label_by``."""
+        """T sigma, or t where ``label_by`` is "timestep"."""
         if self.label_by == "timestep":
             return t
         # Rounded, since T (k / T) is not always the whole number k.
         return torch.round(self.num_timesteps * sigma, decimals=9)
 
     def labels_of(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """T sigma_t at whole timesteps, or t: see ``label_by``."""
+        """T sigma_t at whole timesteps, or t where ``label_by`` is "timestep"."""
         if self.label_by == "timestep":
             return t
         key = (t.device, dtype)
@@ -298,7 +300,7 @@ class FlowSchedule(GaussianPath):
         return PerDevice()
 
     def timestep(self, label: Tensor) -> Tensor:
-        """T s - 1 where the label is T times the shifted s."""
+        """T s - 1 with T times the shifted s as the label; or the label if it is a timestep."""
         if self.label_by == "timestep":
             return label
         sigma = label / self.num_timesteps
@@ -312,22 +314,22 @@ def linear(
     *,
     rescaled: bool = False,
 ) -> NoiseSchedule:
-    """Betas rising linearly (DDPM, arXiv:2006.11239, section 4).
+    """Linearly increasing betas (DDPM, arXiv:2006.11239, section 4).
 
     Args:
-        num_timesteps: T. The default range of betas is made for 1000: 200 timesteps of it end at
-            abar = 0.13 and 50 at 0.6, far from the noise that sampling starts from.
+        num_timesteps: T. The default betas are made for T = 1000: with T = 200 the last abar is
+            0.13 and with T = 50 it is 0.6, far from the noise that sampling starts from.
         beta_start: the first beta.
-        beta_end: the last one.
-        rescaled: multiply the betas by 1000 / T, as OpenAI's and lucidrains' code does, and bound
-            them by 0.999, so that 2 timesteps or more end in noise as 1000 do. diffusers does not.
+        beta_end: the last beta.
+        rescaled: multiply the betas by 1000 / T and clamp them to 0.999, so that any T >= 2 ends
+            in noise as T = 1000 does. OpenAI's and lucidrains' code does so, diffusers does not.
 
     Raises:
         ValueError: T below 1, or not 0 < beta_start <= beta_end < 1.
     """
     _check(num_timesteps, beta_start, beta_end)
     betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device="cpu")
-    return _of_range("linear", betas, beta_start, beta_end, rescaled)
+    return _from_betas("linear", betas, beta_start, beta_end, rescaled)
 
 
 def scaled_linear(
@@ -337,19 +339,28 @@ def scaled_linear(
     *,
     rescaled: bool = False,
 ) -> NoiseSchedule:
-    """Square roots of the betas rising linearly (latent diffusion, arXiv:2112.10752).
+    """Betas whose square roots increase linearly (latent diffusion, arXiv:2112.10752).
 
-    Arguments and errors as of :func:`linear`.
+    The arguments and errors are those of :func:`linear`.
     """
     _check(num_timesteps, beta_start, beta_end)
     roots = torch.linspace(
         beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64, device="cpu"
     )
-    return _of_range("scaled_linear", roots**2, beta_start, beta_end, rescaled)
+    return _from_betas("scaled_linear", roots**2, beta_start, beta_end, rescaled)
 
 
 def cosine(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """abar following a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
+    """abar follows a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17).
+
+    Args:
+        num_timesteps: T.
+        s: offset that keeps the first betas from being too small.
+        max_beta: upper limit of the betas.
+
+    Raises:
+        ValueError: T below 1, or not 0 < max_beta < 1.
+    """
     _check(num_timesteps, max_beta=max_beta)
     u = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
     abar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
@@ -364,14 +375,14 @@ def sigmoid(
     *,
     rescaled: bool = False,
 ) -> NoiseSchedule:
-    """Betas rising along a logistic curve over [-6, 6] (GeoDiff, arXiv:2203.02923).
+    """Betas that follow a logistic curve over [-6, 6] (GeoDiff, arXiv:2203.02923).
 
-    Arguments and errors as of :func:`linear`.
+    The arguments and errors are those of :func:`linear`.
     """
     _check(num_timesteps, beta_start, beta_end)
     curve = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64, device="cpu").sigmoid()
     betas = curve * (beta_end - beta_start) + beta_start
-    return _of_range("sigmoid", betas, beta_start, beta_end, rescaled)
+    return _from_betas("sigmoid", betas, beta_start, beta_end, rescaled)
 
 
 def flow(num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma") -> FlowSchedule:
@@ -382,8 +393,11 @@ def flow(num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigm
 def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     """Shift and scale sqrt(abar) so that the last step holds no signal (arXiv:2305.08891, alg. 1).
 
-    The result trains and samples with x0- or v-prediction only: eps at abar = 0 says nothing of
-    x_0.
+    Train and sample the result with a prediction of x0, v or flow: where abar = 0, eps and score do
+    not determine x_0.
+
+    Raises:
+        ValueError: fewer than 2 timesteps.
     """
     if schedule.num_timesteps < 2:
         raise ValueError("zero terminal SNR needs at least 2 timesteps, got 1")
@@ -395,10 +409,10 @@ def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     return NoiseSchedule(1 - abar / previous, name=schedule.name, options=options)
 
 
-def _of_range(
+def _from_betas(
     name: str, betas: Tensor, beta_start: float, beta_end: float, rescaled: bool
 ) -> NoiseSchedule:
-    """The schedule of these betas, or of as many that are scaled to their number."""
+    """The schedule of ``betas``, multiplied by 1000 / T if ``rescaled``."""
     options: dict[str, Any] = {"beta_start": beta_start, "beta_end": beta_end}
     if rescaled:
         options["rescaled"] = True
@@ -418,7 +432,18 @@ NAMES: dict[str, Callable[..., NoiseSchedule]] = {
 def make(
     name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False, **options: Any
 ) -> NoiseSchedule:
-    """The schedule of that name, with its own ``options``; raises ValueError for another name."""
+    """A schedule by its name in :data:`NAMES`.
+
+    Args:
+        name: linear, scaled_linear, cosine or sigmoid.
+        num_timesteps: T.
+        zero_terminal_snr: apply :func:`rescale_zero_terminal_snr`.
+        **options: further arguments of the function of that name.
+
+    Raises:
+        ValueError: an unknown name, or an option out of range.
+        TypeError: an option that the schedule does not have.
+    """
     if name not in NAMES:
         raise ValueError(f"unknown schedule {name!r}, wanted one of {', '.join(NAMES)}")
     schedule = NAMES[name](num_timesteps, **options)
