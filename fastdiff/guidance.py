@@ -19,7 +19,7 @@ from torch.nn import functional
 from fastdiff.common.checks import beside, wide_dtype
 from fastdiff.process import conversion, conversion_at
 from fastdiff.samplers import Sampler, Table
-from fastdiff.samplers.grids import ROUNDING
+from fastdiff.samplers.grids import SAME_LEVEL_RTOL
 from fastdiff.sampling.arguments import begin_at
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde.path import DiscretizedSDE
@@ -51,7 +51,7 @@ def interval(
     table, _ = begin_at(sampler, 0)
     begins = [True, *table.ends_step[:-1]]
     alpha, sigma = table.levels[:-1][begins].unbind(1)
-    alpha = alpha * (1 + ROUNDING)  # a level that is an end in all but its rounding is one
+    alpha = alpha * (1 + SAME_LEVEL_RTOL)  # a level that is an end in all but its rounding is one
     inside = (sigma > sigma_min * alpha) & (sigma <= sigma_max * alpha)
     return [scale if here else 1.0 for here in inside.tolist()]
 

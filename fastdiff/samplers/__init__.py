@@ -1,7 +1,7 @@
-"""Samplers of the reverse process: each writes a coefficient table, one row an evaluation.
+"""Samplers of the reverse process: each writes a coefficient table, one row per evaluation.
 
-Everything here runs on the one loop of ``fastdiff.sample``. What a table cannot express are methods
-that choose their step sizes as they go; those are not in this package.
+``fastdiff.sample`` runs all of them in one loop. A table cannot express methods that choose their
+step sizes while they run: those are in ``fastdiff.sde.solvers``.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ _REGISTRY: dict[str, Callable[..., Sampler]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Names that :func:`make` knows."""
+    """The samplers that :func:`make` knows by name."""
     return tuple(_REGISTRY)
 
 
 def make(name: str, schedule: GaussianPath, steps: int, **options: Any) -> Sampler:
-    """The sampler of that name for ``steps`` steps of ``schedule``.
+    """The sampler called ``name``, for ``steps`` steps of ``schedule``.
 
     Raises:
         TypeError: an option that the sampler does not have.

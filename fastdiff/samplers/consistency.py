@@ -14,16 +14,16 @@ from fastdiff.schedules import GaussianPath
 class Consistency(Sampler):
     """Jump to the image, add noise for the next level, jump again (arXiv:2303.01469, algorithm 1).
 
-    The image is the consistency function's, f(x, t). With r = sigma / alpha and r_min the level
-    where f begins, x' = alpha' (f + sqrt(r'^2 - r_min^2) z).
+    A jump leads to the image f(x, t), f being the consistency function. With r = sigma / alpha and
+    r_min the smallest level on which f is defined, x' = alpha' (f + sqrt(r'^2 - r_min^2) z).
 
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: jumps to take.
-        sigma_data: the images' standard deviation, if the model's output F is not f itself but
+        sigma_data: the images' standard deviation s, for a model whose output F gives
             f = c_skip x / alpha + c_out F with c_skip = s^2 / ((r - r_min)^2 + s^2) and
-            c_out = s (r - r_min) / sqrt(r^2 + s^2) for this s (appendix C); None: it is f, or what
-            ``prediction`` says of it.
+            c_out = s (r - r_min) / sqrt(r^2 + s^2) (appendix C). None for a model whose
+            ``prediction`` is converted to f as for other samplers.
         s_noise: standard deviation of the noise added.
         **options: see :class:`fastdiff.samplers.Sampler`; ``prediction`` is x0 if not given.
 
@@ -55,7 +55,7 @@ class Consistency(Sampler):
         super().__init__(schedule, steps, prediction=prediction, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """Every row's x is its own image and fresh noise."""
+        """Every row's x is a sum of the row's predicted image and fresh noise."""
         for i, s, t in pairs(points):
             form = None
             if self.sigma_data is not None:
@@ -76,13 +76,14 @@ class LCM(Sampler):
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: jumps to take, at most ``original_steps``.
-        original_steps: steps of the grid that the model was distilled on, of which every
-            (original_steps / steps)-th is visited; only without ``grid``.
-        timestep_scaling: factor of t; the larger, the less of x is in f.
+        original_steps: steps of the grid that the model was distilled on. The sampler visits every
+            (original_steps / steps)-th of them. Ignored if ``grid`` is given.
+        timestep_scaling: factor of t in u; larger values leave less of x in f.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
-        ValueError: see :class:`fastdiff.samplers.Sampler`; more steps than the original ones.
+        ValueError: see :class:`fastdiff.samplers.Sampler`; without ``grid``, not
+            1 <= steps <= original_steps <= T.
     """
 
     name = "lcm"
@@ -111,7 +112,7 @@ class LCM(Sampler):
         super().__init__(schedule, steps, grid=grid, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """Every row's x is its own image and fresh noise."""
+        """Every row's x is a sum of f and fresh noise."""
         for i, s, t in pairs(points):
             u = self.timestep_scaling * s.t
             skip, out = 0.25 / (u**2 + 0.25), u / math.sqrt(u**2 + 0.25)

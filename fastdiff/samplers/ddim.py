@@ -17,9 +17,9 @@ class DDIM(Sampler):
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: steps to take, 1..T.
-        eta: sigma as a fraction of DDPM's (eq. 16); 0 is deterministic. In [0, 1].
-        use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (as
-            OpenAI's code does; diffusers' default is False). No difference when nothing is clipped.
+        eta: sigma as a fraction of DDPM's sigma (eq. 16), in [0, 1]; 0 is deterministic.
+        use_clipped_model_output: recompute eps from the clipped x0, so that the two agree, as
+            OpenAI's code does (diffusers' default is False). No effect if nothing is clipped.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
@@ -48,7 +48,7 @@ class DDIM(Sampler):
         return self.use_clipped_model_output and super()._eps_follows_x0
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """Predict x0 and eps at s, and put them together again at t."""
+        """Predict x0 and eps at s, and combine them to x at t."""
         for i, s, t in pairs(points):
             beta = max(s.sigma**2 - (s.alpha / t.alpha * t.sigma) ** 2, 0.0)
             sigma = self.eta * t.sigma / s.sigma * math.sqrt(beta)
@@ -57,10 +57,11 @@ class DDIM(Sampler):
 
 
 class DDIMInverse(Sampler):
-    """DDIM's steps backwards, from an image to the noise that leads to it (section 4.3).
+    """DDIM inversion: DDIM's steps backwards, from an image to the noise that leads to it.
 
-    The step from s to the noisier t would need eps at t, where x is not known yet: as usual, the
-    model is given the x at s with the time of t. Start with the image as x_T.
+    Song et al. 2021, arXiv:2010.02502, section 4.3. The step from s to the noisier t needs eps at
+    t, but x at t is not known yet: as usual, the model is given x at s with the time of t. Pass the
+    image as x_T.
 
     Args:
         schedule: the noise schedule that the model was trained on.

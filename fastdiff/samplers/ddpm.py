@@ -16,15 +16,20 @@ VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 class DDPM(Sampler):
     """x' = mean of q(x_{t-1} | x_t, x0) + sigma_t z (arXiv:2006.11239, algorithm 2 and eq. 7).
 
-    With fewer steps than T the chain is that of the respaced schedule, whose betas are
-    1 - abar_t / abar_prev (arXiv:2102.09672, section 4). The last step returns its mean.
+    With fewer steps than T the chain is the respaced schedule's, whose betas are
+    1 - abar_t / abar_prev (arXiv:2102.09672, section 4). The last step adds no noise.
 
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: steps to take, 1..T; None for all T.
-        variance: sigma^2 is beta_tilde (fixed_small), beta (fixed_large), the exponential of the
-            model's second half of channels (learned), or that half as a position v in [-1, 1]
-            between log beta_tilde and log beta (learned_range, arXiv:2102.09672, eq. 15).
+        variance: how sigma^2 is chosen. With v the second half of the model's channels:
+
+            fixed_small    beta_tilde
+            fixed_large    beta
+            learned        exp(v)
+            learned_range  log sigma^2 lies between log beta_tilde (v = -1) and log beta (v = 1)
+                           (arXiv:2102.09672, eq. 15)
+
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
@@ -49,18 +54,18 @@ class DDPM(Sampler):
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the variance is the model's."""
+        """Whether the model's output gives the variance."""
         return self.variance.startswith("learned")
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
         """The posterior's mean and variance between neighbouring points."""
         log_small = None
         for i, s, t in pairs(points):
-            share = s.alpha / t.alpha  # of the signal that survives from t to s
+            share = s.alpha / t.alpha  # the share of x_t's signal that is left in x_s
             beta = s.sigma**2 - (share * t.sigma) ** 2  # variance of q(x_s | x_t)
             if t.sigma > 0:
                 log_small = math.log(beta * t.sigma**2 / s.sigma**2)
-            elif log_small is None:  # one step: there is no entry before to repeat
+            elif log_small is None:  # a single step: there is no earlier log_small to repeat
                 log_small = math.log(beta)
             logvar, logvar_v = _log_variance(self.variance, log_small, math.log(beta))
             yield Row(
@@ -75,7 +80,7 @@ class DDPM(Sampler):
 
 
 def _log_variance(variance: str, small: float, large: float) -> tuple[float, float]:
-    """log sigma^2 as a constant and a factor of the model's v."""
+    """(constant, factor of v) such that log sigma^2 = constant + factor v."""
     return {
         "fixed_small": (small, 0.0),
         "fixed_large": (large, 0.0),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.samplers.exponential import NOISE
+from fastdiff.samplers.exponential import NOISE_PREDICTION
 from fastdiff.samplers.grids import Point
 from fastdiff.samplers.multistep import lowers_final, multistep_order
 from fastdiff.samplers.quadrature import lagrange_integrals
@@ -16,10 +16,10 @@ from fastdiff.schedules import GaussianPath
 
 
 class DEIS(Sampler):
-    """x / alpha moves by the integral over rho = sigma / alpha of a polynomial in log rho.
+    """x / alpha changes by the integral over rho = sigma / alpha of a polynomial in log rho.
 
-    The polynomial goes through the eps of the last steps (eq. 15, with log rho for time: the
-    variant of section 4 that works best). Orders begin at 1 and rise.
+    The polynomial interpolates the eps of the last steps (eq. 15 with log rho as time, the variant
+    of section 4 that works best). The first steps have lower orders, from 1 up.
 
     Args:
         schedule: the noise schedule that the model was trained on.
@@ -49,14 +49,15 @@ class DEIS(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """One evaluation a step, and up to two from before."""
+        """One evaluation per step; a step also uses the eps of up to two earlier ones."""
         check_ratios(self.name, points)
         for i, s, t in pairs(points):
             order = multistep_order(points, i, self.order, self.lower_order_final)
-            weights = [NOISE.weight(1, s, t)]
+            weights = [NOISE_PREDICTION.weight(1, s, t)]
             if order > 1:  # d rho = e^u du with u = log rho = -lambda
                 nodes = [-point.lam for point in points[i + 1 - order : i + 1][::-1]]
                 weights = [
                     t.alpha * w for w in lagrange_integrals(nodes, -s.lam, -t.lam, weight=np.exp)
                 ]
-            yield Row(i, s, x=NOISE.scale(s, t), eps=weights[0], history=weights[1:], keep=EPS)
+            scale = NOISE_PREDICTION.scale(s, t)
+            yield Row(i, s, x=scale, eps=weights[0], history=weights[1:], keep=EPS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from fastdiff.samplers.exponential import DATA, NOISE, Form
+from fastdiff.samplers.exponential import DATA_PREDICTION, NOISE_PREDICTION, Form
 from fastdiff.samplers.grids import Point
 from fastdiff.samplers.sampler import Row, Sampler, check_choice, check_ratios
 from fastdiff.schedules import GaussianPath
@@ -14,30 +14,32 @@ SOLVER_TYPES = ("midpoint", "heun", "diffusers")
 
 
 class Singlestep(Sampler):
-    """A step of order k from s over k points of the grid, all by values between its own ends.
+    """Steps of order k, each over k points of the grid and without values from earlier steps.
 
-    The model is evaluated once a point: S counts evaluations, as in the paper's DPM-Solver-fast
-    (arXiv:2206.00927, section 3.4), and a group of k of them is one step of order k. The points
-    between are those of the grid, which for an even grid in lambda are the paper's r_1, r_2, and
-    for any smooth one tend to them, as the third order needs.
+    The model is evaluated once at each point: S counts evaluations, as in the paper's
+    DPM-Solver-fast (arXiv:2206.00927, section 3.4), and k evaluations make one step of order k. The
+    intermediate points are points of the grid. On a grid that is even in lambda they are the
+    paper's r_1 and r_2; on any smooth grid they tend to them, as the third order needs.
 
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: evaluations of the model, at least the order.
         order: k.
-        solver_type: how derivatives are taken: midpoint (the paper's algorithms 1 and 2), heun (the
-            parabola through the three values of a third-order step), or diffusers, which is
-            midpoint but for the second point within a third-order step: its u_2 has
-            (e^(r_2 h) - 1) / 2 where algorithm 2 has (e^(r_2 h) - 1) / (r_2 h) - 1. That is of
-            third order still, with an error up to 3.3 times as large; it is there to reproduce
-            images of diffusers.
-        lower_order_final: end in groups of falling order, as DPM-Solver-fast does; a last step to
-            zero noise, or a first one from zero signal, is of first order in any case.
+        solver_type: how derivatives are taken:
+
+            midpoint   the paper's algorithms 1 and 2
+            heun       from the parabola through the three values of a third-order step
+            diffusers  midpoint, except that u_2 of a third-order step has (e^(r_2 h) - 1) / 2 where
+                       algorithm 2 has (e^(r_2 h) - 1) / (r_2 h) - 1. Still third order, with an
+                       error up to 3.3 times as large: use it to reproduce images of diffusers.
+
+        lower_order_final: end with steps of decreasing order, as DPM-Solver-fast does. A last step
+            to zero noise and a first step from zero signal are always of first order.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
         ValueError: see :class:`fastdiff.samplers.Sampler`; an unknown solver type, fewer steps than
-            the order, for DPM-Solver zero terminal SNR.
+            the order, or zero terminal SNR with DPM-Solver.
     """
 
     form: ClassVar[Form]
@@ -60,12 +62,12 @@ class Singlestep(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """Group by group; x at the start of a group is had back from the current x."""
-        if self.form is NOISE:
+        """Step by step; x at the start of a step is recovered from the current x."""
+        if self.form is NOISE_PREDICTION:
             check_ratios(self.name, points)
         begin = 0
         for size in self._groups(points):
-            before = [0.0] * 3  # the current x is scale * x_s + these times the group's values
+            before = [0.0] * 3  # the current x = scale * x_s + sum_k before[k] * value_k
             for j in range(size):
                 u, t = points[begin + j], points[begin + j + 1]
                 weights = self._weights(points[begin : begin + j + 1], t, size)
@@ -78,15 +80,15 @@ class Singlestep(Sampler):
                     x=back,
                     history=history,
                     keep=self.form.keep,
-                    **self.form.of(now[j]),  # type: ignore[arg-type]
+                    **self.form.coefficient(now[j]),  # type: ignore[arg-type]
                 )
                 before = weights
             begin += size
 
     def _weights(self, points: list[Point], t: Point, size: int) -> list[float]:
-        """Weights in x_t of the values at up to three points, of which the first is s.
+        """Weights in x_t of the values at the one to three points so far of a step, s the first.
 
-        The points begin a group of ``size``: t ends it where there are as many.
+        The step has ``size`` points; t is its end if ``points`` are all of them, else the next one.
         """
         form, s = self.form, points[0]
         first = form.weight(1, s, t)
@@ -95,7 +97,7 @@ class Singlestep(Sampler):
         h = t.lam - s.lam
         r1 = (points[1].lam - s.lam) / h
         if len(points) == 2:  # h f' = (f_1 - f_0) / r1
-            # Algorithm 1 halves the first weight; to u_2 of algorithm 2 the second one leads.
+            # Algorithm 1 takes half the first weight; u_2 of algorithm 2 takes the second weight.
             halved = {"midpoint": size == 2, "heun": False, "diffusers": True}[self.solver_type]
             second = first / 2 if halved else form.weight(2, s, t)
             return [first - second / r1, second / r1, 0.0]
@@ -109,7 +111,7 @@ class Singlestep(Sampler):
         return [first - one - two, one, two]
 
     def _groups(self, points: list[Point]) -> list[int]:
-        """Orders of the steps that lead through the points."""
+        """The order of each step, which is also its number of points."""
         steps, to_zero, k = len(points) - 1, points[-1].sigma == 0, self.order
         if points[0].alpha == 0 and steps > 1:  # zero terminal SNR: lambda is infinite there
             return [1, *self._groups(points[1:])]
@@ -127,9 +129,9 @@ class Singlestep(Sampler):
 
 
 class DPMSolver(Singlestep):
-    """DPM-Solver-1, -2 and -3: in eps (arXiv:2206.00927, eq. 3.7, algorithms 1 and 2)."""
+    """DPM-Solver-1, -2 and -3, in terms of eps (arXiv:2206.00927, eq. 3.7, algorithms 1 and 2)."""
 
-    form = NOISE
+    form = NOISE_PREDICTION
 
     def __init__(
         self, schedule: GaussianPath, steps: int = 20, *, order: int = 2, **options: Any
@@ -139,9 +141,9 @@ class DPMSolver(Singlestep):
 
 
 class DPMSolverPPSinglestep(Singlestep):
-    """DPM-Solver++(1S) and (2S): in x0 (arXiv:2211.01095, algorithm 1)."""
+    """DPM-Solver++(1S) and (2S), in terms of x0 (arXiv:2211.01095, algorithm 1)."""
 
-    form = DATA
+    form = DATA_PREDICTION
 
     def __init__(
         self, schedule: GaussianPath, steps: int = 20, *, order: int = 2, **options: Any

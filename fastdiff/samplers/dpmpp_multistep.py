@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from fastdiff.samplers.exponential import DATA, phi
+from fastdiff.samplers.exponential import DATA_PREDICTION, phi
 from fastdiff.samplers.grids import Point
 from fastdiff.samplers.multistep import lowers_final, multistep_order
 from fastdiff.samplers.sampler import X0, Row, Sampler, check_amounts, check_choice, pairs
@@ -16,18 +16,19 @@ SOLVER_TYPES = ("midpoint", "heun")
 
 
 class DPMSolverPPMultistep(Sampler):
-    """DPM-Solver++(2M) and (3M): the x0 of earlier steps give derivatives (algorithm 2).
+    """DPM-Solver++(2M) and (3M): derivatives come from the x0 of earlier steps (algorithm 2).
 
-    Orders begin at 1 and rise. The third order takes f'' as twice the second divided difference, as
-    a parabola has it; the authors' code takes it once, which leaves an error of second order.
+    The first steps have lower orders, from 1 up. The third order takes f'' as twice the second
+    divided difference, which is exact for a parabola; the authors' code takes it once, which leaves
+    an error of second order.
 
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: steps to take, at least the order.
         order: 2 or 3.
-        solver_type: of order 2: midpoint (the paper's) or heun (the exact integral of a line).
-        lower_order_final: end at lower orders; None for fewer than 15 steps only. A step to zero
-            noise is of first order in any case.
+        solver_type: for order 2, midpoint (the paper's) or heun (the exact integral of a line).
+        lower_order_final: take the last steps at lower orders; None does so for fewer than 15
+            steps. A step to zero noise is always of first order.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
@@ -54,29 +55,30 @@ class DPMSolverPPMultistep(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """One evaluation a step, and up to two from before."""
+        """One evaluation per step; a step also uses the x0 of up to two earlier ones."""
         for i, s, t in pairs(points):
             order = multistep_order(points, i, self.order, self.lower_order_final)
             now, *history = self._weights(points[max(i - order + 1, 0) : i + 1], t)
-            yield Row(i, s, x=DATA.scale(s, t), x0=now, history=history, keep=X0)
+            yield Row(i, s, x=DATA_PREDICTION.scale(s, t), x0=now, history=history, keep=X0)
 
     def _weights(self, points: list[Point], t: Point) -> list[float]:
-        """Weights in x_t of the x0 at up to three points, the latest one first."""
+        """Weights in x_t of the x0 at up to three points, the latest point first."""
         s = points[-1]
-        first = DATA.weight(1, s, t)
+        first = DATA_PREDICTION.weight(1, s, t)
         if len(points) == 1:
             return [first]
         h = t.lam - s.lam
         r1 = (s.lam - points[-2].lam) / h
         if len(points) == 2:  # h f' = (f_0 - f_1) / r1
-            second = first / 2 if self.solver_type == "midpoint" else DATA.weight(2, s, t)
+            midpoint = self.solver_type == "midpoint"
+            second = first / 2 if midpoint else DATA_PREDICTION.weight(2, s, t)
             return [first + second / r1, -second / r1]
         r2 = (points[-2].lam - points[-3].lam) / h
-        second, third = DATA.weight(2, s, t), DATA.weight(3, s, t)
+        second, third = DATA_PREDICTION.weight(2, s, t), DATA_PREDICTION.weight(3, s, t)
         # With d1 = (f_0 - f_1) / r1, d2 = (f_1 - f_2) / r2 and c = (d1 - d2) / (r1 + r2):
         # h f' = d1 + r1 c and h^2 f'' = 2 c.
         curve = (second * r1 + 2 * third) / (r1 + r2)
-        one, two = (second + curve) / r1, curve / r2  # factors of f_0 - f_1 and of f_2 - f_1
+        one, two = (second + curve) / r1, curve / r2  # the weights of f_0 - f_1 and of f_2 - f_1
         return [first + one, -one - two, two]
 
 
@@ -86,14 +88,16 @@ class DPMSolverPP2MSDE(Sampler):
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: steps to take, at least 2.
-        eta: strength of the noise; 1 is the SDE with the forward process's marginals, 0 the ODE.
+        eta: strength of the noise, at least 0: 1 is the reverse SDE of the forward process, 0 the
+            ODE.
         s_noise: standard deviation of the noise added.
         solver_type: midpoint or heun.
         lower_order_final: see :class:`DPMSolverPPMultistep`.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
-        ValueError: see :class:`fastdiff.samplers.Sampler`; negative eta, unknown solver type.
+        ValueError: see :class:`fastdiff.samplers.Sampler`; negative eta or s_noise, unknown solver
+            type.
     """
 
     name = "dpmpp-2m-sde"
@@ -117,7 +121,7 @@ class DPMSolverPP2MSDE(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """The ODE's h becomes (1 + eta) h, and noise sigma_t sqrt(1 - e^(-2 eta h)) comes in."""
+        """The ODE's h becomes (1 + eta) h, and noise sigma_t sqrt(1 - e^(-2 eta h)) is added."""
         for i, s, t in pairs(points):
             h = t.lam - s.lam
             decay = math.exp(-self.eta * h) if self.eta else 1.0

@@ -1,4 +1,4 @@
-"""DPM-Solver++ for the SDE with two evaluations a step, "DPM++ SDE" (k-diffusion)."""
+"""DPM-Solver++ for the SDE with two evaluations per step, "DPM++ SDE" (k-diffusion)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fastdiff.schedules import GaussianPath
 
 
 class DPMSolverPPSDE(Sampler):
-    """DPM-Solver++(2S) (arXiv:2211.01095, algorithm 1) between two draws of ancestral noise.
+    """DPM-Solver++(2S) (arXiv:2211.01095, algorithm 1) with ancestral noise in both stages.
 
-    In x / alpha a part of a step from r to r' is (r_down / r) x + (1 - r_down / r) x0 + r_up z, see
-    :class:`EulerAncestral`. The first goes halfway in lambda, the second, from the same start with
-    the x0 found there, all the way. Both belong to one path: the noise of the first part is in the
-    second one too, as far as it survives.
+    A stage from r to r' maps x / alpha to (r_down / r) x + (1 - r_down / r) x0 + r_up z, see
+    :class:`EulerAncestral`. The first stage goes halfway in lambda. The second goes all the way
+    from the same start, with the x0 predicted at the midpoint. Both follow one noise path: the part
+    of the first stage's noise that survives until the step's end is also in the second stage.
 
     Args:
         schedule: the noise schedule that the model was trained on.
-        steps: steps to take; each is two evaluations, but for one to zero noise.
-        eta: share of the noise; 0 is the ODE. In [0, 1].
+        steps: steps to take, of two evaluations each; a step to zero noise takes one.
+        eta: share of the ancestral noise, in [0, 1]; 0 is the ODE.
         s_noise: standard deviation of the noise added.
-        r: where between both ends, in lambda, the model is evaluated again. In (0, 1).
+        r: the position of the second evaluation between the step's ends, in lambda, in (0, 1).
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
@@ -61,7 +61,7 @@ class DPMSolverPPSDE(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """The first row keeps what the second needs of x, of its x0 and of its noise."""
+        """The first row keeps a sum of its x, x0 and noise; the second adds its x0 and noise."""
         check_ratios(self.name, points)
         for i, s, t in pairs(points):
             if t.sigma == 0:

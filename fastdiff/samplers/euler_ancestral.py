@@ -12,15 +12,15 @@ from fastdiff.schedules import GaussianPath
 
 
 class EulerAncestral(Sampler):
-    """An Euler step below the next noise level, and fresh noise up to it.
+    """An Euler step from level r to r_down, below the next level r', then noise r_up up to r'.
 
-    With r = sigma / alpha, r_up^2 = eta^2 r'^2 (1 - r'^2 / r^2) is the variance of DDPM's posterior
-    (arXiv:2006.11239, eq. 7) where the image is not scaled, and r_down^2 = r'^2 - r_up^2.
+    r = sigma / alpha, r_up^2 = eta^2 r'^2 (1 - r'^2 / r^2) and r_down^2 = r'^2 - r_up^2. For
+    eta = 1, r_up^2 is the variance of DDPM's posterior (arXiv:2006.11239, eq. 7) of x / alpha.
 
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: steps to take.
-        eta: share of that noise; 0 is Euler's method, 1 DDPM. In [0, 1].
+        eta: share of the ancestral noise, in [0, 1]; 0 is Euler's method, 1 is DDPM.
         s_noise: standard deviation of the noise added.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
@@ -47,13 +47,19 @@ class EulerAncestral(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """One step and one draw from every point to the next."""
+        """One Euler step and fresh noise from every point to the next."""
         for i, s, t in pairs(points):
             down, up = ancestral(s.ratio, t.ratio, self.eta)
             yield Row(i, s, x0=t.alpha, eps=t.alpha * down, noise=t.alpha * up * self.s_noise)
 
 
 def ancestral(start: float, end: float, eta: float) -> tuple[float, float]:
-    """r_down and r_up of a step between two noise levels r."""
+    """r_down and r_up of a step from level ``start`` to level ``end``, see :class:`EulerAncestral`.
+
+    Args:
+        start: the level r = sigma / alpha at which the step begins.
+        end: the level at which it ends.
+        eta: share of the ancestral noise.
+    """
     up = eta * end * math.sqrt(1 - (end / start) ** 2)
     return math.sqrt(end**2 - up**2), up

@@ -1,7 +1,7 @@
-"""Which levels of noise a sampler visits.
+"""The noise levels that a sampler visits.
 
-A grid is a list of points, from noise to image; a sampler of S steps has S + 1 of them. The model
-is evaluated at the first S, and the last one is where the sampler ends.
+A grid is a list of points from noise to image: S + 1 points for a sampler of S steps. The model is
+evaluated at the first S points, and the sampler ends at the last.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastdiff.schedules import GaussianPath
 
-FINALS = ("zero", "sigma_min")
-ROUNDING = 1e-12  # share of sigma / alpha within which two levels are the same
-OPTIONS = ("offset", "final", "rho", "sigma_min", "sigma_max")  # of ``make``
+FINALS = ("zero", "sigma_min")  # choices for ``final`` of ``make``
+SAME_LEVEL_RTOL = 1e-12  # relative difference of sigma / alpha within which two levels are equal
+OPTIONS = ("offset", "final", "rho", "sigma_min", "sigma_max")  # keyword arguments of ``make``
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Point:
     """One level x = alpha x0 + sigma eps, and its timestep.
 
     Attributes:
-        t: the timestep, in 0..T-1 unless the path extends, fractions allowed; -1 where there is
-            no noise. The path's ``label`` says what a model is told there.
+        t: the timestep, in 0..T-1 unless the path extends, fractions allowed; -1 at zero noise. The
+            path's ``label`` gives the model's time for it.
         alpha: coefficient of the image.
         sigma: coefficient of the noise.
     """
@@ -39,24 +39,24 @@ class Point:
 
     @property
     def ratio(self) -> float:
-        """sigma / alpha: the noise level where the image is not scaled (EDM's sigma)."""
+        """sigma / alpha, the noise level of the unscaled image (EDM's sigma)."""
         return self.sigma / self.alpha if self.alpha > 0 else math.inf
 
     @property
     def lam(self) -> float:
-        """log(alpha / sigma), half the log-SNR; infinite where one of them is 0."""
+        """lambda = log(alpha / sigma), half the log-SNR; infinite if alpha or sigma is 0."""
         if self.alpha <= 0 or self.sigma <= 0:
             return math.inf if self.alpha > 0 else -math.inf
         return math.log(self.alpha / self.sigma)
 
 
 def point_at_time(path: GaussianPath, t: float) -> Point:
-    """The point of a path at a timestep; between two of them log(sigma / alpha) is linear in t."""
+    """The point of a path at t; between timesteps log(sigma / alpha) is linear in t."""
     low = min(int(t), path.num_timesteps - 1)
     share = t - low
     if share == 0:
         return Point(float(t), path.alpha_t[low].item(), path.sigma_t[low].item())
-    if path.alpha_t[low + 1] == 0:  # where the logarithm is infinite: linear in the angle
+    if path.alpha_t[low + 1] == 0:  # the logarithm is infinite: interpolate the angle instead
         angle = torch.atan2(path.sigma_t[low : low + 2], path.alpha_t[low : low + 2])
         ratio = torch.tan(angle[0] + share * (angle[1] - angle[0]))
     else:
@@ -69,8 +69,8 @@ def point_at_time(path: GaussianPath, t: float) -> Point:
 def point_at_ratio(path: GaussianPath, ratio: float) -> Point:
     """The point of a path where sigma / alpha is ``ratio``: the inverse of :func:`point_at_time`.
 
-    Beyond the path's ends t stays within 0..T-1, unless the path extends; there log(sigma / alpha)
-    goes on as between the two timesteps next to the end.
+    Beyond the path's ends t is clamped to 0..T-1, unless the path extends: then log(sigma / alpha)
+    is extrapolated from the two timesteps next to the end.
     """
     lam = -math.log(ratio)
     table = path.lambda_t  # falls with t
@@ -105,7 +105,7 @@ def make(
     Args:
         path: the noise schedule, T timesteps.
         steps: S, at least 1; at most T for grids of whole timesteps.
-        grid: a name, or the S timesteps themselves, falling, in 0..T-1, fractions allowed:
+        grid: a name, or the S timesteps themselves, decreasing, in 0..T-1, fractions allowed:
 
             leading      i (T // S) + offset                  (arXiv:2305.08891, table 2)
             trailing     round(T - i T / S) - 1
@@ -115,22 +115,23 @@ def make(
             karras       sigma / alpha evenly spaced to the power 1 / rho    (EDM, arXiv:2206.00364,
                          eq. 5)
             exponential  log(sigma / alpha) evenly spaced
-            logsnr       likewise, in S steps that count the one to the end  (DPM-Solver,
-                         arXiv:2206.00927, section 3.3)
+            logsnr       log(sigma / alpha) evenly spaced, with sigma_min one step after the last
+                         evaluation  (DPM-Solver, arXiv:2206.00927, section 3.3)
 
-        offset: added to leading timesteps (Stable Diffusion uses 1).
-        final: where the grid ends: "zero" noise, or "sigma_min", the schedule's first level.
-        rho: of karras.
-        sigma_min: smallest sigma / alpha of karras, exponential and logsnr; None for the
-            schedule's first. Below that, the model is told timestep 0, unless the path extends.
-        sigma_max: the largest; None for the schedule's last. Above that, the model is told
-            timestep T - 1, likewise.
+        offset: added to the timesteps of the leading grid (Stable Diffusion uses 1).
+        final: where the grid ends: "zero" noise, or "sigma_min", which is the argument of that name
+            or, if None, the level of timestep 0.
+        rho: exponent of the karras grid.
+        sigma_min: smallest sigma / alpha of karras, exponential and logsnr; None for the level of
+            timestep 0. Below that level the model gets timestep 0, unless the path extends.
+        sigma_max: largest sigma / alpha of these grids; None for the level of timestep T - 1. Above
+            that level the model gets timestep T - 1, unless the path extends.
 
     Raises:
         TypeError: S is no whole number.
-        ValueError: unknown names, S out of range, timesteps that do not fall or leave 0..T-1,
-            limits or rho that are not positive, a grid of sigmas on a schedule whose last one is
-            infinite.
+        ValueError: unknown names, S out of range, timesteps that do not decrease or leave 0..T-1,
+            limits or rho that are not positive, a grid of sigma / alpha without sigma_max on a
+            schedule with zero terminal SNR, or a grid that already ends at ``final``.
     """
     total = path.num_timesteps
     try:
@@ -174,7 +175,7 @@ def make(
     if final == "zero":
         return [*points, Point(-1.0, 1.0, 0.0)]
     end = point_at_ratio(path, sigma_min) if sigma_min else point_at_time(path, 0)
-    if points[-1].ratio <= end.ratio * (1 + ROUNDING):
+    if points[-1].ratio <= end.ratio * (1 + SAME_LEVEL_RTOL):
         raise ValueError(
             f'the grid {grid!r} already visits the last level before zero, so final="sigma_min" '
             'leaves its last step nothing to do: take final="zero" or another grid'
@@ -204,7 +205,7 @@ def _quadratic(total: int, steps: int) -> list[float]:
     if steps == 1:
         return [float(total - 1)]
     times = [round((total - 1) * (i / (steps - 1)) ** 2) for i in range(steps)]
-    for i in range(1, steps):  # rounding puts several of the first on one timestep
+    for i in range(1, steps):  # rounding gives several small i the same timestep
         times[i] = max(times[i], times[i - 1] + 1)
     return [float(t) for t in reversed(times)]
 
@@ -240,10 +241,10 @@ NAMES = (*_TIMES, *_RATIOS)
 
 
 def _checked(times: list[float], steps: int, total: int) -> list[float]:
-    """Timesteps given one by one."""
+    """The timesteps that the caller gave as a grid; ValueError unless they decrease in 0..T-1."""
     if len(times) != steps:
         raise ValueError(f"steps is {steps}, but the grid has {len(times)} timesteps")
-    if not all(b < a for a, b in pairwise(times)):  # so that NaN does not pass
+    if not all(b < a for a, b in pairwise(times)):  # in this form it also refuses NaN
         raise ValueError(f"the grid's timesteps must fall, got {times}")
     if not (times[-1] >= 0 and times[0] <= total - 1):
         raise ValueError(
@@ -255,7 +256,7 @@ def _checked(times: list[float], steps: int, total: int) -> list[float]:
 def _limits(
     path: GaussianPath, grid: str, sigma_min: float | None, sigma_max: float | None
 ) -> tuple[float, float]:
-    """The smallest and the largest sigma / alpha of a grid."""
+    """The smallest and the largest sigma / alpha of a grid of such ratios."""
     low = point_at_time(path, 0).ratio if sigma_min is None else sigma_min
     high = point_at_time(path, path.num_timesteps - 1).ratio if sigma_max is None else sigma_max
     if math.isinf(high):

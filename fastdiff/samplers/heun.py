@@ -10,10 +10,11 @@ from fastdiff.samplers.sampler import Keep, Row, check_ratios, pairs
 
 
 class Heun(Churned):
-    """An Euler step, and again with the mean of eps at both ends: second order (algorithm 2).
+    """An Euler step, repeated with the mean of eps at both ends: second order (algorithm 2).
 
-    x / alpha moves by (r' - r) (eps + eps') / 2, r = sigma / alpha. Two evaluations a step, but for
-    a last step to r' = 0, where there is no second eps. Options as :class:`Churned` has them.
+    x / alpha changes by (r' - r) (eps + eps') / 2, r = sigma / alpha. A step takes two evaluations;
+    a last step to r' = 0 takes one, since there is no second eps. The options are those of
+    :class:`fastdiff.samplers.euler.Churned`.
     """
 
     name = "heun"
@@ -22,9 +23,9 @@ class Heun(Churned):
     def rows(self, points: list[Point]) -> Iterator[Row]:
         """The second row needs x / alpha + (r' - r) / 2 eps, which the first one keeps."""
         check_ratios(self.name, points)
-        raised = self.raised(points)
+        churned = self.churned(points)
         for i, _, t in pairs(points):
-            (s, _, level), (end, noise, _) = raised[i], raised[i + 1]
+            (s, _, level), (end, noise, _) = churned[i], churned[i + 1]
             if t.sigma == 0:
                 yield Row(i, s, x0=t.alpha, level=level)
                 continue

@@ -14,16 +14,16 @@ MAX_ORDER = 4
 
 
 class LMS(Sampler):
-    """x / alpha moves by the integral over r = sigma / alpha of a polynomial in r: Adams-Bashforth.
+    """Adams-Bashforth for uneven steps in r = sigma / alpha.
 
-    The polynomial goes through the eps of the last steps, at the levels where they were found: the
-    weights are right for uneven steps. The ODE is dx/dr = eps (EDM, arXiv:2206.00364, eq. 1).
-    Orders begin at 1 and rise.
+    x / alpha changes by the integral over r of the polynomial in r that interpolates the eps of the
+    last steps at their own levels. The ODE for x / alpha is dx/dr = eps (EDM, arXiv:2206.00364,
+    eq. 1). The first steps have lower orders, from 1 up.
 
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: steps to take.
-        order: how many eps are used, 1 to 4.
+        order: the number of eps that a step uses, 1 to 4.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
@@ -43,7 +43,7 @@ class LMS(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """One evaluation a step, and up to three from before."""
+        """One evaluation per step; a step also uses the eps of up to three earlier ones."""
         check_ratios(self.name, points)
         for i, s, t in pairs(points):
             nodes = [point.ratio for point in points[max(i + 1 - self.order, 0) : i + 1][::-1]]

@@ -9,7 +9,7 @@ from fastdiff.samplers.grids import Point
 from fastdiff.samplers.sampler import EPS, Row, Sampler, check_ratios, pairs
 from fastdiff.schedules import GaussianPath
 
-ADAMS_BASHFORTH = {  # weights of eps, the latest one first; the paper's eq. 12 is the last
+ADAMS_BASHFORTH = {  # by order, the weights of the eps, the latest first; order 4 is eq. 12
     1: (1.0,),
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -18,11 +18,11 @@ ADAMS_BASHFORTH = {  # weights of eps, the latest one first; the paper's eq. 12 
 
 
 class PLMS(Sampler):
-    """DDIM's transfer with an Adams-Bashforth mean of the last four eps (eq. 11 and 12).
+    """DDIM's step with an Adams-Bashforth mean of the last four eps (eq. 11 and 12).
 
-    The first step evaluates the model twice, at both of its ends, and takes the mean (what is left
-    of the paper's Runge-Kutta start in Stable Diffusion's and diffusers' PLMS); S steps make S + 1
-    evaluations. The weights are those of evenly spaced steps, whatever the grid.
+    The first step evaluates the model at both of its ends and takes the mean, as Stable Diffusion's
+    and diffusers' PLMS do in place of the paper's Runge-Kutta start: S steps make S + 1
+    evaluations. The weights are those for evenly spaced steps, whatever the grid.
 
     Args:
         schedule: the noise schedule that the model was trained on.
@@ -40,7 +40,7 @@ class PLMS(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """A start of two evaluations, then one a step."""
+        """Two evaluations for the first step, then one per step."""
         check_ratios(self.name, points)
         for i, s, t in pairs(points):
             x = t.alpha / s.alpha

@@ -1,4 +1,4 @@
-"""Integrals of interpolating polynomials, which multistep methods take their weights from."""
+"""Integrals of interpolating polynomials: the weights of multistep methods."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def lagrange_integrals(
     """The integral from start to end of weight(u) l_j(u), for each Lagrange polynomial l_j.
 
     Args:
-        nodes: where l_j is 1 or 0.
+        nodes: the nodes u_i of the interpolation: l_j(u_i) is 1 if i = j, else 0.
         start: lower limit.
         end: upper limit.
-        weight: a smooth function. Gauss's rule of 24 points is exact for polynomials up to degree
-            47, and to rounding for e^u over the steps that occur.
+        weight: a smooth function. The Gauss-Legendre rule of 24 points is exact for polynomials up
+            to degree 47, and exact to rounding for e^u over the steps of samplers.
     """
     half = (end - start) / 2
     u = (start + end) / 2 + half * _NODES

@@ -1,8 +1,8 @@
-"""What samplers share: options, the grid, and the way from rows in the field's terms to a table.
+"""The base class of samplers: options, the grid, and the conversion of rows to a table.
 
-A sampler is a class with one method, ``rows``, that says for each evaluation of the model what the
-next x is: so much of x, of the predicted image x0, of the predicted noise eps, of values kept from
-earlier rows, and of fresh noise. Predictions, thresholds and the history's memory are settled here.
+A sampler is a class with one method, ``rows``. For each evaluation of the model it gives the next x
+as a sum of x, the predicted image x0, the predicted noise eps, values kept by earlier rows, and
+fresh noise. The base class takes care of prediction kinds, thresholds and history slots.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Clip = tuple[float, float] | None
 
 @dataclass(frozen=True)
 class Keep:
-    """What a row keeps for later rows: a sum with these coefficients."""
+    """Coefficients of the sum that a row keeps in the history for later rows."""
 
     x: float = 0.0
     x0: float = 0.0
@@ -44,15 +44,14 @@ class Row:
     """One evaluation of the model, and the x that follows from it.
 
     Attributes:
-        step: the step that it belongs to.
-        at: where the model is evaluated.
-        x, x0, eps: coefficients of the current x and of what the model predicts.
-        history: coefficients of the values kept by earlier rows, the latest one first.
+        step: number of the step that the row belongs to.
+        at: the point whose time the model gets.
+        x, x0, eps: coefficients of the current x, the predicted image and the predicted noise.
+        history: coefficients of the values kept by earlier rows, the latest value first.
         noise, logvar, logvar_v: see ``fastdiff.samplers.table``.
-        keep: what later rows may use.
-        x0_form: x0 as so much of x and so much of the model's output, where the prediction's own
-            form is not meant.
-        level: alpha and sigma of x, where they are not those of ``at``.
+        keep: the sum that the row keeps for later rows; None keeps nothing.
+        x0_form: (a, b) of x0 = a x + b output; None for the form that the prediction kind implies.
+        level: alpha and sigma of x; None if they are those of ``at``.
     """
 
     step: int
@@ -75,21 +74,22 @@ class Sampler(ABC):
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: steps to take.
-        grid: which levels of noise are visited: leading, trailing, linspace, uniform, quadratic,
-            karras, exponential, logsnr, or the timesteps themselves: see ``samplers.grids.make``,
-            also for ``offset``, ``final``, ``rho``, ``sigma_min`` and ``sigma_max``.
+        grid: the noise levels to visit: leading, trailing, linspace, uniform, quadratic, karras,
+            exponential, logsnr, or the timesteps themselves. ``samplers.grids.make`` describes them
+            and the options ``offset``, ``final``, ``rho``, ``sigma_min`` and ``sigma_max``.
         prediction: what the model predicts: eps, x0, v, score or flow.
-        clip: limits for x0 (static thresholding), or None. With ``dynamic_threshold``, the upper
-            one is the largest value that the threshold may take.
-        dynamic_threshold: this quantile of an image's |x0|, if it is above 1, becomes its range,
-            and x0 is divided by it (Imagen, arXiv:2205.11487, section 2.3); None for no such thing.
+        clip: limits (low, high) for x0 (static thresholding), or None. With ``dynamic_threshold``,
+            high is the largest value that the threshold may take.
+        dynamic_threshold: a quantile q in (0, 1], or None for no dynamic thresholding. Each image's
+            x0 is clamped to [-s, s] and divided by s, the larger of 1 and the q-quantile of |x0|
+            (Imagen, arXiv:2205.11487, section 2.3).
 
     Attributes:
         name: the name in the registry.
-        minimum_steps: fewer are refused.
-        schedule, prediction: as given.
+        minimum_steps: the smallest number of steps.
+        schedule, prediction: the arguments of these names.
         points: the grid, a list of ``steps`` + 1 points.
-        skipped: steps that :meth:`starting_at` has left out.
+        skipped: number of first steps that :meth:`starting_at` has left out.
         table: a :class:`fastdiff.samplers.Table`.
 
     Raises:
@@ -145,16 +145,16 @@ class Sampler(ABC):
 
     @property
     def timesteps(self) -> Tensor:
-        """What the model is given as its time, one a row, float64 [R]."""
+        """The model's time in each row, float64 [R]."""
         return self.table.timesteps
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the model's output has twice the channels, the second half its variance."""
+        """Whether the model returns twice the channels, the second half for the variance."""
         return False
 
     def starting_at(self, step: int) -> Sampler:
-        """The same sampler without its first ``step`` steps, as image to image wants it.
+        """The same sampler without its first ``step`` steps, for image-to-image sampling.
 
         Raises:
             ValueError: ``step`` outside 0..S-1.
@@ -182,7 +182,7 @@ class Sampler(ABC):
 
     @property
     def _eps_follows_x0(self) -> bool:
-        """Whether eps is derived again from x0 after thresholding, so that the two agree."""
+        """Whether eps is recomputed from x0 after thresholding, so that the two agree."""
         return self.clip is not None or self.dynamic_threshold is not None
 
     def _table(self) -> Table:
@@ -220,21 +220,28 @@ class Sampler(ABC):
     def _coefficients(
         self, row: Row, slot: int, x0_x: float, x0_m: float, eps_x: float, eps_m: float
     ) -> dict[str, float]:
-        """A row's values by column, from x0 and eps as forms of x and the output; history aside."""
+        """A row's values by column, without the history.
+
+        Args:
+            row: the row.
+            slot: the history slot that it writes, -1 for none.
+            x0_x, x0_m: coefficients of x0 = x0_x x + x0_m output.
+            eps_x, eps_m: coefficients of eps = eps_x x + eps_m output.
+        """
         x0_x, x0_m = row.x0_form or (x0_x, x0_m)
         eps_x0 = 0.0
         if self._eps_follows_x0 and row.at.sigma > 0:
             eps_x, eps_x0, eps_m = 1 / row.at.sigma, -row.at.alpha / row.at.sigma, 0.0
 
-        def spread(x: float, x0: float, eps: float) -> tuple[float, float, float]:
-            """Coefficients of x, x0 and the model's output, for those of x, x0 and eps."""
-            if eps == 0:  # where sigma is 0, eps has no form
+        def without_eps(x: float, x0: float, eps: float) -> tuple[float, float, float]:
+            """A sum over x, x0 and eps as coefficients of x, x0 and the model's output."""
+            if eps == 0:  # eps_x is not finite where sigma is 0
                 return x, x0, 0.0
             return x + eps * eps_x, x0 + eps * eps_x0, eps * eps_m
 
-        out = spread(row.x, row.x0, row.eps)
+        out = without_eps(row.x, row.x0, row.eps)
         keep = row.keep if slot >= 0 and row.keep else Keep()
-        kept = spread(keep.x, keep.x0, keep.eps)
+        kept = without_eps(keep.x, keep.x0, keep.eps)
         low, high = self.clip or (-torch.inf, torch.inf)
         return {
             "guidance": 1.0, "rescale": 0.0,
@@ -248,13 +255,13 @@ class Sampler(ABC):
 
 
 def _slots(rows: Sequence[Row]) -> list[tuple[dict[int, float], int]]:
-    """Where values are kept: for each row its coefficients by slot, and the slot it writes or -1.
+    """Assign history slots: for each row the coefficients by slot, and the slot it writes or -1.
 
-    A value holds its slot until its last reader; what nobody reads is not kept.
+    A value holds its slot until the last row that reads it. A value that no row reads is not kept.
     """
-    kept: list[int] = []  # rows that keep something, so far
+    kept: list[int] = []  # the rows so far that keep a value
     readers: list[dict[int, float]] = []  # for each row, the coefficients by the row that kept
-    last: dict[int, int] = {}  # for each row that keeps, the last row that reads it
+    last: dict[int, int] = {}  # for each row that keeps a value, the last row that reads it
     for r, row in enumerate(rows):
         reads = {}
         for age, value in enumerate(row.history):
@@ -264,7 +271,7 @@ def _slots(rows: Sequence[Row]) -> list[tuple[dict[int, float], int]]:
         readers.append(reads)
         if row.keep is not None:
             kept.append(r)
-    holds: dict[int, int] = {}  # row that kept -> slot
+    holds: dict[int, int] = {}  # the row that kept a value -> its slot
     out: list[tuple[dict[int, float], int]] = []
     for r in range(len(rows)):
         coefficients = {holds[k]: value for k, value in readers[r].items()}
@@ -278,13 +285,13 @@ def _slots(rows: Sequence[Row]) -> list[tuple[dict[int, float], int]]:
 
 
 def pairs(points: Sequence[Point]) -> Iterator[tuple[int, Point, Point]]:
-    """Every step's number, the point it starts from and the one it leads to."""
+    """For every step its number, its start point and its end point."""
     for i in range(len(points) - 1):
         yield i, points[i], points[i + 1]
 
 
 def combine(*terms: tuple[float, Sequence[float]]) -> list[float]:
-    """The sum of history coefficients, each list times its factor; missing entries count as 0."""
+    """The sum of (factor, coefficients) terms; missing entries of a shorter list count as 0."""
     length = max(len(values) for _, values in terms)
     return [
         sum(factor * values[j] for factor, values in terms if j < len(values))
@@ -293,7 +300,7 @@ def combine(*terms: tuple[float, Sequence[float]]) -> list[float]:
 
 
 def check_ratios(name: str, points: Sequence[Point]) -> None:
-    """ValueError unless sigma / alpha is finite everywhere, as methods that work in it need."""
+    """ValueError unless sigma / alpha is finite at all points, for methods that compute with it."""
     for at in points:
         if at.alpha == 0:
             raise ValueError(

@@ -1,21 +1,21 @@
-"""The coefficient table that stands for a sampler.
+"""The coefficient table that represents a sampler.
 
-One row is one evaluation of the model and what is done with it; ``ops.sampler_step`` does it. With
-x the current images, m the model's output, v its variance channels where it has them, z standard
-normal noise and history a few kept tensors, a row means
+One row is one evaluation of the model and the step that follows, which ``ops.sampler_step``
+computes. With x the current images, m the model's output, v its variance channels if it has them,
+z standard normal noise and history a few kept tensors, a row computes
 
     m  = m_u + guidance * (m_c - m_u)               with classifier-free guidance (arXiv:2207.12598)
-    m *= 1 - rescale + rescale * std(m_c) / std(m)          likewise (arXiv:2305.08891, eq. 15, 16)
+    m *= 1 - rescale + rescale * std(m_c) / std(m)  with guidance (arXiv:2305.08891, eq. 15, 16)
     x0 = x0_x * x + x0_m * m
-    x0 = clamp(x0, clip_min, clip_max)                               where quantile is 0
-    x0 = clamp(x0, -s, s) / s                                        elsewhere, with
-         s = clamp(that quantile of |x0| over the image, 1, clip_max)   (arXiv:2205.11487, sec. 2.3)
+    x0 = clamp(x0, clip_min, clip_max)              if quantile is 0
+    x0 = clamp(x0, -s, s) / s                       otherwise (arXiv:2205.11487, sec. 2.3), with
+         s = clamp(that quantile of |x0| over the image, 1, clip_max)
     x' = out_x * x + out_x0 * x0 + out_m * m + sum_j h_j * history[j]
          + noise * exp((logvar + logvar_v * v) / 2) * z
-    history[slot] = keep_x * x + keep_x0 * x0 + keep_m * m + keep_noise * z     where slot >= 0
+    history[slot] = keep_x * x + keep_x0 * x0 + keep_m * m + keep_noise * z     if slot >= 0
 
-where every name in COLUMNS, and h_j, is this row's. History is read before it is written, and a
-slot with h_j = 0 is not read. The table is float64 and rounded once, when it goes to the device.
+The names in COLUMNS and h_j stand for the row's values. History is read before it is written, and a
+slot with h_j = 0 is not read. The table is float64; its copy on the device is rounded once.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ FORMAT = "fastdiff sampler table"
 
 
 class OnDevice(NamedTuple):
-    """What a loop wants of a table on its device.
+    """A table's tensors on a device, for a sampling loop.
 
     Attributes:
-        values: the coefficients, in float32 or float64.
-        timesteps: int64 if all of them are whole numbers, else in the values' dtype.
-        numbers: of the rows, each an int64 tensor of one element.
+        values: the coefficients [R, len(COLUMNS) + K], float32 or float64.
+        timesteps: the model's times [R], int64 if all are whole numbers, else of the values' dtype.
+        numbers: the row numbers 0..R-1, each an int64 tensor of one element.
     """
 
     values: Tensor
@@ -54,15 +54,15 @@ class OnDevice(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A sampler as data: everything that a sampling loop has to know.
+    """A sampler as data: everything that a sampling loop needs to know.
 
     Attributes:
         name: the sampler's name.
         values: coefficients, float64 [R, len(COLUMNS) + K], K the history's depth.
-        timesteps: what the model is given as its time in each row, float64 [R].
-        steps: which step a row belongs to, int64 [R], from 0, rising by 1 or not at all.
-        levels: (alpha, sigma) of x before each row and, last, of the result, float64 [R + 1, 2]:
-            x = alpha x0 + sigma eps.
+        timesteps: the model's time in each row, float64 [R].
+        steps: the step that each row belongs to, int64 [R], from 0, increasing by 0 or 1.
+        levels: (alpha, sigma) of x = alpha x0 + sigma eps before each row and after the last,
+            float64 [R + 1, 2].
         learned_variance: the model's output has twice the channels, the second half v.
 
     Raises:
@@ -98,12 +98,12 @@ class Table:
 
     @property
     def rows(self) -> int:
-        """R: rows, which is how often the model is evaluated."""
+        """R, the number of rows, which is also the number of model evaluations."""
         return self.values.shape[0]
 
     @cached_property
     def evaluations(self) -> tuple[int, ...]:
-        """Evaluations of the model in each step."""
+        """The number of model evaluations in each step."""
         return tuple(torch.bincount(self.steps).tolist())
 
     @cached_property
@@ -113,28 +113,33 @@ class Table:
 
     @property
     def depth(self) -> int:
-        """K: how many tensors the history keeps."""
+        """K, the number of tensors in the history."""
         return self.values.shape[1] - len(COLUMNS)
 
     @cached_property
     def init_noise_sigma(self) -> float:
-        """Standard deviation of the x to begin with, if that of the images is 1."""
+        """Standard deviation of the initial x, for images of standard deviation 1."""
         alpha, sigma = self.levels[0].tolist()
         return round((alpha**2 + sigma**2) ** 0.5, 12)  # 1, not 1 - 1e-16, where alpha^2 = 1 - s^2
 
     @cached_property
     def noisy(self) -> list[bool]:
-        """Which rows use noise."""
+        """For each row, whether it uses noise."""
         return ((self.column("noise") != 0) | (self.column("keep_noise") != 0)).tolist()
 
     @cached_property
     def ends_step(self) -> list[bool]:
-        """Which rows are the last of their step."""
+        """For each row, whether it is the last of its step."""
         steps = self.steps.tolist()
         return [step != after for step, after in zip(steps, [*steps[1:], None], strict=True)]
 
     def on(self, device: torch.device, dtype: torch.dtype) -> OnDevice:
-        """The table on a device, made once and kept; dtype float32 or float64."""
+        """The table's tensors on a device, cached.
+
+        Args:
+            device: where the loop runs.
+            dtype: float32 or float64.
+        """
         key = (device, dtype)
         if key not in self._copies:
             whole = bool((self.timesteps == self.timesteps.round()).all())
@@ -155,7 +160,7 @@ class Table:
         return any(self.noisy)
 
     def column(self, name: str) -> Tensor:
-        """The column of that name in COLUMNS, float64 [R]."""
+        """The column called ``name`` in COLUMNS, float64 [R]."""
         return self.values[:, COLUMNS.index(name)]
 
     def __str__(self) -> str:
@@ -175,7 +180,7 @@ class Table:
 
     @staticmethod
     def _is_idle(name: str, column: Tensor) -> bool:
-        """Whether a column does nothing in any row, so that printing it says nothing."""
+        """Whether a column has no effect in any row, so that it need not be printed."""
         idle = {"guidance": 1.0, "clip_min": -math.inf, "clip_max": math.inf, "slot": -1.0}
         return bool((column == idle.get(name, 0.0)).all())
 
@@ -195,10 +200,10 @@ class Table:
 
     @classmethod
     def from_json(cls, text: str) -> Table:
-        """Read what :meth:`to_json` wrote.
+        """Read the text of :meth:`to_json`.
 
         Raises:
-            ValueError: not JSON, not such a table, or one with other columns.
+            ValueError: not JSON, not a sampler table, or a table with other columns.
         """
         fields = json.loads(text)
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
@@ -221,17 +226,17 @@ class Table:
             raise ValueError(f"the sampler table is damaged: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON."""
+        """Write the table to a JSON file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Table:
-        """Read a table that :meth:`save` wrote; raises as :meth:`from_json` does."""
+        """Read a file of :meth:`save`; raises the errors of :meth:`from_json`, and OSError."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
 def _names(depth: int) -> list[str]:
-    """All columns of a table with a history of that depth."""
+    """The names of all columns of a table with ``depth`` history tensors."""
     return [*COLUMNS, *(f"h_{j}" for j in range(depth))]
 
 

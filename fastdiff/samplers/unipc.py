@@ -1,4 +1,4 @@
-"""UniPC: one predictor-corrector framework for all orders (Zhao et al. 2023, arXiv:2302.04867)."""
+"""UniPC: a predictor-corrector method of any order (Zhao et al. 2023, arXiv:2302.04867)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.samplers.exponential import DATA, phi
+from fastdiff.samplers.exponential import DATA_PREDICTION, phi
 from fastdiff.samplers.grids import Point
 from fastdiff.samplers.multistep import multistep_order
 from fastdiff.samplers.sampler import X0, Row, Sampler, check_choice, combine, pairs
@@ -18,21 +18,21 @@ SOLVER_TYPES = ("bh1", "bh2")
 
 
 class UniPC(Sampler):
-    """UniP-p predicts x at the next point, UniC-p corrects it with the x0 found there.
+    """UniP-p predicts x at the next point, UniC-p corrects it with the x0 predicted there.
 
-    Algorithms 5 to 8 of the paper. The corrector's x is never evaluated itself, so it costs
-    nothing, and it raises the order to p + 1. Predictor and corrector start from the same x, and
-    their difference is a sum of x0 alone; so a row adds that difference to the predicted x, and
-    takes the next prediction from there.
+    Algorithms 5 to 8 of the paper. The model is not evaluated at the corrected x, so the corrector
+    is free, and it raises the order to p + 1. Predictor and corrector start from the same x, so
+    their results differ by a sum of x0 alone. A row adds this sum to the predicted x and then
+    predicts the next x.
 
     Args:
         schedule: the noise schedule that the model was trained on.
         steps: steps to take, at least the order.
         order: p, 1 to 3.
         solver_type: B(h) = h (bh1) or e^h - 1 (bh2), section 3.1; bh2 is better with guidance.
-        disable_corrector: steps whose result is not corrected.
-        lower_order_final: let the order fall towards the end. A step to zero noise is of first
-            order in any case.
+        disable_corrector: numbers of the steps whose result is not corrected.
+        lower_order_final: take the last steps at lower orders. A step to zero noise is always of
+            first order.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
@@ -61,39 +61,39 @@ class UniPC(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """Correct, then predict; both are weights of the present x0 and of earlier ones."""
+        """Correct, then predict; both are weighted sums of the current and earlier x0."""
         order = 0
         for i, s, t in pairs(points):
             change = [0.0]
             if i > 0 and i - 1 not in self.disable_corrector and self._corrects(points[i - 1], s):
-                known = points[i - order : i][::-1]  # where the last prediction took its x0 from
+                known = points[i - order : i][::-1]  # the points whose x0 the last prediction used
                 predicted = [0.0, *self._predictor(known, s)]
                 change = combine((1.0, self._corrector(known, s)), (-1.0, predicted))
             order = multistep_order(points, i, self.order, self.lower_order_final)
             known = points[i + 1 - order : i + 1][::-1]
-            scale = DATA.scale(s, t)
+            scale = DATA_PREDICTION.scale(s, t)
             now, *history = combine((scale, change), (1.0, self._predictor(known, t)))
             yield Row(i, s, x=scale, x0=now, history=history, keep=X0)
 
     def _corrects(self, s: Point, t: Point) -> bool:
-        return math.isfinite(self._b(s.lam - t.lam))  # bh1 is not where s has no signal
+        return math.isfinite(self._b(s.lam - t.lam))  # not for bh1 if s has no signal
 
     def _predictor(self, known: list[Point], t: Point) -> list[float]:
-        """Weights of the x0 at ``known`` points, the latest first, in x_t; that of x aside."""
+        """Weights in x_t of the x0 at ``known`` points, the latest point first."""
         s = known[0]
-        first = DATA.weight(1, s, t)
+        first = DATA_PREDICTION.weight(1, s, t)
         if len(known) == 1:
             return [first]
         z = s.lam - t.lam
         ratios = [(point.lam - s.lam) / -z for point in known[1:]]
-        # For one earlier point, any weight 1/2 + O(h) keeps the order: the authors take 1/2.
+        # With one earlier point any weight 1/2 + O(h) keeps the order; the authors take 1/2.
         rho = [0.5] if len(ratios) == 1 else self._solve(ratios, z)
         return self._differences(first, rho, ratios, z, t)
 
     def _corrector(self, known: list[Point], t: Point) -> list[float]:
-        """Likewise with the x0 at t itself, which stands first."""
+        """Weights in x_t of the x0 at t and, after it, at ``known`` points, the latest first."""
         s = known[0]
-        first = DATA.weight(1, s, t)
+        first = DATA_PREDICTION.weight(1, s, t)
         z = s.lam - t.lam
         ratios = [1.0, *((point.lam - s.lam) / -z for point in known[1:])]
         rho = [0.5] if len(ratios) == 1 else self._solve(ratios, z)

@@ -156,5 +156,5 @@ def test_levels_at_the_ends_of_the_range_are_churned(name):
         sampler = samplers.make(
             name, path, steps, grid="karras", s_churn=10.0, s_tmin=level, s_tmax=level
         )
-        noises = [raised.noise > 0 for raised in sampler.raised(sampler.points)]
+        noises = [point.noise > 0 for point in sampler.churned(sampler.points)]
         assert noises == [j == i for j in range(steps + 1)]
