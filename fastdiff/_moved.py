@@ -22,6 +22,7 @@ MOVED = {
     "errors": "common.errors",
     "images": "data.image_grid",
     "losses.likelihood": "losses.discretized_gaussian",
+    "losses.terms": "losses.bound_terms",
     "nn.checks": "nn.input_checks",
     "nn.attention": "nn.self_attention",
     "ops.checks": "common.checks",

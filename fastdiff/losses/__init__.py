@@ -1,8 +1,8 @@
 """Losses of discrete-time diffusion: T steps of a schedule, timesteps 0..T-1.
 
-A loss is one number an image, [N], in float32 (float64 for float64 images), for the caller to
-weight and average; the model is any callable (x_t, t, **cond) -> prediction, as in
-``fastdiff.sample``. Noise is given as values or as the seeds to draw it from, see ``noising``.
+A loss function returns one number per image, [N], in float32 (float64 for float64 images), for the
+caller to weight and average. The model is any callable (x_t, t, **cond) -> prediction, as in
+``fastdiff.sample``. Noise is given as values or as seeds, see ``noising``.
 """
 
 from __future__ import annotations

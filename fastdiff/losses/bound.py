@@ -1,6 +1,6 @@
 """Losses on the variational bound, and the bound itself (arXiv:2006.11239, arXiv:2102.09672).
 
-``terms`` says what the terms are; everything here is in bits per dimension.
+``bound_terms`` defines the terms L_t; all results of this module are in bits per dimension.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fastdiff.common.conditions import Conditions
 from fastdiff.common.inputs import check_max_batch, checked_seeds
 from fastdiff.common.model import Model
 from fastdiff.common.progress import progress_bar
+from fastdiff.losses.bound_terms import ReverseSteps, bound_term, prior_term
 from fastdiff.losses.discretized_gaussian import discretized_gaussian_log_likelihood, normal_kl
 from fastdiff.losses.noising import noised
 from fastdiff.losses.prediction import check_x0, image_mean, predict
 from fastdiff.losses.simple import weighted_error
-from fastdiff.losses.terms import Reverse, bound_term, prior_term
 from fastdiff.schedules import NoiseSchedule
 
 __all__ = [
@@ -45,12 +45,13 @@ def vlb_loss(
 ) -> Tensor:
     """L_t of one timestep for each image, [N], in bits per dimension.
 
-    The mean of p(x_{t-1} | x_t) is the posterior's at the x_0 that the model predicts.
+    The mean of p(x_{t-1} | x_t) is the mean of q(x_{t-1} | x_t, x_0) at the x_0 that the model
+    predicts.
 
     Args:
-        schedule: of DDPM, T steps.
-        model: callable (x_t, t, **cond) -> [N, C, ...], or with a learned variance [N, 2 C, ...]:
-            the prediction of ``kind``, then v of :func:`model_variance`.
+        schedule: DDPM's noise schedule, T steps.
+        model: callable (x_t, t, **cond) -> [N, C, ...], the prediction of ``kind``. With a learned
+            variance it returns [N, 2 C, ...]: the prediction, then v of :func:`model_variance`.
         x0: clean images, [N, C, ...], floating point.
         t: timesteps, int64 [N], in 0..T-1.
         noise: standard normal noise, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
@@ -61,7 +62,7 @@ def vlb_loss(
         **cond: keyword arguments of the model.
 
     Returns:
-        float32 (float64 for float64 images).
+        float32 (float64 for float64 images), [N].
 
     Raises:
         TypeError: images that are not floating point, t not int64, a schedule without betas, or a
@@ -70,7 +71,7 @@ def vlb_loss(
             score at a timestep without signal.
         IndexError: a timestep outside 0..T-1 (CPU tensors only).
     """
-    reverse = Reverse(schedule, kind, variance, clip, discrete)
+    reverse = ReverseSteps(schedule, kind, variance, clip, discrete)
     check_x0(x0)
     x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
     prediction, v = predict(model, x_t, t, cond, learned=reverse.learned)
@@ -78,10 +79,11 @@ def vlb_loss(
 
 
 def rescaled_kl(schedule: NoiseSchedule, *args: Any, **options: Any) -> Tensor:
-    """T times :func:`vlb_loss`, with its arguments: for uniform t an estimate of the whole bound.
+    """T times :func:`vlb_loss`: for uniform t an unbiased estimate of the bound without L_T.
 
-    L_T is not in it; no model changes that. It is the loss L_vlb of Nichol & Dhariwal 2021,
-    arXiv:2102.09672, eq. 4 and 18.
+    This is the loss L_vlb of Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 4 and 18. L_T is left
+    out because it does not depend on the model. Arguments, result and errors are those of
+    :func:`vlb_loss`.
     """
     return schedule.num_timesteps * vlb_loss(schedule, *args, **options)
 
@@ -102,12 +104,12 @@ def hybrid_loss(
 ) -> Tensor:
     """L_simple + T / 1000 L_t of each image, [N]: a loss for models that learn their variance.
 
-    Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16: lambda = 0.001 of the whole bound, of which
-    T L_t is the estimate. The bound's gradient reaches only the variance; the mean is learned from
-    L_simple alone. L_t is in bits per dimension, as in the authors' code.
+    Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16, with lambda = 0.001; T L_t is the estimate of
+    the bound. The bound's gradient reaches only the variance; the mean is learned from L_simple
+    alone. L_t is in bits per dimension, as in the authors' code.
 
     Args:
-        schedule: of DDPM, T steps.
+        schedule: DDPM's noise schedule, T steps.
         model: callable (x_t, t, **cond) -> [N, 2 C, ...], see :func:`vlb_loss`.
         x0: clean images, [N, C, ...], floating point.
         t: timesteps, int64 [N], in 0..T-1.
@@ -120,12 +122,13 @@ def hybrid_loss(
         **cond: keyword arguments of the model.
 
     Returns:
-        float32 (float64 for float64 images).
+        float32 (float64 for float64 images), [N].
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`vlb_loss`; ValueError for a fixed variance.
+        TypeError, ValueError, IndexError: those of :func:`vlb_loss`; ValueError for a fixed
+            variance.
     """
-    reverse = Reverse(schedule, kind, variance, clip, discrete)
+    reverse = ReverseSteps(schedule, kind, variance, clip, discrete)
     check_x0(x0)
     if not reverse.learned:
         raise ValueError(f"the hybrid loss is for a learned variance, got {variance!r}")
@@ -138,14 +141,14 @@ def hybrid_loss(
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The bound of each image, float64 on the images' device.
+    """The variational bound of each image, float64 on the images' device.
 
     Attributes:
         total: the bound on -log2 p(x_0) per dimension, [N].
         prior: L_T, bits per dimension, [N].
         terms: L_t at [:, t], bits per dimension, [N, T].
         x0_mse: mean squared error of the predicted x_0, [N, T].
-        eps_mse: that of the noise that follows from it, SNR_t times the former, [N, T].
+        eps_mse: mean squared error of the noise that this x_0 implies, SNR_t x0_mse, [N, T].
     """
 
     total: Tensor
@@ -170,29 +173,32 @@ def bits_per_dim(
     progress: bool = True,
     **cond: Any,
 ) -> BitsPerDim:
-    """The whole bound of each image, one model call for each timestep.
+    """The variational bound of each image, with one model call per timestep.
 
-    The noise depends on the seed, the image's number and t alone, not on ``batch_size``.
+    The noise depends only on the seed, the image's number and t, not on ``batch_size``.
 
     Args:
-        model: see :func:`vlb_loss`; called as it is, so put a module into eval mode yourself.
-        schedule: of DDPM, T steps.
+        model: see :func:`vlb_loss`. Put a module into eval mode before the call.
+        schedule: DDPM's noise schedule, T steps.
         x0: clean images, [N, C, ...], floating point, in [-1, 1] if they are discrete.
         kind: what the model predicts, one of ``process.KINDS``.
         variance: fixed_small, fixed_large, learned or learned_range.
-        clip: limit the predicted x_0 to [-1, 1]; for continuous data beyond that, set False.
+        clip: limit the predicted x_0 to [-1, 1]; set False for continuous data outside it.
         discrete: x0 are 8-bit values, see :func:`bound_term`.
-        batch_size: most images at a time, None for all.
-        seed: of the noise.
+        batch_size: the largest number of images in a model call, None for all.
+        seed: seed of the noise.
         progress: show a progress bar on standard error.
-        **cond: keyword arguments of the model, as in ``fastdiff.sample``: where ``batch_size`` cuts
-            the images, ``fastdiff.PerImage`` and ``fastdiff.Shared`` say which tensors go along.
+        **cond: keyword arguments of the model, as in ``fastdiff.sample``. With ``batch_size``, mark
+            tensors by ``fastdiff.PerImage`` or ``fastdiff.Shared`` to split or to share them.
+
+    Returns:
+        The bound and its parts.
 
     Raises:
-        TypeError, ValueError: as :func:`vlb_loss`; ValueError for discrete images beyond [-1, 1],
-            or a tensor among ``cond`` of which it cannot be told whether it is to be cut.
+        TypeError, ValueError: those of :func:`vlb_loss`; ValueError for discrete images outside
+            [-1, 1], or for an unmarked tensor among ``cond`` that may or may not be per image.
     """
-    reverse = Reverse(schedule, kind, variance, clip, discrete)
+    reverse = ReverseSteps(schedule, kind, variance, clip, discrete)
     check_x0(x0)
     check_max_batch(batch_size)
     if discrete and x0.numel():
@@ -209,15 +215,15 @@ def bits_per_dim(
     tables = schedule.coefficients(x0.device, wide_dtype(x0.dtype))
     with progress_bar(total=len(parts) * steps, desc="bits per dim", shown=progress) as bar:
         for part in parts:
-            given, clean, seeds_here = conditions.part(part), x0[part], seeds[part]
+            part_cond, clean, part_seeds = conditions.part(part), x0[part], seeds[part]
             for step in reversed(range(steps)):
                 row = rows[step : step + 1]
                 t = row.repeat(len(clean))
-                x_t = ops.q_sample_from_seed(clean, t, seeds_here, row, *tables)
-                prediction, v = predict(model, x_t, t, given, learned=reverse.learned)
-                found = reverse.x0(x_t, t, prediction)
-                terms[part, step] = reverse.term(found, v, clean, x_t, t)
-                x0_mse[part, step] = image_mean((found - clean) ** 2)
+                x_t = ops.q_sample_from_seed(clean, t, part_seeds, row, *tables)
+                prediction, v = predict(model, x_t, t, part_cond, learned=reverse.learned)
+                predicted = reverse.x0(x_t, t, prediction)
+                terms[part, step] = reverse.term(predicted, v, clean, x_t, t)
+                x0_mse[part, step] = image_mean((predicted - clean) ** 2)
                 bar.update()
     prior = prior_term(schedule, x0.double())
     eps_mse = x0_mse * schedule.snr.to(x0.device)

@@ -1,4 +1,4 @@
-"""Divergence of two Gaussians, and the likelihood of 8-bit values under a Gaussian, in nats."""
+"""The KL divergence of two Gaussians and the likelihood of 8-bit values under one, in nats."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def normal_kl(
     """KL(N(mean, variance) || N(mean_of, variance_of)) of each element, in nats.
 
     Args:
-        mean: of the Gaussian that the expectation is over, any shape.
-        log_variance: likewise.
-        mean_of: of the other, broadcast against it.
-        log_variance_of: likewise.
+        mean: mean of the first Gaussian, over which the expectation is taken, any shape.
+        log_variance: its log-variance.
+        mean_of: mean of the second Gaussian; all four arguments broadcast.
+        log_variance_of: its log-variance.
     """
     gap = log_variance_of - log_variance
-    # expm1: of nearly equal variances the divergence is gap^2 / 4, lost in exp(-gap) - 1.
+    # For nearly equal variances the divergence is gap^2 / 4: exp(-gap) - 1 would lose its digits.
     spread = torch.expm1(-gap) + gap
     return (spread + (mean - mean_of) ** 2 * torch.exp(-log_variance_of)) / 2
 
@@ -35,24 +35,25 @@ def normal_log_density(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Log probability of each 8-bit value under a Gaussian, in nats (DDPM eq. 13).
 
-    A value stands for the bin of half-width 1/255 around it; those of the outermost levels, beyond
-    +-0.999, reach to infinity, so that the 256 probabilities add up to 1 (Ho et al. 2020,
-    arXiv:2006.11239, section 3.3). Probabilities below 1e-12 are raised to it, as in the authors'
-    code; no gradient passes there.
+    A value stands for the bin of half-width 1/255 around it. The bins of the lowest and highest
+    level (beyond +-0.999) reach to infinity, so that the 256 probabilities add up to 1 (Ho et al.
+    2020, arXiv:2006.11239, section 3.3). Probabilities are clamped to at least 1e-12, as in the
+    authors' code; a clamped probability has no gradient.
 
     Args:
         x: values in [-1, 1], -1 + 2 k / 255 for the level k, float32 or float64.
-        mean: of the Gaussian, broadcast against x.
-        log_variance: likewise.
+        mean: mean of the Gaussian, broadcast against x.
+        log_variance: log-variance of the Gaussian, broadcast against x.
 
     Returns:
-        float32 or float64, of the shape they broadcast to.
+        float32 or float64, of the broadcast shape.
     """
     centred = x - mean
     scale = torch.exp(-log_variance / 2)
     half = 1 / (BINS - 1)
     above, below = scale * (centred + half), scale * (centred - half)
-    # A bin is as probable as its mirror image; on the lower side the difference loses no digits.
+    # A bin is as probable as its mirror image about the mean; below the mean the difference of the
+    # two distribution functions loses no digits.
     near = -centred.abs()
     inside = _normal_cdf(scale * (near + half)) - _normal_cdf(scale * (near - half))
     probability = torch.where(
@@ -62,5 +63,5 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: T
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    """By erfc, which keeps its digits far below 0, where 1 + erf has none."""
+    """The normal distribution function by erfc: far below 0, 1 + erf would lose all digits."""
     return torch.special.erfc(-z * math.sqrt(0.5)) / 2

@@ -1,8 +1,8 @@
-"""Noise that is given or drawn: how losses put it into images and hold a prediction to it.
+"""The noise of losses, as values or as seeds: adding it to images, and errors of predictions.
 
-Where a loss wants ``noise`` it takes standard normal values like the images, or seeds, int64
-[N, 2], a seed and a number for each image. Of seeds the noise is that of ``ops.philox_normal`` at
-row 0, which the kernels draw whenever they want it and never store.
+A loss takes ``noise`` as standard normal values like the images, or as seeds, int64 [N, 2], a seed
+and a number for each image. Seeds stand for the noise of ``ops.philox_normal`` at row 0; kernels
+compute it where they need it and never store it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ def noised(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) 
 
     Args:
         x0: clean images [N, ...], floating point.
-        t: int64 [N], where the tables have each image's coefficients.
-        noise: like ``x0``, or seeds.
-        signal: [T], float32 (float64 for float64 images), on their device.
-        sigma: [T], likewise.
+        t: int64 [N], each image's index into ``signal`` and ``sigma``.
+        noise: standard normal values like ``x0``, or seeds int64 [N, 2].
+        signal: coefficients of x_0 [T], float32 (float64 for float64 images), on ``x0``'s device.
+        sigma: coefficients of the noise, of the same shape, dtype and device.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``ops.q_sample`` and ``ops.q_sample_from_seed``.
+        TypeError, ValueError, IndexError: those of ``ops.q_sample`` and
+            ``ops.q_sample_from_seed``.
     """
     check_floating(x0, "x0")
     if _are_seeds(noise, x0):
@@ -45,19 +46,19 @@ def squared_error(
     """weight_t mean((prediction - p_t x_0 - q_t noise)^2) of each image, [N].
 
     Args:
-        prediction: of the shape of ``x0``; if it has another dtype both are promoted.
-        x0: as for :func:`noised`.
-        t: likewise.
-        noise: likewise.
-        of_x0: p [T], floating point; None is 0.
-        of_noise: q [T], likewise.
+        prediction: images of the shape of ``x0``; different dtypes are promoted to a common one.
+        x0: clean images [N, ...], floating point.
+        t: int64 [N], each image's index into the tables.
+        noise: standard normal values like ``x0``, or seeds int64 [N, 2].
+        of_x0: p [T], floating point; None for 0.
+        of_noise: q [T], floating point; None for 0.
         weight: [T], floating point.
 
     Returns:
-        float32, or float64 if ``prediction`` or ``x0`` is.
+        float32, or float64 if ``prediction`` or ``x0`` is float64.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``ops.denoising_loss``.
+        TypeError, ValueError, IndexError: those of ``ops.denoising_loss``.
     """
     check_floating(prediction, "prediction")
     check_shape(prediction, x0, "prediction")
@@ -65,7 +66,7 @@ def squared_error(
     prediction = prediction.to(dtype)
     clean = None if of_x0 is None else x0.to(dtype)
     weight = weight.to(wide_dtype(dtype))
-    # Of what the target has nothing no coefficient is used, so that any table will do.
+    # The kernel does not read the coefficients of an absent x0 or noise, so any table will do.
     p, q = (weight if table is None else table.to(weight.dtype) for table in (of_x0, of_noise))
     if of_noise is None:
         return ops.denoising_loss(prediction, clean, None, t, p, q, weight)

@@ -1,4 +1,4 @@
-"""What the losses share: the model's call, and the mean over an image."""
+"""Helpers of the losses: the call of the model, the mean over an image, the check of images."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def predict(
     learned: bool = False,
     narrow: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """A model's prediction, and beside it what says its variance.
+    """Call a model; split its output into the prediction and the values of its variance.
 
     Args:
-        model: callable (x_t, t, **cond) -> a tensor, a tuple that begins with one, or an object
-            with a tensor named sample; under autocast it may return another dtype.
+        model: callable (x_t, t, **cond) -> a tensor, a tuple whose first item is the tensor, or an
+            object with a tensor named sample; under autocast it may return another dtype.
         x_t: noised images, [N, C, ...].
-        t: what the model is told for its time, [N].
+        t: the model's times, [N].
         cond: keyword arguments of the model.
-        learned: the model returns 2 C channels, the second C of which are the variance's.
-        narrow: an output in the dtype of ``x_t`` stays in it, for what computes in a wider one.
+        learned: whether the model returns 2 C channels, the second C for the variance.
+        narrow: leave an output in the dtype of ``x_t``, for a caller that widens it itself.
 
     Returns:
-        The prediction [N, C, ...], and the values of the variance [N, C, ...] or None, in float32
-        (float64 for float64 images) unless it is left ``narrow``.
+        The prediction [N, C, ...], and the variance's values [N, C, ...] or None. Both are float32
+        (float64 for float64 images), unless ``narrow``.
 
     Raises:
         TypeError: the model returns no tensor.
-        ValueError: it returns another shape.
+        ValueError: the model returns another shape.
     """
     images, channels, *rest = x_t.shape
     given = f"{'learned' if learned else 'fixed'} variance and images of shape {tuple(x_t.shape)}"
@@ -53,7 +53,7 @@ def predict(
 
 
 def image_mean(x: Tensor) -> Tensor:
-    """The mean over all dimensions but the first, [N]."""
+    """The mean of each image, [N]: over all dimensions but the first."""
     return x.mean(dim=tuple(range(1, x.ndim)))
 
 

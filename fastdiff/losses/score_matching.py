@@ -1,7 +1,7 @@
-"""Score matching: denoising in continuous time and at discrete sigmas, EDM's, and sliced.
+"""Score matching losses: denoising (continuous time, discrete sigmas), EDM's, and sliced.
 
-Each returns a loss per image, [N] in float32 (float64 for float64 images), averaged over its
-values, so that losses compare between image sizes. Time is float64 [N].
+Each returns one loss per image, [N] in float32 (float64 for float64 images). It is a mean over the
+image's values, so that losses of different image sizes compare. Times are float64 [N].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastdiff.losses.prediction import image_mean, predict
 from fastdiff.sde import EDM, SDE, Score
 
 WEIGHTINGS = ("sigma", "likelihood")
-SMALLEST = 1e-15  # sigma whose square and whose inverse's square are still numbers in float32
+SMALLEST_SIGMA = 1e-15  # its square and the square of its inverse are finite and not 0 in float32
 
 
 def denoising_score_matching(
@@ -28,16 +28,16 @@ def denoising_score_matching(
 ) -> Tensor:
     """lambda(t) |score(x_t, t) + eps / sigma|^2 (Vincent 2011; Song et al. 2021, eq. 7).
 
-    arXiv:2011.13456. Its minimum over all functions is the score of the marginal at t.
+    arXiv:2011.13456. The score of the marginal at t minimises it over all functions.
 
     Args:
-        score: (x, t) -> like x, with gradients in its parameters; see ``fastdiff.sde.score_fn``.
+        score: (x, t) -> like x, differentiable in its parameters; see ``fastdiff.sde.score_fn``.
         sde: the forward process.
         x0: clean images [N, ...], floating point.
         t: times [N], floating point, in 0..sde.end.
         noise: standard normal, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
-        weighting: "sigma" is lambda = sigma^2, the mean squared error of eps; "likelihood" is
-            lambda = g^2, with which the loss bounds the likelihood (Song et al. 2021,
+        weighting: "sigma" for lambda = sigma^2, the mean squared error of eps; "likelihood" for
+            lambda = g^2, for which the loss bounds the likelihood (Song et al. 2021,
             arXiv:2101.09258, theorem 1).
 
     Raises:
@@ -47,9 +47,9 @@ def denoising_score_matching(
         raise ValueError(f"unknown weighting {weighting!r}, wanted one of {', '.join(WEIGHTINGS)}")
     t = sde.check_time(t, x0).expand(x0.shape[0])
     alpha, sigma = sde.levels(t)
-    each = _numbers(x0)
+    each = _row_of_each(x0)
     x_t = noised(x0, each, noise, *_tables(x0, alpha, sigma))
-    level = sigma.clamp(min=SMALLEST)
+    level = sigma.clamp(min=SMALLEST_SIGMA)
     weight = level**2
     if weighting == "likelihood":
         weight = sde.rates(t)[1] * (level / sigma) ** 2
@@ -61,26 +61,27 @@ def edm_loss(
 ) -> Tensor:
     """EDM's weighted error of the denoiser (Karras et al. 2022, arXiv:2206.00364, eq. 8, table 1).
 
-    With D = c_skip x + c_out F and the weight 1 / c_out^2 it is the error of the raw network
-    against a target of variance 1 at every sigma.
+    For the denoiser D = c_skip x + c_out F and the weight 1 / c_out^2 this is the squared error of
+    the raw network F against a target of variance 1 at every sigma.
 
     Args:
         model: the raw network F: (c_in x, label, **cond) -> like x.
-        sde: with the preconditioning.
+        sde: the process, which defines the preconditioning.
         x0: clean images [N, ...], floating point.
         sigma: noise levels [N], floating point, in 0..sde.end; see :func:`log_normal_sigma`.
         noise: standard normal, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
+        cond: keyword arguments of the model.
 
     Raises:
         ValueError: shapes that do not fit, or levels outside the range.
     """
     sigma = sde.check_time(sigma, x0).expand(x0.shape[0])
     skip, out, scale = sde.preconditioning(sigma)
-    each = _numbers(x0)
+    each = _row_of_each(x0)
     scaled = noised(x0, each, noise, *_tables(x0, scale, scale * sigma))
     (label,) = _tables(x0, sde.label(sigma))
     output, _ = predict(model, scaled, label, cond, narrow=True)
-    # (x_0 - skip (x_0 + sigma noise)) / out, that is D's target with F for D
+    # F's target, for which D is x_0: (x_0 - skip (x_0 + sigma noise)) / out
     target = _tables(x0, (1 - skip) / out, -skip * sigma / out, torch.ones_like(sigma))
     return squared_error(output, x0, each, noise, *target)
 
@@ -98,8 +99,8 @@ def log_normal_sigma(
         float64 [images], on the generator's device.
     """
     device = torch.device("cpu") if generator is None else generator.device
-    drawn = torch.randn(images, generator=generator, dtype=torch.float64, device=device)
-    return (mean + std * drawn).exp()
+    noise = torch.randn(images, generator=generator, dtype=torch.float64, device=device)
+    return (mean + std * noise).exp()
 
 
 def ncsn_loss(
@@ -107,13 +108,14 @@ def ncsn_loss(
 ) -> Tensor:
     """sigma^2 |score(x, sigma) + eps / sigma|^2 / 2 (Song & Ermon 2019, eq. 5 and 6).
 
-    arXiv:1907.05600.
+    The loss of noise-conditional score networks, arXiv:1907.05600.
 
     Args:
         score: (x, sigma [N], **cond) -> the score of the data with noise sigma, like x.
         x0: clean images [N, ...], floating point.
-        sigma: their noise levels [N], positive; see :func:`geometric_sigmas`.
+        sigma: noise levels [N], positive; see :func:`geometric_sigmas`.
         noise: standard normal, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
+        cond: keyword arguments of ``score``.
 
     Raises:
         ValueError: shapes that do not fit, or levels that are not positive.
@@ -122,14 +124,14 @@ def ncsn_loss(
     if sigma.shape != x0.shape[:1] or not bool((sigma > 0).all()):
         raise ValueError(f"sigma must be positive, of shape ({x0.shape[0]},), got {sigma}")
     level = sigma.double()
-    each = _numbers(x0)
+    each = _row_of_each(x0)
     x = noised(x0, each, noise, *_tables(x0, torch.ones_like(level), level))
-    found = score(x, sigma, **cond)
-    return squared_error(found, x0, each, noise, None, *_tables(x0, -1 / level, level**2 / 2))
+    output = score(x, sigma, **cond)
+    return squared_error(output, x0, each, noise, None, *_tables(x0, -1 / level, level**2 / 2))
 
 
 def geometric_sigmas(largest: float, smallest: float, levels: int) -> Tensor:
-    """Noise levels from the largest to the smallest in equal ratios, float64 [levels].
+    """Noise levels from the largest to the smallest in a geometric sequence, float64 [levels].
 
     Song & Ermon 2019, arXiv:1907.05600, section 4.
 
@@ -154,14 +156,15 @@ def sliced_score_matching(
 ) -> Tensor:
     """v^T (d score / dx) v + |score|^2 / 2, v Rademacher (Song et al. 2019, eq. 8).
 
-    arXiv:1905.07088, with the variance reduction of its section 4.3. Needs no noise and no known
-    score: up to a constant its mean is half the squared distance to the score of x's own density.
+    arXiv:1905.07088, with the variance reduction of its section 4.3. It needs neither noise nor a
+    known score: up to a constant its mean is half the squared distance between ``score`` and the
+    score of x's own density.
 
     Args:
-        score: x -> like x, twice differentiable where the loss is trained on.
+        score: x -> like x, twice differentiable if the loss is used for training.
         x: data [N, ...], floating point.
-        probes: random directions an image.
-        generator: of the directions, on x's device.
+        probes: number of random directions v per image.
+        generator: source of the directions, on x's device.
 
     Raises:
         ValueError: fewer than 1 probe.
@@ -170,20 +173,20 @@ def sliced_score_matching(
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
     x = x.detach().requires_grad_()
-    found = score(x)
+    output = score(x)
     curvature = torch.zeros(x.shape[0], dtype=wide_dtype(x.dtype), device=x.device)
     for _ in range(probes):
         signs = torch.empty_like(x).bernoulli_(0.5, generator=generator) * 2 - 1
-        (along,) = torch.autograd.grad((found * signs).sum(), x, create_graph=True)
+        (along,) = torch.autograd.grad((output * signs).sum(), x, create_graph=True)
         curvature = curvature + image_mean((along * signs).to(curvature.dtype)) / probes
-    return curvature + image_mean(found.to(curvature.dtype).square()) / 2
+    return curvature + image_mean(output.to(curvature.dtype).square()) / 2
 
 
-def _numbers(x0: Tensor) -> Tensor:
-    """Where tables have the coefficients of each image: in its own place."""
+def _row_of_each(x0: Tensor) -> Tensor:
+    """0..N-1: image i takes entry i of the tables of coefficients."""
     return torch.arange(x0.shape[0], device=x0.device)
 
 
 def _tables(x0: Tensor, *values: Tensor) -> list[Tensor]:
-    """Coefficients [N] as the kernels want them for these images."""
+    """Coefficients [N] on the device and in the wide dtype of the images, for the kernels."""
     return [value.to(x0.device, wide_dtype(x0.dtype)) for value in values]

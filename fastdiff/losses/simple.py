@@ -30,15 +30,15 @@ def simple_loss(
     """weight_t |target - prediction|^2, averaged over each image (Ho et al. 2020, eq. 14).
 
     Args:
-        schedule: the path of the noised images, also that of rectified flow.
-        model: callable (x_t, t, **cond) -> prediction of ``kind``, [N, C, ...], told what the
-            schedule's ``label`` makes of its timestep, as in sampling.
+        schedule: the path of the noised images, of DDPM or rectified flow.
+        model: callable (x_t, label, **cond) -> prediction of ``kind``, [N, C, ...]; the label is
+            the schedule's ``label`` of the timestep, as in sampling.
         x0: clean images, [N, C, ...], floating point.
         t: timesteps, int64 [N], in 0..T-1.
         noise: standard normal noise, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
-        kind: what the model predicts, one of ``process.KINDS``; eps at a timestep without signal
-            teaches nothing.
-        weight: a weight for each timestep, float64 [T], as ``weighting`` makes it; None is 1.
+        kind: what the model predicts, one of ``process.KINDS``. At a timestep without signal a
+            model of eps learns nothing about x_0.
+        weight: a weight for each timestep, float64 [T], as :func:`weighting` returns; None is 1.
         **cond: keyword arguments of the model.
 
     Returns:
@@ -67,7 +67,7 @@ def weighted_error(
     kind: str,
     weight: Tensor | None,
 ) -> Tensor:
-    """The simple loss of a prediction already made, [N]."""
+    """The loss of :func:`simple_loss` for a given prediction, [N]."""
     wide = wide_dtype(x0.dtype)
     of_x0, of_noise, weights = target_of(schedule, kind, x0.device, wide)
     if weight is not None:
@@ -77,10 +77,10 @@ def weighted_error(
 
 def _checked(weight: Tensor, num_timesteps: int) -> Tensor:
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
-        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a floating point tensor, got {found}")
+        given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a floating point tensor, got {given}")
     if weight.shape != torch.Size([num_timesteps]):
         raise ValueError(
-            f"weight must have shape [{num_timesteps}], one a timestep, got {tuple(weight.shape)}"
+            f"weight must have shape [{num_timesteps}], one per timestep, got {tuple(weight.shape)}"
         )
     return weight

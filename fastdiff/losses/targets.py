@@ -1,4 +1,4 @@
-"""What a prediction is held to, as p_t x_0 + q_t noise, and its weights, in tables made once."""
+"""Training targets p_t x_0 + q_t noise and weights of losses, as cached tables [T]."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastdiff.schedules import GaussianPath
 
 
 class Target(NamedTuple):
-    """The tables of a parametrisation, [T] each on one device.
+    """The target p_t x_0 + q_t noise of a prediction kind, as tables [T] on one device.
 
     Attributes:
-        of_x0: p, None where it is 0 for all timesteps.
-        of_noise: q, likewise.
-        ones: the weights of the simple loss.
+        of_x0: p, None if it is 0 for all timesteps.
+        of_noise: q, None if it is 0 for all timesteps.
+        ones: the weights of the simple loss, all 1.
     """
 
     of_x0: Tensor | None
@@ -28,13 +28,14 @@ class Target(NamedTuple):
 
 
 _targets: WeakKeyDictionary[GaussianPath, dict[object, Target]] = WeakKeyDictionary()
-_weights = WeakTensorKeyDictionary()  # of a weight, for each device and dtype its version and copy
+# For each tensor of weights a dict: (device, dtype) -> (its version when copied, the copy).
+_weights = WeakTensorKeyDictionary()
 
 
 def target_of(
     schedule: GaussianPath, kind: str, device: torch.device, dtype: torch.dtype
 ) -> Target:
-    """The target of ``kind`` in a dtype on a device, kept as long as the schedule lives.
+    """The target of ``kind`` in a dtype on a device, cached as long as the schedule lives.
 
     Ho et al. 2020, arXiv:2006.11239 (eps); Salimans & Ho 2022, arXiv:2202.00512 (v); Song et al.
     2021, arXiv:2011.13456 (score); Liu et al. 2022, arXiv:2209.03003 (flow).
@@ -48,7 +49,7 @@ def target_of(
     kept = _targets.setdefault(schedule, {})
     key = kind, device, dtype
     if key not in kept:
-        with torch.inference_mode(False):  # autograd must be able to save them later
+        with torch.inference_mode(False):  # autograd cannot save tensors of inference mode
             kept[key] = _made(schedule, kind, device, dtype)
     return kept[key]
 
@@ -56,8 +57,8 @@ def target_of(
 def weight_on(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A table of weights in a dtype on a device.
 
-    One that lies elsewhere is brought there once, since that waits for the host, and again when it
-    has changed.
+    A table on another device is copied once, because a copy makes the host wait, and copied again
+    after it has been changed in place.
     """
     if weight.device == device or weight.is_inference() or torch.compiler.is_compiling():
         return weight.to(device, dtype)

@@ -1,8 +1,8 @@
-"""Which timesteps to train on: samplers that return importance weights beside them.
+"""Timesteps to train on: samplers that return timesteps and importance weights.
 
-A sampler draws t with probability p_t and weights it by 1 / (T p_t), whose mean is 1: the weighted
-mean of losses L_t is that over uniform t, whatever p is (Nichol & Dhariwal 2021, arXiv:2102.09672,
-eq. 18). It only has another variance.
+A sampler draws t with probability p_t and gives it the weight 1 / (T p_t), whose mean is 1. For any
+p the weighted mean of losses L_t has the expectation of their mean over uniform t (Nichol &
+Dhariwal 2021, arXiv:2102.09672, eq. 18); only the variance differs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class TimestepSampler:
-    """Draws timesteps 0..T-1 independently, each with its probability.
+    """Draws timesteps 0..T-1 independently, timestep t with probability p_t.
 
     Args:
         num_timesteps: T, at least 1.
@@ -46,8 +46,8 @@ class TimestepSampler:
         """Timesteps, and the weights of their losses.
 
         Args:
-            n: how many, at least 0.
-            generator: source of randomness, None for PyTorch's global one on the CPU.
+            n: number of timesteps, at least 0.
+            generator: source of randomness, None for PyTorch's global generator of the CPU.
 
         Returns:
             t int64 [n] and weights float64 [n], on the generator's device.
@@ -59,7 +59,7 @@ class TimestepSampler:
             raise ValueError(f"n must be at least 0, got {n}")
         u = self.unit(n, generator)
         cumulative = self.probabilities.cumsum(0)
-        # Its last entry is then exactly 1, above every u, so that no t of probability 0 is drawn.
+        # After division the last entry is exactly 1, above every u: no t of probability 0 is drawn.
         cumulative = (cumulative / cumulative[-1]).to(u.device)
         t = torch.searchsorted(cumulative, u, right=True)
         return t, self.weights.to(u.device)[t]
@@ -75,11 +75,12 @@ class Uniform(TimestepSampler):
 
 
 class LowDiscrepancy(TimestepSampler):
-    """Timesteps of a batch spread evenly, from one random offset; each by itself is uniform.
+    """Timesteps of a batch spread evenly from one random offset; each by itself is uniform.
 
-    Image i of n gets (u + i / n) modulo 1 of the way (Kingma et al. 2021, arXiv:2107.00630,
-    appendix I.1), so that a batch of n covers every n-th part of 0..T-1 once. The loss of a batch
-    keeps its mean and has less variance. The images must come in random order.
+    Image i of n gets the timestep at the share (u + i / n) modulo 1 of 0..T-1 (Kingma et al. 2021,
+    arXiv:2107.00630, appendix I.1), so that a batch of n has one timestep in every n-th part of the
+    range. The loss of a batch keeps its mean and has less variance. The images must come in random
+    order.
     """
 
     def unit(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -91,15 +92,15 @@ class LowDiscrepancy(TimestepSampler):
 class LogitNormal(TimestepSampler):
     """t = floor(T s) with logit(s) normal: most often in the middle of the path.
 
-    Esser et al. 2024, arXiv:2403.03206, section 3.1, where the density is itself the weighting of
-    the loss: ``unbiased=False`` is that. With weights, losses of the outermost timesteps count for
-    as much as they are rare, up to 10^8 times with the default density and T = 1000.
+    Esser et al. 2024, arXiv:2403.03206, section 3.1. There the density is meant to weight the loss:
+    take ``unbiased=False`` for that. Importance weights undo it: the rare first and last timesteps
+    get weights up to 10^8 with the default density and T = 1000.
 
     Args:
         num_timesteps: T, at least 1.
-        mean: of logit(s); above 0 leans to noise.
-        std: of logit(s).
-        unbiased: weight by 1 / (T p_t); otherwise by 1.
+        mean: mean of logit(s); above 0 favours noisy timesteps.
+        std: standard deviation of logit(s).
+        unbiased: return the weights 1 / (T p_t); if False, return 1.
 
     Raises:
         ValueError: T below 1, a mean that is not finite, or a std that is not positive.
@@ -122,7 +123,7 @@ class LogitNormal(TimestepSampler):
         edges = torch.arange(count + 1, dtype=torch.float64, device="cpu") / count
         z = (torch.logit(edges) - self.mean) / self.std
         low, high = z[:-1], z[1:]
-        # Above 0 the difference is taken of the upper tails, which keep their digits there.
+        # Above 0 take the difference of the upper tails, which loses no digits there.
         upper = low > 0
         low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
         root = math.sqrt(0.5)
@@ -130,7 +131,7 @@ class LogitNormal(TimestepSampler):
 
     @property
     def weights(self) -> Tensor:
-        """1 / (T p_t), or 1 unless unbiased, float64 [T] on the CPU."""
+        """1 / (T p_t) if ``unbiased``, else 1, float64 [T] on the CPU."""
         if self.unbiased:
             return super().weights
         return torch.ones(self.num_timesteps, dtype=torch.float64, device="cpu")
@@ -139,14 +140,14 @@ class LogitNormal(TimestepSampler):
 class LossSecondMoment(TimestepSampler):
     """p_t in proportion to the root mean square of the latest losses at t.
 
-    Of all densities that makes the variance of the weighted loss least (Nichol & Dhariwal 2021,
-    arXiv:2102.09672, section 3.3, for the variational bound). Until every timestep has had
-    ``history`` losses, t is uniform.
+    This density gives the weighted loss the least variance (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, section 3.3, for the variational bound). Until every timestep has ``history``
+    losses, t is uniform.
 
     Args:
         num_timesteps: T, at least 1.
-        history: losses kept of each timestep.
-        uniform: share of the draws that stay uniform, in [0, 1].
+        history: number of losses kept for each timestep.
+        uniform: share of the timesteps that are drawn uniformly, in [0, 1].
 
     Raises:
         ValueError: T or history below 1, or a uniform share outside [0, 1].
@@ -163,7 +164,7 @@ class LossSecondMoment(TimestepSampler):
 
     @property
     def warm(self) -> bool:
-        """Whether every timestep has its full history."""
+        """Whether every timestep has ``history`` losses."""
         return self._filling == 0
 
     @property
@@ -176,13 +177,13 @@ class LossSecondMoment(TimestepSampler):
         return (1 - self.uniform) * shares + self.uniform / self.num_timesteps
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Take note of losses, without their importance weights; the oldest make way.
+        """Record the losses of timesteps; beyond ``history`` the oldest are dropped.
 
-        They are read on the host, which waits for a GPU.
+        The host reads the losses, for which it waits for a GPU.
 
         Args:
             t: timesteps, int64 [n], in 0..T-1; a timestep may occur more than once.
-            losses: their losses, floating point [n].
+            losses: unweighted losses at ``t``, floating point [n].
 
         Raises:
             TypeError: t not int64, or losses not floating point.
@@ -211,9 +212,9 @@ class LossSecondMoment(TimestepSampler):
             self._refresh(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings and the losses of every timestep, oldest first: numbers and lists of them.
+        """The settings and the losses of every timestep, oldest first.
 
-        JSON keeps them exactly.
+        Values are numbers and lists of numbers, which JSON stores exactly.
         """
         return {
             "num_timesteps": self.num_timesteps,
@@ -223,10 +224,10 @@ class LossSecondMoment(TimestepSampler):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the losses of another sampler with the same settings.
+        """Restore the :meth:`state_dict` of a sampler with the same settings.
 
         Raises:
-            ValueError: other settings, more losses than the history holds, or one not finite.
+            ValueError: other settings, more losses than ``history``, or a loss that is not finite.
         """
         for name in ("num_timesteps", "history", "uniform"):
             if state.get(name) != getattr(self, name):
@@ -245,8 +246,8 @@ class LossSecondMoment(TimestepSampler):
 
     def _restart(self, losses: list[list[float]]) -> None:
         self._losses: list[deque[float]] = [deque(maxlen=self.history) for _ in losses]
-        self._filling = self.num_timesteps  # timesteps whose history is not full yet
-        # Of histories of one length, the norms are in the ratio of the root mean squares.
+        self._filling = self.num_timesteps  # number of timesteps whose history is not full yet
+        # Full histories have one length, so their norms are proportional to root mean squares.
         self._norms = torch.zeros(self.num_timesteps, dtype=torch.float64, device="cpu")
         for step, kept in enumerate(losses):
             for loss in kept:
@@ -260,5 +261,5 @@ class LossSecondMoment(TimestepSampler):
         kept.append(loss)
 
     def _refresh(self, step: int) -> None:
-        # hypot scales, so that the squares of large losses do not overflow.
+        # hypot scales its arguments, so that the squares of large losses do not overflow.
         self._norms[step] = math.hypot(*self._losses[step])

@@ -10,21 +10,25 @@ from fastdiff.samplers.ddpm import VARIANCES
 from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import GaussianPath, NoiseSchedule
 
-FIXED = ("fixed_small", "fixed_large")
+FIXED_VARIANCES = ("fixed_small", "fixed_large")
 
 
 def fixed_log_variance(schedule: NoiseSchedule, kind: str) -> Tensor:
     """Log of beta_tilde_t (fixed_small) or beta_t (fixed_large), float64 [T].
 
-    The first entry of both is log beta_tilde_1, since beta_tilde_0 is 0 and, as Nichol & Dhariwal
-    have it, the decoder's variance is the same with either.
+    The first entry is log beta_tilde_1 for both kinds: beta_tilde_0 is 0, and Nichol & Dhariwal use
+    the same decoder variance for both.
+
+    Args:
+        schedule: DDPM's noise schedule, T steps.
+        kind: fixed_small or fixed_large.
 
     Raises:
         TypeError: a schedule without betas.
         ValueError: another kind.
     """
     check_ddpm(schedule)
-    check_choice("fixed variance", kind, FIXED)
+    check_choice("fixed variance", kind, FIXED_VARIANCES)
     small = schedule.posterior_log_variance_clipped
     return small if kind == "fixed_small" else torch.cat([small[:1], schedule.betas[1:].log()])
 
@@ -32,19 +36,19 @@ def fixed_log_variance(schedule: NoiseSchedule, kind: str) -> Tensor:
 def model_variance(schedule: NoiseSchedule, v: Tensor, t: Tensor, kind: str) -> Tensor:
     """Log-variance of p(x_{t-1} | x_t).
 
-    fixed_small and fixed_large are those of :func:`fixed_log_variance`; learned is v itself;
-    learned_range is frac log beta_t + (1 - frac) log beta_tilde_t with frac = (v + 1) / 2, so that
-    v in [-1, 1] stays between the two (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+    The kind fixed_small or fixed_large gives :func:`fixed_log_variance`; learned gives v itself;
+    learned_range gives frac log beta_t + (1 - frac) log beta_tilde_t with frac = (v + 1) / 2, which
+    lies between the two for v in [-1, 1] (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
 
     Args:
-        schedule: of DDPM, T steps.
-        v: what the model says of it, [N, C, ...]. With a fixed kind nothing but its rank, dtype
-            and device counts, and x_t will do.
+        schedule: DDPM's noise schedule, T steps.
+        v: the second half of the model's channels, [N, C, ...]. A fixed kind uses only its rank,
+            dtype and device, so that x_t may be passed.
         t: timesteps, int64 [N], in 0..T-1.
-        kind: one of the four.
+        kind: fixed_small, fixed_large, learned or learned_range.
 
     Returns:
-        [N, C, ...] where it is learned, else [N, 1, ...]; float32 (float64 for float64 v).
+        [N, C, ...] for a learned kind, else [N, 1, ...]; float32 (float64 for float64 v).
 
     Raises:
         TypeError: v not floating point, t not int64, or a schedule without betas.
@@ -57,7 +61,7 @@ def model_variance(schedule: NoiseSchedule, v: Tensor, t: Tensor, kind: str) -> 
     check_timesteps(t, v, schedule.num_timesteps)
     if kind == "learned":
         return v.to(wide_dtype(v.dtype))
-    if kind in FIXED:
+    if kind in FIXED_VARIANCES:
         return beside(fixed_log_variance(schedule, kind).to(v.device)[t], v)
     small, large = schedule.posterior_log_variance_clipped, schedule.betas.log()
     middle, half = (table.to(v.device)[t] for table in ((small + large) / 2, (large - small) / 2))
@@ -65,7 +69,7 @@ def model_variance(schedule: NoiseSchedule, v: Tensor, t: Tensor, kind: str) -> 
 
 
 def check_ddpm(schedule: GaussianPath) -> None:
-    """TypeError unless the schedule has the betas that steps and their variances rest on."""
+    """TypeError unless the schedule has betas, which define the steps and their variances."""
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(
             f"the variational bound needs a NoiseSchedule, got {type(schedule).__name__}"

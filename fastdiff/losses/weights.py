@@ -1,9 +1,9 @@
-"""Weights of the timesteps, as float64 tables [T], and how they pass from one loss to another.
+"""Loss weights of the timesteps, as float64 tables [T], and their conversion between predictions.
 
-Given x_t, predictions of all kinds are linear in each other: kind_t = a_t x_t + b_t other_t. Errors
-then differ by b_t, so the squared error of a kind is b_t^2 times that of the other, and
+Given x_t, predictions of all kinds are linear in each other: A_t = a_t x_t + b_t B_t. The squared
+error of A is then b_t^2 times the squared error of B, so that
 
-    weight on the other's error = b_t^2 * weight on the kind's error
+    weight on B's error = b_t^2 * weight on A's error
 
 leaves the loss the same (:func:`convert`). With alpha_t and sigma_t for sqrt(abar_t) and
 sqrt(1 - abar_t), and SNR_t = alpha_t^2 / sigma_t^2,
@@ -13,8 +13,8 @@ sqrt(1 - abar_t), and SNR_t = alpha_t^2 / sigma_t^2,
     |score error|^2 = |eps error|^2 / sigma^2
     |flow error|^2  = |x0 error|^2 (alpha + sigma)^2 / sigma^2
 
-The weightings below are one function of SNR each. ``kind`` only says on whose error it is put: the
-loss is the same for every kind.
+Each weighting below is one function of SNR. Its argument ``kind`` names the prediction to whose
+squared error the weights apply: the loss is the same for every kind.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def convert(schedule: GaussianPath, table: Tensor, from_kind: str, to_kind: str)
         schedule: the path, T steps.
         table: weights on the squared error of ``from_kind``, [T], floating point.
         from_kind: one of ``process.KINDS``.
-        to_kind: likewise.
+        to_kind: one of ``process.KINDS``.
 
     Returns:
         float64 [T].
 
     Raises:
         TypeError: ``table`` is not floating point.
-        ValueError: an unknown kind, a table of another shape, or eps or score wanted of a kind that
-            tells x_0 at a timestep without signal, where no error of eps is one of x_0.
+        ValueError: an unknown kind, a table of another shape, or a conversion from x0, v or flow to
+            eps or score with a schedule of zero terminal SNR, where eps does not determine x_0.
     """
     process.check_kind(from_kind)
     process.check_kind(to_kind)
@@ -60,7 +60,7 @@ def convert(schedule: GaussianPath, table: Tensor, from_kind: str, to_kind: str)
     blind = ("eps", "score")
     if schedule.has_zero_terminal_snr and to_kind in blind and from_kind not in blind:
         raise ValueError(
-            f"a weight on the {from_kind} error has none like it on that of {to_kind} at zero "
+            f"no weight on the {to_kind} error equals a weight on the {from_kind} error at zero "
             f"signal-to-noise ratio (t = {schedule.num_timesteps - 1})"
         )
     factor = process.conversion(schedule, to_kind, from_kind)[1]
@@ -68,14 +68,14 @@ def convert(schedule: GaussianPath, table: Tensor, from_kind: str, to_kind: str)
 
 
 def snr(schedule: GaussianPath, kind: str = "x0") -> Tensor:
-    """SNR_t on the x0 error, which is 1 on the eps error: the simple loss of DDPM.
+    """SNR_t on the x0 error, equal to weight 1 on the eps error: the simple loss of DDPM.
 
     Ho et al. 2020, arXiv:2006.11239, eq. 14; on other errors as in Salimans & Ho 2022,
     arXiv:2202.00512, section 4.
 
     Args:
         schedule: the path, T steps.
-        kind: whose error the weights are for.
+        kind: the prediction to whose error the weights apply, one of ``process.KINDS``.
 
     Returns:
         float64 [T].
@@ -89,13 +89,13 @@ def snr(schedule: GaussianPath, kind: str = "x0") -> Tensor:
 def min_snr(schedule: GaussianPath, kind: str = "eps", *, gamma: float = 5.0) -> Tensor:
     """Min-SNR: min(SNR_t, gamma) on the x0 error (Hang et al. 2023, arXiv:2303.09556).
 
-    That is min(SNR, gamma) / SNR on the eps error, and min(SNR, gamma) / (SNR + 1) on the v error
-    of DDPM's path.
+    This equals min(SNR, gamma) / SNR on the eps error, and min(SNR, gamma) / (SNR + 1) on the v
+    error of DDPM's path.
 
     Args:
         schedule: the path, T steps.
-        kind: whose error the weights are for.
-        gamma: where the weight stops growing.
+        kind: the prediction to whose error the weights apply, one of ``process.KINDS``.
+        gamma: the SNR above which the weight no longer grows.
 
     Returns:
         float64 [T].
@@ -104,7 +104,7 @@ def min_snr(schedule: GaussianPath, kind: str = "eps", *, gamma: float = 5.0) ->
         ValueError: unknown kind, or a gamma that is not positive.
     """
     _check_positive("gamma", gamma)
-    # gamma / SNR, infinite without signal, is cut to 1 there: the limit.
+    # Without signal gamma / SNR is infinite; the clamp gives 1, the limit of the weight.
     return convert(schedule, (gamma / schedule.snr).clamp(max=1), "eps", kind)
 
 
@@ -113,9 +113,9 @@ def p2(schedule: GaussianPath, kind: str = "eps", *, k: float = 1.0, gamma: floa
 
     Args:
         schedule: the path, T steps.
-        kind: whose error the weights are for.
-        k: bounds the weight at high noise.
-        gamma: how strongly low noise is weighted down; 0 is the simple loss.
+        kind: the prediction to whose error the weights apply, one of ``process.KINDS``.
+        k: limits the weight at high noise to k^-gamma.
+        gamma: how strongly low noise is weighted down; 0 gives the simple loss.
 
     Returns:
         float64 [T].
@@ -132,12 +132,12 @@ def p2(schedule: GaussianPath, kind: str = "eps", *, k: float = 1.0, gamma: floa
 def edm(schedule: GaussianPath, kind: str = "x0", *, sigma_data: float = 0.5) -> Tensor:
     """EDM: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the x0 error.
 
-    Karras et al. 2022, arXiv:2206.00364, table 1, with sigma = sigma_t / alpha_t, so that it is
+    Karras et al. 2022, arXiv:2206.00364, table 1. With sigma = sigma_t / alpha_t this equals
     SNR_t + 1 / sigma_data^2.
 
     Args:
         schedule: the path, T steps.
-        kind: whose error the weights are for.
+        kind: the prediction to whose error the weights apply, one of ``process.KINDS``.
         sigma_data: standard deviation of the data.
 
     Returns:
@@ -152,19 +152,19 @@ def edm(schedule: GaussianPath, kind: str = "x0", *, sigma_data: float = 0.5) ->
 
 
 def vlb(schedule: NoiseSchedule, kind: str = "eps", *, variance: str = "fixed_small") -> Tensor:
-    """The variational bound's own weights: those that turn the error into L_t.
+    """The weights of the variational bound, which turn the squared error into L_t.
 
     coef_t^2 / (2 variance_t) on the x0 error, coef_t being x_0's coefficient in the posterior's
-    mean (Ho et al. 2020, arXiv:2006.11239, eq. 8); with fixed_small, for t > 0, that is
-    (SNR_{t-1} - SNR_t) / 2 (Kingma et al. 2021, arXiv:2107.00630). Times the mean
-    squared error of an image it gives L_t in nats per dimension, but for what the prediction does
-    not change: at t = 0 log(2 pi variance) / 2 (of a decoder with a density), and with fixed_large
-    the divergence due to the variances.
+    mean (Ho et al. 2020, arXiv:2006.11239, eq. 8). With fixed_small and t > 0 this equals
+    (SNR_{t-1} - SNR_t) / 2 (Kingma et al. 2021, arXiv:2107.00630). The weight times the mean
+    squared error of an image is L_t in nats per dimension, up to terms that do not depend on the
+    prediction: log(2 pi variance) / 2 at t = 0 (for a decoder with a density), and the divergence
+    due to the variances with fixed_large.
 
     Args:
-        schedule: of DDPM, T steps.
-        kind: whose error the weights are for.
-        variance: of the model's steps, fixed_small or fixed_large.
+        schedule: DDPM's noise schedule, T steps.
+        kind: the prediction to whose error the weights apply, one of ``process.KINDS``.
+        variance: variance of the model's steps, fixed_small or fixed_large.
 
     Returns:
         float64 [T].
@@ -188,13 +188,13 @@ NAMES: dict[str, Callable[..., Tensor]] = {
 
 
 def weighting(schedule: GaussianPath, kind: str, name: str, **options: Any) -> Tensor:
-    """The weights of that name on the squared error of ``kind``, float64 [T].
+    """The weighting called ``name``, for the squared error of ``kind``, float64 [T].
 
     Args:
         schedule: the path, T steps.
-        kind: whose error they are for, one of ``process.KINDS``.
+        kind: the prediction to whose error the weights apply, one of ``process.KINDS``.
         name: snr, min_snr, p2, edm or vlb; see the functions of these names.
-        **options: their own arguments, such as gamma.
+        **options: further arguments of that function, such as gamma.
 
     Raises:
         ValueError: unknown kind or name.
