@@ -33,17 +33,17 @@ asan: venv  ## the operations' tests, their C++ under the address and undefined 
 		$(abspath $(RUN)) -m pytest -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(ASAN)
 
 bench: venv  ## the benchmarks, peers side by side
-	$(RUN) -m pytest benchmarks --benchmark-only
+	$(RUN) -m pytest benchmarks --benchmark-only --figures benchmarks/results
 
 bench-unet: $(VENV)/.peers  ## a U-Net compiled by fastdiff and by every peer: tables, an hour
 	$(RUN) -m benchmarks.unet --sampling --breakdown $(UNET)
 
 quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
-	$(RUN) benchmarks/sampler_quality.py $(QUALITY)
+	$(RUN) -m benchmarks.sampler_quality $(QUALITY)
 
 theory: $(VENV)/.plot  ## train every objective on the digits and measure it: tables and pictures, 2 hours
-	$(RUN) benchmarks/objectives.py --out benchmarks/results --runs runs/objectives
-	$(RUN) benchmarks/adaptive_steps.py --checkpoint runs/objectives/dsm-vp --out benchmarks/results
+	$(RUN) -m benchmarks.objectives --out benchmarks/results --runs runs/objectives
+	$(RUN) -m benchmarks.adaptive_steps --checkpoint runs/objectives/dsm-vp --out benchmarks/results
 
 gpu-audit: venv  ## compile every GPU kernel for sm_80, 90 and 100: registers, spills, access widths, bytes
 	$(RUN) -m fastdiff.kernels.audit $(AUDIT)

@@ -1,9 +1,10 @@
 """What adaptive steps are worth: on a trained model of the digits, and where the truth is known.
 
-    python benchmarks/adaptive_steps.py --checkpoint runs/objectives/dsm-vp --out benchmarks/results
+    python -m benchmarks.adaptive_steps --checkpoint runs/objectives/dsm-vp \\
+        --out benchmarks/results
 
 writes adaptive_steps.json (every figure, after each of the digits; those that are there for as many
-images are not measured again), .md (the tables) and .png:
+images are not measured again) and .png, prints the tables, and renders those of the documentation:
 
     Frechet distance against evaluations of the network, for the reverse-time SDE of a model of
     continuous time: Euler-Maruyama in steps of one length, and the adaptive solver with its two
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import machine, rows, tables
 from fastdiff import samplers, sde
 from fastdiff.checkpoints import checkpoint
 from fastdiff.evaluation import evaluate
@@ -45,23 +47,24 @@ def main() -> None:
     options.add_argument(
         "--checkpoint", type=Path, required=True, help="a model of the digits and of an SDE"
     )
-    options.add_argument("--out", type=Path, required=True, help="folder for the three files")
+    options.add_argument("--out", type=Path, required=True, help="folder for both files")
     options.add_argument("--images", type=int, default=1428, help="digits a figure, at least 100")
     options.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of Euler-Maruyama")
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "adaptive_steps.json"
     found: dict[str, Any] = {"images": args.images, "digits": [], "mixture": errors_of_ode()}
+    earlier: list[dict[str, Any]] = []
     if kept.exists() and (old := json.loads(kept.read_text("utf-8")))["images"] == args.images:
-        found["digits"] = old["digits"]
-    rows, errors = found["digits"], found["mixture"]
-    for row in distances(args.checkpoint, args.steps, args.images, rows):
-        rows.append(row)
+        found["digits"], earlier = old["digits"], old["machines"]
+    found["machines"] = machine.with_this_one(earlier, torch.get_num_threads())
+    for row in distances(args.checkpoint, args.steps, args.images, found["digits"]):
+        found["digits"].append(row)
         kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    (args.out / "adaptive_steps.md").write_text(
-        distance_table(rows) + "\n" + error_table(errors), encoding="utf-8"
-    )
-    plot(rows, errors, args.out / "adaptive_steps.png")
+    plot(found["digits"], found["mixture"], args.out / "adaptive_steps.png")
+    for table in (rows.adaptive_steps(found), rows.ode_errors(found)):
+        print(tables.markdown(table))
+    tables.publish(args.out)
 
 
 def distances(
@@ -135,46 +138,6 @@ def errors_of_ode() -> list[dict[str, Any]]:
             drawn = draw(network, sampler, x.shape, x_T=x, progress=False)
             note(name, steps, drawn.images, drawn.evaluations)
     return rows
-
-
-def needed(rows: list[dict[str, Any]], method: str, distance: float) -> dict[str, Any] | None:
-    """The cheapest figure of a method that is at least as near."""
-    good = [r for r in rows if r["method"] == method and r["frechet"] <= distance]
-    return min(good, key=lambda row: row["evaluations"], default=None)
-
-
-def distance_table(rows: list[dict[str, Any]]) -> str:
-    """Evaluations that each scheme needs to come as near as Euler-Maruyama, as Markdown."""
-    lines = [
-        "| Euler-Maruyama | Fréchet distance | " + " | ".join(SCHEMES) + " |",
-        "|---" * (2 + len(SCHEMES)) + "|",
-    ]
-    for row in (row for row in rows if row["method"] == EULER):
-        spent, distance = row["evaluations"], row["frechet"]
-        cells = [cell(needed(rows, scheme, distance), spent) for scheme in SCHEMES]
-        lines.append(f"| {spent:.0f} evaluations | {distance:.2f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(best: dict[str, Any] | None, spent: float) -> str:
-    """How many evaluations the best figure of a scheme has, beside those spent without it."""
-    if best is None:
-        return "not reached"
-    ratio = spent / best["evaluations"]
-    return f"{best['evaluations']:.1f} ({best['setting']}): {ratio:.2f}x fewer"
-
-
-def error_table(errors: list[dict[str, Any]]) -> str:
-    """Error and evaluations at each tolerance, as Markdown."""
-    lines = [
-        "| tolerance | " + " | ".join(PAIRS) + " |",
-        "|---" * (1 + len(PAIRS)) + "|",
-    ]
-    for tolerance in TOLERANCES:
-        at = {r["method"]: r for r in errors if r["method"] in PAIRS and r["setting"] == tolerance}
-        cells = [f"{at[pair]['error']:.1e}, {at[pair]['evaluations']:.0f}" for pair in PAIRS]
-        lines.append(f"| {tolerance:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[dict[str, Any]], errors: list[dict[str, Any]], path: Path) -> None:

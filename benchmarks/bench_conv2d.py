@@ -50,7 +50,7 @@ def rate(shape: tuple[int, ...]):
     """Notes: GFLOP/s as if computed directly."""
     n, channels, outputs, size = shape
     flops = 2 * 9 * n * channels * outputs * size**2
-    return lambda found: [f"{flops / found.ours / 1e9:.0f} GFLOP/s"]
+    return lambda found: {"GFLOP/s": f"{flops / found.ours / 1e9:.0f}"}
 
 
 @every_algorithm
@@ -92,8 +92,8 @@ def bench_fused(versus, shape, dtype, algorithm) -> None:
     def torchs() -> Tensor:
         return F.conv2d(F.silu(torch.addcmul(offset, x, gain)), nhwc, bias, padding=1) + residual
 
-    def notes(found: Comparison) -> list[str]:
-        return [*rate(shape)(found), f"{found.ours / found.peers['bare'] - 1:+.0%} to bare"]
+    def notes(found: Comparison) -> dict[str, str]:
+        return rate(shape)(found) | {"to bare": f"{found.ours / found.peers['bare'] - 1:+.0%}"}
 
     with torch.no_grad():
         check(ours(), torchs())

@@ -26,10 +26,10 @@ def peer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def copies(passes: int, size: int):
     """Notes: bytes of the least traffic a second, and that as a share of what a copy reaches."""
 
-    def notes(found: Comparison) -> list[str]:
+    def notes(found: Comparison) -> dict[str, str]:
         copy = found.peers.pop("copy")
         rate, of_copy = passes * size / found.ours, 2 * size / copy
-        return [f"{rate / 1e9:.1f} GB/s, {rate / of_copy:.0%} of copy's"]
+        return {"GB/s": f"{rate / 1e9:.1f}", "of a copy's": f"{rate / of_copy:.0%}"}
 
     return notes
 

@@ -66,10 +66,10 @@ def bench_sampling_loop(versus, name, steps) -> None:
     versus(
         ours,
         {"diffusers": theirs},
-        notes=lambda found: [
-            f"{found.ours / steps * 1e6:.1f} us a step",
-            f"dispatcher calls a step: {calls['fastdiff']:g} and {calls['diffusers']:g}",
-        ],
+        notes=lambda found: {
+            "us a step": f"{found.ours / steps * 1e6:.1f}",
+            "dispatcher calls": f"{calls['fastdiff']:g} and {calls['diffusers']:g}",
+        },
     )
 
 

@@ -169,5 +169,9 @@ def bench_training_step(versus, timed, kind) -> None:
     noise = torch.randn_like(x0)
     agreeing = [ours(first, noise), on_reference(lambda: theirs(first, noise))()]
     torch.testing.assert_close(*agreeing, rtol=1e-4, atol=1e-5)
-    rate = lambda found: [f"{shape[0] / found.ours:.2f} images/s"]  # noqa: E731
-    versus(step, peers, seconds=60, notes=rate)
+    versus(
+        step,
+        peers,
+        seconds=60,
+        notes=lambda found: {"images/s": f"{shape[0] / found.ours:.2f}"},
+    )

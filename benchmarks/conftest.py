@@ -1,32 +1,36 @@
 """Honest comparisons: ours and its peers in turns, in one process, warmed up, medians, ratios.
 
 ``pytest benchmarks --benchmark-only`` prints pytest-benchmark's table of our own times and, below,
-one line a comparison. Every peer gets the same inputs, layout, dtype and threads, and nothing is
-timed before its result agrees with ours. The heap keeps what is freed: otherwise fresh pages
-from the kernel, which differ from call to call, cost more than what is measured.
+one line a comparison; with ``--figures FOLDER`` all figures go to operations.json in that folder,
+and from benchmarks/results into the documentation's tables. Every peer gets the same inputs,
+layout, dtype and threads, and nothing is timed before its result agrees with ours. The heap keeps
+what is freed: otherwise fresh pages from the kernel, which differ from call to call, cost more than
+what is measured.
 """
 
 from __future__ import annotations
 
-import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison import Comparison
+from comparison import Comparison, save
 
+from benchmarks import machine, tables
 from fastdiff.ops.backend import describe
 
 SECONDS = 1.5  # that one comparison may take, roughly
 OURS = "fastdiff"
 ROUNDS = (9, 400)  # at least and at most
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-
 
 _done: list[Comparison] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", type=Path, metavar="FOLDER", help="keep all figures there")
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
         peers: dict[str, Callable[[], Any]],
         *,
         seconds: float = SECONDS,
-        notes: Callable[[Comparison], list[str]] = lambda found: [],
+        notes: Callable[[Comparison], dict[str, str]] = lambda found: {},
     ) -> None:
         calls = {OURS: ours, **peers}
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -59,11 +63,7 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
         if benchmark.disabled:
             return
         medians = {name: statistics.median(taken) for name, taken in times.items()}
-        found = Comparison(
-            f"{request.path.stem} {request.node.name}".replace("bench_", ""),
-            medians.pop(OURS),
-            medians,
-        )
+        found = Comparison.of(request.node, medians.pop(OURS), medians)
         found.notes = notes(found)
         benchmark.extra_info.update({name: t / found.ours for name, t in found.peers.items()})
         _done.append(found)
@@ -73,16 +73,17 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
 
 @pytest.fixture(scope="session", autouse=True)
 def _keep_freed_memory() -> None:
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            libc.mallopt(option, 1 << 30)
+    machine.keep_heap()
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not _done:
         return
     facts = ", ".join(f"{key} {value}" for key, value in describe().items())
     terminalreporter.section(f"ours, then each peer and its time over ours ({facts})")
     for found in _done:
         terminalreporter.line(found.line())
+    folder = config.getoption("figures")
+    if folder:
+        save(_done, folder / "operations.json")
+        tables.publish(folder)

@@ -1,17 +1,17 @@
 """Every objective trained on the 8x8 digits: how it samples, what it codes, how it is guided.
 
-    python benchmarks/objectives.py --out benchmarks/results --runs runs/objectives
+    python -m benchmarks.objectives --out benchmarks/results --runs runs/objectives
 
 trains, samples and measures through the command line, so that every figure is one command that
-anybody can give. It writes
+anybody can give. It writes, prints as tables, and renders in the documentation
 
-    objectives.json, .md, .png   each objective by several samplers: Frechet distance, class
-                                 accuracy, bits per value of held-out digits; a row of samples each
-    guidance.json, .md, .png     the same against the scale of guidance, by a classifier and without
+    objectives.json, .png   each objective by several samplers: Frechet distance, class accuracy,
+                            bits per value of held-out digits; a row of samples each
+    guidance.json, .png     the same against the scale of guidance, by a classifier and without
 
-A .json holds what ``fastdiff eval`` found, by its command, and is written after every figure. What
-is there, trained models included, is not made again, and a training that was interrupted goes on:
-delete a file to have it made anew.
+A .json holds what ``fastdiff eval`` found, by its command, and the rows of the table, which name
+those commands. It is written after every figure. What is there, trained models included, is not
+made again, and a training that was interrupted goes on: delete a file to have it made anew.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import machine, rows, tables
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
 from fastdiff.cli.options import make_sampler, sampler_facts
@@ -65,10 +66,6 @@ KINDS = {
     "classifier": "--guidance 0 --classifier {classifier} --classifier-scale {scale:g}",
     "classifier-free": "--guidance {scale:g}",
 }
-HEADS = (
-    "objective", "training steps", "sampler", "evaluations an image", "Fréchet distance",
-    "right class", "bits/dim, bound", "bits/dim, ODE",
-)  # fmt: skip
 OWN_STEPS = ("--sampler ode", "--sampler adaptive")
 
 
@@ -76,7 +73,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--out", type=Path, required=True, help="folder of the six files")
+    options.add_argument("--out", type=Path, required=True, help="folder of the four files")
     options.add_argument("--runs", type=Path, required=True, help="folder of the trained models")
     options.add_argument("--steps", type=int, default=2000, help="of training a model")
     options.add_argument(
@@ -95,6 +92,7 @@ def main() -> None:
     models = {name: trained(name, args) for name in args.only or OBJECTIVES}
     compare_objectives(models, args)
     compare_guidance({name: models[name] for name in GUIDED if name in models}, args)
+    tables.publish(args.out)
 
 
 def trained(name: str, args: argparse.Namespace) -> Path:
@@ -145,21 +143,33 @@ class Figures:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, Any] = {"machines": [], "rows": [], "found": {}}
         if path.exists():
-            self.found = json.loads(path.read_text(encoding="utf-8"))
+            self.results = json.loads(path.read_text(encoding="utf-8"))
 
-    def of(self, words: str) -> dict[str, Any]:
-        """The figures of ``fastdiff eval`` with these arguments, measured unless they are there."""
+    def of(self, words: str) -> str:
+        """``fastdiff eval`` with these arguments, whose figures are measured unless they are there.
+
+        Returns:
+            The command, by which ``results["found"]`` has the figures.
+        """
         asked = " ".join(f"fastdiff eval {words}".split())
-        if asked not in self.found:
-            self.found[asked] = json.loads(command(["eval", *words.split(), "--json"]))
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
-            os.replace(partial, self.path)
-        facts = self.found[asked]
-        print(f"{facts['frechet']:8.3f} {facts['accuracy']:6.1%}  {asked}", flush=True)
-        return facts
+        found = self.results["found"]
+        if asked not in found:
+            facts = found[asked] = json.loads(command(["eval", *words.split(), "--json"]))
+            machines = machine.with_this_one(self.results["machines"], facts["threads"])
+            self.results["machines"] = machines
+            self.save()
+        print(
+            f"{found[asked]['frechet']:8.3f} {found[asked]['accuracy']:6.1%}  {asked}", flush=True
+        )
+        return asked
+
+    def save(self) -> None:
+        """Write the file whole or not at all."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        os.replace(partial, self.path)
 
 
 def with_steps(way: str, steps: int | None) -> str:
@@ -168,7 +178,7 @@ def with_steps(way: str, steps: int | None) -> str:
 
 
 def compare_objectives(models: dict[str, Path], args: argparse.Namespace) -> None:
-    """Measure each model's samples and bits, and write objectives.json, .md and .png."""
+    """Measure each model's samples and bits, and write objectives.json and .png."""
     figures, lines, pictures = Figures(args.out / "objectives.json"), [], []
     for name, model in models.items():
         found, bits = checkpoint.load(model), f"--bits {args.bits}"  # once, with the default
@@ -177,12 +187,19 @@ def compare_objectives(models: dict[str, Path], args: argparse.Namespace) -> Non
             asked = cli.parser().parse_args(["eval", *way.split()])
             sampler = make_sampler(asked, found)
             words = f"--checkpoint {model} --samples {args.images} {bits} {way}"
-            lines.append((name, sampler, figures.of(words)))
+            lines.append(
+                {
+                    "objective": name,
+                    "sampler": sampler_text(sampler),
+                    "command": figures.of(words),
+                }
+            )
             if bits:
                 pictures.append(one_of_each(found, sampler))
             bits = ""
-    table = objectives_table(lines, args.steps)
-    (args.out / "objectives.md").write_text(table, encoding="utf-8")
+    figures.results["rows"] = lines
+    figures.save()
+    print(tables.markdown(rows.objectives(figures.results)))
     real = digits("test", SIZE)
     assert real.labels is not None
     pictures.append(real.images[[int((real.labels == i).nonzero()[0]) for i in range(10)]])
@@ -197,25 +214,6 @@ def one_of_each(found: checkpoint.Checkpoint, sampler: Sampler | Solver) -> torc
     )
 
 
-def objectives_table(
-    lines: Iterable[tuple[str, Sampler | Solver, dict[str, Any]]], steps: int
-) -> str:
-    """One line a sampler, as Markdown; bits where they were measured."""
-    rows = [HEADS, ("---",) * len(HEADS)]
-    for name, sampler, facts in lines:
-        bits = (facts.get("bits_bound"), facts.get("bits_ode"))
-        rows.append(
-            (
-                name, str(steps), sampler_text(sampler), f"{facts['evaluations']:.4g}",
-                f"{facts['frechet']:.2f}", f"{facts['accuracy']:.1%}",
-                *("" if value is None else f"{value:.3f}" for value in bits),
-            )
-        )  # fmt: skip
-    real = f"{facts['frechet_real']:.2f}", f"{facts['accuracy_real']:.1%}"
-    rows.append(("held-out real digits", "", "", "", *real, "", ""))
-    return markdown(rows)
-
-
 def sampler_text(sampler: Sampler | Solver) -> str:
     """A sampler's name, steps and, of a solver, options."""
     name, steps = sampler_facts(sampler).values()
@@ -225,9 +223,9 @@ def sampler_text(sampler: Sampler | Solver) -> str:
 
 
 def compare_guidance(models: dict[str, Path], args: argparse.Namespace) -> None:
-    """Measure samples against the scale of guidance, and write guidance.json, .md and .png."""
+    """Measure samples against the scale of guidance, and write guidance.json and .png."""
     figures = Figures(args.out / "guidance.json")
-    lines: dict[str, list[dict[str, Any]]] = {}
+    commands: dict[str, list[str]] = {}
     for name, model in models.items():
         guide, way = trained_classifier(name, model, args), GUIDED[name]
         for kind, options in KINDS.items():
@@ -237,28 +235,17 @@ def compare_guidance(models: dict[str, Path], args: argparse.Namespace) -> None:
                 + options.format(classifier=guide, scale=scale)
                 for scale in args.scales
             ]
-            lines[f"{name}, {kind}"] = [figures.of(words) for words in asked]
-    if lines:
-        table = guidance_table(lines, args.scales)
-        (args.out / "guidance.md").write_text(table, encoding="utf-8")
-        plot_guidance(lines, args.scales, args.out / "guidance.png")
-
-
-def guidance_table(lines: dict[str, list[dict[str, Any]]], scales: Sequence[float]) -> str:
-    """Frechet distance and accuracy, one line a model and kind of guidance, as Markdown."""
-    rows = [
-        ("model, guidance", "sampler", *(f"scale {scale:g}" for scale in scales)),
-        ("---",) * (len(scales) + 2),
-    ]
-    for name, found in lines.items():
-        cells = (f"{facts['frechet']:.2f}, {facts['accuracy']:.1%}" for facts in found)
-        rows.append((name, found[0]["sampler"], *cells))
-    return markdown(rows)
-
-
-def markdown(rows: Iterable[Iterable[str]]) -> str:
-    """Rows of cells as the lines of a table."""
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+            commands[f"{name}, {kind}"] = [figures.of(words) for words in asked]
+    if commands:
+        lines = [{"name": name, "commands": asked} for name, asked in commands.items()]
+        figures.results |= {"scales": list(args.scales), "rows": lines}
+        figures.save()
+        print(tables.markdown(rows.guidance(figures.results)))
+        found = {
+            name: [figures.results["found"][asked] for asked in every]
+            for name, every in commands.items()
+        }
+        plot_guidance(found, args.scales, args.out / "guidance.png")
 
 
 def plot_guidance(

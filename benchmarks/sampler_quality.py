@@ -1,11 +1,12 @@
 """Frechet distance against evaluations of the model, for every sampler, on the shipped model.
 
-    python benchmarks/sampler_quality.py --out benchmarks/results
+    python -m benchmarks.sampler_quality --out benchmarks/results
 
-writes sampler_quality.json (every figure), .md (the table) and .png (the plot). All samplers get
-the same seeds, the same grid and the same number of images; a sampler with several evaluations a
-step takes as many steps as the budget allows. The line to beat is the best of DDIM on three grids
-at 50 evaluations. With the defaults this takes about 40 minutes on two cores.
+writes sampler_quality.json (every figure) and .png (the plot), prints the table, and renders the
+tables of the documentation. All samplers get the same seeds, the same grid and the same number of
+images; a sampler with several evaluations a step takes as many steps as the budget allows. The line
+to beat is the best of DDIM on three grids at 50 evaluations. With the defaults this takes about 40
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import machine, rows, tables
 from fastdiff import samplers
 from fastdiff.checkpoints import checkpoint
 from fastdiff.evaluation import evaluate
@@ -32,7 +36,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--out", type=Path, required=True, help="folder for the three files")
+    options.add_argument("--out", type=Path, required=True, help="folder for both files")
     options.add_argument("--images", type=int, default=714, help="digits a figure, at least 100")
     options.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="evaluations")
     options.add_argument("--samplers", nargs="+", choices=samplers.names(), metavar="NAME")
@@ -42,13 +46,18 @@ def main() -> None:
     digits = checkpoint.load("digits")
     runs = [(name, budget, name, GRID) for name in names for budget in args.budgets]
     runs += [(label, TO_BEAT_EVALUATIONS, "ddim", grid) for label, grid in TO_BEAT.items()]
-    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {
+        "machines": [machine.facts(torch.get_num_threads())],
+        "images": args.images,
+        "grid": GRID,
+        "rows": [],
+    }
     for label, budget, name, grid in runs:
         sampler = within(budget, name, digits, grid)
         if sampler is None:
             continue
         found = evaluate(digits, sampler, samples=args.images, progress=False)
-        rows.append(
+        results["rows"].append(
             {
                 "sampler": label,
                 "budget": budget,
@@ -58,10 +67,11 @@ def main() -> None:
             }
         )
         print(f"{label:<16} {sampler.table.rows:>3} {found.frechet:8.3f}", flush=True)
-        text = json.dumps({"images": args.images, "grid": GRID, "rows": rows}, indent=1)
+        text = json.dumps(results, indent=1)
         (args.out / "sampler_quality.json").write_text(text, encoding="utf-8")
-    (args.out / "sampler_quality.md").write_text(table(rows, args.budgets), encoding="utf-8")
-    plot(rows, args.out / "sampler_quality.png")
+    plot(results["rows"], args.out / "sampler_quality.png")
+    print(tables.markdown(rows.sampler_quality(results)))
+    tables.publish(args.out)
 
 
 def within(budget: int, name: str, digits: Any, grid: dict[str, Any]) -> samplers.Sampler | None:
@@ -76,17 +86,6 @@ def within(budget: int, name: str, digits: Any, grid: dict[str, Any]) -> sampler
         if sampler.table.rows <= budget:
             return sampler
     return None
-
-
-def table(rows: list[dict[str, Any]], budgets: list[int]) -> str:
-    """One line a sampler, one column a budget, as Markdown."""
-    head = "| sampler | " + " | ".join(f"{budget} evaluations" for budget in budgets) + " |"
-    lines = [head, "|---" * (len(budgets) + 1) + "|"]
-    for name in dict.fromkeys(row["sampler"] for row in rows):
-        found = {row["budget"]: f"{row['frechet']:.2f}" for row in rows if row["sampler"] == name}
-        cells = [found.get(budget, "") for budget in budgets]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

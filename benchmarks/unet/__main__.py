@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.unet import machine
+from benchmarks import machine, tables
 from benchmarks.unet.models import DTYPES, NETWORKS
 from benchmarks.unet.peers import OURS, PEERS
 from benchmarks.unet.report import Report
@@ -51,6 +51,7 @@ def main() -> None:
                 for batch in args.batches or network.batches:
                     Run(name, batch, dtype, peers, settings, report.put).run()
     print(report.text())
+    tables.publish(args.out)
 
 
 def _arguments() -> argparse.Namespace:

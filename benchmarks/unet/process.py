@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from benchmarks.unet import machine
+from benchmarks import machine
 from benchmarks.unet.peers import Job
 
 

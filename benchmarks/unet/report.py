@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.unet import machine
+from benchmarks import machine
+from benchmarks.rows import by_peer
+from benchmarks.tables import markdown
+from benchmarks.unet.breakdown_tables import breakdown_tables, number
 from benchmarks.unet.models import NETWORKS
-from benchmarks.unet.peers import OURS, PEERS
-from benchmarks.unet.tables import breakdown_tables, number, table
+from benchmarks.unet.peers import OURS
 
 Record = dict[str, Any]
 KEY = ("kind", "network", "batch", "dtype")
@@ -51,11 +53,11 @@ class Report:
             loops = [r for r in mine if r["kind"] == "sampling"]
             if calls:
                 parts.append("Milliseconds a call (time over fastdiff's), medians in turns.\n")
-                parts.append(_summary(calls, 1e3))
+                parts.append(markdown(by_peer(calls, 1e3)))
             if loops:
                 steps = ", ".join(sorted({str(r["steps"]) for r in loops}))
                 parts.append(f"Seconds for {steps} steps of DDIM (time over fastdiff's).\n")
-                parts.append(_summary(loops, 1))
+                parts.append(markdown(by_peer(loops, 1)))
                 parts.append(
                     "Largest difference from the images of eager float32, as a share of their "
                     "largest value: " + "; ".join(map(_errors, loops)) + ".\n"
@@ -63,30 +65,6 @@ class Report:
             parts += [_details(r) for r in calls]
             parts += [breakdown_tables(r) for r in mine if r["kind"] == "breakdown"]
         return "\n".join(parts)
-
-
-def _summary(records: list[Record], scale: float) -> str:
-    """One line for each kind of peer, the fastest of its variants; one column for each run."""
-    kinds = list(dict.fromkeys(peer.summary for peer in PEERS.values()))
-    head = ["", *(f"batch {r['batch']}, {r['dtype']}" for r in records)]
-    rows = []
-    for kind in kinds:
-        cells = [_cell(record, kind, scale) for record in records]
-        if any(cells):
-            variants = sum(peer.summary == kind for peer in PEERS.values())
-            rows.append([kind + (" (best)" if variants > 1 else ""), *cells])
-    return table(head, rows)
-
-
-def _cell(record: Record, kind: str, scale: float) -> str:
-    rows = [r for r in record["rows"] if PEERS[r["peer"]].summary == kind]
-    timed = [r for r in rows if r["median"] is not None and not r["failed"]]
-    if not timed:
-        return "failed" if any(r["failed"] for r in rows) else ""
-    best = min(r["median"] for r in timed)
-    ours = _ours(record)
-    ratio = f" ({best / ours:.2f}x)" if ours and kind != PEERS[OURS].summary else ""
-    return f"{scale * best:.{1 if scale > 1 else 2}f}{ratio}"
 
 
 def _details(record: Record) -> str:
@@ -117,7 +95,7 @@ def _details(record: Record) -> str:
     ]  # fmt: skip
     lines = [
         f"### Batch {record['batch']}, {record['dtype']}\n",
-        table(head, rows),
+        markdown([head, *rows]),
         "Error: largest difference from eager float64, as a share of the largest output. Peak: "
         "resident memory with compilation; running: since the first calls.",
     ]

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.unet import machine
+from benchmarks import machine
 from benchmarks.unet.models import NETWORKS
 from benchmarks.unet.peers import INDUCTOR, OURS, PEERS, Job
 from benchmarks.unet.process import Process, WorkerError, idle_share

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.unet import breakdown, machine, sampling
+from benchmarks import machine
+from benchmarks.unet import breakdown, sampling
 from benchmarks.unet.models import NETWORKS
 from benchmarks.unet.peers import PEERS, Job, Prepared, in_layout
 

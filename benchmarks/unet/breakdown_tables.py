@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+from benchmarks.tables import markdown
 
 
 def number(value: float | None, pattern: str = "{:.1f}") -> str:
@@ -45,11 +40,11 @@ def breakdown_tables(record: dict[str, Any]) -> str:
         [
             f"### Where the time of {record['peer']} goes: batch {record['batch']}, "
             f"{record['dtype']}\n",
-            table(["part", "ms", "share"], rows),
+            markdown([["part", "ms", "share"], *rows]),
             f"Convolutions and linear layers, GFLOP/s as if computed directly; the peak is "
             f"{peak:.0f} GFLOP/s, a {record['peak_of']}.\n",
-            table(head, shapes),
-            *(["The rest:\n", table(["operation", "ms"], rest)] if rest else []),
+            markdown([head, *shapes]),
+            *(["The rest:\n", markdown([["operation", "ms"], *rest])] if rest else []),
         ]
     )
 

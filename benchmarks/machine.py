@@ -1,4 +1,4 @@
-"""What the figures were taken on."""
+"""What figures were measured on: processor, cores, date and versions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "diffusers", "fastdiff", "onnxruntime", "openvino")
+ABSENT = "not installed"
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -38,13 +39,22 @@ def facts(threads: int) -> dict[str, Any]:
     }
 
 
+def with_this_one(machines: list[dict[str, Any]], threads: int) -> list[dict[str, Any]]:
+    """The machines of earlier figures and this one, which is listed once."""
+    here = facts(threads)
+    return machines if here in machines else [*machines, here]
+
+
 def line(found: dict[str, Any]) -> str:
     """The facts in one line."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    versions = ", ".join(
+        f"{name} {number}" for name, number in found["versions"].items() if number != ABSENT
+    )
     bfloat16 = "" if found["native_bfloat16"] else " (no native bfloat16)"
+    threads = f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
     return (
         f"{found['cpu']}, {', '.join(found['isa']) or platform.machine()}{bfloat16}, "
-        f"{found['threads']} threads of {found['cores']} cores, {found['date']}; {versions}"
+        f"{threads} of {found['cores']} cores, {found['date']}; {versions}"
     )
 
 
@@ -112,5 +122,5 @@ def _versions() -> dict[str, str]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            found[package] = ABSENT
     return found

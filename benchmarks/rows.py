@@ -1,0 +1,311 @@
+"""Stored figures as rows of a table: one function a table, from a file's content to its cells.
+
+Each function returns the head first. What the files hold is said where they are written:
+``benchmarks.unet.report``, ``conftest``, ``sampler_quality``, ``objectives``, ``adaptive_steps``
+and the audit of the GPU kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+Row = list[str]
+Results = dict[str, Any]
+
+# The table on the first page shows the fastest of each.
+SUMMARY = (
+    "fastdiff", "OpenVINO", "ONNX Runtime", "torch.compile, Inductor",
+    "diffusers, eager, channels_last",
+)  # fmt: skip
+LAYOUTS = ("f32 nchw", "f32 nhwc", "bf16 nchw", "bf16 nhwc")
+SINGLE = ("add_time_embedding", "group_norm_silu", "q_sample", "sampler_step")
+EULER = "euler-maruyama"
+
+
+def machines(results: Results) -> list[dict[str, Any]]:
+    """What the figures were measured on, each machine, day and set of versions once."""
+    taken = results.get("machines") or [record["machine"] for record in results["records"]]
+    return [facts for index, facts in enumerate(taken) if facts not in taken[:index]]
+
+
+def time_text(seconds: float) -> str:
+    """Three or four digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
+
+
+# U-Nets: unet.json.
+
+
+def unet_summary(results: Results) -> list[Row]:
+    """Five ways to run the CIFAR-10 U-Net: calls and a sampling loop."""
+    columns = {
+        "one image": (_record(results, "call", "cifar10", 1), 1e3, "ms"),
+        "eight images": (_record(results, "call", "cifar10", 8), 1e3, "ms"),
+        "DDIM, 50 steps, eight images": (_record(results, "sampling", "cifar10", 8), 1, "s"),
+    }
+    table = [["", *columns]]
+    for name in SUMMARY:
+        cells = (_best(record, name, scale, unit) for record, scale, unit in columns.values())
+        table.append([name, *cells])
+    return table
+
+
+def unet_calls(results: Results) -> list[Row]:
+    """Every peer on the CIFAR-10 U-Net, by batch and dtype: milliseconds a call."""
+    return by_peer(_records(results, "call", "cifar10"), 1e3)
+
+
+def unet_sampling(results: Results) -> list[Row]:
+    """Every peer's sampling loops with the CIFAR-10 U-Net: seconds."""
+    return by_peer(_records(results, "sampling", "cifar10"), 1)
+
+
+def unet_errors(results: Results) -> list[Row]:
+    """First call, memory and error of every variant of a peer, CIFAR-10, batch 8, float32."""
+    record = _record(results, "call", "cifar10", 8)
+    table = [["", "first call, s", "memory in use, MiB", "error"]]
+    for row in record["rows"]:
+        if row["median"] is not None and not row["failed"]:
+            figures = f"{row['first_call']:.1f}", f"{row['running_memory']:.0f}"
+            table.append([row["peer"], *figures, f"{row['error']:.1e}"])
+    return table
+
+
+def other_networks(results: Results) -> list[Row]:
+    """Every peer on the networks other than the CIFAR-10 U-Net: milliseconds a call."""
+    from benchmarks.unet.models import NETWORKS
+
+    calls = [r for r in results["records"] if r["kind"] == "call" and r["network"] != "cifar10"]
+    table = by_peer(calls, 1e3)
+    titles = [f"{NETWORKS[r['network']].title}, batch {r['batch']}, {r['dtype']}" for r in calls]
+    return [["", *titles], *table[1:]]
+
+
+def _records(results: Results, kind: str, network: str) -> list[Results]:
+    return [r for r in results["records"] if (r["kind"], r["network"]) == (kind, network)]
+
+
+def _record(results: Results, kind: str, network: str, batch: int) -> Results:
+    found = _records(results, kind, network)
+    return next(r for r in found if (r["batch"], r["dtype"]) == (batch, "float32"))
+
+
+def by_peer(records: list[Results], scale: float) -> list[Row]:
+    """One row a kind of peer, the fastest of its variants; one column a record."""
+    from benchmarks.unet.peers import PEERS
+
+    table = [["", *(f"batch {r['batch']}, {r['dtype']}" for r in records)]]
+    kinds = [peer.summary for peer in PEERS.values()]
+    for kind in dict.fromkeys(kinds):
+        cells = [_best(record, kind, scale) for record in records]
+        if any(cells):
+            table.append([kind + (" (best)" if kinds.count(kind) > 1 else ""), *cells])
+    return table
+
+
+def _best(record: Results, kind: str, scale: float, unit: str = "") -> str:
+    """The fastest variant of a kind of peer, and its time over fastdiff's."""
+    from benchmarks.unet.peers import OURS, PEERS
+
+    rows = [r for r in record["rows"] if PEERS[r["peer"]].summary == kind]
+    times = [r["median"] for r in rows if r["median"] is not None and not r["failed"]]
+    if not times:
+        return "failed" if any(r["failed"] for r in rows) else ""
+    text = f"{scale * min(times):.{1 if scale > 1 else 2}f}{f' {unit}' if unit else ''}"
+    ours = next(
+        (r["median"] for r in record["rows"] if r["peer"] == OURS and not r["failed"]), None
+    )
+    return text if kind == PEERS[OURS].summary or not ours else (
+        f"{text} ({min(times) / ours:.2f}x)"
+    )  # fmt: skip
+
+
+# Operations: operations.json.
+
+
+def operations(results: Results) -> list[Row]:
+    """Single operations: one row a case and shape, one column a dtype and layout."""
+    mine = [one for one in results["comparisons"] if one["benchmark"] in SINGLE]
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for one in mine:
+        part = one["part"].replace("_", " ")
+        name = ", ".join(filter(None, (f"`{one['benchmark']}`", part, one["case"])))
+        table.setdefault((name, one["shape"]), {})[_layout(one)] = _ours_and_ratio(one)
+    head = ["operation", "shape", *LAYOUTS]
+    return [head, *([*key, *(cells.get(c, "") for c in LAYOUTS)] for key, cells in table.items())]
+
+
+def training_objective(results: Results) -> list[Row]:
+    """Noising, target and weighted error, beside eager PyTorch and Inductor."""
+    table = [["objective", "shape", "dtype", "fastdiff", "PyTorch", "Inductor"]]
+    for one in _of(results, "training_objective", "objective"):
+        peers = (_peer(one, name) for name in ("torch", "inductor"))
+        prediction, noise = one["case"].split("-")
+        name = f"{prediction}, noise {noise}"
+        table.append([name, one["shape"], one["dtype"], time_text(one["ours"]), *peers])
+    return table
+
+
+def whole_models(results: Results) -> list[Row]:
+    """Training and sampling with a whole network, beside the same on plain PyTorch."""
+    table = [["", "fastdiff", "PyTorch", "Inductor"]]
+    named = {("digits", "training_step"): "a training step of the digits model, 64 images",
+             ("digits", "sampling"): "10 steps of DDIM with the digits model, images:",
+             ("training_objective", "training_step"):
+             "a training step of DDPM's CIFAR-10 U-Net, 16 images, predicting"}  # fmt: skip
+    for one in results["comparisons"]:
+        name = named.get((one["benchmark"], one["part"]))
+        if name:
+            peers = (_peer(one, peer) for peer in ("reference", "inductor"))
+            table.append([f"{name} {one['case']}".strip(), time_text(one["ours"]), *peers])
+    return table
+
+
+def sampling_loop(results: Results) -> list[Row]:
+    """What a step costs beside the model, in fastdiff's loop and in one over diffusers'."""
+    table = [["sampler, steps", "fastdiff, us a step", "diffusers, us a step", "ratio",
+              "dispatcher calls a step"]]  # fmt: skip
+    for one in _of(results, "sampling_loop", ""):
+        sampler, steps = re.fullmatch(r"(.+)-(\d+) steps", one["case"]).groups()  # type: ignore[union-attr]
+        a_step = 1e6 / int(steps)
+        ours, theirs = one["ours"], one["peers"]["diffusers"]
+        table.append([f"`{sampler}`, {steps}", f"{ours * a_step:.1f}", f"{theirs * a_step:.0f}",
+                      f"{theirs / ours:.2f}", one["notes"]["dispatcher calls"]])  # fmt: skip
+    return table
+
+
+def _of(results: Results, benchmark: str, part: str) -> list[Results]:
+    found = results["comparisons"]
+    return [one for one in found if (one["benchmark"], one["part"]) == (benchmark, part)]
+
+
+def _layout(one: Results) -> str:
+    return f"{one['dtype'] or 'f32'} {one['layout'] or 'nchw'}"
+
+
+def _ours_and_ratio(one: Results) -> str:
+    """fastdiff's time, and how many times as long the first peer takes."""
+    peer = next(iter(one["peers"].values()))
+    return f"{time_text(one['ours'])} ({peer / one['ours']:.2f}x)"
+
+
+def _peer(one: Results, name: str) -> str:
+    seconds = one["peers"].get(name)
+    return "" if seconds is None else f"{time_text(seconds)} ({seconds / one['ours']:.2f}x)"
+
+
+# Samplers on the shipped model: sampler_quality.json.
+
+
+def sampler_quality(results: Results) -> list[Row]:
+    """Frechet distance of every sampler: one row a sampler, one column a number of evaluations."""
+    found = results["rows"]
+    budgets = list(dict.fromkeys(row["budget"] for row in found))
+    table = [["sampler", *(f"{budget} evaluations" for budget in budgets)]]
+    for name in dict.fromkeys(row["sampler"] for row in found):
+        at = {row["budget"]: f"{row['frechet']:.2f}" for row in found if row["sampler"] == name}
+        table.append([f"`{name}`", *(at.get(budget, "") for budget in budgets)])
+    real = f"{found[0]['frechet_real']:.2f}"
+    return [*table, ["held-out real digits", *[real] * len(budgets)]]
+
+
+def shipped_model(results: Results) -> list[Row]:
+    """The shipped model by its default sampler, 50 steps of DDIM, beside real digits."""
+    one = next(row for row in results["rows"] if row["sampler"] == "ddim, leading")
+    figures = {
+        "taken for the right digit by an independent classifier": ("accuracy", "{:.1%}"),
+        "Fréchet distance to the training digits": ("frechet", "{:.2f}"),
+        "distance to the nearest training digit, median": ("nearest_train_median", "{:.2f}"),
+        "distance to the nearest training digit, smallest": ("nearest_train_min", "{:.2f}"),
+    }
+    table = [["", f"{one['samples']} generated digits", "held-out real digits"]]
+    for name, (key, form) in figures.items():
+        table.append([name, form.format(one[key]), form.format(one[f"{key}_real"])])
+    return table
+
+
+# Objectives on the 8x8 digits: objectives.json and guidance.json.
+
+
+def objectives(results: Results) -> list[Row]:
+    """One row an objective and sampler; bits where they were measured."""
+    table = [["objective", "sampler", "evaluations an image", "Fréchet distance", "right class",
+              "bits/dim, bound", "bits/dim, ODE"]]  # fmt: skip
+    for one in results["rows"]:
+        facts = results["found"][one["command"]]
+        bits = (facts.get("bits_bound"), facts.get("bits_ode"))
+        table.append([
+            one["objective"], one["sampler"], f"{facts['evaluations']:.4g}",
+            f"{facts['frechet']:.2f}", f"{facts['accuracy']:.1%}",
+            *("" if value is None else f"{value:.3f}" for value in bits),
+        ])  # fmt: skip
+    real = f"{facts['frechet_real']:.2f}", f"{facts['accuracy_real']:.1%}"
+    return [*table, ["held-out real digits", "", "", *real, "", ""]]
+
+
+def guidance(results: Results) -> list[Row]:
+    """Frechet distance and accuracy, one row a model and kind of guidance, one column a scale."""
+    table = [["model, guidance", "sampler", *(f"scale {scale:g}" for scale in results["scales"])]]
+    for one in results["rows"]:
+        found = [results["found"][command] for command in one["commands"]]
+        cells = (f"{facts['frechet']:.2f}, {facts['accuracy']:.1%}" for facts in found)
+        table.append([one["name"], found[0]["sampler"], *cells])
+    return table
+
+
+# Adaptive steps: adaptive_steps.json.
+
+
+def adaptive_steps(results: Results) -> list[Row]:
+    """The fewest evaluations at which adaptive steps come as near as Euler-Maruyama's."""
+    found = results["digits"]
+    schemes = [s for s in dict.fromkeys(row["method"] for row in found) if s != EULER]
+    table = [["evaluations of Euler-Maruyama", "Fréchet distance", *map("`{}`".format, schemes)]]
+    for row in (row for row in found if row["method"] == EULER):
+        spent, distance = row["evaluations"], row["frechet"]
+        cells = (_evaluations(cheapest(found, scheme, distance), spent) for scheme in schemes)
+        table.append([f"{spent:.0f}", f"{distance:.2f}", *cells])
+    return table
+
+
+def cheapest(found: Iterable[Results], method: str, distance: float) -> Results | None:
+    """The figure of a method with the fewest evaluations of those that are at least as near."""
+    good = [row for row in found if row["method"] == method and row["frechet"] <= distance]
+    return min(good, key=lambda row: row["evaluations"], default=None)
+
+
+def _evaluations(best: Results | None, spent: float) -> str:
+    if best is None:
+        return "not reached"
+    ratio = spent / best["evaluations"]
+    return f"{best['evaluations']:.1f}, {best['setting']} (ratio {ratio:.2f})"
+
+
+def ode_errors(results: Results) -> list[Row]:
+    """Error and evaluations of each Runge-Kutta pair at each tolerance, on a known mixture."""
+    adaptive = [row for row in results["mixture"] if row["setting"] < 1]  # a grid's is its steps
+    pairs = list(dict.fromkeys(row["method"] for row in adaptive))
+    table = [["tolerance", *map("`{}`".format, pairs)]]
+    for tolerance in dict.fromkeys(row["setting"] for row in adaptive):
+        at = {row["method"]: row for row in adaptive if row["setting"] == tolerance}
+        cells = (f"{at[pair]['error']:.1e}, {at[pair]['evaluations']:.0f}" for pair in pairs)
+        table.append([f"{tolerance:g}", *cells])
+    return table
+
+
+# The audit of the GPU kernels: gpu_audit.json holds the rows of both tables as they are.
+
+
+def gpu_kernels(results: Results) -> list[Row]:
+    """What the compilers make of each kernel."""
+    return results["kernels"]
+
+
+def gpu_bytes(results: Results) -> list[Row]:
+    """What each operation moves."""
+    return results["bytes"]
