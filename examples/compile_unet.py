@@ -3,8 +3,6 @@
 python examples/compile_unet.py --channels 64 --size 32 --batch 2 --explain
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Train a tiny model of scikit-learn's digits, interrupt it, resume it: the same bits come out.
 
-python examples/train_and_resume.py --steps 100 --out digits.png
+python examples/train_and_resume.py --steps 200 --out digits.png
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZE = {"widths": (32, 64), "layers_per_block": 1, "attention": (1,)}
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--steps", type=int, default=100, help="of the optimizer")
+    options.add_argument("--steps", type=int, default=200, help="of the optimizer")
     options.add_argument("--batch-size", type=int, default=32, help="images a step")
     options.add_argument(
         "--out", type=Path, default=Path("digits.png"), help="a picture of samples"
@@ -38,14 +38,14 @@ def main() -> None:
         return Trainer(unet, schedules.cosine(), digits, recipe, prediction="v", out=out)
 
     whole = new(None)
-    whole.run()
+    whole.run(progress=False)
     with tempfile.TemporaryDirectory() as folder:
         first = new(Path(folder))
         for _ in range(args.steps // 2):
             first.step()
         first.save()
         second = Trainer.resume(folder, digits, recipe)
-        second.run()
+        second.run(progress=False)
     pairs = zip(whole.network.parameters(), second.network.parameters(), strict=True)
     same = all(torch.equal(one, other) for one, other in pairs)
     print(
