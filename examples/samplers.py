@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint, samplers
-from fastdiff.images import grid, save
+from fastdiff import samplers
+from fastdiff.checkpoints import checkpoint
+from fastdiff.data.image_grid import grid, save
 
 GRID = {"grid": "logsnr", "sigma_max": 80.0}  # even steps in the logarithm of signal over noise
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fastdiff import data, schedules
-from fastdiff.images import save
+from fastdiff.data.image_grid import save
 from fastdiff.training import Trainer, TrainingOptions, make_unet
 
 SIZE = {"widths": (32, 64), "layers_per_block": 1, "attention": (1,)}
