@@ -37,9 +37,11 @@ Neither a normalised nor an activated tensor is written to memory. Which folder 
     match/       anchors: which nodes become one convolution; prologue: what it reads through;
                  epilogue: what it writes through; fused: the result, a Match; single_head:
                  attention with one head; patterns: what single nodes and norms compute
-    choose/      algorithms: which ones suit; timings: how long each takes here; budget: memory
-    rewrite/     fuse: matches replaced by calls; gated: a * gelu(b); composed: operations with
-                 gradients or for GPUs; strides: those that the caller expects
+    choose/      plan: what is computed together, and by what; algorithms: which ones suit; timings:
+                 how long each takes here; budget: memory
+    rewrite/     fuse: matches replaced by calls; weights_node: what packs; gated: a * gelu(b);
+                 composed: operations with gradients or for GPUs; strides: those that the caller
+                 expects
     run/         calls: what the nodes call; packing: weights, never stale; recording and replay:
                  the calls as a list that C++ runs
     reasons.py, report.py, explain.py   why a graph is not on the fast path, and what became of it

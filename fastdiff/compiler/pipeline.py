@@ -15,18 +15,20 @@ from torch._dynamo.backends import registry
 from torch.fx import GraphModule
 
 from fastdiff import ops
-from fastdiff.compiler import dynamo, report
+from fastdiff.compiler import dynamo
 from fastdiff.compiler.choose import timings
 from fastdiff.compiler.choose.algorithms import PRECISIONS
-from fastdiff.compiler.graph.canonical import mark_parameters, normalise
+from fastdiff.compiler.choose.plan import plan
+from fastdiff.compiler.graph.canonical import canonicalise, mark_parameters
 from fastdiff.compiler.graph.edit import remove_unused
-from fastdiff.compiler.graph.effects import changes_modes, frozen_nodes
+from fastdiff.compiler.graph.effects import changes_modes, pinned_nodes
 from fastdiff.compiler.graph.nodes import is_weight, value
 from fastdiff.compiler.graph.regions import open_regions
 from fastdiff.compiler.match.anchors import find
 from fastdiff.compiler.reasons import Reason, wants_gradients, why_slow
+from fastdiff.compiler.report import GraphReport
 from fastdiff.compiler.rewrite import composed
-from fastdiff.compiler.rewrite.fuse import Rewriter
+from fastdiff.compiler.rewrite.fuse import fuse
 from fastdiff.compiler.rewrite.gated import gated
 from fastdiff.compiler.rewrite.strides import restore_strides
 from fastdiff.compiler.run.replay import Replay
@@ -110,9 +112,9 @@ def backend(
     Raises:
         ValueError: an option or the mode is unknown, or a value of an option or of FASTDIFF_PLAN.
     """
-    compiled, found = compile_and_report(gm, example_inputs, Options.of(options, mode))
-    if found.reason is not None:
-        _tell(found.reason)
+    compiled, report = compile_and_report(gm, example_inputs, Options.of(options, mode))
+    if report.reason is not None:
+        _tell(report.reason)
     last = dynamo.is_last_graph()
     if last is not None:
         log.warning(
@@ -128,11 +130,11 @@ def backend(
 
 def compile_and_report(
     gm: GraphModule, example_inputs: list[Any], options: Options
-) -> tuple[Compiled, report.GraphReport]:
+) -> tuple[Compiled, GraphReport]:
     """What ``backend`` gives, and what became of the graph."""
     timings.measured()  # raises
-    found = report.GraphReport()
-    return compile_graph(gm, example_inputs, options, found), found
+    report = GraphReport()
+    return compile_graph(gm, example_inputs, options, report), report
 
 
 def _tell(reason: Reason) -> None:
@@ -148,7 +150,7 @@ def compile_graph(
     gm: GraphModule,
     example_inputs: list[Any],
     options: Options,
-    found: report.GraphReport,
+    report: GraphReport,
     inner: InnerCompiler | None = None,
 ) -> Compiled:
     """``backend`` with checked options; ``inner`` stands for Inductor."""
@@ -159,17 +161,17 @@ def compile_graph(
         open_regions(gm, wants_gradients(values) or changes_modes(gm.graph))
         values = _values(gm)
         dynamo.set_guards()
-    found.reason = why_slow(gm, values, devices)
-    if found.reason is None:
-        return _fuse(gm, options, found)
+    report.reason = why_slow(gm, values, devices)
+    if report.reason is None:
+        return _fuse(gm, options, report)
     if devices == ["cuda"]:
-        found.composed = composed.gpu(gm)
-        found.leave(gm.graph)
+        report.composed = composed.gpu(gm)
+        report.leave(gm.graph)
         gm.recompile()
         return (inner or partial(_inductor, options.mode))(gm, example_inputs)
-    if not found.reason.untouched:
-        found.composed = composed.training(gm)
-    found.leave(gm.graph)
+    if not report.reason.untouched:
+        report.composed = composed.training(gm)
+    report.leave(gm.graph)
     gm.recompile()
     return gm.forward
 
@@ -178,26 +180,28 @@ def _values(gm: GraphModule) -> list[Tensor]:
     return [v for n in gm.graph.nodes if (v := value(n)) is not None]
 
 
-def _fuse(gm: GraphModule, options: Options, found: report.GraphReport) -> Compiled:
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    remove_unused(gm.graph)
-    normalise(gm)
-    remove_unused(gm.graph)
-    frozen = frozen_nodes(gm.graph)
-    gated(gm.graph, frozen)
-    matches = find(gm.graph, frozen)
-    rewriter = Rewriter(gm, matches, frozen, options.precision, options.packed_bytes)
-    found.emitted = rewriter.run()
-    found.composed = composed.norms(gm.graph, frozen, alone=True)
-    found.composed += sum(node.target is ops.geglu for node in gm.graph.nodes)
-    restore_strides(gm.graph, frozen)
-    found.leave(gm.graph, frozen)
-    gm.graph.lint()
+def _fuse(gm: GraphModule, options: Options, report: GraphReport) -> Compiled:
+    graph = gm.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    remove_unused(graph)
+    canonicalise(gm)
+    remove_unused(graph)
+    pinned = pinned_nodes(graph)
+    gated(graph, pinned)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    matches = find(graph, pinned)
+    fusion = fuse(gm, plan(matches, order, pinned, options.precision, options.packed_bytes), pinned)
+    report.emitted = fusion.emitted
+    report.composed = composed.norms(graph, pinned, alone=True)
+    report.composed += sum(node.target is ops.geglu for node in graph.nodes)
+    restore_strides(graph, pinned)
+    report.leave(graph, pinned)
+    graph.lint()
     gm.recompile()
-    if not rewriter.weights:
+    if fusion.weights is None:
         return gm.forward
     varying = [i for i, node in enumerate(placeholders) if not is_weight(node)]
-    return Replay(gm, rewriter.watch, varying)
+    return Replay(gm, fusion.weights, varying)
 
 
 def _inductor(mode: str, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:

@@ -31,21 +31,21 @@ class GraphReport:
     composed: int = 0
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def leave(self, graph: Graph, frozen: set[Node] | None = None) -> None:
+    def leave(self, graph: Graph, pinned: set[Node] | None = None) -> None:
         """Count what is not fused."""
         for node in graph.nodes:
             ours = node.meta.get(OURS)
             if node.op in ("call_function", "call_method", "call_module") and not ours:
                 name = str(name_of(node) or getattr(node.target, "__name__", node.target))
-                self.left[name, _why(node, frozen or set(), self.reason is None)] += 1
+                self.left[name, _why(node, pinned or set(), self.reason is None)] += 1
 
 
-def _why(node: Node, frozen: set[Node], fast: bool) -> str:
+def _why(node: Node, pinned: set[Node], fast: bool) -> str:
     if not fast:
         return "not the fast path"
     if getattr(node.target, "__name__", "") == "restore":
         return "strides as without fastdiff"
-    if node in frozen or written(node):
+    if node in pinned or written(node):
         return "reads or writes memory that is written in place"
     kind = op(node)
     if kind not in ("conv2d", "conv1d", "linear", "group_norm"):

@@ -1,23 +1,22 @@
-"""A graph in the spelling that the matcher reads: one operation for what can be said in several,
-and nothing that computes nothing.
+"""The canonical form of a graph, which the matchers read.
+
+What can be computed by several operations is computed by one of them, the library's own operations
+are their PyTorch equivalents, and no node computes nothing.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 import fastdiff.ops  # noqa: F401 - defines the operations
+from fastdiff.compiler.graph.edit import call, replace
 from fastdiff.compiler.graph.effects import functionalise
 from fastdiff.compiler.graph.nodes import (
     argument,
@@ -39,7 +38,7 @@ def mark_parameters(gm: GraphModule, example_inputs: list[Any]) -> None:
         node.meta["fastdiff_parameter"] = any(isinstance(x, nn.Parameter) for x in (example, found))
 
 
-def normalise(gm: GraphModule) -> None:
+def canonicalise(gm: GraphModule) -> None:
     """Rewrite ``gm`` in place; its values stay the same."""
     inline_modules(gm)
     functionalise(gm.graph)
@@ -61,40 +60,13 @@ def is_inert(node: Node) -> bool:
     return op(node) == "to" and conversion(node) == dtype_of(node.args[0])
 
 
-def call(graph: Graph, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
-    """A new node, with an example of its value."""
-    if isinstance(target, str):
-        node = graph.call_method(target, args, kwargs)
-    else:
-        node = graph.call_function(target, args, kwargs)
-    node.meta["example_value"] = _example(node)
-    return node
-
-
-def _example(node: Node) -> Any:
-    def example(source: Node) -> Any:
-        found = value(source)
-        return source.meta.get("example_value") if found is None else found
-
-    args, kwargs = map_arg(node.args, example), map_arg(node.kwargs, example)
-    mode = next((x.fake_mode for x in map(value, node.all_input_nodes)
-                 if isinstance(x, FakeTensor)), None)  # fmt: skip
-    # Through Python, or operations made of others would fix the sizes that are to stay symbols.
-    with torch.no_grad(), mode or nullcontext(), enable_python_dispatcher():
-        if isinstance(node.target, str):
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
-
-
 def _swish(graph: Graph, node: Node) -> None:
     """x * sigmoid(x) is silu(x)."""
     a, b = argument(node, "input"), argument(node, "other")
     for x, gate in ((a, b), (b, a)):
         if op(gate) == "sigmoid" and argument(gate, "input") is x:
             with graph.inserting_before(node):
-                new = call(graph, F.silu, x)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+                replace(node, call(graph, F.silu, x))
             if not gate.users:
                 graph.erase_node(gate)
             return
@@ -130,8 +102,7 @@ def _group_norm_silu(graph: Graph, node: Node) -> None:
         if residual is not None:
             h = call(graph, operator.add, h, residual)
     for user in users:
-        user.replace_all_uses_with(h)
-        graph.erase_node(user)
+        replace(user, h)
     graph.erase_node(node)
 
 
@@ -139,16 +110,12 @@ def _add_time_embedding(graph: Graph, node: Node) -> None:
     x, emb = node.args
     assert isinstance(x, Node)
     with graph.inserting_before(node):
-        new = call(graph, operator.add, x, _per_pixel(graph, emb, x))
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+        replace(node, call(graph, operator.add, x, _per_pixel(graph, emb, x)))
 
 
 def _upsample_nearest2x(graph: Graph, node: Node) -> None:
     with graph.inserting_before(node):
-        new = call(graph, F.interpolate, node.args[0], scale_factor=2.0, mode="nearest")
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+        replace(node, call(graph, F.interpolate, node.args[0], scale_factor=2.0, mode="nearest"))
 
 
 _DECOMPOSITIONS: dict[Any, Callable[[Graph, Node], None]] = {

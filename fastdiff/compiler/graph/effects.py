@@ -225,7 +225,7 @@ def _keeps_kind(x: Tensor, other: Any) -> bool:
     return y is not None and y.dtype == x.dtype and y.ndim <= x.ndim
 
 
-def frozen_nodes(graph: Graph) -> set[Node]:
+def pinned_nodes(graph: Graph) -> set[Node]:
     """Nodes that read or write memory that the graph writes to; they must stay as they are.
 
     Memory is shared as pessimistically as ``is_fresh`` knows no better, and by all the graph's

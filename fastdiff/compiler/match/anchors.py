@@ -21,7 +21,7 @@ from fastdiff.compiler.match.prologue import prologue
 
 def find(
     graph: Graph,
-    frozen: set[Node],
+    pinned: set[Node],
     *,
     prologues: bool = True,
     dtypes: Sequence[torch.dtype] = DTYPES,
@@ -30,11 +30,11 @@ def find(
 
     Args:
         graph: normalised.
-        frozen: nodes that must stay as they are.
+        pinned: nodes that must stay as they are.
         prologues: whether convolutions may read through what stands before them.
         dtypes: that they may have.
     """
-    anchors_found = (anchor(node, dtypes) for node in graph.nodes if node not in frozen)
+    anchors_found = (anchor(node, dtypes) for node in graph.nodes if node not in pinned)
     matches = [match for match in anchors_found if match is not None]
     anchors = {m.anchor for m in matches}
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -42,10 +42,10 @@ def find(
     if prologues:
         readers = Readers(anchors)
         for match in matches:
-            prologue(match, readers, frozen)
+            prologue(match, readers, pinned)
     # What adds a 1x1 shortcut to a 3x3 convolution goes to the latter.
     for match in sorted(matches, key=lambda m: (m.spec.kernel == (1, 1), order[m.anchor])):
-        epilogue(match, claimed, frozen)
+        epilogue(match, claimed, pinned)
     _mark_statistics(matches)
     return matches
 

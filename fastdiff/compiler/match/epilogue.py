@@ -14,13 +14,13 @@ from fastdiff.compiler.match.patterns import is_per_channel, is_transparent, sca
 from fastdiff.ops.conv2d_algorithms import computable
 
 
-def epilogue(match: Match, claimed: set[Node], frozen: set[Node]) -> None:
+def epilogue(match: Match, claimed: set[Node], pinned: set[Node]) -> None:
     """Walk down from the anchor while each value has one reader that the convolution can be."""
     here, waiting = match.end, False  # waiting: for a residual that tells the shape after views
     path: list[Node] = []
     while True:
         users = list(here.node.users)
-        if len(users) != 1 or users[0] in frozen or users[0] in claimed:
+        if len(users) != 1 or users[0] in pinned or users[0] in claimed:
             return
         node, found = users[0], value(users[0])
         if found is None or found.dtype != match.dtype:

@@ -24,7 +24,7 @@ from fastdiff.ops.conv2d_algorithms import within_limits
 from fastdiff.ops.conv_spec import ConvSpec
 
 
-def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
+def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:
     """Walk up from the anchor's input.
 
     After each step that leaves a prologue which can be fused, it is kept in ``match``; a later step
@@ -35,7 +35,7 @@ def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
     spec, seen = match.spec, list[str]()
     while True:
         node, channel = here.node, here.channel
-        if node in frozen:
+        if node in pinned:
             return
         kind, found = op(node), value(node)
         assert found is not None
@@ -59,7 +59,7 @@ def prologue(match: Match, readers: Readers, frozen: set[Node]) -> None:
             here = Activation(argument(node, "input"), channel)
             seen.append("silu")
         elif norm is None and is_image and mine and (n := norm_of(node, readers)) is not None:
-            if frozen & {n.node, n.last}:
+            if pinned & {n.node, n.last}:
                 return
             norm, here = n, Activation(argument(n.node, "input"), channel)
             seen.append("norm")

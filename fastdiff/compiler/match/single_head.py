@@ -100,18 +100,18 @@ class SingleHead:
         return parts, Values(bool(both[0]), bool(both[1]))
 
 
-def take(matches: list[Match], frozen: set[Node]) -> tuple[list[SingleHead], list[Match]]:
+def take(matches: list[Match], pinned: set[Node]) -> tuple[list[SingleHead], list[Match]]:
     """Self-attentions of one head among ``matches``, and these without their q, k and v.
 
     Args:
         matches: of ``find.find``. They no longer collect the statistics that only q, k and v read,
             and the last projections read the channels of x, as B does.
-        frozen: nodes that must stay as they are.
+        pinned: nodes that must stay as they are.
     """
     by_end = {m.end.node: m for m in matches}
     heads = []
     for out in matches:
-        head = _head(out, by_end, frozen)
+        head = _head(out, by_end, pinned)
         if head is not None:
             heads.append(head)
             out.spec = replace(out.spec, channels=head.q.spec.channels)
@@ -125,11 +125,11 @@ def take(matches: list[Match], frozen: set[Node]) -> tuple[list[SingleHead], lis
     return heads, left
 
 
-def _head(out: Match, by_end: dict[Node, Match], frozen: set[Node]) -> SingleHead | None:
+def _head(out: Match, by_end: dict[Node, Match], pinned: set[Node]) -> SingleHead | None:
     """The self-attention that ``out`` is the last projection of."""
     if not _is_product(out) or out.norm is not None or out.x.form != (3, 2):
         return None
-    node = _through_views(out.x.node, frozen)
+    node = _through_views(out.x.node, pinned)
     if node is None or not plain_attention(node) or len(node.users) != 1:
         return None
     rows, heads = value(out.x.node), value(node)
@@ -142,7 +142,7 @@ def _head(out: Match, by_end: dict[Node, Match], frozen: set[Node]) -> SingleHea
     found = []
     for name in ("query", "key", "value"):
         last = argument(node, name)
-        first = _through_views(last, frozen)
+        first = _through_views(last, pinned)
         m = by_end.get(first) if first is not None else None
         if m is None or not _is_projection(m) or not _is_head(last, m.anchor):
             return None
@@ -182,14 +182,14 @@ def _is_projection(m: Match) -> bool:
     return plain and reads and _is_product(m)
 
 
-def _through_views(node: Any, frozen: set[Node]) -> Node | None:
+def _through_views(node: Any, pinned: set[Node]) -> Node | None:
     """What a node is a view of, where nobody else reads what lies between."""
     here: Any = node
     while _is_view(here):
-        if here in frozen or len(here.users) != 1:
+        if here in pinned or len(here.users) != 1:
             return None
         here = here.args[0]
-    return here if isinstance(here, Node) and here not in frozen else None
+    return here if isinstance(here, Node) and here not in pinned else None
 
 
 def _is_head(node: Node, rows: Node) -> bool:

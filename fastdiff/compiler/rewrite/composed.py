@@ -7,15 +7,14 @@ gets.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fastdiff import ops
-from fastdiff.compiler.graph.edit import OURS, remove_unused
-from fastdiff.compiler.graph.effects import frozen_nodes, functionalise
+from fastdiff.compiler.graph.edit import call_ours, redirect, remove_unused
+from fastdiff.compiler.graph.effects import functionalise, pinned_nodes
 from fastdiff.compiler.graph.nodes import argument, dtype_of, equal, is_number, op, value
 from fastdiff.compiler.match.anchors import find
 from fastdiff.compiler.match.fused import Match
@@ -26,7 +25,7 @@ Statistics = dict[Node, Node]
 
 
 def norms(
-    graph: Graph, frozen: set[Node], statistics: Statistics | None = None, *, alone: bool = False
+    graph: Graph, pinned: set[Node], statistics: Statistics | None = None, *, alone: bool = False
 ) -> int:
     """group_norm -> silu as ``ops.group_norm_silu``, with what stands between; how many.
 
@@ -36,9 +35,9 @@ def norms(
     count = 0
     for node in list(graph.nodes):
         silu = op(node) == "silu"
-        if node in frozen or not (silu or (alone and op(node) == "group_norm")):
+        if node in pinned or not (silu or (alone and op(node) == "group_norm")):
             continue
-        call = _group_norm_silu(node, argument(node, "input") if silu else node, frozen,
+        call = _group_norm_silu(node, argument(node, "input") if silu else node, pinned,
                                 statistics or {})  # fmt: skip
         if call is None:
             continue
@@ -46,9 +45,7 @@ def norms(
         if not silu:
             kwargs["silu"] = False
         with graph.inserting_before(node):
-            new = graph.call_function(ops.group_norm_silu, args, kwargs)
-            new.meta |= {"example_value": node.meta.get("example_value"), OURS: True}
-        node.replace_all_uses_with(new)
+            redirect(node, call_ours(graph, ops.group_norm_silu, *args, **kwargs))
         count += 1
     remove_unused(graph)
     return count
@@ -57,11 +54,11 @@ def norms(
 def training(gm: GraphModule) -> int:
     """Put in what has gradients on a CPU; how many operations."""
     functionalise(gm.graph)
-    return norms(gm.graph, frozen_nodes(gm.graph))
+    return norms(gm.graph, pinned_nodes(gm.graph))
 
 
 def _group_norm_silu(
-    node: Node, here: Any, frozen: set[Node], statistics: Statistics
+    node: Node, here: Any, pinned: set[Node], statistics: Statistics
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Arguments for what ends at ``node``, whose norm is ``here`` or before it."""
     kwargs: dict[str, Any] = {}
@@ -78,7 +75,7 @@ def _group_norm_silu(
         path.append(here)
     x = argument(here, "input") if op(here) == "group_norm" else None
     shape = value(x)
-    if shape is None or shape.dtype not in _DTYPES or frozen.intersection(path):
+    if shape is None or shape.dtype not in _DTYPES or pinned.intersection(path):
         return None
     if any(n is not node and len(n.users) != 1 for n in path) or dtype_of(node) != shape.dtype:
         return None
@@ -108,8 +105,8 @@ def gpu(gm: GraphModule) -> int:
     """Put in what has kernels for CUDA tensors; how many operations."""
     graph = gm.graph
     functionalise(graph)
-    frozen = frozen_nodes(graph)
-    matches = [m for m in find(graph, frozen, prologues=False, dtypes=_DTYPES)]
+    pinned = pinned_nodes(graph)
+    matches = [m for m in find(graph, pinned, prologues=False, dtypes=_DTYPES)]
     statistics: Statistics = {}
     count = 0
     for match in matches:
@@ -118,10 +115,12 @@ def gpu(gm: GraphModule) -> int:
             continue
         _epilogue(graph, match, statistics)
         count += 1
-    count += norms(graph, frozen, statistics)
+    count += norms(graph, pinned, statistics)
     for node in list(graph.nodes):
-        if op(node) == "interpolate" and node not in frozen and doubles(node):
-            _replace(graph, node, ops.upsample_nearest2x, argument(node, "input"))
+        if op(node) == "interpolate" and node not in pinned and doubles(node):
+            with graph.inserting_before(node):
+                new = graph.call_function(ops.upsample_nearest2x, (argument(node, "input"),))
+            redirect(node, new)
             count += 1
     remove_unused(graph)
     return count
@@ -156,11 +155,4 @@ def _epilogue(graph: Graph, match: Match, statistics: Statistics) -> None:
             y.meta["example_value"] = end.meta.get("example_value")
         if wanted:
             statistics[y] = graph.call_function(operator.getitem, (both, 1))
-    end.replace_all_uses_with(y)
-
-
-def _replace(graph: Graph, node: Node, target: Callable[..., Any], *args: Any) -> None:
-    with graph.inserting_before(node):
-        new = graph.call_function(target, args)
-    new.meta["example_value"] = node.meta.get("example_value")
-    node.replace_all_uses_with(new)
+    redirect(end, y)

@@ -1,31 +1,35 @@
-"""The matches of a graph put in their places."""
+"""The matches of a graph replaced by calls of ``fastdiff.compiler.run.calls``, as a plan says."""
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fastdiff.compiler.choose.budget import Budget
-from fastdiff.compiler.graph.edit import OURS, remove_unused
-from fastdiff.compiler.graph.nodes import argument, is_number, is_weight, value
-from fastdiff.compiler.match import single_head
+from fastdiff.compiler.choose.plan import Plan
+from fastdiff.compiler.graph.edit import call_ours, redirect, remove_unused
+from fastdiff.compiler.graph.nodes import argument, is_number, value
 from fastdiff.compiler.match.fused import Activation, Match, joined
 from fastdiff.compiler.match.patterns import Norm, as_rows, plain_attention
 from fastdiff.compiler.match.single_head import SingleHead
+from fastdiff.compiler.rewrite.weights_node import Weight, weights_node
 from fastdiff.compiler.run import calls
-from fastdiff.compiler.run.packing import Combine, Watch, behind
-from fastdiff.ops.conv2d_algorithms import within_limits
 from fastdiff.ops.conv_spec import ConvSpec
 
 
 @dataclass(eq=False)
 class Emitted:
-    """A fused operation in the graph, for the report."""
+    """A fused operation in the graph, for the report.
+
+    Attributes:
+        call: what its node calls.
+        what: the operations that it computes, by name.
+        stands_for: how many convolutions, linear layers or attentions these are.
+        weight_size: of its weight, [K, C, R, S]; empty without one.
+    """
 
     call: calls.Convolution | calls.Product | calls.Attention
     what: str
@@ -33,106 +37,122 @@ class Emitted:
     weight_size: tuple[int, ...]
 
 
-class Rewriter:
-    """Replaces matches by calls of the objects of ``run.calls``.
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """What became of a graph.
 
-    Args:
-        gm: the graph, in place.
-        matches: of ``find.find``.
-        frozen: nodes that must stay as they are.
-        precision: ``fast`` or ``strict``.
-        packed_bytes: bound of the packed weights, or None.
+    Attributes:
+        emitted: the fused operations.
+        weights: the node that gives their packed weights; None where nothing is packed.
     """
 
-    def __init__(
-        self,
-        gm: GraphModule,
-        matches: list[Match],
-        frozen: set[Node],
-        precision: str,
-        packed_bytes: int | None,
-    ) -> None:
-        self.frozen = frozen
-        self.graph: Graph = gm.graph
-        self.budget = Budget(precision, packed_bytes)
-        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        self.new: dict[Node, Node] = {}  # what now gives the value of a node of the matches
+    emitted: list[Emitted]
+    weights: Node | None
+
+
+def fuse(gm: GraphModule, plan: Plan, pinned: set[Node]) -> Fusion:
+    """Put calls of ``run.calls`` in the places of what a plan names, and tell what was put in.
+
+    Args:
+        gm: the graph, changed in place.
+        plan: of its matches.
+        pinned: nodes that must stay as they are.
+    """
+    return _Emitter(gm.graph, plan).run(pinned)
+
+
+class _Emitter:
+    """Emits the calls of one plan.
+
+    Attributes:
+        standing: for a node of the matches, the node that now gives its value.
+        statistics: for what a norm reads, the node that gives its statistics.
+        norms: for a norm of an input, the node that gives its coefficients.
+    """
+
+    def __init__(self, graph: Graph, plan: Plan) -> None:
+        self.graph, self.plan = graph, plan
+        self.standing: dict[Node, Node] = {}
         self.statistics: dict[Activation, Node] = {}
         self.norms: dict[tuple[Node, Node, Node | None], Node] = {}
-        self.weights: list[list[Node]] = []
-        self.kernels: list[tuple[int, int]] = []
-        self.combines: list[Combine] = []
         self.emitted: list[Emitted] = []
-        self.heads: list[SingleHead] = []
-        # What it makes of weights is rounded once more, and is memory that no bound is spent on.
-        if precision == "fast" and packed_bytes is None:
-            self.heads, matches = single_head.take(matches, frozen)
-        self.of_head = {head.out.anchor: head for head in self.heads}
-        self.groups, self.single = self.budget.plan(*_merged(matches, self.order))
-        first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-        with gm.graph.inserting_before(first):
-            self.watch = gm.graph.call_function(operator.pos, ())
-        self.watch.meta[OURS] = True
+        self.of_head = {head.out.anchor: head for head in plan.heads}
 
-    def run(self) -> list[Emitted]:
-        """Rewrite, and tell what was put in."""
+    def run(self, pinned: set[Node]) -> Fusion:
+        """Emit everything in the graph's order."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        heads, groups, single = self.plan.heads, self.plan.groups, self.plan.single
         steps: list[tuple[int, Match | list[Match] | SingleHead]] = []
-        steps += [(self.order[m.end.node], m) for m in self.single]
-        steps += [(self.order[group[0].anchor], group) for group in self.groups]
-        steps += [(self.order[head.attention], head) for head in self.heads]
-        for _, step in sorted(steps, key=lambda pair: pair[0]):
+        steps += [(order[m.end.node], m) for m in single]
+        steps += [(order[group[0].anchor], group) for group in groups]
+        steps += [(order[head.attention], head) for head in heads]
+        steps.sort(key=lambda pair: pair[0])
+        self.weights = [self._weight(step) for _, step in steps]
+        self.packed: Node | None = weights_node(self.graph, self.weights) if self.weights else None
+        for index, (_, step) in enumerate(steps):
             if isinstance(step, Match):
-                self._one(step)
+                self._one(step, index)
             elif isinstance(step, SingleHead):
-                self._single_head(step)
+                self._single_head(step, index)
             else:
-                self._several(step)
-        done = {head.attention for head in self.heads}
+                self._several(step, index)
+        done = pinned | {head.attention for head in heads}
         for node in list(self.graph.nodes):
-            if node not in self.frozen | done and plain_attention(node):
+            if node not in done and plain_attention(node):
                 self._attention(node)
-        self._finish()
-        return self.emitted
+        remove_unused(self.graph)
+        return Fusion(self.emitted, self.packed)
+
+    def _weight(self, step: Match | list[Match] | SingleHead) -> Weight:
+        """The weight that a step of the plan packs."""
+        if isinstance(step, list):
+            return Weight([m.weight for m in step], (1, 1))
+        if isinstance(step, SingleHead):
+            parts, combine = step.scores()
+            return Weight(parts, (1, 1), combine)
+        head = self.of_head.get(step.anchor)
+        if head is None:
+            return Weight([step.weight], step.spec.kernel)
+        return Weight(head.values()[0], step.spec.kernel, head.values()[1])
 
     def _value(self, node: Any) -> Any:
-        return self.new.get(node, node) if isinstance(node, Node) else node
+        return self.standing.get(node, node) if isinstance(node, Node) else node
 
     def _call(self, target: Any, *args: Any) -> Node:
-        node = self.graph.call_function(target, args)
-        node.meta[OURS] = True
-        return node
+        return call_ours(self.graph, target, *args)
 
-    def _weight(self, parts: list[Node], kernel: tuple[int, int], combine: Combine = behind) -> int:
-        self.weights.append(parts)
-        self.kernels.append(kernel)
-        self.combines.append(combine)
-        return len(self.weights) - 1
+    def _convolved(self, convolution: calls.Convolution, x: Any, **operands: Any) -> Node:
+        """A call of ``convolution`` with those of its operands that there are."""
+        given = {name: value for name, value in operands.items() if value is not None}
+        return call_ours(self.graph, convolution, self.packed, x, **given)
 
-    def _one(self, match: Match) -> None:
-        found = value(match.weight)
-        assert found is not None
-        head = self.of_head.get(match.anchor)
-        parts, combine = head.values() if head else ([match.weight], behind)
-        index = self._weight(parts, match.spec.kernel, combine)
+    def _one(self, match: Match, index: int) -> None:
+        """A convolution or a linear layer with its surroundings."""
+        weight = value(match.weight)
+        assert weight is not None
         convolution = self._convolution(match, index, match.spec)
         norm = self._coefficients(match)
         with self.graph.inserting_before(match.end.node):
-            bias = self._derived_bias(index) if head else self._value(match.bias)
-            emb = self._per_channel(match.emb)
-            node = self._call(
-                convolution, self.watch, self._value(match.x.node), self._value(match.skip),
-                bias, norm, emb, self._value(match.residual), self._scale(match),
-            )  # fmt: skip
-            y = node
+            derived = match.anchor in self.of_head
+            y = node = self._convolved(
+                convolution,
+                self._value(match.x.node),
+                skip=self._value(match.skip),
+                bias=self._derived_bias(index) if derived else self._value(match.bias),
+                norm=norm,
+                emb=self._per_channel(match.emb),
+                residual=self._value(match.residual),
+                scale=self._scale(match),
+            )
             if match.spec.statistics:
                 y = self._call(operator.getitem, node, 0)
                 self.statistics[match.end] = self._call(operator.getitem, node, 1)
         self._replace(match.end.node, y)
-        self._tell(convolution, match, 1, tuple(found.shape))
+        self._tell(convolution, match, 1, tuple(weight.shape))
 
-    def _several(self, group: list[Match]) -> None:
+    def _several(self, group: list[Match], index: int) -> None:
+        """Linear layers that read the same, as one product."""
         first = group[0]
-        index = self._weight([m.weight for m in group], (1, 1))
         norm = self._coefficients(first)
         rows = first.x.form[0] == 2
         spec, sizes = joined(group), [m.spec.filters for m in group]
@@ -142,20 +162,17 @@ class Rewriter:
             bias = self._call(calls.join, *biases) if biases else None
             x = self._value(first.x.node)
             if rows:
-                y = self._call(call, self.watch, x, bias)
+                y = self._call(call, self.packed, x, bias)
             else:
-                y = self._call(call, self.watch, x, self._value(first.skip), bias, norm, None,
-                               None, 1.0)  # fmt: skip
+                y = self._convolved(call, x, skip=self._value(first.skip), bias=bias, norm=norm)
             parts = self._call(calls.split, y, sizes)
         for i, match in enumerate(group):
             with self.graph.inserting_before(match.anchor):
                 self._replace(match.anchor, self._call(operator.getitem, parts, i))
         self._tell(call, first, len(group), spec.weight)
 
-    def _single_head(self, head: SingleHead) -> None:
+    def _single_head(self, head: SingleHead, index: int) -> None:
         """The rows, x A^T + c of them, and the attention; the output layer comes in its turn."""
-        parts, combine = head.scores()
-        index = self._weight(parts, (1, 1), combine)
         query, norm = head.query, head.q.norm
         product = self._convolution(query, index, query.spec)
         attention = calls.Attention(head.scale)
@@ -166,16 +183,16 @@ class Rewriter:
                 groups, eps = argument(norm.node, "num_groups"), argument(norm.node, "eps", 1e-5)
                 rows = self._call(calls.normalised_rows, rows, groups, *given, self._value(eps))
             bias = self._derived_bias(index)
-            q = self._call(product, self.watch, rows, None, bias, None, None, None, 1.0)
+            q = self._convolved(product, rows, bias=bias)
             heads = [self._call(torch.unsqueeze, x, 1) for x in (q, rows)]
             y = self._call(attention, heads[0], heads[1], heads[1])
-            self.new[head.out.x.node] = self._call(torch.squeeze, y, 1)
+            self.standing[head.out.x.node] = self._call(torch.squeeze, y, 1)
         what = "norm + linear" if norm is not None else "linear"
         self.emitted.append(Emitted(product, what, 3, query.spec.weight))
         self.emitted.append(Emitted(attention, "single-head attention", 1, ()))
 
     def _derived_bias(self, index: int) -> Node:
-        return self._call(getattr, self._call(operator.getitem, self.watch, index), "bias")
+        return self._call(getattr, self._call(operator.getitem, self.packed, index), "bias")
 
     def _attention(self, node: Node) -> None:
         call = calls.Attention(argument(node, "scale"))
@@ -187,13 +204,13 @@ class Rewriter:
     def _convolution(self, match: Match, index: int, spec: ConvSpec) -> calls.Convolution:
         return calls.Convolution(
             index, spec, match.x.form, match.end.form,
-            allowed=self.budget.allowed(self.weights[index]), measured=self.budget.measured,
+            allowed=self.plan.budget.allowed(self.weights[index].parts),
+            measured=self.plan.budget.measured,
         )  # fmt: skip
 
     def _replace(self, old: Node, new: Node) -> None:
-        new.meta["example_value"] = old.meta.get("example_value")
-        self.new[old] = new
-        old.replace_all_uses_with(new)
+        self.standing[old] = new
+        redirect(old, new)
 
     def _per_channel(self, node: Node | None) -> Node | None:
         """What broadcasts as [N, C, 1, 1], as [N, C]."""
@@ -225,10 +242,10 @@ class Rewriter:
 
     def _norm(self, norm: Norm, match: Match) -> Node:
         sources = [match.x] if match.skip is None else [match.x, Activation(match.skip, 1)]
-        found = [self._statistics(source) for source in sources]
+        statistics = [self._statistics(source) for source in sources]
         node = norm.node
         return self._call(
-            calls.coefficients, found, argument(node, "num_groups"),
+            calls.coefficients, statistics, argument(node, "num_groups"),
             *(self._value(argument(node, name)) for name in ("weight", "bias")),
             argument(node, "eps", 1e-5), self._per_channel(norm.scale),
             self._per_channel(norm.shift),
@@ -237,9 +254,9 @@ class Rewriter:
     def _statistics(self, source: Activation) -> Node:
         if source not in self.statistics:
             x = self._value(source.node)
-            with self.graph.inserting_after(self.watch if x.op == "placeholder" else x):
-                found = self._call(calls.statistics_of, x, source.channel)
-            self.statistics[source] = found
+            assert self.packed is not None
+            with self.graph.inserting_after(self.packed if x.op == "placeholder" else x):
+                self.statistics[source] = self._call(calls.statistics_of, x, source.channel)
         return self.statistics[source]
 
     def _tell(self, call: Any, match: Match, parts: int, size: tuple[int, ...]) -> None:
@@ -251,43 +268,3 @@ class Rewriter:
         name = f"{parts} x {name}" if parts > 1 else name
         what = [*before, name, *after, *(["statistics"] if match.spec.statistics else [])]
         self.emitted.append(Emitted(call, " + ".join(what), parts, size))
-
-    def _finish(self) -> None:
-        if not self.weights:
-            self.graph.erase_node(self.watch)
-        else:
-            counts = [len(parts) for parts in self.weights]
-            self.watch.target = Watch(counts, self.kernels, self.combines)
-            with self.graph.inserting_before(self.watch):
-                self.watch.args = tuple(self._early(w) for parts in self.weights for w in parts)
-        remove_unused(self.graph)
-
-    def _early(self, weight: Node) -> Node:
-        if weight.op != "get_attr":
-            return weight
-        copy = self.graph.get_attr(str(weight.target))
-        copy.meta = dict(weight.meta)
-        return copy
-
-
-def _merged(matches: list[Match], order: dict[Node, int]) -> tuple[list[list[Match]], list[Match]]:
-    """Linear layers that read the same, in groups, and all other matches.
-
-    A single product of a matrix's rows is not worth a call, and left out.
-    """
-    groups: dict[Any, list[Match]] = defaultdict(list)
-    single = []
-    for m in matches:
-        plain = m.end.node is m.anchor and not m.spec.statistics
-        if m.kind != "linear" or not plain or not (m.bias is None or is_weight(m.bias)):
-            single.append(m)
-            continue
-        norm = m.norm and m.norm.last
-        groups[m.x, m.end.form, m.skip, norm, m.spec.silu, m.bias is None].append(m)
-    several = []
-    for group in groups.values():
-        if len(group) > 1 and within_limits(joined(group)):
-            several.append(sorted(group, key=lambda m: order[m.anchor]))
-        else:
-            single += group
-    return several, [m for m in single if m.x.form[0] > 2]

@@ -7,36 +7,34 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from fastdiff import ops
-from fastdiff.compiler.graph.edit import OURS, remove_unused
+from fastdiff.compiler.graph.edit import call_ours, redirect, remove_unused
 from fastdiff.compiler.graph.effects import name_of
 from fastdiff.compiler.graph.nodes import argument, equal, op, value
 from fastdiff.compiler.match.patterns import DTYPES
 
 
-def gated(graph: Graph, frozen: set[Node]) -> None:
+def gated(graph: Graph, pinned: set[Node]) -> None:
     """Put ``ops.geglu`` where a tensor's last dimension is halved and gated."""
     for node in list(graph.nodes):
-        x = None if node in frozen or op(node) != "mul" else _gated(node, frozen)
+        x = None if node in pinned or op(node) != "mul" else _gated(node, pinned)
         if x is None:
             continue
         with graph.inserting_before(node):
-            new = graph.call_function(ops.geglu, (x,))
-        new.meta |= {"example_value": node.meta.get("example_value"), OURS: True}
-        node.replace_all_uses_with(new)
+            redirect(node, call_ours(graph, ops.geglu, x))
     remove_unused(graph)
 
 
-def _gated(node: Node, frozen: set[Node]) -> Node | None:
+def _gated(node: Node, pinned: set[Node]) -> Node | None:
     """x of a node that is a * gelu(b), x = [a, b]."""
     first, second = argument(node, "input"), argument(node, "other")
     for a, gelu in ((first, second), (second, first)):
-        if not _is_exact_gelu(gelu) or len(gelu.users) != 1 or gelu in frozen:
+        if not _is_exact_gelu(gelu) or len(gelu.users) != 1 or gelu in pinned:
             continue
         b = gelu.args[0] if gelu.args else gelu.kwargs.get("input")
         halves = _half(a, 0), _half(b, 1)
-        if halves[0] is not None and halves[0] is halves[1] and halves[0] not in frozen:
+        if halves[0] is not None and halves[0] is halves[1] and halves[0] not in pinned:
             x = halves[0].args[0]
-            return x if isinstance(x, Node) and not frozen.intersection((a, b, x)) else None
+            return x if isinstance(x, Node) and not pinned.intersection((a, b, x)) else None
     return None
 
 

@@ -20,7 +20,7 @@ from fastdiff.compiler.graph.nodes import op, value
 from fastdiff.compiler.run import calls
 
 
-def restore_strides(graph: Graph, frozen: set[Node]) -> None:
+def restore_strides(graph: Graph, pinned: set[Node]) -> None:
     """Insert copies where a node or the caller depends on strides that are others now."""
     foreign: set[Node] = set()
     restored: dict[Node, Node] = {}
@@ -37,7 +37,7 @@ def restore_strides(graph: Graph, frozen: set[Node]) -> None:
             continue
         if node.meta.get(OURS):
             foreign.add(node)
-        elif node not in frozen and _takes_any(node):
+        elif node not in pinned and _takes_any(node):
             if any(source in foreign for source in node.all_input_nodes):
                 if op(node) == "view":
                     node.target = "reshape"
@@ -57,13 +57,13 @@ def _takes_any(node: Node) -> bool:
 
 
 def _restored(graph: Graph, node: Node) -> Node:
-    found = value(node)
-    if found is None:
+    example = value(node)
+    if example is None:
         return node
-    target = calls.restore(*_memory_of(found))
+    target = calls.restore(*_memory_of(example))
     with graph.inserting_after(node):
         new = graph.call_function(target, (node,))
-    new.meta["example_value"] = found
+    new.meta["example_value"] = example
     return new
 
 

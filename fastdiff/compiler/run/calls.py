@@ -105,12 +105,13 @@ class Convolution(Planned):
         self,
         weights: Sequence[PackedWeight],
         x: Tensor,
-        skip: Tensor | None,
-        bias: Tensor | None,
-        norm: Tensor | None,
-        emb: Tensor | None,
-        residual: Tensor | None,
-        scale: float,
+        *,
+        skip: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm: Tensor | None = None,
+        emb: Tensor | None = None,
+        residual: Tensor | None = None,
+        scale: float = 1.0,
     ) -> Any:
         """The result, or a pair of it and its statistics."""
         if self.enter is not None:
