@@ -46,10 +46,10 @@ theory: $(VENV)/.plot  ## train every objective on the digits and measure it: ta
 	$(RUN) -m benchmarks.adaptive_steps --checkpoint runs/objectives/dsm-vp --out benchmarks/results
 
 gpu-audit: venv  ## compile every GPU kernel for sm_80, 90 and 100: registers, spills, access widths, bytes
-	$(RUN) -m fastdiff.kernels.audit $(AUDIT)
+	$(RUN) -m tools.audit $(AUDIT)
 
 cuda-check: venv  ## compile and link the CUDA part with nvcc, against whatever torch there is
-	$(RUN) setup.py -q cuda_check
+	$(RUN) -m tools.build.cuda_check
 
 lint: $(VENV)/.lint  ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""Builds the extensions ``fastdiff._C`` and ``fastdiff._cuda`` with ninja; csrc/building says how.
+"""Builds the extensions ``fastdiff._C`` and ``fastdiff._cuda`` with ninja; tools/build says how.
 
 Nothing is compiled twice: ninja tracks headers too. What cannot be built is left out, and the
 reason is left for ``fastdiff doctor``.
@@ -8,8 +8,6 @@ cannot be built is an error), CXX names the compiler, CUDA_HOME the CUDA toolkit
 TORCH_CUDA_ARCH_LIST the devices to compile for, MAX_JOBS how many compilers run at once,
 FASTDIFF_SANITIZE the one instruction set that ``make asan`` builds the CPU part for (``best`` is
 this machine's).
-
-``python setup.py cuda_check`` checks the CUDA part where there is nvcc, without a GPU.
 """
 
 from __future__ import annotations
@@ -18,15 +16,16 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import ClassVar
 
-from setuptools import Command, Extension, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
+# Installers run this file without its folder on the path (PEP 517), and tools is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from building import cpu, cuda, cuda_check
-from building.tools import CannotBuildError
+from tools.build import cpu, cuda
+from tools.build.common import CannotBuildError
 
 PARTS = {"fastdiff._C": ("CPU", cpu), "fastdiff._cuda": ("CUDA", cuda)}
 
@@ -106,25 +105,17 @@ class NinjaBuild(build_ext):
                 print(f"fastdiff: without the CUDA extension: {reason}", file=sys.stderr)
 
 
-class CudaCheck(Command):
-    """Compiles the CUDA part for every architecture and looks at what came of it."""
-
-    description = "compile the CUDA kernels and check registers, spills and symbols, without a GPU"
-    user_options: ClassVar[list] = []
-
-    def initialize_options(self) -> None:
-        """Nothing to set."""
+class BuildPython(build_py):
+    """Installs the folder ``kernels`` beside ``fastdiff/kernels.py``, which imports from it."""
 
     def finalize_options(self) -> None:
-        """Nothing to set."""
-
-    def run(self) -> None:
-        """Exit with 1 where something is wrong."""
-        if not cuda_check.run():
-            raise SystemExit(1)
+        """Add the folder to the packages: it is not found as one, since it has no __init__.py."""
+        super().finalize_options()
+        self.packages = [*self.packages, "fastdiff.kernels"]
+        self.package_dir = {**self.package_dir, "fastdiff.kernels": "kernels"}
 
 
 setup(
     ext_modules=[Extension(name, sources=[]) for name in PARTS],
-    cmdclass={"build_ext": NinjaBuild, "cuda_check": CudaCheck},
+    cmdclass={"build_ext": NinjaBuild, "build_py": BuildPython},
 )

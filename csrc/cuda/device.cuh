@@ -2,7 +2,7 @@
 // sums over a warp and a block, and the one way to launch.
 //
 // Compiled with -DFASTDIFF_EMULATE the same sources run on the host, one fiber or thread a CUDA
-// thread (tests/emulation): there load and store count bytes and check alignment, which is why
+// thread (tools/emulation): there load and store count bytes and check alignment, which is why
 // every access to global memory goes through them.
 #pragma once
 

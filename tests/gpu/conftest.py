@@ -1,13 +1,14 @@
 """The four ways in which the GPU kernels run: two of them need no GPU.
 
 ``triton-interpreted`` is Triton's interpreter, ``cuda-emulated`` the CUDA sources compiled for the
-host (tests/emulation); both take CPU tensors. ``triton`` and ``cuda`` are a real device's.
+host (tools/emulation); both take CPU tensors. ``triton`` and ``cuda`` are a real device's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import torch
 import fastdiff
 from fastdiff.ops.backend import missing
 from fastdiff.ops.gpu import eager_kernel, operations
+from tools.emulation import emulated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_IDS = ("f32", "bf16", "f16")
@@ -70,8 +72,6 @@ def triton_kernels() -> dict[str, Callable[..., Any]]:
 
 
 def emulated_kernels() -> dict[str, Callable[..., Any]]:
-    import emulated
-
     kernels = emulated.load()
     return {name: getattr(kernels, name) for name in operations}
 
@@ -93,6 +93,8 @@ def in_place_of_the_cpus(kernels: dict[str, Callable[..., Any]]) -> Iterator[Non
 def _realisation(name: str) -> Realisation:
     if name == "triton-interpreted" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here; TRITON_INTERPRET=1 has it interpret")
+    if name == "cuda-emulated" and not sys.platform.startswith("linux"):
+        pytest.skip("the emulation is built with Linux's tools")
     if name in ("triton", "cuda"):
         reason = missing()[name]
         if reason is None and name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":

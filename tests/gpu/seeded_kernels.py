@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdiff.kernels.audit import __main__ as audit
-from fastdiff.kernels.audit import cases, traffic
 from fastdiff.kernels.launch import launch
 from fastdiff.ops import gpu
+from tools.audit import __main__ as audit
+from tools.audit import cases, traffic
 
 SHAPE = (2, 16, 32, 32)
 

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulated  # noqa: F401 - puts csrc on the path
 import pytest
-from building import cuda
 
-from fastdiff.kernels.audit import __main__ as audit
-from fastdiff.kernels.audit import cuda_kernels, measured, ptx, report, sass
-from fastdiff.kernels.audit.occupancy import blocks, occupancy
+from tools.audit import __main__ as audit
+from tools.audit import cuda_kernels, measured, ptx, report, sass
+from tools.audit.occupancy import blocks, occupancy
+from tools.build import cuda
+from tools.build.common import ROOT
 
 HERE = Path(__file__).resolve().parent
 
@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 def run(*command, interpret=False, **environment):
     """A command in a process that compiles, or one that interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), **environment}
+    environment["PYTHONPATH"] = str(ROOT)  # where tools is
     command = [sys.executable, "-W", "ignore", *command]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -220,7 +221,7 @@ def test_seeded_defects_of_cuda_kernels_are_found(tmp_path):
 @pytest.mark.usefixtures("needs_disassembler")
 def test_the_kernels_of_an_operation_pass():
     options = ["--ops", "q_sample", "--archs", "90", "--no-cuda", "--json"]
-    done = run("-m", "fastdiff.kernels.audit", *options)
+    done = run("-m", "tools.audit", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["problems"] == []

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-import emulated
 import pytest
-from building import cuda, cuda_check
-from building.tools import CannotBuildError
 
-ROOT = Path(emulated.__file__).resolve().parent.parent.parent
+from tools.build import cuda, cuda_check
+from tools.build.common import ROOT, CannotBuildError
 
 PTXAS = """
 ptxas info    : Compiling entry function 'kernel_a' for 'sm_80'
@@ -31,7 +28,7 @@ def test_the_cuda_part_compiles_without_spills_and_links() -> None:
     except CannotBuildError as reason:
         pytest.skip(str(reason))
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "cuda_check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tools.build.cuda_check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "cuda_check: passed" in done.stdout

@@ -1,22 +1,29 @@
-"""The emulation of CUDA in tests/emulation: it computes what a device would, and sees mistakes."""
+"""The emulation of CUDA in tools/emulation: it computes what a device would, and sees mistakes."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
+from pathlib import Path
 
-import emulated
 import pytest
 import torch
-from building.tools import CSRC
 
+from tools.build.common import CSRC
+from tools.emulation import emulated
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the emulation is built with Linux's tools"
+)
+SELFTEST = Path(__file__).with_name("selftest.cu")
 MODES = ("none", "thread")  # fibers; threads of the system, under ThreadSanitizer
 
 
 @pytest.fixture(params=MODES)
 def selftest(request):
     """A function that runs a kernel of selftest.cu and gives what it printed."""
-    program = emulated.build_driver(request.param, source="selftest.cu")
+    program = emulated.build_driver(request.param, source=SELFTEST)
 
     def run(name: str) -> str:
         done = subprocess.run(
@@ -75,7 +82,7 @@ def test_traffic_is_counted_by_width(selftest) -> None:
 
 
 def test_sixteen_bit_floats_round_to_the_nearest_even() -> None:
-    program = emulated.build_driver("none", source="selftest.cu")
+    program = emulated.build_driver("none", source=SELFTEST)
     found = subprocess.run([program, "round_trip"], capture_output=True, text=True).stdout
     half = [1, 1 + 2**-9, 65504, float("inf"), 0, 2**-24]
     bfloat = [1, 1 + 2**-6, float(torch.tensor(3.4e38).bfloat16())]
@@ -105,7 +112,7 @@ def test_a_mistake_is_an_error(selftest, name, message) -> None:
 
 
 def test_a_shuffle_orders_no_memory_and_a_barrier_does() -> None:
-    program = emulated.build_driver("thread", source="selftest.cu")
+    program = emulated.build_driver("thread", source=SELFTEST)
 
     def races(name: str) -> bool:
         done = subprocess.run([program, name], capture_output=True, text=True)

@@ -9,7 +9,7 @@
 // value on the device (a timestep, a step) with NaN.
 //
 // Compiled with -DFASTDIFF_EMULATE the same operations take CPU tensors, in the namespace
-// fastdiff_emulated, and the kernels run on the host (tests/emulation).
+// fastdiff_emulated, and the kernels run on the host (tools/emulation).
 #pragma once
 
 #include <ATen/ops/empty.h>

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdiff.kernels.audit.occupancy import SHARED_OF_THE_SYSTEM
+from tools.audit.occupancy import SHARED_OF_THE_SYSTEM
 
 
 class NotCheckedError(Exception):

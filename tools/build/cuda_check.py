@@ -1,4 +1,4 @@
-"""``python setup.py cuda_check``: the CUDA part compiled for every architecture, looked at closely.
+"""``python -m tools.build.cuda_check``: compile the CUDA part for every architecture and look.
 
 Without a GPU and with any torch, also one for CPUs, whose wheel has the headers: the kernels must
 not spill registers, and what the linked extension leaves undefined must be what libraries provide,
@@ -16,10 +16,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from building.cuda import DEFAULT, build_file, chosen_architectures, toolkit
-from building.tools import (
-    BUILD,
+from tools.build.common import (
     CSRC,
+    ROOT,
     CannotBuildError,
     compiler,
     folder_for,
@@ -27,6 +26,7 @@ from building.tools import (
     torch_facts,
     torch_libraries,
 )
+from tools.build.cuda import DEFAULT, build_file, chosen_architectures, toolkit
 
 PTXAS = re.compile(
     r"Compiling entry function '(?P<kernel>[^']+)' for '(?P<arch>sm_\w+)'"
@@ -71,7 +71,7 @@ def run() -> bool:
     for fault in faults:
         print(f"cuda_check: failed: {fault}", file=sys.stderr)
     if not faults:
-        print(f"cuda_check: passed: {library.relative_to(BUILD.parent)}")
+        print(f"cuda_check: passed: {library.relative_to(ROOT)}")
     return not faults
 
 
@@ -147,8 +147,8 @@ def missing_symbols(library: Path) -> list[str]:
         for path in Path(place).glob("libcudart.so")
         if "stubs" not in place
     ]
-    provided = set()
-    for path in [*places, *loader, *torch, *runtime]:
+    provided: set[str] = set()
+    for path in [*map(Path, places), *loader, *torch, *runtime]:
         provided |= symbols(path, "--defined-only")
     open_ends = sorted(symbols(library, "--undefined-only") - provided)
     readable = subprocess.run(
@@ -157,10 +157,14 @@ def missing_symbols(library: Path) -> list[str]:
     return [name for name in readable if not TORCH_CUDA.search(name) and not PYTHON.match(name)]
 
 
-def symbols(path: Path | str, which: str) -> set[str]:
+def symbols(path: Path, which: str) -> set[str]:
     """The dynamic symbols of a library that it must have: weak ones may stay undefined."""
     lines = subprocess.run(
         ["nm", "-D", which, str(path)], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     parts = [line.split() for line in lines]
     return {part[-1].split("@")[0] for part in parts if len(part) > 1 and part[-2] not in "wv"}
+
+
+if __name__ == "__main__":
+    sys.exit(0 if run() else 1)

@@ -1,4 +1,4 @@
-"""The command: ``python -m fastdiff.kernels.audit``."""
+"""The command: ``python -m tools.audit``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastdiff.kernels.audit import cuda_kernels, report, traffic, triton_kernels
-from fastdiff.kernels.audit.cases import COMPILED, OPERATIONS, THOROUGH, cases
-from fastdiff.kernels.audit.measured import Measured, problems
-from fastdiff.kernels.audit.occupancy import ARCHITECTURES
-from fastdiff.kernels.audit.sass import NotCheckedError
+from tools.audit import cuda_kernels, report, traffic, triton_kernels
+from tools.audit.cases import COMPILED, OPERATIONS, THOROUGH, cases
+from tools.audit.measured import Measured, problems
+from tools.audit.occupancy import ARCHITECTURES
+from tools.audit.sass import NotCheckedError
 
 _DESCRIPTION = """\
 Check the GPU kernels without a GPU. Every kernel that the operations launch at the shapes of
 production is compiled for each architecture, the Triton ones as Triton would at run time, and its
 machine code read: registers, shared memory, spills, the width of accesses, and the occupancy that
-follows. Then the kernels are run on small tensors, by Triton's interpreter and the tests' emulation
+follows. Then the kernels are run on small tensors, by Triton's interpreter and the emulation
 of CUDA, and the bytes that they read and write are counted, in S, the size of one activation.
 """
 _EPILOG = """\
@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         try:
             for one in part(options):
-                (found if isinstance(one, Measured) else moved).append(one)
+                if isinstance(one, Measured):
+                    found.append(one)
+                else:
+                    moved.append(one)
         except NotCheckedError as reason:
             skipped.append(f"{what}: not checked, {reason}")
     wrong = [*problems(found), *filter(None, (one.problem for one in moved))]
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m fastdiff.kernels.audit",
+        prog="python -m tools.audit",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.audit.cases import Case, Source, tensors
-from fastdiff.kernels.audit.measured import WIDE, Measured, exemption
-from fastdiff.kernels.audit.sass import NotCheckedError
+from tools.audit.cases import Case, Source, tensors
+from tools.audit.measured import WIDE, Measured, exemption
+from tools.audit.sass import NotCheckedError
 
 # What a launch would get is looked at, with or without fused multiply-adds.
 warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
@@ -139,7 +139,7 @@ def measure(todo: Compilation) -> Measured:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastdiff.kernels.audit import ptx, sass
+    from tools.audit import ptx, sass
 
     kernel = _Function(todo.module, todo.kernel).resolve()
     constants = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
+from tools.build import common
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent / "csrc"))
-
-from building import tools  # noqa: E402
-
 SHARED = HERE / "shared.ld"
 WIDTHS = (1, 2, 4, 8, 16)  # of an access, in bytes
 ACCESS = np.dtype(
@@ -61,10 +57,12 @@ class Traffic:
 
     @property
     def bytes_read(self) -> int:
+        """Bytes that all reads together moved."""
         return sum(width * count for width, count in self.reads.items())
 
     @property
     def bytes_written(self) -> int:
+        """Bytes that all writes together moved."""
         return sum(width * count for width, count in self.writes.items())
 
 
@@ -94,23 +92,23 @@ def traffic(trace: bool = False) -> Iterator[Traffic]:
 
 
 def build_driver(
-    sanitizer: str, *, source: str = "driver.cpp", changed: Path | None = None
+    sanitizer: str, *, source: Path = HERE / "driver.cpp", changed: Path | None = None
 ) -> Path:
     """A program of ``source`` and the kernels, with a sanitizer in it.
 
     Args:
         sanitizer: ``none``, ``thread`` or ``address`` (with that for undefined behaviour).
-        source: a file of tests/emulation; a .cu file stands alone, without the kernels.
+        source: the program's own source. A .cu file stands alone, without the kernels.
         changed: a changed copy of a kernel's file, to be used in its place. The program is built
             beside it, from the other objects of the program without it.
     """
-    name = f"{Path(source).stem}-{sanitizer}"
-    folder = tools.BUILD / f"emulation-{name}"
+    name = f"{source.stem}-{sanitizer}"
+    folder = common.BUILD / f"emulation-{name}"
     # -g1: lines for a sanitizer's report. -fno-tree-sra: GCC 12 fails with -fsanitize=thread.
     flags = f"{SANITIZERS[sanitizer]} -g1 -fno-omit-frame-pointer -fno-tree-sra"
     rules = _rules(flags, "$cxx $in -o $out")
-    sources = [HERE / source, HERE / "emulation.cpp"]
-    if not source.endswith(".cu"):
+    sources = [source, HERE / "emulation.cpp"]
+    if source.suffix != ".cu":
         sources += _kernels()
     program = _build(rules, sources, folder / name)
     if changed is None:
@@ -121,23 +119,23 @@ def build_driver(
 
 @cache
 def _library() -> Path:
-    folder = tools.folder_for("emulation")
-    link = f"$cxx -shared $in -o $out {tools.torch_libraries()} -ltorch_cpu -lc10"
-    with_torch = sorted(tools.CSRC.glob("cuda/bindings/*.cpp"))
+    folder = common.folder_for("emulation")
+    link = f"$cxx -shared $in -o $out {common.torch_libraries()} -ltorch_cpu -lc10"
+    with_torch = sorted(common.CSRC.glob("cuda/bindings/*.cpp"))
     sources = [HERE / "emulation.cpp", *_kernels()]
     output = folder / "fastdiff_emulated.so"
     return _build(_rules("", link), sources, output, with_torch=with_torch)
 
 
 def _kernels() -> list[Path]:
-    return sorted((tools.CSRC / "cuda").glob("*.cu"))
+    return sorted((common.CSRC / "cuda").glob("*.cu"))
 
 
 def _rules(flags: str, link: str) -> list[str]:
     return [
-        f"cxx = {tools.compiler()}",
-        f"flags = {tools.COMMON_FLAGS} -O1 -DFASTDIFF_EMULATE -I{HERE} -I{tools.CSRC} {flags}",
-        *tools.COMPILE_RULE,
+        f"cxx = {common.compiler()}",
+        f"flags = {common.COMMON_FLAGS} -O1 -DFASTDIFF_EMULATE -I{HERE} -I{common.CSRC} {flags}",
+        *common.COMPILE_RULE,
         "rule link",
         f"  command = {link} {flags} -pthread -Wl,-T,{SHARED}",
         "  description = link $out",
@@ -158,16 +156,16 @@ def _build(
 ) -> Path:
     """Compile the sources and those that include PyTorch, and link them with the other objects."""
     if platform.system() != "Linux":
-        pytest.skip("the emulation is built with Linux's tools")
+        raise common.CannotBuildError("the emulation is built with Linux's tools")
     lines = list(rules)
     for source in sources:
         flags = "-x c++" if source.suffix == ".cu" else ""
         lines += [f"build {_object(source)}: compile {source}", f"  more = {flags}"]
     if with_torch:
         bindings = [_object(source) for source in with_torch]
-        header, flags = tools.CSRC / "precompiled.h", tools.torch_flags()
-        lines += tools.compile_with(header, with_torch, bindings, "bindings", flags)
+        header, flags = common.CSRC / "precompiled.h", common.torch_flags()
+        lines += common.compile_with(header, with_torch, bindings, "bindings", flags)
     objects = " ".join([*map(_object, [*sources, *with_torch]), *map(str, others)])
     lines.append(f"build {output}: link {objects} | {SHARED}")
-    tools.run_ninja(output.parent, lines, quiet=True)
+    common.run_ninja(output.parent, lines, quiet=True)
     return output

@@ -13,7 +13,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from building.tools import (
+from tools.build.common import (
     COMMON_FLAGS,
     COMPILE_RULE,
     CSRC,

@@ -2,7 +2,7 @@
 
 Triton's kernels are run by its interpreter, in a process of its own where TRITON_INTERPRET=1; a
 load or a store counts the elements that its mask lets through. The CUDA kernels are run by the
-tests' emulation (tests/emulation), where each thread's access counts.
+emulation of CUDA (tools/emulation), where each thread's access counts.
 
 Of an activation every access counts. What else there is, parameters and the workspaces that
 launches hand on, counts once a launch: what many blocks read of it comes from the cache.
@@ -10,7 +10,6 @@ launches hand on, counts once a launch: what many blocks read of it comes from t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,15 +18,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from fastdiff.kernels.audit.cases import COUNTED, OPERATIONS, Case, Source, cases, tensors
-from fastdiff.kernels.audit.sass import NotCheckedError
+from tools.audit.cases import COUNTED, OPERATIONS, Case, Source, cases, tensors
+from tools.audit.sass import NotCheckedError
+from tools.build.common import ROOT, CannotBuildError
+from tools.emulation import emulated
 
-EMULATION = Path(__file__).resolve().parents[2] / "tests" / "emulation"
 SLACK = 1.05  # counted bytes may be that many times the least
 
 
@@ -162,21 +161,14 @@ def interpreted() -> Iterator[Moved]:
 
 
 def cuda_traffic(operations: Sequence[str] | None) -> Iterator[Traffic]:
-    """Count every case in the tests' emulation of CUDA.
+    """Count every case in the emulation of CUDA.
 
     Raises:
-        NotCheckedError: it is not here, or cannot be built.
+        NotCheckedError: it cannot be built here.
     """
-    if not (EMULATION / "emulated.py").exists():
-        raise NotCheckedError(f"the emulation is not installed: no folder {EMULATION}")
-    if not sys.platform.startswith("linux") or importlib.util.find_spec("pytest") is None:
-        raise NotCheckedError("the emulation needs Linux and pytest")
-    sys.path.insert(0, str(EMULATION))
-    import emulated
-
     try:
         kernels = emulated.load()
-    except emulated.tools.CannotBuildError as reason:
+    except CannotBuildError as reason:
         raise NotCheckedError(f"the emulation cannot be built: {reason}") from None
 
     @contextmanager
@@ -208,9 +200,9 @@ def triton_traffic(operations: Sequence[str] | None, processes: int) -> Iterator
 
 
 def _interpreted_operation(operation: str) -> list[Traffic]:
-    command = [sys.executable, "-m", "fastdiff.kernels.audit.traffic", operation]
+    command = [sys.executable, "-m", "tools.audit.traffic", operation]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise NotCheckedError(f"the interpreter failed with {operation} (see above)")
     return [Traffic(**json.loads(line)) for line in done.stdout.splitlines()]

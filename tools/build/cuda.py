@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from building.tools import (
+from tools.build.common import (
     COMMON_FLAGS,
     COMPILE_RULE,
     CSRC,

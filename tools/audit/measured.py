@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fastdiff.kernels.audit.occupancy import occupancy
+from tools.audit.occupancy import occupancy
 
 WIDE = 128  # bits
 

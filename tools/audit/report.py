@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from fastdiff.kernels.audit.measured import Measured
-from fastdiff.kernels.audit.traffic import Traffic
+from tools.audit.measured import Measured
+from tools.audit.traffic import Traffic
 
 _KERNELS = (
     "operation", "kernel", "language", "cases", "threads", "registers", "shared", "spilled",

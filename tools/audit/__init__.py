@@ -1,4 +1,4 @@
-"""Checks the GPU kernels without a GPU: ``python -m fastdiff.kernels.audit --help``.
+"""Checks the GPU kernels without a GPU: ``python -m tools.audit --help``.
 
 Compiles every kernel for the architectures that matter, reads the machine code, and counts the
 bytes that the kernels move.

@@ -16,10 +16,11 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # not a Unix
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
-CSRC = Path(__file__).resolve().parent.parent
-BUILD = CSRC.parent / "build"
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build"
 COMMON_FLAGS = " ".join(
     [
         "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas",

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdiff.kernels.audit.cases import OPERATIONS
-from fastdiff.kernels.audit.measured import Measured
-from fastdiff.kernels.audit.sass import NotCheckedError, inspect, run, tool
-
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+from tools.audit.cases import OPERATIONS
+from tools.audit.measured import Measured
+from tools.audit.sass import NotCheckedError, inspect, run, tool
+from tools.build import cuda, cuda_check
+from tools.build.common import CSRC, CannotBuildError
 
 
 class Unit(NamedTuple):
@@ -30,13 +29,8 @@ def units(operations: Sequence[str] | None, archs: Sequence[int]) -> list[Unit]:
     """The objects of these operations, or of all, compiled unless they are there already.
 
     Raises:
-        NotCheckedError: nvcc or the sources are not here, or do not compile.
+        NotCheckedError: nvcc is not here, or the sources do not compile.
     """
-    if not CSRC.is_dir():
-        raise NotCheckedError(f"the CUDA sources are not installed: no folder {CSRC}")
-    sys.path.insert(0, str(CSRC))
-    from building import cuda, cuda_check, tools
-
     try:
         chosen = cuda.chosen_architectures()
         missing = sorted({*map(str, archs)} - {arch.number for arch in chosen})
@@ -46,7 +40,7 @@ def units(operations: Sequence[str] | None, archs: Sequence[int]) -> list[Unit]:
                 "leaves out"
             )
         folder, _ = cuda_check.compiled(chosen, quiet=True)
-    except tools.CannotBuildError as reason:
+    except CannotBuildError as reason:
         raise NotCheckedError(str(reason)) from None
     found = []
     for source in sorted(CSRC.glob("cuda/*.cu")):

@@ -1,0 +1,1 @@
+"""How the extensions are built with ninja: by ``setup.py``, the audit and the emulation."""
