@@ -1,41 +1,59 @@
-# The README's commands. Everything happens in .venv; nothing is done twice.
+# The project's commands; `make help` lists them. Everything happens in .venv, and what is there is
+# not made again. `make PYTHON=python3.12 ...` chooses the Python that .venv is made with.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Without bytecode for thousands of modules: Python writes what it imports. -qq: errors alone.
+PIP := $(RUN) -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 # Two processes, whatever the cores: each holds a PyTorch. Threads that wait leave their core to
 # the other process.
 PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses 2 --dist worksteal
 QUALITY := --out benchmarks/results
-SOURCES := $(shell find csrc -type f)
-# What `make asan` checks: the instruction set that this machine uses, or DEFAULT, AVX2, ...
+# Everything that a compiled extension depends on: it is built again when one of these changes.
+BUILT_FROM := setup.py pyproject.toml $(shell find csrc tools/build -type f -not -name '*.pyc')
+FORMATTED := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# The instruction set that `make asan` checks: the one that this machine uses (best), or DEFAULT,
+# AVX2, AVX512, AVX512_BF16.
 ISA := best
-# Before Python itself, which is not built with them: the sanitizers', and C++'s, which they need.
+# `make asan` preloads the sanitizers and the C++ library that they need, since Python was not
+# linked with them. PyTorch never frees some memory and tries to allocate too much on purpose.
 CHECKED := detect_leaks=0:allocator_may_return_null=1
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 
-.PHONY: sample test test-slow asan bench bench-unet quality theory gpu-audit cuda-check lint format doctor venv clean
+# $(call timed,what,command) runs the command and notes its seconds, for `make sample` to show.
+timed = began=$$(date +%s) && $(2) && \
+	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
+
+.PHONY: help sample test test-slow asan bench bench-unet quality theory gpu gpu-audit cuda-check wheel lint \
+	format doctor venv clean
+
+help:  ## list these commands
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 14
 
 sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
-	$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare
+	@$(call timed,sampled,$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare)
+	@echo && cat $(VENV)/took && rm $(VENV)/took
+	@echo "Next: '$(VENV)/bin/fastdiff --help' for sampling and training of your own," \
+		"'make doctor' for what runs here, 'make help' for the rest."
 
-test: venv  ## the whole test suite
+test: $(VENV)/.test  ## the whole test suite
 	$(PYTEST)
 
-test-slow: venv  ## the tests that `make test` leaves out for their time: 15 minutes
+test-slow: $(VENV)/.test  ## the tests that `make test` leaves out for their time: 15 minutes
 	$(PYTEST) -m slow
 
-asan: venv  ## the operations' tests, their C++ under the address and undefined behaviour sanitizers
+asan: $(VENV)/.test  ## the operations' tests, their C++ under the address and undefined behaviour sanitizers
 	rm -rf build/asan
 	FASTDIFF_SANITIZE=$(ISA) FASTDIFF_CPU=1 FASTDIFF_CUDA=0 \
 		$(RUN) -W ignore setup.py -q build --build-lib build/asan
 	cd build/asan && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=$(CHECKED) \
-		$(abspath $(RUN)) -m pytest -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops $(ASAN)
+		$(abspath $(RUN)) -m pytest -c $(CURDIR)/pyproject.toml -o pythonpath=tests/ops \
+		$(CURDIR)/tests/ops $(ASAN)
 
-bench: venv  ## the benchmarks, peers side by side
+bench: $(VENV)/.test  ## the benchmarks, peers side by side
 	$(RUN) -m pytest benchmarks --benchmark-only --figures benchmarks/results
 
-bench-unet: $(VENV)/.peers  ## a U-Net compiled by fastdiff and by every peer: tables, an hour
+bench-unet: $(VENV)/.test $(VENV)/.peers  ## a U-Net compiled by fastdiff and by every peer: tables, an hour
 	$(RUN) -m benchmarks.unet --sampling --breakdown $(UNET)
 
 quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
@@ -45,22 +63,29 @@ theory: $(VENV)/.plot  ## train every objective on the digits and measure it: ta
 	$(RUN) -m benchmarks.objectives --out benchmarks/results --runs runs/objectives
 	$(RUN) -m benchmarks.adaptive_steps --checkpoint runs/objectives/dsm-vp --out benchmarks/results
 
-gpu-audit: venv  ## compile every GPU kernel for sm_80, 90 and 100: registers, spills, access widths, bytes
+gpu:  ## on a machine with a GPU, with the packages of $(PYTHON): test and time all kernels, 10 minutes
+	$(PYTHON) -m tools.gpu $(GPU)
+
+gpu-audit: $(VENV)/.test  ## compile every GPU kernel for sm_80, 90 and 100: registers, spills, access widths, bytes
 	$(RUN) -m tools.audit $(AUDIT)
 
 cuda-check: venv  ## compile and link the CUDA part with nvcc, against whatever torch there is
 	$(RUN) -m tools.build.cuda_check
 
+wheel: venv  ## a wheel with the kernels for every instruction set: dist/
+	$(RUN) -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist/*.whl
+
 lint: $(VENV)/.lint  ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.lint  ## rewrite the sources in the project's format
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 doctor: venv  ## what runs here, and whether it is right
 	$(RUN) -m fastdiff doctor
@@ -68,27 +93,22 @@ doctor: venv  ## what runs here, and whether it is right
 venv: $(VENV)/.built  ## set up .venv and build the C++ extension
 
 clean:  ## remove what the commands above made
-	rm -rf $(VENV) build fastdiff/_C.* fastdiff/_cuda.* fastdiff.egg-info samples.png
+	rm -rf $(VENV) build dist fastdiff/_C.* fastdiff/_cuda.* fastdiff.egg-info samples.png
 
 $(VENV)/.torch: constraints.txt
-	@echo "setting up $(VENV)" >&2
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch setuptools ninja pybind11
-	touch $@
+	@echo "installing PyTorch into $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(call timed,installed PyTorch,$(PIP) torch setuptools ninja pybind11)
+	@touch $@
 
-$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
-	@echo "building the C++ extension" >&2
-	$(PIP) --no-build-isolation --editable '.[test]'
-	touch $@
+# With what fastdiff itself needs and no more; the tests' packages are not waited for.
+$(VENV)/.built: $(VENV)/.torch $(BUILT_FROM)
+	@echo "compiling the C++ extension for this processor: a minute or two" >&2
+	@$(call timed,compiled and installed fastdiff,$(PIP) --no-build-isolation --editable .)
+	@touch $@
 
-$(VENV)/.lint: $(VENV)/.built
-	$(PIP) --no-build-isolation --editable '.[lint]'
-	touch $@
-
-$(VENV)/.plot: $(VENV)/.built
-	$(PIP) --no-build-isolation --editable '.[plot]'
-	touch $@
-
-$(VENV)/.peers: $(VENV)/.built
-	$(PIP) --no-build-isolation --editable '.[peers]'
-	touch $@
+# .venv/.test, .lint, .plot, .peers: the extras of pyproject.toml, beside what is installed.
+$(VENV)/.%: $(VENV)/.built
+	@echo "installing what 'make $(firstword $(MAKECMDGOALS))' needs besides: fastdiff[$*]" >&2
+	@$(PIP) 'fastdiff[$*]'
+	@touch $@

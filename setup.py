@@ -6,7 +6,9 @@ reason is left for ``fastdiff doctor``.
 Environment: FASTDIFF_CPU=0|1 and FASTDIFF_CUDA=0|1 forbid or force a part (a forced part that
 cannot be built is an error), CXX names the compiler, CUDA_HOME the CUDA toolkit,
 TORCH_CUDA_ARCH_LIST the devices to compile for, MAX_JOBS how many compilers run at once,
-FASTDIFF_SANITIZE the one instruction set that ``make asan`` builds the CPU part for (``best`` is
+FASTDIFF_ISAS which instruction sets the CPU kernels are compiled for: ``local``, this processor's
+and the portable one, as in-place and editable builds do by themselves, or ``all``, as wheels do.
+FASTDIFF_SANITIZE is the one instruction set that ``make asan`` builds the CPU part for (``best`` is
 this machine's).
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -50,6 +53,8 @@ class NinjaBuild(build_ext):
                 self.reasons[ext.name] = f"FASTDIFF_{PARTS[ext.name][0]}=0 forbade it"
             else:
                 self.attempt(ext, PARTS[ext.name][1].check)
+        # Else it is a wheel, for other machines too. Setuptools resets `inplace` while it builds.
+        self.local = bool(self.inplace or self.editable_mode)
         every, self.extensions = self.extensions, self.possible()
         super().run()
         for ext in every:
@@ -63,11 +68,11 @@ class NinjaBuild(build_ext):
                 note.write_text(self.reasons[ext.name] + "\n", encoding="utf-8")
         self.tell(wanted)
 
-    def attempt(self, ext: Extension, action, *args) -> object:
-        """action(*args); where it cannot be done the extension is left out, or it is an error."""
+    def attempt(self, ext: Extension, action) -> object:
+        """action(); where it cannot be done the extension is left out, or it is an error."""
         name = PARTS[ext.name][0]
         try:
-            return action(*args)
+            return action()
         except CannotBuildError as reason:
             if part_wanted(name):
                 raise SystemExit(f"fastdiff: FASTDIFF_{name}=1, but {reason}") from None
@@ -81,7 +86,8 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Run ninja, and copy what it made to where setuptools wants it."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        library = self.attempt(ext, PARTS[ext.name][1].build, output.name)
+        build = partial(PARTS[ext.name][1].build, output.name, local=self.local)
+        library = self.attempt(ext, build)
         if library is None:
             self.extensions = self.possible()
             return
@@ -113,6 +119,12 @@ class BuildPython(build_py):
         super().finalize_options()
         self.packages = [*self.packages, "fastdiff.kernels"]
         self.package_dir = {**self.package_dir, "fastdiff.kernels": "kernels"}
+
+    def run(self) -> None:
+        """Copy afresh: a file that an earlier build copied may be gone from the sources."""
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "fastdiff"), ignore_errors=True)
+        super().run()
 
 
 setup(

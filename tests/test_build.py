@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import zipfile
 import pytest
 import torch
 
-from tools.build import cuda
+from tools.build import cpu, cuda
 from tools.build.common import ROOT, CannotBuildError
 
 PARTS = (
@@ -31,7 +32,7 @@ PARTS = (
     "LICENSE",
 )
 CLEAN = (
-    "CUDA_HOME", "CXX", "FASTDIFF_CPU", "FASTDIFF_CUDA", "MAX_JOBS", "PYTHONPATH",
+    "CUDA_HOME", "CXX", "FASTDIFF_CPU", "FASTDIFF_CUDA", "FASTDIFF_ISAS", "MAX_JOBS", "PYTHONPATH",
     "TORCH_CUDA_ARCH_LIST",
 )  # fmt: skip
 PIP_WHEEL = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", ".")
@@ -226,6 +227,65 @@ def test_a_source_distribution_can_build(source) -> None:
     assert "setup.py" in names
 
 
+# A compiler that makes empty files, and has the macros of a processor with AVX2 at most.
+COMPILER = """#!/bin/sh
+case " $* " in
+  *" -dM "*) printf '#define __AVX2__ 1\n#define __FMA__ 1\n#define __F16C__ 1\n' ;;
+esac
+while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+
+
+@pytest.fixture
+def compiled(source):
+    """A function that builds with COMPILER and gives the instruction sets that it was given."""
+    (source / "c++").write_text(COMPILER)
+    (source / "c++").chmod(0o755)
+
+    def build(*command, **environment):
+        cxx = str(source / "c++")
+        done = run(command, source, CXX=cxx, FASTDIFF_CPU="1", FASTDIFF_CUDA="0", **environment)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (source / "build").glob("ninja-*")
+        return sorted(path.suffixes[0][1:] for path in folder.glob("geglu.*.o"))
+
+    return build
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one set")
+def test_a_wheel_has_every_instruction_set(compiled) -> None:
+    assert compiled(*PIP_WHEEL) == ["AVX2", "AVX512", "AVX512_BF16", "DEFAULT"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one set")
+def test_a_build_in_place_has_this_processors_set_and_the_portable_one(compiled) -> None:
+    inplace = ("setup.py", "build_ext", "--inplace")
+    assert compiled(*inplace) == ["AVX2", "DEFAULT"]
+    assert compiled(*inplace, FASTDIFF_ISAS="all")[1:] == ["AVX512", "AVX512_BF16", "DEFAULT"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one set")
+def test_an_editable_install_has_this_processors_set_and_the_portable_one(compiled) -> None:
+    build = "from setuptools.build_meta import build_editable; build_editable('dist')"
+    assert compiled("-c", build) == ["AVX2", "DEFAULT"]
+
+
+def test_the_best_set_alone_is_optimised_to_the_full(monkeypatch) -> None:
+    monkeypatch.delenv("FASTDIFF_ISAS", raising=False)
+    monkeypatch.setattr(cpu, "isas_of_machine", lambda: {"DEFAULT": "-a", "AVX2": "-b", "X": "-c"})
+    monkeypatch.setattr(cpu, "best_isa", lambda: "AVX2")
+    assert cpu.isas(local=True) == {"DEFAULT": "-a -O2", "AVX2": "-b"}
+    assert cpu.isas(local=False) == {"DEFAULT": "-a", "AVX2": "-b", "X": "-c"}
+    monkeypatch.setattr(cpu, "best_isa", lambda: "DEFAULT")
+    assert cpu.isas(local=True) == {"DEFAULT": "-a"}
+
+
+def test_instruction_sets_have_a_name(monkeypatch) -> None:
+    monkeypatch.setenv("FASTDIFF_ISAS", "avx2")
+    with pytest.raises(CannotBuildError, match="FASTDIFF_ISAS is 'avx2', wanted all, local or"):
+        cpu.isas(local=True)
+
+
 CODES = frozenset({75, 80, 86, 90, 100, 103, 120})
 LISTED = {
     "nothing": (None, "8.0;9.0;10.0+PTX"),
@@ -249,6 +309,24 @@ def test_by_default_the_devices_are_those_that_nvcc_knows() -> None:
     assert "arch=compute_80,code=sm_80" in flags
     assert "arch=compute_80,code=compute_80" not in flags
     assert "arch=compute_90,code=compute_90" in flags
+
+
+def test_a_local_build_is_for_this_machines_devices(monkeypatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(cuda, "toolkit", lambda: cuda.Toolkit("nvcc", "13.0", (), (), CODES))
+    monkeypatch.setattr(cuda, "devices", lambda: "8.6;9.0+PTX")
+    found = cuda.chosen_architectures(local=True)
+    assert ";".join(map(cuda.capability, found)) == "8.6;9.0+PTX"
+    found = cuda.chosen_architectures()
+    assert ";".join(map(cuda.capability, found)) == "8.0;9.0;10.0+PTX"
+
+
+def test_devices_are_those_that_nvidia_smi_lists(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cuda.devices() is None
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '9.0\n8.6\n9.0'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert cuda.devices() == "8.6;9.0+PTX"
 
 
 UNLISTED = {
@@ -290,8 +368,10 @@ def test_a_stale_extension_is_not_packed(source, installed) -> None:
     stale = source / "build" / f"lib.{_platform()}" / "fastdiff"
     stale.mkdir(parents=True)
     (stale / _extension()).write_bytes(b"old")
+    (stale.parent / "fastdiff" / "renamed_since.py").touch()
     site = installed(FASTDIFF_CPU="0")
     assert not list(site.rglob("*.so"))
+    assert not list(site.rglob("renamed_since.py"))
 
 
 def _platform() -> str:

@@ -18,7 +18,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.cli.options import add_json_argument, print_json
 from fastdiff.common.version import __version__
 from fastdiff.ops import backend, selfcheck
-from fastdiff.ops.backend import describe, extension, missing
+from fastdiff.ops.backend import describe, extension, isa, missing
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -51,8 +51,18 @@ def _facts() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "backends": missing(),  # each with the reason why it cannot run, or None
         **describe(),
+        "instruction_sets": [] if extension is None else list(extension.instruction_sets),
         "models": list(checkpoint.shipped()),
     }
+
+
+def _sets(built: Sequence[str]) -> str:
+    """Which instruction sets were compiled for and which runs, and what is missed by that."""
+    text = f"built for {', '.join(built)}; {isa()} runs"
+    best = torch.backends.cpu.get_cpu_capability()
+    if isa() == "DEFAULT" and best in ("AVX2", "AVX512"):
+        text += f"; {best} would be faster: reinstall fastdiff on this machine to build for it"
+    return text
 
 
 def _print(facts: dict[str, Any], records: Sequence[selfcheck.Record]) -> None:
@@ -63,6 +73,8 @@ def _print(facts: dict[str, Any], records: Sequence[selfcheck.Record]) -> None:
     for name, reason in facts["backends"].items():
         print(f"backend {name:<10} {'runs' if reason is None else f'missing: {reason}'}")
     print("runs by default    {backend}, {isa}, {threads} threads".format(**facts))
+    if facts["instruction_sets"]:
+        print(f"instruction sets   {_sets(facts['instruction_sets'])}")
     print(f"shipped models     {', '.join(facts['models']) or 'none'}")
     print("self-check against float64:")
     print(f"  {'operation':<24} {'':<23} {'error':>8} {'allowed':>8} {'time':>9}")

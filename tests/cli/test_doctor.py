@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,26 @@ def test_missing_backend_is_shown_with_its_reason(
     monkeypatch.setattr(doctor, "missing", lambda: {"cpu": "the compiler was on holiday"})
     lines = run("doctor").out.splitlines()
     assert "backend cpu        missing: the compiler was on holiday" in lines
+
+
+@pytest.mark.parametrize(
+    ("runs", "best", "more"),
+    [
+        pytest.param("AVX512", "AVX512", "", id="the best"),
+        pytest.param("DEFAULT", "DEFAULT", "", id="no better one"),
+        pytest.param("DEFAULT", "AVX2", "; AVX2 would be faster: reinstall fastdiff", id="moved"),
+    ],
+)
+def test_instruction_sets_are_shown(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, runs: str, best: str, more: str
+) -> None:
+    built = SimpleNamespace(torch_version="2", instruction_sets=("DEFAULT", "AVX512"))
+    monkeypatch.setattr(doctor, "extension", built)
+    monkeypatch.setattr(doctor, "isa", lambda: runs)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: best)
+    (line,) = (one for one in run("doctor").out.splitlines() if one.startswith("instruction sets"))
+    assert line.startswith(f"instruction sets   built for DEFAULT, AVX512; {runs} runs{more}")
+    assert bool(more) == ("reinstall" in line)
 
 
 def test_works_without_the_extension(start: Callable) -> None:

@@ -61,6 +61,19 @@ def test_passes_the_self_check(wanted) -> None:
         assert found["isa"].startswith(HERE)
 
 
+@pytest.mark.parametrize("wanted", [level for level in POSSIBLE if level not in LOWER])
+def test_a_level_that_was_not_built_runs_the_next_lower_one(wanted) -> None:
+    """As on a lesser processor than the one that a local build was made for."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from fastdiff.backend import isa; print(isa())"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": LEVELS[wanted]},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    below = list(LEVELS)[: list(LEVELS).index(wanted)]
+    expected = BUILT[0] if len(BUILT) == 1 else [level for level in below if level in BUILT][-1]
+    assert done.stdout.strip() == expected
+
+
 @pytest.mark.parametrize("wanted", [level for level in LOWER if level != isa()])
 def test_passes_the_tests_of_every_shape(wanted, pytestconfig) -> None:
     """Of the operations whose code differs by the width of vectors; the best set runs them too."""

@@ -30,12 +30,18 @@ COMMON_FLAGS = " ".join(
 )
 
 # Run in the target environment's own interpreter (-I leaves pip's build isolation), so that the
-# extension is built against the torch it will run with, not against a second one.
+# extension is built against the torch it will run with, not against a second one. PyTorch itself,
+# which takes seconds to import, is only looked at.
 TORCH_PROBE = """
-import json, torch
-from torch.utils.cpp_extension import include_paths, library_paths
-print(json.dumps(dict(version=torch.__version__, abi=int(torch.compiled_with_cxx11_abi()),
-                      cuda=torch.version.cuda, include=include_paths(), lib=library_paths())))
+import importlib.util, json, pathlib, runpy, sys
+spec = importlib.util.find_spec("torch")
+if spec is None or not spec.submodule_search_locations:
+    sys.exit("torch is not installed")
+folder = pathlib.Path(spec.submodule_search_locations[0])
+facts = runpy.run_path(str(folder / "version.py"))
+include = [str(folder / part) for part in ("include", "include/torch/csrc/api/include")]
+print(json.dumps(dict(version=facts["__version__"], cuda=facts["cuda"], include=include,
+                      lib=[str(folder / "lib")])))
 """
 
 
@@ -45,7 +51,7 @@ class CannotBuildError(Exception):
 
 @cache
 def torch_facts() -> dict:
-    """Version, ABI, CUDA's version, headers and libraries of the torch that will load it all."""
+    """Version, CUDA's version, headers and libraries of the torch that will load it all."""
     reasons = []
     for flags in (["-I"], []):
         probe = subprocess.run(
@@ -55,7 +61,7 @@ def torch_facts() -> dict:
             return json.loads(probe.stdout.splitlines()[-1])
         reasons.append((probe.stderr.strip().splitlines() or ["no output"])[-1])
     raise CannotBuildError(
-        f"torch is not importable by {sys.executable} ({reasons[0]}); install torch first, then "
+        f"torch is not found by {sys.executable} ({reasons[0]}); install torch first, then "
         "fastdiff, with --no-build-isolation if your installer builds in a separate environment"
     )
 
@@ -92,7 +98,7 @@ def torch_flags() -> str:
         pass  # PyTorch brings one of its own
     return " ".join(
         [
-            f"-D_GLIBCXX_USE_CXX11_ABI={facts['abi']}",
+            "-D_GLIBCXX_USE_CXX11_ABI=1",  # as every torch since 2.7; some compilers default to 0
             f'-DFASTDIFF_TORCH_VERSION=\\"{facts["version"]}\\"',
             f"-I{CSRC}",
             *(f"-isystem {path}" for path in includes),

@@ -73,6 +73,17 @@ def toolkit() -> Toolkit:
     )
 
 
+def devices() -> str | None:
+    """The compute capabilities of this machine's GPUs, as TORCH_CUDA_ARCH_LIST lists them."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = sorted(set(re.findall(r"^\d+\.\d$", done.stdout, re.MULTILINE)), key=float)
+    return ";".join(found) + "+PTX" if found else None
+
+
 def architectures(listed: str | None, codes: frozenset[int]) -> list[Architecture]:
     """What to compile for.
 
@@ -108,9 +119,13 @@ def architectures(listed: str | None, codes: frozenset[int]) -> list[Architectur
     return found
 
 
-def chosen_architectures() -> list[Architecture]:
-    """What the environment's TORCH_CUDA_ARCH_LIST asks for, see `architectures`."""
-    return architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit().codes)
+def chosen_architectures(*, local: bool = False) -> list[Architecture]:
+    """What the environment's TORCH_CUDA_ARCH_LIST asks for, see `architectures`.
+
+    Without it a ``local`` build is for this machine's GPUs, where it has any.
+    """
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or (devices() if local else None)
+    return architectures(listed, toolkit().codes)
 
 
 def nvcc_flags(chosen: list[Architecture]) -> str:
@@ -138,10 +153,13 @@ def check() -> None:
     ninja_command(), compiler()
 
 
-def build(name: str) -> Path:
-    """Build the extension as a library of that file name; CannotBuildError where that fails."""
+def build(name: str, *, local: bool) -> Path:
+    """Build the extension as a library of that file name; CannotBuildError where that fails.
+
+    ``local`` as for `chosen_architectures`.
+    """
     folder = folder_for("ninja-cuda")
-    chosen = chosen_architectures()
+    chosen = chosen_architectures(local=local)
     link = f"{torch_libraries()} -ltorch_cpu -ltorch_cuda -lc10 -lc10_cuda -lcudart"
     run_ninja(folder, build_file(folder / name, chosen, link=link))
     return folder / name
