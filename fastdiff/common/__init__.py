@@ -1,1 +1,1 @@
-"""Contracts that every layer above relies on: networks, arguments, seeds, errors, progress."""
+"""What all other packages build on: protocols, argument checks, seeds, errors, progress."""

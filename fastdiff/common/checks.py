@@ -1,6 +1,4 @@
-"""Argument checks that all share, each raises with the value seen and the one wanted; and how
-coefficients meet images.
-"""
+"""Checks of tensors, whose errors name the given and the wanted value; helpers for coefficients."""
 
 from __future__ import annotations
 
@@ -9,12 +7,16 @@ from torch import Tensor
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that coefficients for images of ``dtype`` are kept in: float32 or float64."""
+    """The dtype of coefficients for images of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def beside(value: Tensor, x: Tensor) -> Tensor:
-    """A coefficient [N] or [] as [N, 1, ...] or [] beside images x, in float32 at least."""
+    """A coefficient [N] or [], reshaped to broadcast with images x, in ``wide_dtype``.
+
+    Returns:
+        [N, 1, ...] with as many dimensions as x, or [], on the device of x.
+    """
     value = value.to(x.device, wide_dtype(x.dtype))
     return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
 
@@ -56,7 +58,7 @@ def check_device(value: Tensor, x: Tensor, name: str, like: str) -> None:
 
 
 def check_no_gradient(*tensors: Tensor | None) -> None:
-    """RuntimeError if autograd is to record what is computed from one of ``tensors``."""
+    """RuntimeError if autograd would record an operation on one of ``tensors``."""
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         raise RuntimeError("this operation has no gradient: call it under torch.no_grad()")
 
@@ -69,7 +71,12 @@ def _check_dense(x: Tensor, name: str) -> None:
 def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int) -> None:
     """Raise unless t is int64 [N] for x [N, ...] with values in 0..num_timesteps-1.
 
-    Values are checked for CPU tensors only: looking at a GPU's would wait for it.
+    The values of GPU tensors are not checked, since reading them would wait for the GPU.
+
+    Raises:
+        TypeError: another dtype, or a sparse tensor.
+        ValueError: another shape or device.
+        IndexError: a value outside the schedule.
     """
     if t.dtype != torch.int64:
         raise TypeError(f"t must be int64, got {t.dtype}")

@@ -1,17 +1,17 @@
 """The model's keyword arguments for a batch: which of their tensors have one row for each image.
 
-A batch is sampled in parts, images that are finished leave it, and under classifier-free guidance
-it is given to the model twice, first without the condition and then with it (Ho & Salimans 2022,
-arXiv:2207.12598). Tensors with one row an image are then cut and joined likewise, everything else
-stays whole. A tensor with as many rows as there are images may be either, so nothing is guessed
-where it matters:
+A batch may be sampled in parts, finished images may leave it, and classifier-free guidance gives it
+to the model twice in one call, first without the condition and then with it (Ho & Salimans 2022,
+arXiv:2207.12598). Then tensors with one row per image are cut and joined like the images, and
+everything else stays whole. A tensor with as many rows as there are images might be of either kind.
+Its kind is never guessed where it matters:
 
-- ``PerImage(value)`` and ``Shared(value)`` say it, of a tensor or of all in a nesting of lists,
-  tuples and dicts;
-- the arguments ``PER_IMAGE_NAMES`` have one row an image in every library that has them;
-- values that differ with and without the condition can only be joined row by row;
-- other tensors with as many rows as there are images are refused where a part of the images is
-  computed at a time or the model is given all of them twice, and stay whole elsewhere.
+- ``PerImage(value)`` and ``Shared(value)`` state it, for a tensor or for all tensors in nested
+  lists, tuples and dicts;
+- the arguments named in ``PER_IMAGE_NAMES`` have one row per image in every library that has them;
+- values that differ with and without the condition must have one row per image;
+- other tensors with as many rows as images are an error if the images are computed in parts or
+  given to the model twice; otherwise they stay whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PerImage:
     """An argument of the model whose tensors have one row for each image of the batch.
 
     Attributes:
-        value: a tensor [N, ...], or any nesting of lists, tuples and dicts of such.
+        value: a tensor [N, ...], or nested lists, tuples and dicts of such tensors.
 
     Example:
         >>> cond = {"sizes": fastdiff.PerImage(sizes), "codes": fastdiff.Shared(codes)}
@@ -46,7 +46,7 @@ class PerImage:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """An argument of the model that is the same for all images, whatever its tensors' sizes.
+    """An argument of the model that all images share, whatever the sizes of its tensors.
 
     Attributes:
         value: anything; tensors in it are neither cut nor repeated.
@@ -59,7 +59,7 @@ Mark = type[PerImage] | type[Shared]
 
 
 class _Leaf(NamedTuple):
-    """One value of the arguments, without the condition and with it (the same if not joined)."""
+    """One value of the arguments, without the condition and with it (equal if not joined)."""
 
     without: Any
     value: Any
@@ -67,20 +67,20 @@ class _Leaf(NamedTuple):
 
 
 class Conditions:
-    """A model's arguments for N images, every tensor of them known to be per image or shared.
+    """A model's arguments for N images, each tensor known to be per image or shared.
 
     Args:
-        cond: keyword arguments of the model; tensors, or nested lists, tuples and dicts of them,
-            marked by :class:`PerImage` and :class:`Shared` where need be.
-        uncond: the same without the condition, or None.
+        cond: keyword arguments of the model: tensors, or nested lists, tuples and dicts of tensors,
+            marked by :class:`PerImage` and :class:`Shared` where necessary.
+        uncond: the same keywords without the condition, or None.
         images: N.
-        joined: the model is given all images twice, first with ``uncond``.
-        cut: a part of the images may be computed at a time.
+        joined: whether the model is given all images twice in one call, first with ``uncond``.
+        cut: whether the images may be computed in parts.
 
     Raises:
-        ValueError: ``uncond`` has other keys or values that do not fit those of ``cond``, a value
-            is marked in two ways, one marked per image has other rows than N, or a tensor of N rows
-            is not marked where that changes what the model is given.
+        ValueError: ``uncond`` has other keys, or values that do not fit those of ``cond``; a value
+            has two marks; a value marked per image does not have N rows; or a tensor of N rows is
+            not marked although its kind matters.
     """
 
     def __init__(
@@ -103,9 +103,13 @@ class Conditions:
             self._arguments[name] = self._settled(name, other, value)
 
     def part(self, part: slice | Tensor) -> Arguments:
-        """The arguments for a part of the images, a slice or their places int64 [M].
+        """The model's arguments for a part of the images.
 
-        Where they are joined they are for twice as many: the rows of ``uncond`` stand first.
+        Args:
+            part: a slice, or the places of M images, int64 [M].
+
+        Returns:
+            Arguments for M images; if joined, for 2 M images, the rows of ``uncond`` first.
         """
         return {
             name: pytree.tree_unflatten([self._of(leaf, part) for leaf in leaves], structure)
@@ -134,7 +138,7 @@ class Conditions:
         return settled, structure
 
     def _is_per_image(self, name: str, u: Any, c: Any, mark: Mark | None) -> bool:
-        """Whether a value is cut and joined by rows; ValueError if that cannot be told."""
+        """Whether a value has one row per image; ValueError if that matters and is not known."""
         rows = self._has_rows(c) and mark is not Shared
         if mark is PerImage and isinstance(c, Tensor) and not rows:
             raise ValueError(
@@ -153,8 +157,8 @@ class Conditions:
             given = "all images twice" if self.joined else "a part of the images at a time"
             raise ValueError(
                 f"cond[{name!r}] has a tensor of {self.images} rows, as many as there are images, "
-                f"and the model is given {given}: say fastdiff.PerImage(value) if each image has a "
-                "row of its own, fastdiff.Shared(value) if all images share the whole tensor"
+                f"and the model is given {given}: pass fastdiff.PerImage(value) if each image has "
+                "its own row, fastdiff.Shared(value) if all images share the whole tensor"
             )
         return False
 
@@ -163,12 +167,12 @@ class Conditions:
 
 
 def unmarked(cond: Mapping[str, Any]) -> Arguments:
-    """The arguments without their marks, for a call with all images."""
+    """The arguments without their marks, for a call of the model with all images."""
     return {name: _unwrapped(value)[0] for name, value in cond.items()}
 
 
 def _unwrapped(value: Any, mark: Mark | None = None) -> tuple[Any, list[Mark | None]]:
-    """A value without its marks, and the mark of each of its leaves; the innermost counts."""
+    """A value without its marks, and the innermost mark around each of its leaves."""
     leaves, structure = pytree.tree_flatten(value)
     plain: list[Any] = []
     marks: list[Mark | None] = []

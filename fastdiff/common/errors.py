@@ -1,6 +1,6 @@
-"""Errors that whoever runs the program can put right.
+"""Errors that the user of the program can correct.
 
-The command line shows them as one line; every other exception is a bug and keeps its traceback.
+The command line shows them in one line. Every other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 class InputError(ValueError):
-    """An argument, a file or a setting that fastdiff cannot work with; the text says which."""
+    """An argument, a file or a setting that fastdiff cannot use; the text names it."""
 
 
 class DataError(InputError):
@@ -21,7 +21,7 @@ class DataError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, damaged, of another program, or cannot be written."""
+    """A checkpoint that is missing, damaged, of another program, or impossible to write."""
 
 
 class TrainingError(InputError):
@@ -29,43 +29,45 @@ class TrainingError(InputError):
 
 
 class StuckError(InputError, RuntimeError):
-    """A solver with steps of its own that its tolerance or its evaluations do not let go on."""
+    """An adaptive solver that cannot continue within its tolerance or number of evaluations."""
 
 
-_OF_CPU = re.compile(r"tried to allocate (\d+) bytes")  # torch's allocator
-# What torch and numpy say of an array whose bytes do not fit into 64 bits.
-_BEYOND = ("Storage size calculation overflowed", "array is too big", "Maximum allowed dimension")
+_ALLOCATION = re.compile(r"tried to allocate (\d+) bytes")  # error of torch's CPU allocator
+# Errors of torch and numpy for an array whose number of bytes exceeds 64 bits.
+_OVERFLOWS = (
+    "Storage size calculation overflowed", "array is too big", "Maximum allowed dimension",
+)  # fmt: skip
 
 
 def memory_refused(error: BaseException) -> str | None:
-    """What to say of an allocation that failed, in one line and with the bytes that were wanted.
+    """One line for an allocation that failed, with the number of bytes if it is known.
 
     Args:
-        error: a MemoryError of Python's or numpy's, or what torch raises in its place.
+        error: a MemoryError of Python or numpy, or an error of torch in its place.
 
     Returns:
-        None for an error of another kind.
+        None if the error is of another kind.
     """
     text = str(error).split("\n")[0]
-    if found := _OF_CPU.search(text):
-        wanted = int(found[1])
+    if match := _ALLOCATION.search(text):
+        wanted = int(match[1])
         return f"not enough memory: {wanted} bytes ({wanted / 2**30:.1f} GiB) were wanted at once"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or text.startswith(_BEYOND):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or text.startswith(_OVERFLOWS):
         return f"not enough memory: {text or 'Python has none left'}"
     return None
 
 
 def check_memory(*shape: int) -> None:
-    """Ask torch for a tensor of a shape, before the work that will need one is begun.
+    """Allocate and free a float tensor of a shape, to fail before long work that needs one.
 
     Raises:
-        RuntimeError: there is no memory for it; :func:`memory_refused` says so in one line.
+        RuntimeError: there is not enough memory; see :func:`memory_refused` for a text of one line.
     """
     torch.empty(shape, device="cpu")
 
 
 def require(module: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it."""
+    """Import a module of an optional dependency; InputError, with what to install, without it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

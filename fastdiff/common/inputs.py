@@ -1,4 +1,4 @@
-"""Checks of what functions of the whole library are given; each error names the value."""
+"""Checks of arguments that many functions share; each error names the given value."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Shape = tuple[int, ...]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last for images whose strides say so, else contiguous.
+    """The memory format of images, by their strides: channels_last (4 or 5 dimensions) or not.
 
-    With one channel both hold, and the strides decide which of them a network goes on with.
+    An image with one channel has both formats; the stride of its channels then decides.
     """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     if last is None or x.stride(1) != 1 or not x.is_contiguous(memory_format=last):
@@ -24,13 +24,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def real_parameter(model: Callable[..., Any]) -> Tensor | None:
-    """The first floating point parameter of a model, if it is a module and has one."""
+    """The first floating point parameter of a model; None if it has none or is no module."""
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next(filter(is_real, parameters), None)
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    """TypeError or ValueError unless a generator is one, the CPU's or the device's own."""
+    """TypeError or ValueError unless ``generator`` is None or a generator of the CPU or device."""
     if generator is None:
         return
     if not hasattr(generator, "device"):
@@ -43,13 +43,13 @@ def check_generator(generator: torch.Generator | None, device: torch.device) -> 
 
 
 def check_max_batch(max_batch: int | None) -> None:
-    """ValueError or TypeError unless ``max_batch`` is None or a whole number from 1 on."""
+    """ValueError or TypeError unless ``max_batch`` is None or a whole number of at least 1."""
     if max_batch is not None and whole_number(max_batch, "max_batch") < 1:
         raise ValueError(f"max_batch must be at least 1, or None, got {max_batch}")
 
 
 def as_arguments(value: Any, name: str) -> dict[str, Any]:
-    """The model's keyword arguments; TypeError unless they are a mapping."""
+    """The model's keyword arguments as a dict; TypeError unless ``value`` is a mapping."""
     if not isinstance(value, Mapping):
         raise TypeError(
             f"{name} must be a mapping of the model's keyword arguments, got {type(value).__name__}"
@@ -60,13 +60,19 @@ def as_arguments(value: Any, name: str) -> dict[str, Any]:
 def checked_seeds(
     seed: int | Sequence[int] | Tensor, generator: torch.Generator | None, images: int
 ) -> Tensor:
-    """For each image its seed and its number, int64 [N, 2].
+    """The seed and the image number of each image, int64 [N, 2].
 
-    One seed numbers the images; of N seeds each has image number 0.
+    From one seed all images take that seed and the numbers 0..N-1. From N seeds each image takes
+    its own seed and the number 0.
+
+    Args:
+        seed: one whole number or N, of at most 64 bits each.
+        generator: must be None; an argument so that the error can name both.
+        images: N.
 
     Raises:
-        ValueError: another number of seeds, a seed of more than 64 bits, or a generator beside it.
-        TypeError: no whole numbers.
+        ValueError: another number of seeds, a seed of more than 64 bits, or a generator.
+        TypeError: a seed that is no whole number.
     """
     if generator is not None:
         raise ValueError("seed and generator cannot both be given: each is the source of all noise")
@@ -83,7 +89,7 @@ def checked_seeds(
     for value, _ in rows:
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"seed must lie in -2^63..2^64-1, got {value}")
-    # As PyTorch does: seeds above 2^63 are those of the same 64 bits below 0.
+    # As in PyTorch, a seed of 2^63 or more is the negative number with the same 64 bits.
     signed = [((value + 2**63) % 2**64 - 2**63, image) for value, image in rows]
     return torch.tensor(signed, dtype=torch.int64, device="cpu").view(images, 2)
 
@@ -103,7 +109,7 @@ def is_real(value: Any) -> TypeGuard[Tensor]:
 
 
 def kind_of(value: Any) -> str:
-    """What an error calls ``value``: the dtype of a tensor, the type of anything else."""
+    """The kind of ``value`` for an error: the dtype of a tensor, the type of anything else."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 

@@ -1,7 +1,7 @@
-"""What the library asks of a network: how it is called, and what it returns.
+"""What the library requires of a network: how it is called, and what it returns.
 
-``Model`` is any callable. A network may offer more: one that ``Precomputing`` describes gives a
-sampling loop its embeddings for all steps at once.
+``Model`` is any callable. A network with the methods of ``Precomputing`` can also give a sampling
+loop its embeddings for all steps at once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ Model = Callable[..., Any]
 
 
 class PrecomputedRows(Protocol):
-    """What a network computes from timesteps and class labels before a sampling loop.
+    """Embeddings that a network computes from timesteps and class labels before a sampling loop.
 
     Attributes:
-        rows: [S, U, P], for each of S steps what is distinct in the batch.
-        index: int64 [N], which of the U rows an image takes; None where they serve as they are.
-        needs_time: the network must be given the timestep beside its row.
+        rows: [S, U, P]: for each of S steps the U distinct rows of the batch.
+        index: int64 [N], which of the U rows each image takes; None if there is one row for the
+            whole batch, or one for each image in order.
+        needs_time: whether the network must be given the timestep together with its row.
     """
 
     @property
@@ -36,26 +37,26 @@ class PrecomputedRows(Protocol):
 
     @property
     def needs_time(self) -> bool:
-        """Whether the network reads the timestep too."""
+        """Whether the network must be given the timestep too."""
 
 
 class Precomputing(Protocol):
     """A network whose embeddings may be computed before a sampling loop, for all its steps."""
 
     def may_precompute(self) -> bool:
-        """Whether skipping the embeddings' calls at every step cannot be told from outside."""
+        """Whether a loop that skips the embeddings' calls behaves like one that makes them."""
 
     def precompute(
         self, timesteps: Tensor, class_labels: Tensor | None = None, batch: int = 1
     ) -> PrecomputedRows:
-        """What all the steps of a loop take from [S] timesteps and the labels of a batch."""
+        """The embeddings of timesteps [S] and of the labels of a batch, for all steps."""
 
 
 def precomputing(model: Any) -> Precomputing | None:
-    """The network in ``model`` that allows its embeddings to be computed beforehand, or None.
+    """The network in ``model`` if its embeddings may be computed before a loop, else None.
 
-    ``torch.compile`` around it changes nothing. Anything else around it sees every call, so that
-    none may be skipped.
+    The network may be compiled by ``torch.compile``. Any other wrapper could observe each call of
+    the network, so for a wrapped network the result is None.
     """
     network = model
     if _is_compiled(model):
@@ -67,21 +68,26 @@ def precomputing(model: Any) -> Precomputing | None:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether functions are registered that see the calls of a module."""
+    """Whether hooks are registered on a module's calls."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_compiled(model: Any) -> bool:
-    """Whether it is what torch.compile makes of a module; without importing Dynamo."""
+    """Whether ``model`` is the result of torch.compile for a module; does not import Dynamo."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and type(model) is dynamo.OptimizedModule
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the model must return: its shape, the images' dtype, and what to say of another shape.
+    """The shape and dtype that a model must return.
 
-    A model under autocast may return another dtype; it is cast.
+    A model under autocast may return another dtype, which :meth:`of` casts.
+
+    Attributes:
+        shape: of the prediction.
+        dtype: of the images.
+        request: what the shape follows from, for the error: "with REQUEST the model must return".
     """
 
     shape: tuple[int, ...]
@@ -89,16 +95,23 @@ class Output:
     request: str
 
     def of(self, returned: Any) -> Tensor:
-        """The prediction in what a model returned, cast; raises as :meth:`found` does."""
-        out = self.found(returned)
-        return out if out.dtype is self.dtype else out.to(self.dtype)
-
-    def found(self, returned: Any) -> Tensor:
-        """The prediction in what a model returned, in its own dtype.
+        """The prediction in what a model returned, cast to the images' dtype.
 
         Raises:
-            TypeError: there is none.
-            ValueError: it has another shape.
+            TypeError, ValueError: as :meth:`checked` does.
+        """
+        out = self.checked(returned)
+        return out if out.dtype is self.dtype else out.to(self.dtype)
+
+    def checked(self, returned: Any) -> Tensor:
+        """The prediction in what a model returned, in its own dtype.
+
+        Args:
+            returned: a tensor, a tuple that begins with one, or an object with one named sample.
+
+        Raises:
+            TypeError: ``returned`` is none of these.
+            ValueError: the prediction has another shape.
         """
         out = returned
         if not isinstance(out, Tensor):

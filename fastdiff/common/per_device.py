@@ -1,4 +1,4 @@
-"""What is made of an object's tensors for each device and dtype, once."""
+"""A cache of what an object makes once for each device and dtype."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Value = TypeVar("Value")
 
 
 class PerDevice(dict[Key, Value]):
-    """A cache that stays behind when its owner is pickled or copied.
+    """A cache that is empty after its owner is pickled or copied.
 
-    Whoever unpickles the owner need not have the device, and makes what it asks for anew.
+    So the owner can be unpickled where the device does not exist; values are made again on demand.
     """
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:

@@ -1,4 +1,4 @@
-"""Something that is made once for every model and goes with it."""
+"""A value that is made once for every model and lives as long as the model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Value = TypeVar("Value")
 class PerModel(Generic[Value]):
     """A value for every model, kept as long as the model lives.
 
-    A bound method, an object that is made anew whenever it is named, counts as its owner's. For a
-    callable that cannot be referenced weakly nothing is kept.
+    A bound method is a new object at each access, so its value is kept with its owner. A callable
+    that has no weak references or no hash gets a new value at each access.
 
     Args:
-        make: makes the value of a model that has none.
+        make: makes the value for a model.
     """
 
     def __init__(self, make: Callable[[], Value]) -> None:

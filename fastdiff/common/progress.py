@@ -18,14 +18,14 @@ def progress_bar(
 ) -> tqdm:
     """A tqdm bar on standard error.
 
-    Where standard error is no terminal, it writes whole lines: the first at once, then at most one
-    a minute, and one at the end. What cannot be written there is left out.
+    If standard error is no terminal, the bar writes whole lines: the first at once, then at most
+    one per minute, and one at the end. A line that cannot be written is dropped.
 
     Args:
-        iterable: what to count, as of tqdm; or None, and ``update`` is called.
+        iterable: the items to count; None if the caller calls ``update``.
         shown: False for a bar that writes nothing.
         leave: keep the finished bar on the terminal.
-        options: further ones of tqdm.
+        options: other options of tqdm.
     """
     stream = sys.stderr
     if not shown or stream is None:
@@ -39,7 +39,7 @@ def progress_bar(
 
 
 def _redraws(stream: TextIO) -> bool:
-    """Whether a line can be drawn over: on a terminal."""
+    """Whether a line can be overwritten, that is, whether the stream is a terminal."""
     try:
         return stream.isatty()
     except (AttributeError, ValueError):  # no file, or a closed one
@@ -47,14 +47,14 @@ def _redraws(stream: TextIO) -> bool:
 
 
 class _Lines:
-    """A stream for tqdm that ends every state of the bar with a new line, and never fails."""
+    """A stream for tqdm that writes every state of the bar as a line, and never fails."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.encoding = getattr(stream, "encoding", None)
 
     def write(self, text: str) -> None:
-        """Write a state, which begins with a carriage return; moves of the cursor are dropped."""
+        """Write a state of the bar, which begins with a carriage return; drop cursor moves."""
         line = text.strip() if text.startswith("\r") else ""
         if line:
             self._do(lambda: self._stream.write(line + "\n"))

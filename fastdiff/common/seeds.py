@@ -1,4 +1,4 @@
-"""Seeds for what draws from torch's global generators, which are put back afterwards."""
+"""Seed torch's global generators for a block of code, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """For a block, seed torch's global generators: the CPU's and all of the device's kind.
+    """For a ``with`` block, seed torch's global generators: the CPU's and all of the device's kind.
 
-    Dropout and the initialisation of weights can draw from no other generators. After the block
-    they stand where they stood before, so that the caller's own random numbers do not change.
+    Dropout and the initialisation of weights use these generators alone. At the end of the block
+    their states are restored, so that the caller's own random numbers do not change.
 
     Args:
-        seed: as ``torch.manual_seed`` takes it.
+        seed: as for ``torch.manual_seed``.
         device: where the block computes; CUDA generators are seeded only for a CUDA device.
     """
     generators = [torch.default_generator]

@@ -43,7 +43,7 @@ def predict(
     given = f"{'learned' if learned else 'fixed'} variance and images of shape {tuple(x_t.shape)}"
     shape = (images, channels * (2 if learned else 1), *rest)
     output = Output(shape, wide_dtype(x_t.dtype), given)
-    out = output.found(model(x_t, t, **cond))
+    out = output.checked(model(x_t, t, **cond))
     if not (narrow and out.dtype == x_t.dtype):
         out = out.to(output.dtype)
     if not learned:
