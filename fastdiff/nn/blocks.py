@@ -1,9 +1,11 @@
-"""The levels of the U-Net: residual blocks, attention after each where wanted, resampling.
+"""The levels of the U-Net: residual blocks, each with attention or without, and resampling.
 
-One class a direction covers diffusers' block types, which differ only in their parts. Parts are
-made by the callables ``resnet(in_channels, out_channels)`` and ``attention(channels)``.
+There is one class for the way down, one for the middle and one for the way up. diffusers' block
+types differ only in their parts, which the callables ``resnet(in_channels, out_channels)`` and
+``attention(channels)`` make.
 
-``embs`` holds the projected time embeddings, one for each of a level's ``residual_blocks``.
+``embs`` holds the projected time embeddings [N, C] (or [1, C] for the whole batch), one for each of
+a level's ``residual_blocks``.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ Make = Callable[..., nn.Module]
 
 
 class Level(nn.Module):
-    """What the levels have in common: lists of parts, last the part that resamples, if any."""
+    """Base class of the levels, whose children are lists of parts in the order of the calls."""
 
     @property
     def residual_blocks(self) -> list[ResnetBlock2D]:
-        """Those of the level in the order in which they run, one that resamples included."""
+        """The level's residual blocks in the order of the calls, a resampling one included."""
         parts = (part for group in self.children() for part in group.children())
         return [part for part in parts if isinstance(part, ResnetBlock2D)]
 
@@ -32,12 +34,12 @@ class DownBlock2D(Level):
     """A level on the way down.
 
     Args:
-        in_channels: channels that come in.
+        in_channels: channels of the input.
         out_channels: channels of the level.
-        layers: residual blocks.
+        layers: number of residual blocks.
         resnet: makes a residual block.
         attention: makes an attention module, or nn.Identity.
-        downsampler: what halves the resolution; None on the last level.
+        downsampler: a module that halves the resolution; None on the last level.
     """
 
     def __init__(
@@ -57,14 +59,14 @@ class DownBlock2D(Level):
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
     def forward(self, x: Tensor, embs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The level's output, and everything the way up will want: see ``UpBlock2D``."""
+        """x [N, C, H, W] -> the level's output, and the tensors that ``UpBlock2D`` will read."""
         skips = []
         count = len(self.resnets)
         for resnet, attention, emb in zip(self.resnets, self.attentions, embs[:count], strict=True):
             x = attention(resnet(x, emb))
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x, *embs[count:])  # one for a residual block, none for a convolution
+            x = downsampler(x, *embs[count:])  # only a residual block takes an embedding
             skips.append(x)
         return x, skips
 
@@ -84,15 +86,15 @@ class UNetMidBlock2D(Level):
 
 
 class UpBlock2D(Level):
-    """A level on the way up; each of its residual blocks also reads a tensor kept on the way down.
+    """A level on the way up; each residual block also reads a skip, a tensor of the way down.
 
     Args:
-        in_channels: channels that come in.
+        in_channels: channels of the input.
         out_channels: channels of the level.
-        skip_channels: channels of the tensor for each residual block.
+        skip_channels: channels of the skip of each residual block.
         resnet: makes a residual block.
         attention: makes an attention module, or nn.Identity.
-        upsampler: what doubles the resolution; None on the last level.
+        upsampler: a module that doubles the resolution; None on the last level.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class UpBlock2D(Level):
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
     def forward(self, x: Tensor, skips: Sequence[Tensor], embs: Sequence[Tensor]) -> Tensor:
-        """The level's output; ``skips`` in the order they were made, the last is read first."""
+        """x [N, C, H, W] -> the level's output; the last of ``skips`` is read first."""
         count = len(self.resnets)
         for resnet, attention, skip, emb in zip(
             self.resnets, self.attentions, reversed(skips), embs[:count], strict=True

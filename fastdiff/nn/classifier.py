@@ -1,4 +1,4 @@
-"""A classifier of noised images: the U-Net's way down, pooled."""
+"""A classifier of noised images: the U-Net's way down and middle, then a mean over all pixels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.common.checks import wide_dtype
-from fastdiff.nn import build
+from fastdiff.nn import unet_parts
 from fastdiff.nn.config import UNet2DConfig
 from fastdiff.nn.input_checks import as_timesteps, check_sample
 from fastdiff.nn.norm import GroupNormSiLU
 
 
 class NoisyClassifier(nn.Module):
-    """Says the class of x_t, whatever its noise (Dhariwal & Nichol 2021, arXiv:2105.05233, sec. 4).
+    """Classifies x_t at any noise level (Dhariwal & Nichol 2021, arXiv:2105.05233, sec. 4).
 
     The down-sampling half and the middle of the U-Net, then the mean over all pixels and a linear
-    layer. Images of some processes are as large as their noise, up to 80 with EDM's; so each image
-    is divided by sqrt(1 + its mean square) first.
+    layer. In some processes noised images are as large as their noise, up to 80 in EDM; so each
+    image is first divided by sqrt(1 + its mean square).
 
     Args:
         num_classes: K.
-        **options: see :class:`UNet2DConfig`; those of the way up and of class labels are not used.
+        **options: see :class:`UNet2DConfig`; options of the way up and of class labels are unused.
 
     Attributes:
         num_classes: K.
@@ -53,10 +53,10 @@ class NoisyClassifier(nn.Module):
         self.config = config = UNet2DConfig.from_dict(options)
         width = config.block_out_channels[-1]
         self.conv_in = nn.Conv2d(config.in_channels, config.block_out_channels[0], 3, padding=1)
-        self.time_proj = build.time_projection(config)
-        self.time_embedding = build.time_embedding(config)
-        self.down_blocks = nn.ModuleList(build.down_blocks(config))
-        self.mid_block = build.mid_block(config)
+        self.time_proj = unet_parts.time_projection(config)
+        self.time_embedding = unet_parts.time_embedding(config)
+        self.down_blocks = nn.ModuleList(unet_parts.down_blocks(config))
+        self.mid_block = unet_parts.mid_block(config)
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, width, config.norm_eps)
         self.head = nn.Linear(width, num_classes)
 
@@ -70,8 +70,8 @@ class NoisyClassifier(nn.Module):
 
         Args:
             x: [N, in_channels, H, W]; H and W divisible by 2 ** (number of levels - 1).
-            t: what the diffusion network is given for its time: a number, or a tensor [N], or [1]
-                or [] for the whole batch.
+            t: the time as the diffusion network is given it: a number, or a tensor [N], or [1] or
+                [] for the whole batch.
 
         Returns:
             [N, K].
@@ -99,5 +99,5 @@ class NoisyClassifier(nn.Module):
 
 
 def _projected(level: Any, temb: Tensor) -> list[Tensor]:
-    """What each residual block of a level takes of the time embedding."""
+    """The time embedding as each residual block of a level takes it, [N or 1, C] each."""
     return [block.time_emb_proj(temb) for block in level.residual_blocks]

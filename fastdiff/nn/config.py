@@ -9,7 +9,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-DIFFUSERS_VERSION = "0.42.0"  # whose format is read and written
+DIFFUSERS_VERSION = "0.42.0"  # the version of diffusers whose format is read and written
 CLASS_NAME = "UNet2DModel"
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
@@ -34,35 +34,38 @@ _POSITIVE = (
 
 @dataclass(frozen=True)
 class UNet2DConfig:
-    """What a :class:`~fastdiff.nn.UNet2DModel` is built from; names as in diffusers 0.42.
+    """The options of a :class:`~fastdiff.nn.UNet2DModel`; names as in diffusers 0.42.
 
     Attributes:
-        sample_size: height and width of the images; for information, any fitting size runs.
+        sample_size: height and width of the images. It is recorded only: the model takes any size
+            that its levels can halve.
         in_channels: channels of the input.
         out_channels: channels of the output.
-        center_input_sample: map the input from [0, 1] to [-1, 1] first.
+        center_input_sample: first map the input from [0, 1] to [-1, 1].
         time_embedding_type: positional (sinusoidal), fourier (random features of log t; the output
             is then divided by t) or learned (a table of num_train_timesteps rows).
         time_embedding_dim: length D of the embedding; None is 4 * block_out_channels[0].
-        freq_shift: of the sinusoidal embedding.
-        flip_sin_to_cos: of the sinusoidal embedding.
+        freq_shift: of the sinusoidal embedding, see ``SinusoidalProjection``.
+        flip_sin_to_cos: cosines before sines in the sinusoidal embedding.
         down_block_types: kind of each level on the way down, from full resolution on.
-        mid_block_type: UNetMidBlock2D, or None to go without.
+        mid_block_type: UNetMidBlock2D, or None for no middle block.
         up_block_types: kind of each level on the way up, from the coarsest on.
         block_out_channels: channels of each level.
-        layers_per_block: residual blocks a level on the way down; there is one more on the way up.
-        mid_block_scale_factor: what the middle block's residual sums are divided by.
+        layers_per_block: residual blocks in each level on the way down; on the way up there is one
+            more.
+        mid_block_scale_factor: divisor of the residual sums in the middle block.
         downsample_padding: 1, or 0 to pad the right and bottom only.
         downsample_type: conv or resnet, for AttnDownBlock2D.
         upsample_type: conv or resnet, for AttnUpBlock2D.
-        dropout: probability in every residual block.
+        dropout: probability of dropout in every residual block.
         act_fn: silu, also called swish.
-        attention_head_dim: channels of a head; None makes one head of all.
+        attention_head_dim: channels of a head; None for a single head.
         norm_num_groups: groups of every GroupNorm.
         attn_norm_num_groups: groups of the norm before the middle block's attention; None is
             norm_num_groups, or no such norm with scale_shift.
         norm_eps: of every GroupNorm.
-        resnet_time_scale_shift: default adds the time embedding, scale_shift modulates with it.
+        resnet_time_scale_shift: default adds the time embedding; scale_shift scales and shifts by
+            it.
         add_attention: whether the middle block has attention.
         class_embed_type: None (a table of num_class_embeds rows, if set), timestep (labels are
             embedded as timesteps are) or identity (labels are embeddings already).
@@ -70,7 +73,7 @@ class UNet2DConfig:
         num_train_timesteps: rows of a learned time embedding.
 
     Raises:
-        ValueError: a value of another type, out of range or not supported, or values that do not
+        ValueError: a value of the wrong type, out of range or not supported, or values that do not
             fit together.
     """
 
@@ -126,10 +129,10 @@ class UNet2DConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNet2DConfig:
-        """From the contents of a config.json; keys that begin with _ are not the model's.
+        """From the contents of a config.json; keys that begin with _ are skipped.
 
         Raises:
-            ValueError: unknown keys, or see the class.
+            ValueError: a key that is no option, or a value that the class refuses.
         """
         options = {key: value for key, value in values.items() if not key.startswith("_")}
         unknown = sorted(set(options) - {field.name for field in fields(cls)})
@@ -208,7 +211,7 @@ def _hints() -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has an annotated type; an int may stand for a float, a bool for nothing."""
+    """Whether a value has the annotated type; an int is also a float, but a bool is no int."""
     if isinstance(hint, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:

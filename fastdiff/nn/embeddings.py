@@ -50,9 +50,9 @@ class FourierProjection(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Positive noise levels [N] -> [N, 2 * channels]."""
-        if not t.is_floating_point():  # the logarithm of which has torch's default dtype
+        if not t.is_floating_point():  # log of integers would have torch's default dtype
             t = t.float()
-        # Angles reach 1e3, where the order of these products already shows in the fifth decimal.
+        # Angles reach 1e3, so the order of these products changes the fifth decimal of sin and cos.
         angles = t.log()[:, None] * self.weight * 2 * math.pi
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -72,15 +72,15 @@ class TimestepEmbedding(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Precomputed:
-    """What the timesteps and class labels of a sampling loop give, for all its steps at once.
+    """The embeddings of a sampling loop's timesteps and class labels, for all steps at once.
 
     Attributes:
-        rows: [S, U, P], for each of S timesteps and U distinct labels (1 without labels) the
-            projected embeddings of every residual block, one after the other.
-        index: int64 [N], which of the U rows an image takes; None where they serve as they are,
-            one for the whole batch or one an image.
-        needs_time: the timestep counts beside the rows: a model with fourier embeddings divides its
-            output by it.
+        rows: [S, U, P]: for each of S timesteps and U distinct labels (1 without labels) the
+            projected embeddings of every residual block, concatenated.
+        index: int64 [N], which of the U rows each image takes; None if there is one row for the
+            whole batch, or one for each image in order.
+        needs_time: whether the model also needs the timestep: a model with fourier embeddings
+            divides its output by it.
     """
 
     rows: Tensor
@@ -99,7 +99,7 @@ class Precomputed:
 
 
 def distinct(labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Labels [N, ...] without repetitions: [U, ...], and what ``Precomputed`` calls index."""
+    """Labels [N, ...] without repetitions, [U, ...], and the ``index`` of :class:`Precomputed`."""
     rows, index = torch.unique(labels, dim=0, return_inverse=True)
     if len(rows) == 1:
         return rows, None

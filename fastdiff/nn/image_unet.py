@@ -1,4 +1,4 @@
-"""A U-Net for images of a given size, from a few numbers."""
+"""Make a U-Net for images of a given size from a few numbers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ def make_unet(
     dropout: float = 0.0,
     learned_variance: bool = False,
 ) -> UNet2DModel:
-    """A U-Net for images of one size, its weights drawn from torch's global generator.
+    """A U-Net for images of one size, its weights initialised from torch's global generator.
 
     Args:
         image_size: height and width; divisible by 2 ** (number of levels - 1).
         channels: of the images.
         num_classes: classes to condition on; 0 for an unconditional model.
-        widths: feature channels of each level, the resolution halving from one to the next.
-        layers_per_block: residual blocks a level.
-        attention: the levels with self-attention; 0 is the full resolution.
-        dropout: in every residual block.
+        widths: feature channels of each level; each level has half the resolution of the one
+            before.
+        layers_per_block: residual blocks in each level.
+        attention: the levels with self-attention; level 0 has the full resolution.
+        dropout: probability of dropout in every residual block.
         learned_variance: return twice the channels, for the objectives hybrid and vlb.
 
     Raises:
@@ -49,7 +50,8 @@ def make_unet(
         raise InputError(f"dropout must lie in [0, 1), got {dropout}")
     kinds = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(levels)]
     head_dim = math.gcd(32, *widths)
-    groups = math.gcd(32, *(width // 4 or 1 for width in widths), *widths)  # of 4 channels or more
+    # At most 32 groups, of 4 channels or more.
+    groups = math.gcd(32, *(width // 4 or 1 for width in widths), *widths)
     return UNet2DModel(
         sample_size=image_size,
         in_channels=channels,

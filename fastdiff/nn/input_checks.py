@@ -1,4 +1,4 @@
-"""Argument checks of the U-Net. Each raises with the value seen and the one wanted."""
+"""Argument checks of the U-Net; each error names the given and the wanted value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdiff.nn.config import UNet2DConfig
 
 
 def check_sample(sample: Tensor, config: UNet2DConfig) -> None:
-    """ValueError unless ``sample`` is [N, in_channels, H, W] and H and W can be halved enough."""
+    """ValueError unless ``sample`` is [N, in_channels, H, W] and every level can halve H and W."""
     if sample.ndim != 4 or sample.shape[1] != config.in_channels:
         raise ValueError(
             f"sample must be [N, {config.in_channels}, H, W], got {tuple(sample.shape)}"
@@ -29,12 +29,12 @@ def as_timesteps(timestep: Tensor | float, device: torch.device, rows: int | Non
 
     Args:
         timestep: a number, or a tensor of no or one dimension.
-        device: where it is needed.
-        rows: length of a learned embedding, or None.
+        device: of the result.
+        rows: number of rows of a learned embedding, or None for another embedding.
 
     Raises:
-        ValueError: more dimensions, or fractions for a learned embedding.
-        IndexError: outside a learned embedding (CPU tensors).
+        ValueError: more than one dimension, or fractions for a learned embedding.
+        IndexError: a timestep outside the learned embedding's table (CPU tensors).
     """
     if isinstance(timestep, Tensor):
         if timestep.ndim > 1:
@@ -61,11 +61,11 @@ def check_conditioning(
 
     Args:
         batch: N.
-        timestep: needed without ``precomputed``, and for a fourier model.
-        class_labels: what the model wants, or None beside ``precomputed``.
+        timestep: required without ``precomputed``, and by a model with fourier embeddings.
+        class_labels: as :func:`check_class_labels` wants them; None with ``precomputed``.
         precomputed: [N, P] or [1, P], or None.
         channels: P.
-        config: the model's.
+        config: of the model.
     """
     if isinstance(timestep, Tensor) and timestep.numel() not in (1, batch):
         raise ValueError(
@@ -78,7 +78,7 @@ def check_conditioning(
         return
     if not isinstance(precomputed, Tensor):
         raise TypeError(
-            "precomputed must be a tensor, what precompute(...).at(step) gives, "
+            "precomputed must be a tensor, the result of precompute(...).at(step), "
             f"got {type(precomputed).__name__}"
         )
     if precomputed.shape not in ((1, channels), (batch, channels)):
@@ -87,7 +87,7 @@ def check_conditioning(
             f"got {tuple(precomputed.shape)}"
         )
     if class_labels is not None:
-        raise ValueError("class_labels must be None beside precomputed, which has them in it")
+        raise ValueError("class_labels must be None beside precomputed, which includes them")
     if timestep is None and config.time_embedding_type == "fourier":
         raise ValueError(
             "a fourier model divides its output by timestep: give it beside precomputed"
@@ -95,7 +95,11 @@ def check_conditioning(
 
 
 def check_class_labels(labels: Tensor | None, batch: int, config: UNet2DConfig) -> None:
-    """ValueError or IndexError unless the labels are what the model wants."""
+    """ValueError or IndexError unless ``labels`` fit a batch of this size and the model's config.
+
+    An unconditional model takes None; a table of classes int64 [N]; class_embed_type timestep
+    numbers [N]; class_embed_type identity embeddings [N, D].
+    """
     kind, count = config.class_embed_type, config.num_class_embeds
     if kind is None and count is None:
         if labels is not None:
@@ -118,7 +122,7 @@ def check_class_labels(labels: Tensor | None, batch: int, config: UNet2DConfig) 
 def check_indices(value: Tensor, count: int, name: str) -> None:
     """ValueError or IndexError unless ``value`` is int64 or int32 in 0..count-1.
 
-    Values are checked for CPU tensors only: looking at a GPU's would wait for it.
+    The values of GPU tensors are not checked, since reading them would wait for the GPU.
     """
     if value.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be int64, got {value.dtype}")

@@ -14,7 +14,7 @@ class GroupNormSiLU(nn.GroupNorm):
         num_groups: groups that share statistics; must divide ``num_channels``.
         num_channels: C.
         eps: added to the variance.
-        silu: False leaves the activation out (the norm before attention).
+        silu: apply the activation; False for the norm before attention.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class GroupNormSiLU(nn.GroupNorm):
 
         Args:
             input: [N, C, H, W], floating point.
-            add: [N, C], added to every pixel before the statistics are taken.
+            add: [N, C], added to every pixel before the statistics are computed.
             scale: [N, C], the normalised value is multiplied by 1 + scale.
             shift: [N, C], added after the scale.
 
         Returns:
-            [N, C, H, W] in the dtype of ``input``. Autocast hands in a narrower dtype than the
-            parameters'; these C numbers are then converted, not the activations.
+            [N, C, H, W] in the dtype of ``input``. Under autocast that dtype is narrower than the
+            parameters'; then the parameters are converted, not the activations.
         """
         dtype = input.dtype
         return ops.group_norm_silu(

@@ -1,8 +1,8 @@
 """Whether a U-Net's embeddings may be computed before a sampling loop, for all its steps.
 
-``fastdiff.nn.UNet2DModel.precompute`` skips calls that the plain model makes at every step. That is
-the same only where nothing but the library's own code sees or answers these calls, so a model is
-called plainly as soon as anything else might.
+``fastdiff.nn.UNet2DModel.precompute`` skips calls that the plain model makes at every step. The
+result is the same only if the library's own code alone sees or answers these calls. Where other
+code might, such as a hook, the embeddings are computed at every step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastdiff.common.model import has_hooks
 from fastdiff.nn.embeddings import FourierProjection, SinusoidalProjection, TimestepEmbedding
 from fastdiff.nn.resnet import ResnetBlock2D
 
-# Modules that treat every row by itself and alike at every call.
+# Modules that compute each row independently of the others, and the same at every call.
 _BY_ROW = (
     FourierProjection,
     SinusoidalProjection,
@@ -31,11 +31,11 @@ _BY_ROW = (
 
 
 def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
-    """Whether nothing but the code of ``original`` sees or answers the calls of its embeddings.
+    """Whether only the code of ``original`` sees or answers the calls of the embeddings.
 
-    Something else does where a subclass or the instance has a method of its own, where a hook is
-    registered on the model, on a module whose calls are skipped or on all modules, and where one of
-    these modules is of a foreign kind (a parametrised or wrapped linear layer, say).
+    Other code does if a subclass or the instance has a method of its own, if a hook is registered
+    on the model, on a module whose calls are skipped or on all modules, or if one of the skipped
+    modules has a foreign type (for example a parametrised or wrapped linear layer).
 
     Args:
         unet: an instance of ``original``.
@@ -58,7 +58,7 @@ def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
 
 @cache
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
-    """What a subclass must not replace: all that the class defines but how it is made."""
+    """The methods and properties that a subclass must not replace: all but ``__init__``."""
     return {
         name: value
         for name, value in vars(original).items()

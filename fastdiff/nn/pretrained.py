@@ -1,4 +1,4 @@
-"""Model folders as diffusers has them: config.json and the weights, alone or in a pipeline."""
+"""Model folders in diffusers' format: config.json and weights, alone or inside a pipeline."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastdiff.common import json_file
 from fastdiff.nn import weight_files
 from fastdiff.nn.config import CLASS_NAME, UNet2DConfig
-from fastdiff.nn.weight_files import INDEX, WEIGHTS, read_json
+from fastdiff.nn.weight_files import INDEX, WEIGHTS
 from fastdiff.nn.wrappers import plain_names
 
 CONFIG, PIPELINE, UNET = "config.json", "model_index.json", "unet"
 
-# What diffusers' EMAModel writes beside the model's options: how the average came about.
+# Keys that diffusers' EMAModel adds to the model's options to record how it averages.
 _AVERAGING = frozenset(
     {
         "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
@@ -34,11 +35,11 @@ _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def model_folder(folder: Path, subfolder: str | None) -> Path:
-    """The folder of a model, which may be a part of a pipeline.
+    """The folder of a model, which may be inside a pipeline's folder.
 
     Args:
-        folder: of a model, or of a pipeline: its part named unet is the model then.
-        subfolder: in ``folder``, instead.
+        folder: of a model, or of a pipeline, whose part named unet is then the model.
+        subfolder: a folder inside ``folder`` to use as it is; None to decide as above.
     """
     if subfolder is not None:
         return folder / subfolder
@@ -50,25 +51,27 @@ def model_folder(folder: Path, subfolder: str | None) -> Path:
 def read_config(folder: Path, ignore: Collection[str] = ()) -> UNet2DConfig:
     """The configuration in a model folder.
 
-    Keys that are not the model's options are passed over where they cannot change the result: those
-    that begin with _, without a word; those of an EMA's average, those whose value is None or
-    False, with a warning. (An option that diffusers adds is off at these values, so that older
-    configurations keep their meaning; should it add or remove weights, they do not fit.)
+    Keys that are not options of the model are skipped if they cannot change the result: keys that
+    begin with _ silently; keys of diffusers' EMAModel and keys whose value is None or False with a
+    warning. (diffusers gives a new option the value None or False for "off", so that older
+    configurations keep their meaning. If the option changes the set of weights, the weights do not
+    fit, which is an error.)
 
     Args:
         folder: of the model.
-        ignore: keys to pass over without a word, whatever their values.
+        ignore: keys to skip silently, whatever their values.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: the file is no JSON object, is another class's, has another key that is not the
-            model's, or see ``UNet2DConfig``; ``ignore`` names an option of the model.
+        ValueError: the file holds no JSON object, describes another class, has another key that is
+            no option of the model, or has values that ``UNet2DConfig`` refuses; or ``ignore`` names
+            an option of the model.
     """
     options = {field.name for field in fields(UNet2DConfig)}
     if isinstance(ignore, str) or options & set(ignore):
         raise ValueError(f"ignore must hold keys that are no options of the model, got {ignore!r}")
     path = _config_path(folder)
-    values = read_json(path)
+    values = json_file.read(path)
     kind = values.get("_class_name", CLASS_NAME)
     if kind != CLASS_NAME:
         raise ValueError(f"{path} describes a {kind}, wanted a {CLASS_NAME}")
@@ -85,11 +88,11 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> UNet2DConfig:
     if risky:
         raise ValueError(
             f"{path}: {CLASS_NAME} has no option {_listed(unknown, risky)}, which may change what "
-            f"the model computes; if you know that it does not, say ignore={tuple(risky)!r}"
+            f"the model computes; if you know that it does not, pass ignore={tuple(risky)!r}"
         )
     if unknown:
         warnings.warn(
-            f"fastdiff: {path} has keys that are no options of {CLASS_NAME} and were passed over: "
+            f"fastdiff: {path} has keys that are no options of {CLASS_NAME} and were skipped: "
             f"{_listed(unknown, sorted(unknown))}",
             stacklevel=3,  # the caller of from_pretrained
         )
@@ -97,13 +100,14 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> UNet2DConfig:
 
 
 def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """The tensors in a model folder, under today's names.
+    """The tensors in a model folder, under diffusers' present names.
 
     Checkpoints of diffusers' first releases name the attention's layers query, key, value and
-    proj_attn.
+    proj_attn; here these are renamed.
 
     Raises:
-        ValueError: a layer has weights under both names, or see ``weight_files.read``.
+        ValueError: a layer has weights under its old and its new name, or ``weight_files.read``
+            raises it.
         FileNotFoundError, SafetensorError: see ``weight_files.read``.
     """
     tensors = plain_names(weight_files.read(folder, variant))
@@ -111,16 +115,17 @@ def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     def renamed(match: re.Match[str]) -> str:
         return f"{match[1]}{_NEW_ATTENTION[match[2]]}."
 
-    today = {_OLD_ATTENTION.sub(renamed, name): value for name, value in tensors.items()}
-    if len(today) < len(tensors):
+    current = {_OLD_ATTENTION.sub(renamed, name): value for name, value in tensors.items()}
+    if len(current) < len(tensors):
         raise ValueError(f"{folder} has weights of an attention under their old and new names both")
-    return today
+    return current
 
 
 def write(folder: Path, config: UNet2DConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write a model folder; it is made if need be, and files of these names are replaced.
+    """Write config.json and a file of weights into a folder, which is created if it is missing.
 
-    An index of shards, which would be read in place of the file written here, is deleted.
+    Existing files of these names are replaced. An index of shards, which would be read in place of
+    the new weights, is deleted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -131,31 +136,32 @@ def write(folder: Path, config: UNet2DConfig, tensors: Mapping[str, Tensor]) -> 
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Modules made under it keep their weights as they come, to be replaced at once.
+    """A mode under which new modules do not initialise their weights, since these are replaced.
 
-    On the meta device there is nothing to fill, but init.normal_ would import the compiler: 1 s.
+    It is also for the meta device, which has nothing to fill: there init.normal_ would import the
+    compiler, which takes 1 s.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass every call on but those to torch.nn.init, whose results nobody uses."""
+        """Run every call except those to torch.nn.init, whose results are not used."""
         if getattr(func, "__module__", None) == "torch.nn.init":
             return None
         return func(*args, **(kwargs or {}))
 
 
-def check_names_and_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """ValueError unless both have the same names with the same shapes, in floating point."""
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is not the model's" for name in found if name not in wanted]
+def check_names_and_shapes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """ValueError unless ``weights`` have the names and shapes of ``wanted``, in floating point."""
+    problems = [f"{name} is missing" for name in wanted if name not in weights]
+    problems += [f"{name} is not the model's" for name in weights if name not in wanted]
     problems += [
         f"{name} must have shape {_shape(wanted[name])}, got {_shape(value)}"
-        for name, value in found.items()
+        for name, value in weights.items()
         if name in wanted and value.shape != wanted[name].shape
     ]
     problems += [
         f"{name} must be floating point, got {value.dtype}"
-        for name, value in found.items()
-        if not value.is_floating_point()  # weights of a quantized model, say
+        for name, value in weights.items()
+        if not value.is_floating_point()  # for example the weights of a quantized model
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -167,7 +173,7 @@ def _shape(value: Tensor) -> tuple[int, ...]:
 
 
 def _listed(values: Mapping[str, Any], keys: Collection[str]) -> str:
-    """Keys with their values, cut where they are long."""
+    """Keys with their values, long values shortened."""
     return ", ".join(f"{key} ({reprlib.repr(values[key])})" for key in keys)
 
 
@@ -183,5 +189,5 @@ def _config_path(folder: Path) -> Path:
     if (folder / PIPELINE).is_file():
         text += f", which is a pipeline without a part named {UNET}"
     if parts:
-        text += f"; these parts have one, say subfolder=: {', '.join(parts)}"
+        text += f"; these parts have one, to be passed as subfolder: {', '.join(parts)}"
     raise FileNotFoundError(text)

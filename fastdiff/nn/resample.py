@@ -1,4 +1,4 @@
-"""Between the levels of a U-Net: half or twice the resolution, with a convolution."""
+"""Down- and upsampling between the levels of a U-Net, by a factor of 2."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Downsample2D(nn.Module):
     """A 3x3 convolution with stride 2.
 
     Args:
-        channels: C, in and out.
-        padding: 1 pads every side by one, 0 only the right and the bottom (as DDPM does).
+        channels: C, of input and output.
+        padding: 1 pads every side by one; 0 pads the right and the bottom by one (as in DDPM).
     """
 
     def __init__(self, channels: int, padding: int) -> None:
@@ -28,7 +28,7 @@ class Downsample2D(nn.Module):
 
 
 class NearestUpsample2x(nn.Module):
-    """Twice the resolution by the nearest neighbour."""
+    """Nearest-neighbour upsampling by a factor of 2."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, 2 H, 2 W]."""
@@ -39,7 +39,7 @@ class Upsample2D(nn.Module):
     """Nearest-neighbour upsampling, then a 3x3 convolution.
 
     Args:
-        channels: C, in and out.
+        channels: C, of input and output.
     """
 
     def __init__(self, channels: int) -> None:

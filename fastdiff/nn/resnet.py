@@ -9,23 +9,23 @@ from fastdiff.nn.resample import NearestUpsample2x
 
 
 class ResnetBlock2D(nn.Module):
-    """Two normalised, activated 3x3 convolutions around the time embedding, and a shortcut.
+    """Norm, SiLU, 3x3 convolution, twice, with the time embedding between, plus a shortcut.
 
-    The embedding is projected before it comes in, since it is the same for every pass of a sampling
-    loop: ``block(x, block.time_emb_proj(temb))``, with temb [N, D] after its SiLU.
+    The caller projects the embedding, so that a sampling loop can do it once for all its steps:
+    ``block(x, block.time_emb_proj(temb))``, with temb [N, D] after its SiLU.
 
     Args:
         in_channels: C_in.
         out_channels: C_out.
         temb_channels: D, length of the time embedding.
         groups: groups of both norms.
-        eps: of both norms.
-        dropout: probability, before the second convolution.
+        eps: added to the variance in both norms.
+        dropout: probability of dropout before the second convolution.
         scale_shift: the embedding scales and shifts the second norm's output (ADM,
             arXiv:2105.05233, eq. 3); otherwise it is added to that norm's input (DDPM).
-        output_scale_factor: what the sum is divided by.
-        up: double the resolution, nearest neighbour.
-        down: halve it, by averaging.
+        output_scale_factor: divisor of the residual sum.
+        up: double the resolution by nearest-neighbour upsampling.
+        down: halve the resolution by averaging.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ResnetBlock2D(nn.Module):
 
         Args:
             x: [N, C_in, H, W].
-            emb: what ``time_emb_proj`` gives, [N, C_out], or [N, 2 C_out] with scale_shift; one
-                row for the whole batch will do.
+            emb: the result of ``time_emb_proj``, [N, C_out], or [N, 2 C_out] with scale_shift; or
+                one row for the whole batch.
 
         Returns:
             [N, C_out, H', W'], where H' is H, 2 H (up) or H / 2 (down).

@@ -13,11 +13,11 @@ class Attention(nn.Module):
 
     Args:
         channels: C.
-        head_dim: channels of a head; None makes one head of all. There are C // head_dim heads,
-            so channels that are left over take part in the projections only.
-        groups: groups of the norm before the projections; None leaves it out.
-        eps: of that norm.
-        output_scale_factor: what the sum is divided by.
+        head_dim: channels of a head; None for a single head. There are C // head_dim heads. If
+            head_dim does not divide C, queries, keys and values have fewer than C channels.
+        groups: groups of the norm before the projections; None for no norm.
+        eps: added to the variance in that norm.
+        output_scale_factor: divisor of the residual sum.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdiff.nn import build, pretrained
+from fastdiff.nn import pretrained, unet_parts
 from fastdiff.nn.config import UNet2DConfig
 from fastdiff.nn.embeddings import Precomputed, distinct
 from fastdiff.nn.input_checks import (
@@ -22,11 +22,11 @@ from fastdiff.nn.input_checks import (
     check_sample,
 )
 from fastdiff.nn.norm import GroupNormSiLU
-from fastdiff.nn.own_calls import only_own_code_runs
+from fastdiff.nn.precomputable import only_own_code_runs
 
 
 class UNet2DModel(nn.Module):
-    """Predicts noise, or what else a diffusion model is trained on, from images and timesteps.
+    """Predicts noise, or another target of a diffusion model, from noisy images and timesteps.
 
     The architecture is that of DDPM (Ho et al. 2020, arXiv:2006.11239) with the options of
     diffusers' class of the same name: both read each other's checkpoints, and their outputs agree.
@@ -57,13 +57,14 @@ class UNet2DModel(nn.Module):
         self.config = config = UNet2DConfig.from_dict(options)
         width = config.block_out_channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
-        self.time_proj = build.time_projection(config)
-        self.time_embedding = build.time_embedding(config)
-        self.class_embedding = build.class_embedding(config)
-        self.down_blocks = nn.ModuleList(build.down_blocks(config))
-        self.mid_block = build.mid_block(config)
-        self.up_blocks = nn.ModuleList(build.up_blocks(config))
-        self._emb_channels = [  # of each residual block, level by level
+        self.time_proj = unet_parts.time_projection(config)
+        self.time_embedding = unet_parts.time_embedding(config)
+        self.class_embedding = unet_parts.class_embedding(config)
+        self.down_blocks = nn.ModuleList(unet_parts.down_blocks(config))
+        self.mid_block = unet_parts.mid_block(config)
+        self.up_blocks = nn.ModuleList(unet_parts.up_blocks(config))
+        # Embedding channels of each residual block, one list for each level.
+        self._emb_channels = [
             [block.time_emb_proj.out_features for block in level.residual_blocks]
             for level in self._levels()
         ]
@@ -83,25 +84,26 @@ class UNet2DModel(nn.Module):
         """Read a model that this class or diffusers has saved, in eval mode.
 
         Args:
-            folder: with config.json and diffusion_pytorch_model.safetensors, or its shards and
-                their index; or a pipeline with such a folder named unet. Nothing is downloaded,
-                and nothing unpickled.
-            subfolder: in ``folder``, read instead: unet_ema, say.
-            variant: of the weights, such as fp16, which names their files. None takes those without
-                a variant; if there are none, but those of one variant, these, with a warning.
-            ignore: keys of config.json to pass over, though the class has no option of that name
-                and they may change the result.
+            folder: a folder with config.json and diffusion_pytorch_model.safetensors, or its shards
+                and their index; or a pipeline with such a folder named unet. Nothing is downloaded,
+                and nothing is unpickled.
+            subfolder: a folder inside ``folder`` to read instead, such as unet_ema.
+            variant: of the weights, such as fp16, which is part of their files' names. None reads
+                the weights without a variant. If there are only weights of one variant, None reads
+                those, with a warning.
+            ignore: keys of config.json to skip although they are no options of this class and may
+                change the result.
 
         Returns:
             The model on the CPU, its parameters in torch's default dtype whatever the file's.
 
         Raises:
-            FileNotFoundError: the folder or one of the files is missing; the text says what is
-                there instead.
+            FileNotFoundError: the folder or one of the files is missing; the text says what the
+                folder holds instead.
             ValueError: the config is not supported, the weights do not fit it, or an index of
-                shards is damaged. A key of config.json that the class does not know is refused with
-                its value, unless it cannot change the result: bookkeeping of diffusers' EMAModel,
-                None and False are passed over with a warning.
+                shards is damaged. A key of config.json that is no option is refused unless it
+                cannot change the result: keys of diffusers' EMAModel, and values None and False,
+                are skipped with a warning.
             SafetensorError: a file of weights is damaged.
         """
         path = pretrained.model_folder(Path(folder), subfolder)
@@ -117,8 +119,8 @@ class UNet2DModel(nn.Module):
         """Write config.json and diffusion_pytorch_model.safetensors, as diffusers does.
 
         Args:
-            folder: is made if need be; files of these names in it are replaced, and an index of
-                shards, which would be read in their place, is deleted.
+            folder: created if it is missing. Files of these names in it are replaced, and an index
+                of shards, which would be read in their place, is deleted.
         """
         pretrained.write(Path(folder), self.config, self.state_dict())
 
@@ -133,7 +135,7 @@ class UNet2DModel(nn.Module):
         return self.conv_in.weight.dtype
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only what passes between blocks for the backward pass; compute the rest again."""
+        """Keep only the blocks' inputs for the backward pass, and recompute the activations."""
         self._checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
@@ -141,22 +143,22 @@ class UNet2DModel(nn.Module):
         self._checkpointing = False
 
     def may_precompute(self) -> bool:
-        """Whether a sampling loop may use :meth:`precompute` and nobody could tell."""
+        """Whether a sampling loop may use :meth:`precompute` without a difference in behaviour."""
         return only_own_code_runs(self, UNet2DModel)
 
     def precompute(
         self, timesteps: Tensor | float, class_labels: Tensor | None = None, batch: int = 1
     ) -> Precomputed:
-        """Everything that the residual blocks take from timesteps and class labels.
+        """All inputs of the residual blocks that depend on timesteps and class labels.
 
         A sampling loop calls this once for all its steps, and gives ``forward`` the rows of a step:
-        ``model(x, precomputed=model.precompute(timesteps).at(i))``. It needs memory for
-        S * U * P numbers, where U is the number of distinct labels, and may wait for the device.
+        ``model(x, precomputed=model.precompute(timesteps).at(i))``. The result has S * U * P
+        numbers, where U is the number of distinct labels. The call may wait for the device.
 
         Args:
             timesteps: [S], int64 or floating point, or a single number.
             class_labels: as for :meth:`forward`.
-            batch: N, the number of class labels; of no account to an unconditional model.
+            batch: N, the number of class labels; ignored by an unconditional model.
 
         Returns:
             The projected embeddings, in the model's dtype, or autocast's. P is the sum over the
@@ -164,7 +166,7 @@ class UNet2DModel(nn.Module):
 
         Raises:
             ValueError: timesteps of a wrong shape, or fractions for a learned embedding; labels
-                that are missing, not wanted, or of a wrong shape or dtype.
+                that are missing, given to an unconditional model, or of a wrong shape or dtype.
             IndexError: a label or a timestep outside its table (CPU tensors).
         """
         check_class_labels(class_labels, batch, self.config)
@@ -191,9 +193,9 @@ class UNet2DModel(nn.Module):
                 the fraction of a Python float; here it counts.)
             class_labels: int64 [N]; numbers [N] where class_embed_type is timestep; embeddings
                 [N, D] where it is identity; None for an unconditional model.
-            precomputed: in place of both, a step of :meth:`precompute`, [N, P] or [1, P]. A
-                timestep beside it has one use: a model with fourier embeddings divides its output
-                by it.
+            precomputed: a step of :meth:`precompute`, [N, P] or [1, P], in place of ``timestep``
+                and ``class_labels``. Only a model with fourier embeddings then still needs
+                ``timestep``, since it divides its output by it.
 
         Returns:
             [N, out_channels, H, W].
@@ -228,7 +230,7 @@ class UNet2DModel(nn.Module):
         class_labels: Tensor | None,
         precomputed: Tensor | None,
     ) -> Iterator[list[Tensor]]:
-        """What each level's residual blocks take, [N or 1, C], from ``forward``'s arguments."""
+        """For each level the embedding [N or 1, C] of each of its residual blocks."""
         channels = [width for level in self._emb_channels for width in level]
         check_conditioning(batch, timestep, class_labels, precomputed, sum(channels), self.config)
         if precomputed is not None:
@@ -239,7 +241,10 @@ class UNet2DModel(nn.Module):
         return iter([list(islice(embs, len(level))) for level in self._emb_channels])
 
     def _project(self, emb: Tensor, class_labels: Tensor | None) -> list[Tensor]:
-        """[..., C] for each residual block from the time embedding [..., D] and the labels."""
+        """The input [..., C] of each residual block: time embedding [..., D] and labels, projected.
+
+        The labels' embedding is added to the time embedding before.
+        """
         if self.class_embedding is not None and class_labels is not None:
             if self.config.class_embed_type == "timestep":
                 class_labels = self._time_features(class_labels)
@@ -250,7 +255,7 @@ class UNet2DModel(nn.Module):
         ]
 
     def _levels(self) -> list[Any]:
-        """In the order in which they run."""
+        """All levels in the order of the calls."""
         middle = [] if self.mid_block is None else [self.mid_block]
         return [*self.down_blocks, *middle, *self.up_blocks]
 

@@ -1,4 +1,4 @@
-"""The parts of a U-Net, made from its configuration."""
+"""Make the parts of a U-Net from its configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdiff.nn.self_attention import Attention
 
 
 def time_projection(config: UNet2DConfig) -> nn.Module:
-    """Timesteps [N] -> features [N, C], see ``_projected_channels``."""
+    """A module timesteps [N] -> features [N, C], C being ``_projected_channels(config)``."""
     width = config.block_out_channels[0]
     if config.time_embedding_type == "fourier":
         return FourierProjection(width)
@@ -29,12 +29,12 @@ def time_projection(config: UNet2DConfig) -> nn.Module:
 
 
 def time_embedding(config: UNet2DConfig) -> nn.Module:
-    """Features of the timesteps -> embedding [N, D]."""
+    """A module features of the timesteps [N, C] -> embedding [N, D]."""
     return TimestepEmbedding(_projected_channels(config), config.embedding_channels)
 
 
 def class_embedding(config: UNet2DConfig) -> nn.Module | None:
-    """Class labels, or features of them -> embedding [N, D]; None for an unconditional model."""
+    """A module class labels, or their features -> embedding [N, D]; None without classes."""
     if config.class_embed_type == "timestep":
         return TimestepEmbedding(_projected_channels(config), config.embedding_channels)
     if config.class_embed_type == "identity":
@@ -45,7 +45,7 @@ def class_embedding(config: UNet2DConfig) -> nn.Module | None:
 
 
 def down_blocks(config: UNet2DConfig) -> Iterator[DownBlock2D]:
-    """The levels on the way down, from full resolution on."""
+    """The levels on the way down, beginning at full resolution."""
     resnet, widths = _resnet(config), config.block_out_channels
     for level, kind in enumerate(map(block_kind, config.down_block_types)):
         width = widths[level]
@@ -66,7 +66,7 @@ def down_blocks(config: UNet2DConfig) -> Iterator[DownBlock2D]:
 
 
 def mid_block(config: UNet2DConfig) -> UNetMidBlock2D | None:
-    """The middle block, or None for a model without."""
+    """The middle block, or None for a model that has none."""
     if config.mid_block_type is None:
         return None
     groups = config.attn_norm_num_groups
@@ -82,7 +82,7 @@ def mid_block(config: UNet2DConfig) -> UNetMidBlock2D | None:
 
 
 def up_blocks(config: UNet2DConfig) -> Iterator[UpBlock2D]:
-    """The levels on the way up, from the coarsest on."""
+    """The levels on the way up, beginning at the coarsest resolution."""
     resnet, widths = _resnet(config), config.block_out_channels[::-1]
     for level, kind in enumerate(map(block_kind, config.up_block_types)):
         width, last = widths[level], level + 1 == len(widths)
@@ -96,7 +96,8 @@ def up_blocks(config: UNet2DConfig) -> Iterator[UpBlock2D]:
         yield UpBlock2D(
             widths[max(level - 1, 0)],
             width,
-            # On the way down a level kept its blocks' outputs, after what the finer one passed on.
+            # Skips in the order in which they are read: the outputs of this level's residual
+            # blocks on the way down, then the output of the finer level.
             [width] * config.layers_per_block + [finer],
             resnet=resnet,
             attention=_attention(config) if "Attn" in kind else nn.Identity,
@@ -129,5 +130,5 @@ def _attention(config: UNet2DConfig) -> Make:
 
 
 def _resamples_by_resnet(kind: str, option: str) -> bool:
-    """Whether a level resamples in a residual block: the option is heeded with attention only."""
+    """Whether a level resamples in a residual block; diffusers reads the option with attention."""
     return kind.startswith("Resnet") or ("Attn" in kind and option == "resnet")

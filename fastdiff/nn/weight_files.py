@@ -1,30 +1,30 @@
-"""Where a model folder keeps its weights, in diffusers' names, and how they are read.
+"""Read the weights of a model folder, whose files have diffusers' names.
 
-    diffusion_pytorch_model.safetensors               all of them, or
-    diffusion_pytorch_model.safetensors.index.json    which of the shards beside it holds each
-    diffusion_pytorch_model-00001-of-00002.safetensors
+    diffusion_pytorch_model.safetensors                 all weights in one file, or
+    diffusion_pytorch_model.safetensors.index.json      the name of the shard of each weight, and
+    diffusion_pytorch_model-00001-of-00002.safetensors  the shards, beside the index
 
-A variant, such as fp16, is a part more in each of these names.
+A variant, such as fp16, is an additional part of each of these names.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastdiff.common import json_file
+
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
-# Where a variant stands in the name of an index: in diffusers today, earlier in diffusers, and
-# where the name of a single file has it.
+# Names of an index with a variant: diffusers' present name, its former name, and the name that
+# follows that of a single file.
 _VARIANT_INDICES = (
     f"{WEIGHTS}.index.{{}}.json",
     f"{WEIGHTS}.{{}}.index.json",
@@ -38,49 +38,26 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """All tensors of a model folder.
+    """All tensors of a model folder, by name.
 
     Args:
-        folder: must exist.
-        variant: None takes the weights without one; if there are none, but those of one variant,
-            these, with a warning.
+        folder: an existing folder.
+        variant: None reads the weights without a variant. If there are only weights of one variant,
+            None reads those, with a warning.
 
     Raises:
-        FileNotFoundError: no weights of that variant in safetensors format, or no shard that an
-            index names.
-        ValueError: a variant that is no part of a file's name, or an index that is damaged, names
-            files elsewhere, or does not agree with its shards.
+        FileNotFoundError: there are no weights of that variant in safetensors format, or a shard
+            that the index names is missing.
+        ValueError: the variant cannot be part of a file's name, or the index is damaged, names
+            files in other folders, or disagrees with its shards.
         SafetensorError: a file is damaged; the text begins with its name.
     """
     path = _find(folder, variant)
     return _read_shards(path) if path.suffix == ".json" else _load(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: the file holds something else, or a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{path} has the key {twice!r} twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _find(folder: Path, variant: str | None) -> Path:
-    """The index of a variant's shards, or else its one file."""
+    """The index of a variant's shards if there is one, else the variant's single file."""
     if variant is not None and not _VARIANT.fullmatch(variant):
         raise ValueError(f"variant must be a part of a file's name such as fp16, got {variant!r}")
     if path := _existing(folder, variant):
@@ -95,7 +72,7 @@ def _find(folder: Path, variant: str | None) -> Path:
             stacklevel=5,  # the caller of from_pretrained
         )
         return path
-    raise FileNotFoundError(_nothing(folder, variant, variants))
+    raise FileNotFoundError(_why_none(folder, variant, variants))
 
 
 def _existing(folder: Path, variant: str | None) -> Path | None:
@@ -107,7 +84,7 @@ def _existing(folder: Path, variant: str | None) -> Path | None:
 
 
 def _variants(folder: Path) -> list[str]:
-    """The variants that a folder has weights of, by name."""
+    """The variants whose weights are in a folder, sorted."""
     patterns = [
         re.compile(re.escape(name).replace(r"\{\}", f"({_VARIANT.pattern})"))
         for name in (*_VARIANT_INDICES, _VARIANT_WEIGHTS)
@@ -116,8 +93,8 @@ def _variants(folder: Path) -> list[str]:
     return sorted({m[1] for m in matches if m and not _SHARD.fullmatch(m[1])})
 
 
-def _nothing(folder: Path, variant: str | None, variants: list[str]) -> str:
-    """Why a folder has no weights to read, and what it has in their place."""
+def _why_none(folder: Path, variant: str | None, variants: list[str]) -> str:
+    """The error for a folder without the wanted weights: what it holds instead, and what to do."""
     text = f"no {WEIGHTS if variant is None else _VARIANT_WEIGHTS.format(variant)} in {folder}"
     if variant is not None and _existing(folder, None):
         text += "; it has weights without a variant: leave variant out"
@@ -132,8 +109,8 @@ def _nothing(folder: Path, variant: str | None, variants: list[str]) -> str:
         text += f"; it has {', '.join(tensors)}: rename it if these are the model's weights"
     elif pickled:
         text += (
-            f"; it has {', '.join(pickled)}: pickled weights, which are never read, since they can "
-            "run any code that someone put in. To convert them: safetensors.torch.save_file("
+            f"; it has {', '.join(pickled)}: pickled weights, which are never read, since a pickle "
+            "can run any code. To convert weights that you trust: safetensors.torch.save_file("
             f"torch.load({str(folder / pickled[0])!r}, weights_only=True), "
             f"{str(folder / WEIGHTS)!r})"
         )
@@ -141,7 +118,7 @@ def _nothing(folder: Path, variant: str | None, variants: list[str]) -> str:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all shards; each must hold just what the index says."""
+    """The tensors of all shards; ValueError if a shard lacks, or adds to, what the index lists."""
     tensors: dict[str, Tensor] = {}
     for name, wanted in _shards(index).items():
         path = index.with_name(name)
@@ -157,8 +134,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> dict[str, set[str]]:
-    """The names of the tensors in each shard, as an index has them. It is not to be trusted."""
-    names = read_json(index).get("weight_map")
+    """The names of the tensors in each shard, from an index that anyone may have written."""
+    names = json_file.read(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} must have a weight_map of tensors' names to files' names")
     shards: dict[str, set[str]] = {}

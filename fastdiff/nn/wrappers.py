@@ -1,12 +1,12 @@
-"""Networks inside what torch puts around them, and their parameters' own names.
+"""Unwrap networks from torch's wrappers, and recover the names of their parameters.
 
     wrapper                                     name of conv_in.weight in its state_dict
     torch.compile(model)                        _orig_mod.conv_in.weight
     DataParallel, DistributedDataParallel,      module.conv_in.weight
     AveragedModel
 
-A part of a network may be compiled alone, so ``_orig_mod`` can stand anywhere in a name. What is
-written to a file bears the names of the bare network, whatever was around it in memory.
+A part of a network may be compiled alone, so ``_orig_mod`` can be anywhere in a name. Files hold
+the names of the bare network, whatever wrapped it in memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-COMPILED = "_orig_mod"  # the attribute of torch.compile's wrapper; its class imports the compiler
+# The attribute of torch.compile's wrapper that holds the network. The wrapper is recognised by it,
+# since importing the wrapper's class would import the compiler.
+COMPILED = "_orig_mod"
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
 
 def unwrapped(model: Any) -> Any:
-    """The network itself, from under any number of wrappers; what is no wrapper comes back."""
+    """The network inside any number of wrappers; anything else is returned as it is."""
     while isinstance(model, nn.Module):
         if COMPILED in model._modules:
             model = model._modules[COMPILED]
@@ -37,23 +39,23 @@ def unwrapped(model: Any) -> Any:
 def is_distributed(model: nn.Module) -> bool:
     """Whether DistributedDataParallel is among the wrappers.
 
-    It gives the weights gradients of the strides that the weights had when it was made. Weights
-    whose memory format is changed later would be updated wrongly, without a word, by a fused
-    optimizer, which reads both in the order of memory.
+    DistributedDataParallel makes gradients with the strides that the weights had when it was
+    constructed. If the weights' memory format is changed later, a fused optimizer, which reads
+    weights and gradients in memory order, silently updates them wrongly.
     """
     return any(isinstance(part, DistributedDataParallel) for part in model.modules())
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter of an unwrapped network as if no part of it were compiled."""
+    """The name of a parameter of an unwrapped network, without the marks of compiled parts."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` of the bare network, under its own names."""
+    """The ``state_dict`` of the bare network, with the names of its own parameters."""
     return {plain_name(name): value for name, value in unwrapped(model).state_dict().items()}
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under :func:`plain_name`: versions of fastdiff have written others to files."""
+    """Tensors under their :func:`plain_name`; older versions of fastdiff wrote other names."""
     return {plain_name(name): value for name, value in tensors.items()}

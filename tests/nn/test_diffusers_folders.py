@@ -46,7 +46,7 @@ def test_an_average_of_the_weights(theirs, tmp_path):
     average.save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     assert described["decay"] == 0.9999
-    message = r"passed over: decay \(0\.9999\), inv_gamma \(1\.0\), min_decay \(0\.0\), optimiz"
+    message = r"skipped: decay \(0\.9999\), inv_gamma \(1\.0\), min_decay \(0\.0\), optimiz"
     with pytest.warns(UserWarning, match=message) as caught:
         ours = UNet2DModel.from_pretrained(tmp_path)
     assert [warning.filename for warning in caught] == [__file__]
@@ -162,13 +162,13 @@ def test_a_pipeline_without_a_network_of_this_kind(pipeline):
 def test_pickled_weights_are_converted_as_the_error_says(sharded, theirs, tmp_path):
     options = {"max_shard_size": "20KB"} if sharded else {}
     theirs.save_pretrained(tmp_path, safe_serialization=False, **options)
-    message = "pickled weights, which are never read.*To convert them: (.*)$"
+    message = "pickled weights, which are never read.*To convert weights that you trust: (.*)$"
     with pytest.raises(FileNotFoundError, match=message) as caught:
         UNet2DModel.from_pretrained(tmp_path)
     if not sharded:
         import safetensors.torch  # noqa: F401 (the text calls it)
 
-        exec(str(caught.value).rpartition("To convert them: ")[2])
+        exec(str(caught.value).rpartition("To convert weights that you trust: ")[2])
         assert_same(quietly(tmp_path), theirs)
 
 
