@@ -1,4 +1,4 @@
-"""Modules under the names that they had in earlier versions.
+"""Aliases: modules under the names that they had in earlier versions.
 
 ``import fastdiff.drawing`` gives the module ``fastdiff.generation``: the same object under both
 names. New code uses the new names.
@@ -48,7 +48,7 @@ MOVED = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds a moved module by its old name, and loads nothing twice."""
+    """Finds a moved module by its old name; the module is loaded once, under both names."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -60,7 +60,10 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module itself; its own spec is kept, since the import system puts ``spec`` there."""
+        """The module at its new name.
+
+        The import system is about to replace the module's own spec by ``spec``, so that is kept.
+        """
         _, _, name = spec.name.partition(".")
         module = importlib.import_module(f"fastdiff.{MOVED[name]}")
         spec.loader_state = module.__spec__
@@ -76,8 +79,8 @@ class _Finder(MetaPathFinder, Loader):
 def install() -> None:
     """Make the old names importable.
 
-    ``fastdiff.backend`` is a class too, which an import of a module of that name must not replace.
-    A module that is in ``sys.modules`` already replaces nothing.
+    ``fastdiff.backend`` is also a class. Importing a module of that name would replace the
+    attribute; an import that finds the module in ``sys.modules`` already does not.
     """
     sys.meta_path.append(_Finder())
     sys.modules["fastdiff.backend"] = importlib.import_module("fastdiff.ops.backend")

@@ -13,7 +13,7 @@ from fastdiff.common.checks import check_floating
 from fastdiff.common.conditions import Conditions, unmarked
 from fastdiff.common.inputs import checked_seeds, real_parameter
 from fastdiff.common.model import Model
-from fastdiff.generation import Drawn, Given, Network
+from fastdiff.generation import ModelArguments, Network, Samples
 from fastdiff.objectives import Forward
 from fastdiff.samplers import Sampler
 from fastdiff.samplers.sampler import check_choice
@@ -25,28 +25,29 @@ METHODS = (*samplers.names(), *SOLVERS)
 
 
 class Diffusion:
-    """What a diffusion model is: its loss, its samples and its likelihood.
+    """A diffusion model: its loss, its samples and its likelihood.
 
     Args:
         model: any callable (x, t, **cond) -> prediction, as in ``fastdiff.sample``; with a learned
             variance it returns 2 C channels.
-        forward: a schedule from ``fastdiff.schedules``, with timesteps, or a continuous process
-            from ``fastdiff.sde``.
+        forward: the forward process: a schedule from ``fastdiff.schedules``, which has timesteps,
+            or a continuous process from ``fastdiff.sde``.
         prediction: what the model predicts: eps, x0, v, score or flow; in continuous time also
             ncsn or edm, see ``fastdiff.sde.score_fn``.
-        objective: what it is trained for, one of ``fastdiff.objectives.NAMES``; None for the one
-            natural to the process.
-        weighting: of the loss, see ``fastdiff.objectives.make``; None is the simple loss.
-        timesteps: how times are drawn, likewise.
-        variance: of the model's steps, likewise.
-        levels: of the objective ncsn, likewise.
+        objective: what the model is trained for, one of ``fastdiff.objectives.NAMES``; None for
+            the default of the process.
+        weighting: of the loss, see ``fastdiff.objectives.make``; None for the simple loss.
+        timesteps: how the times of a batch are sampled, see ``fastdiff.objectives.make``.
+        variance: of the model's reverse steps, see ``fastdiff.objectives.make``.
+        levels: of noise, for the objective ncsn, see ``fastdiff.objectives.make``.
 
     Attributes:
         objective: a :class:`fastdiff.objectives.Objective`.
-        network: the model as samplers and solvers ask it.
+        network: the model in the forms that samplers and solvers need, a
+            :class:`fastdiff.generation.Network`.
 
     Raises:
-        TypeError: ``forward`` is neither.
+        TypeError: ``forward`` is neither a schedule nor a continuous process.
         InputError: options that do not fit the process or each other.
 
     Example:
@@ -83,7 +84,8 @@ class Diffusion:
 
         Args:
             x0: clean images [N, C, ...], floating point.
-            generator: source of times and of the noise's seed, on the CPU; None for the global one.
+            generator: on the CPU, the source of the times and of the noise's seed; None for
+                PyTorch's global one.
             cond: keyword arguments of the model.
         """
         check_floating(x0, "x0")
@@ -92,8 +94,8 @@ class Diffusion:
         t, weights = self.objective.draw(x0.shape[0], generator)
         return self.objective.loss(self.model, x0, t.to(x0.device), weights, seeds, **cond)
 
-    def score(self, cond: Given | None = None) -> sde.Score:
-        """grad log p_t(x) as a function of images and continuous times."""
+    def score(self, cond: ModelArguments | None = None) -> sde.Score:
+        """grad log p_t(x) as a function of images [N, C, ...] and continuous times [N]."""
         network, plain = self.network, unmarked(cond or {})
         return sde.score_fn(network.predictor, self.prediction, network.continuous, **plain)
 
@@ -113,16 +115,17 @@ class Diffusion:
         """A sampler of this model.
 
         Args:
-            method: one of ``fastdiff.samplers``, on a fixed grid of timesteps, or of ``sde.Solver``
-                in continuous time; both know both kinds of process. By default unipc-2 with a
-                schedule and ode, to a tolerance, in continuous time.
-            steps: None is 20 of a sampler, and the solver's own.
+            method: a name from ``fastdiff.samplers``, which step along a fixed grid of timesteps,
+                or of a method of ``sde.Solver``, which steps in continuous time. Both accept both
+                kinds of process. None is unipc-2 for a schedule, and for a continuous process ode,
+                which chooses its steps by a tolerance.
+            steps: None is 20 for a sampler, and for a solver its own default.
             options: of the sampler or the solver.
 
         Raises:
             TypeError: an option that the method does not have.
-            ValueError: an unknown method, options that it refuses, or a solver for a schedule that
-                has no view in continuous time.
+            ValueError: an unknown method, options that the method refuses, or a solver for a
+                schedule that has no view in continuous time.
         """
         if method is None:
             method = "unipc-2" if isinstance(self.forward, GaussianPath) else "ode"
@@ -140,54 +143,64 @@ class Diffusion:
         *,
         method: str | None = None,
         steps: int | None = None,
-        cond: Given | None = None,
+        cond: ModelArguments | None = None,
         generator: torch.Generator | None = None,
         progress: bool | str = True,
         **options: Any,
     ) -> Tensor:
-        """Draw images.
+        """Generate images.
 
         Args:
             shape: of the images, [N, C, ...].
             method: see :meth:`sampler`.
-            steps: likewise.
-            cond: keyword arguments of the model, see :func:`fastdiff.generation.draw`.
+            steps: see :meth:`sampler`.
+            cond: keyword arguments of the model, see :func:`fastdiff.generation.generate`.
             generator: source of all noise, None for PyTorch's global one.
             progress: show a progress bar.
             options: of ``fastdiff.sample``, or of the solver.
 
         Returns:
-            Images, on the model's device where it is a module, else on the CPU.
+            Images [N, C, ...], on the device of the model's parameters, or on the CPU if the model
+            has none.
         """
         solver = method in SOLVERS or (method is None and isinstance(self.forward, sde.SDE))
         sampler = self.sampler(method, steps, **(options if solver else {}))
-        return self.draw(
+        return self.generate(
             sampler, shape, cond=cond, generator=generator, progress=progress,
             **({} if solver else options),
         ).images  # fmt: skip
 
-    def draw(self, sampler: Sampler | sde.Solver, shape: Sequence[int], **options: Any) -> Drawn:
-        """Draw images, and say what they took: see :func:`fastdiff.generation.draw`.
+    def generate(
+        self, sampler: Sampler | sde.Solver, shape: Sequence[int], **options: Any
+    ) -> Samples:
+        """Generate images, and count the evaluations of the network.
 
         Args:
             sampler: from :meth:`sampler`.
             shape: of the images, [N, C, ...].
-            options: its other arguments.
+            options: other arguments of :func:`fastdiff.generation.generate`.
         """
-        return generation.draw(self.network, sampler, shape, **options)
+        return generation.generate(self.network, sampler, shape, **options)
+
+    draw = generate  # the name in earlier versions
 
     def log_likelihood(
-        self, x: Tensor, *, cond: Given | None = None, **options: Any
+        self, x: Tensor, *, cond: ModelArguments | None = None, **options: Any
     ) -> sde.Likelihood:
-        """log p(x) by the probability-flow ODE, see ``fastdiff.sde.log_likelihood``.
+        """log p(x) of images x [N, C, ...] by the probability-flow ODE.
 
-        The tolerances are by default what suits the coarser dtype of the images and the model.
-        Images that are finished leave the batch, so tensors of ``cond`` with one row an image are
-        cut: see ``cond`` of ``fastdiff.sample`` for how it is told which those are.
+        The tolerances default to what suits the coarser dtype of the images and the model. Images
+        that are finished leave the batch, so tensors of ``cond`` with one row an image are cut; see
+        ``cond`` of ``fastdiff.sample`` for how those tensors are recognised.
+
+        Args:
+            x: images [N, C, ...].
+            cond: keyword arguments of the model.
+            options: of ``fastdiff.sde.log_likelihood``.
         """
-        own = real_parameter(self.model)
-        usual = tolerance_for(x, x.dtype if own is None else own.dtype)
-        options = {"rtol": usual, "atol": usual, **options}
+        parameter = real_parameter(self.model)
+        tolerance = tolerance_for(x, x.dtype if parameter is None else parameter.dtype)
+        options = {"rtol": tolerance, "atol": tolerance, **options}
         score = self.network.score(Conditions(cond or {}, None, x.shape[0], cut=True))
         return sde.log_likelihood(score, self.continuous, x, conditioned=True, **options)
 
@@ -196,19 +209,20 @@ class Diffusion:
         x0: Tensor,
         *,
         method: str | None = None,
-        cond: Given | None = None,
+        cond: ModelArguments | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> Tensor:
-        """Bits a value that 8-bit images in [-1, 1] take, float64 [N].
+        """Bits per value (bits/dim) of 8-bit images scaled to [-1, 1], float64 [N].
 
         Args:
             x0: images [N, C, ...] of 256 levels, -1 + 2 k / 255.
-            method: "bound", the variational bound (NoiseSchedules only, and their default), or
-                "ode", the likelihood of uniformly dequantised images.
+            method: "bound", the variational bound (the default for a NoiseSchedule, and for no
+                other process), or "ode", the likelihood of uniformly dequantised images.
             cond: keyword arguments of the model.
-            generator: of the dequantisation.
-            options: of ``fastdiff.losses.bits_per_dim`` or ``fastdiff.sde.log_likelihood``.
+            generator: source of the dequantisation noise ("ode"); None for PyTorch's global one.
+            options: of ``fastdiff.losses.bits_per_dim`` ("bound") or of
+                ``fastdiff.sde.log_likelihood`` ("ode").
 
         Raises:
             ValueError: an unknown method, or "bound" without a NoiseSchedule.
@@ -221,11 +235,11 @@ class Diffusion:
         if method == "bound":
             assert isinstance(self.forward, NoiseSchedule)
             options = {"variance": self.objective.variance, **options}
-            found = losses.bits_per_dim(
+            bound = losses.bits_per_dim(
                 self.model, self.forward, x0, kind=self.prediction, **options, **dict(cond or {})
             )
-            return found.total.double()
-        spread = sde.dequantize(x0, generator=generator)
+            return bound.total.double()
+        dequantized = sde.dequantize(x0, generator=generator)
         return sde.bits_per_dim(
-            self.log_likelihood(spread, cond=cond, **options).logp, x0.shape[1:]
+            self.log_likelihood(dequantized, cond=cond, **options).logp, x0.shape[1:]
         )

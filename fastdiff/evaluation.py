@@ -1,7 +1,7 @@
-"""How good are generated digits? Class accuracy, Frechet distance, and distance to training data.
+"""Quality of generated digits: class accuracy, Frechet distance, distance to the training data.
 
-Each figure is computed for generated digits and, beside them, for real digits that the model never
-saw, which is what a perfect model would score.
+Each figure is computed for generated digits and also for held-out real digits. The latter is the
+score of a perfect model.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from fastdiff.samplers import Sampler
 from fastdiff.schedules import FlowSchedule, NoiseSchedule
 from fastdiff.sde import Solver
 
-COMPONENTS = 32  # of the feature space
+COMPONENTS = 32  # dimensions of the feature space
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures for generated digits; those ending in ``_real`` are for held-out real ones.
+    """Figures for generated digits; names that end in ``_real`` are for held-out real digits.
 
     Attributes:
-        accuracy: share that an independent classifier takes for the class asked for.
+        accuracy: share of the digits in which an independent classifier sees the requested class.
         frechet: Frechet distance to the training digits, see :class:`Features`.
-        nearest_train_median: median over images of the Euclidean distance, in pixels of
-            [-1, 1], to the nearest training digit. Copies of training digits would bring it to 0.
-        nearest_train_min: the smallest, over as many generated as held-out digits.
-        samples: generated digits.
+        nearest_train_median: median over images of the Euclidean distance to the nearest training
+            digit, of pixels in [-1, 1]. Copies of training digits would have distance 0.
+        nearest_train_min: smallest such distance, over as many generated as held-out digits.
+        samples: number of generated digits.
         seconds: time it took to generate them.
-        evaluations: of the network for a digit, on average.
+        evaluations: of the network for one digit, on average.
     """
 
     accuracy: float
@@ -62,8 +62,8 @@ class Features:
     """A fixed linear feature space: whitened principal components of the real training digits.
 
     Each of the first 32 components (about 97% of the variance) is scaled to variance 1, so that
-    faint strokes and noise count as much as the shape of the figure. There is nothing random in it
-    and the Frechet distance is invariant to the components' signs.
+    faint strokes and noise count as much as the shape of the figure. The features are
+    deterministic, and the Frechet distance does not depend on the components' signs.
 
     Args:
         images: real images, [N, C, S, S], N at least 33.
@@ -118,10 +118,10 @@ def nearest_distances(images: Tensor, others: Tensor) -> np.ndarray:
 
 
 def recogniser(train: ImageSet) -> Any:
-    """A support vector machine with RBF kernel, fitted on real images; nothing random in it."""
+    """A support vector machine with RBF kernel, fitted on real images; deterministic."""
     assert train.labels is not None
-    machine = require("sklearn.svm").SVC(C=10.0)
-    return machine.fit(_flat(train.images), train.labels.numpy())
+    svm = require("sklearn.svm").SVC(C=10.0)
+    return svm.fit(_flat(train.images), train.labels.numpy())
 
 
 def evaluate(
@@ -135,24 +135,25 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Generate digits, as many of each class, and measure them beside the held-out real ones.
+    """Generate equally many digits of each class, and measure them and the held-out real digits.
 
     The Frechet distance is the mean over disjoint sets of generated digits, each as large as the
-    held-out set, so that its bias is the same for both; with fewer samples than held-out digits
-    both are cut to the number of samples.
+    held-out set, so that generated and held-out digits have the same bias. With fewer samples than
+    held-out digits, the held-out set is cut to the number of samples.
 
     Args:
         checkpoint: a class-conditional model of the digits.
         sampler: of this model, from ``checkpoint.diffusion().sampler``.
         samples: digits to generate, at least 100.
         guidance: scale of classifier-free guidance.
-        classifier: guides each digit to its class, see ``Checkpoint.draw``.
-        classifier_scale: of its gradient.
+        classifier: guides each digit to its class, see ``Checkpoint.generate``.
+        classifier_scale: factor of the classifier's gradient.
         seed: of the noise.
         progress: show a progress bar on standard error.
 
     Raises:
-        InputError: another kind of model, too few samples, or scikit-learn is not installed.
+        InputError: the model is not a class-conditional model of the digits or generates values
+            that are not finite, samples are too few, or scikit-learn is not installed.
     """
     if samples < 100:
         raise InputError(f"samples must be at least 100, got {samples}")
@@ -162,9 +163,9 @@ def evaluate(
     test = digits("test", checkpoint.image_size)
     assert train.labels is not None
     assert test.labels is not None
-    labels = [i % 10 for i in range(samples)]  # so that any stretch has as many of each class
+    labels = [i % 10 for i in range(samples)]  # every run of consecutive images is balanced
     begin = time.perf_counter()
-    taken = checkpoint.draw(
+    generated = checkpoint.generate(
         sampler,
         labels=labels,
         guidance=guidance,
@@ -174,27 +175,27 @@ def evaluate(
         progress="generating digits" if progress else False,
     )
     seconds = time.perf_counter() - begin
-    drawn = taken.images
-    if not bool(torch.isfinite(drawn).all()):
+    images = generated.images
+    if not bool(torch.isfinite(images).all()):
         raise InputError("the model generates images that are not finite")
-    machine, features = recogniser(train), Features(train.images)
-    of_train, of_test, of_drawn = (features(x) for x in (train.images, test.images, drawn))
+    svm, features = recogniser(train), Features(train.images)
+    of_train, of_test, of_generated = (features(x) for x in (train.images, test.images, images))
     size = min(len(test), samples)
-    sets = [of_drawn[i * size : (i + 1) * size] for i in range(samples // size)]
-    near = nearest_distances(drawn, train.images)
+    sets = [of_generated[i * size : (i + 1) * size] for i in range(samples // size)]
+    near = nearest_distances(images, train.images)
     near_real = nearest_distances(test.images, train.images)
     return Evaluation(
-        accuracy=float((machine.predict(_flat(drawn)) == np.array(labels)).mean()),
-        accuracy_real=float((machine.predict(_flat(test.images)) == test.labels.numpy()).mean()),
+        accuracy=float((svm.predict(_flat(images)) == np.array(labels)).mean()),
+        accuracy_real=float((svm.predict(_flat(test.images)) == test.labels.numpy()).mean()),
         frechet=float(np.mean([frechet_distance(part, of_train) for part in sets])),
-        frechet_real=frechet_distance(_spread(of_test, size), of_train),
+        frechet_real=frechet_distance(_evenly_spaced(of_test, size), of_train),
         nearest_train_median=float(np.median(near)),
         nearest_train_median_real=float(np.median(near_real)),
         nearest_train_min=float(near[:size].min()),
-        nearest_train_min_real=float(_spread(near_real, size).min()),
+        nearest_train_min_real=float(_evenly_spaced(near_real, size).min()),
         samples=samples,
         seconds=seconds,
-        evaluations=float(taken.evaluations.double().mean()),
+        evaluations=float(generated.evaluations.double().mean()),
     )
 
 
@@ -203,10 +204,10 @@ class Bits:
     """Bits per value of held-out digits, rounded to 256 levels.
 
     Attributes:
-        bits_bound: by the variational bound; None for a process without one.
+        bits_bound: by the variational bound; None for a process that has no such bound.
         bits_ode: by the probability-flow ODE, of uniformly dequantised digits; None for a schedule
             that has no view in continuous time.
-        bits_digits: how many digits.
+        bits_digits: number of digits.
     """
 
     bits_bound: float | None
@@ -227,11 +228,11 @@ def measure_bits(
     seed: int = 0,
     progress: bool = True,
 ) -> Bits:
-    """How well a model of the digits codes held-out ones: see :class:`Bits`.
+    """Bits per value that a model needs to code held-out digits: see :class:`Bits`.
 
     Args:
-        checkpoint: a model of the digits.
-        count: held-out digits, evenly spaced in their order; at most all of them are taken.
+        checkpoint: a class-conditional model of the digits.
+        count: number of held-out digits, evenly spaced in the set's order; all if there are fewer.
         rtol: relative tolerance of the ODE.
         atol: absolute tolerance of the ODE.
         seed: of the bound's noise, the dequantisation and the trace's probes.
@@ -248,24 +249,24 @@ def measure_bits(
     device = unwrapped(checkpoint.model).device
     x0 = (((test.images[chosen] + 1) * 127.5).round() / 127.5 - 1).to(device)
     cond = {"class_labels": test.labels[chosen].to(device)}
-    found: dict[str, float | None] = {"bound": None, "ode": None}
+    bound = ode = None
     if isinstance(checkpoint.forward, NoiseSchedule):
-        bound = diffusion.bits_per_dim(x0, method="bound", cond=cond, seed=seed, progress=progress)
-        found["bound"] = float(bound.mean())
+        bits = diffusion.bits_per_dim(x0, method="bound", cond=cond, seed=seed, progress=progress)
+        bound = float(bits.mean())
     if not diffusion.path.has_zero_terminal_snr or isinstance(checkpoint.forward, FlowSchedule):
-        ode = diffusion.bits_per_dim(
+        bits = diffusion.bits_per_dim(
             x0, method="ode", cond=cond, rtol=rtol, atol=atol, seed=seed, progress=progress,
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
-        found["ode"] = float(ode.mean())
-    return Bits(found["bound"], found["ode"], count)
+        ode = float(bits.mean())
+    return Bits(bound, ode, count)
 
 
 def _check_digits(checkpoint: Checkpoint) -> None:
     if checkpoint.dataset != "digits" or len(checkpoint.classes) != 10:
         raise InputError(
-            "evaluation knows the digits only: it wants a class-conditional model of them, got one "
-            f"of {checkpoint.dataset or 'unknown data'!r} with {len(checkpoint.classes)} classes"
+            "evaluation needs a class-conditional model of the digits, got a model of "
+            f"{checkpoint.dataset or 'unknown data'!r} with {len(checkpoint.classes)} classes"
         )
     if checkpoint.image_size < 8:
         raise InputError(
@@ -278,6 +279,6 @@ def _flat(images: Tensor) -> np.ndarray:
     return images.detach().cpu().flatten(1).double().numpy()
 
 
-def _spread(values: np.ndarray, size: int) -> np.ndarray:
-    """``size`` of the values, evenly spaced."""
+def _evenly_spaced(values: np.ndarray, size: int) -> np.ndarray:
+    """``size`` of the values, at evenly spaced places."""
     return values[np.linspace(0, len(values) - 1, size).round().astype(int)]

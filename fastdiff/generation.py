@@ -1,10 +1,10 @@
-"""From noise to images with either kind of sampler, guided or not, and what it took."""
+"""Generate images with a table sampler or an SDE solver, guided or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,19 +25,19 @@ from fastdiff.schedules import GaussianPath
 from fastdiff.sde.path import DiscretizedSDE
 from fastdiff.sde.solvers.ode import IndexedScore
 
-Given = Mapping[str, Any]  # a model's keyword arguments
+ModelArguments = Mapping[str, Any]
 Classifier = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> logits
-LABELS = "labels"  # the argument of log_prob_of
+LABELS = "labels"  # the keyword by which log_prob_of takes the wanted classes
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Images, and what they took.
+class Samples:
+    """Generated images, and the evaluations of the network that they took.
 
     Attributes:
         images: [N, C, ...].
-        evaluations: of the network for each image, int64 [N] on the CPU; the two that
-            classifier-free guidance makes at once count as one.
+        evaluations: of the network for each image, int64 [N] on the CPU. Classifier-free guidance
+            gives the network each image twice in one call; that counts as one evaluation.
     """
 
     images: Tensor
@@ -49,9 +49,9 @@ class Guide:
     """A classifier of noised images (Dhariwal & Nichol 2021, arXiv:2105.05233, section 4).
 
     Attributes:
-        classifier: (x, t) -> logits [N, K], t being what the diffusion network is given.
-        labels: the class wanted of each image, int64 [N].
-        scale: of the gradient of log p(label | x_t).
+        classifier: (x, t) -> logits [N, K]; t is the time as the diffusion network is given it.
+        labels: the wanted class of each image, int64 [N].
+        scale: factor of the gradient of log p(label | x_t).
     """
 
     classifier: Classifier
@@ -59,12 +59,12 @@ class Guide:
     scale: float = 1.0
 
     def log_prob(self, label: Callable[[Tensor], Tensor]) -> LogProb:
-        """log p(labels | x, t), the classifier being given what ``label`` makes of t."""
+        """log p(labels | x, t); ``label`` turns the sampler's t into the classifier's."""
 
         def logits(x: Tensor, t: Tensor) -> Tensor:
-            given = label(t)
+            time = label(t)
             return self.classifier(
-                x, given.to(wide_dtype(x.dtype)) if given.is_floating_point() else given
+                x, time.to(wide_dtype(x.dtype)) if time.is_floating_point() else time
             )
 
         return log_prob_of(logits)
@@ -72,13 +72,13 @@ class Guide:
 
 @dataclass(frozen=True)
 class Network:
-    """A network and the process that it belongs to, as samplers and solvers ask it.
+    """A network and its forward process, in the forms that samplers and solvers need.
 
     Attributes:
-        model: (x, t, **cond) -> prediction, of 2 C channels with a learned variance.
+        model: (x, t, **cond) -> prediction [N, C, ...], or [N, 2 C, ...] with a learned variance.
         forward: the forward process.
         prediction: what the model predicts.
-        learned: its variance is learned.
+        learned: whether the model also predicts its variance.
     """
 
     model: Model
@@ -99,39 +99,42 @@ class Network:
 
     @property
     def path_prediction(self) -> str:
-        """What the model predicts to a sampler of :attr:`path`."""
+        """The ``prediction`` that a sampler of :attr:`path` is made with."""
         if isinstance(self.path, DiscretizedSDE):
             return sde.on_path(self.model, self.prediction, self.path)[1]
         return self.prediction
 
     @cached_property
     def predictor(self) -> Model:
-        """The model without its variance."""
+        """The model, its output cut to the prediction [N, C, ...] if it predicts a variance too."""
         return _PredictionOnly(self.model) if self.learned else self.model
 
     def for_sampler(self, sampler: Sampler, guide: Guide | None = None) -> Model:
-        """The model as ``fastdiff.sample`` wants it.
+        """The model as ``fastdiff.sample`` calls it with this sampler.
+
+        Args:
+            sampler: of :attr:`path`.
+            guide: None for no classifier guidance. Otherwise the labels are expected among the
+                model's keyword arguments, as ``labels``.
 
         Raises:
-            ValueError: a sampler with a learned variance where the model has none, or one made for
-                another prediction.
+            ValueError: the sampler needs a learned variance that the model does not predict, or was
+                made for another prediction.
         """
         if sampler.learned_variance and not self.learned:
             raise ValueError(f"{sampler!r} needs a learned variance, the model has none")
         model = self.model if sampler.learned_variance else self.predictor
         path, kind = sampler.schedule, self.prediction
+        label: Callable[[Tensor], Tensor] = _unchanged
         if isinstance(path, DiscretizedSDE):
             model, kind = sde.on_path(model, kind, path)
+            label = partial(_label_on_path, path)
         if sampler.prediction != kind:
             raise ValueError(
                 f"the sampler was made for {sampler.prediction}, the model predicts {kind}"
             )
         if guide is None:
             return model
-
-        def label(t: Tensor) -> Tensor:
-            return path.sde.label(path.time(t)) if isinstance(path, DiscretizedSDE) else t
-
         return classifier_guided(
             model, guide.log_prob(label), path, kind=kind, scale=guide.scale, arguments=(LABELS,)
         )
@@ -139,18 +142,25 @@ class Network:
     def score(
         self, conditions: Conditions, guidance: float = 1.0, guide: Guide | None = None
     ) -> IndexedScore:
-        """The score, guided, of those of the conditions' images whose places come with them."""
+        """The guided score (x [M, C, ...], t [M], index [M]) -> [M, C, ...].
+
+        Args:
+            conditions: the model's arguments for all images; ``index`` holds the places among them
+                of the M images that a call is for.
+            guidance: scale of classifier-free guidance, used if ``conditions`` are joined.
+            guide: classifier guidance, or None.
+        """
         continuous, model = self.continuous, self.predictor
 
         def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
-            some = conditions.part(index)
-            of_cond = sde.score_fn(model, self.prediction, continuous, **some)
+            arguments = conditions.part(index)
+            plain = sde.score_fn(model, self.prediction, continuous, **arguments)
 
             def guided(x: Tensor, t: Tensor) -> Tensor:
                 if not conditions.joined:
-                    return of_cond(x, t)
-                without, found = of_cond(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
-                return torch.lerp(without, found, guidance)
+                    return plain(x, t)
+                without, conditional = plain(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
+                return torch.lerp(without, conditional, guidance)
 
             if guide is None:
                 return guided(x, t)
@@ -160,38 +170,40 @@ class Network:
         return score
 
 
-def draw(
+def generate(
     network: Network,
     sampler: Sampler | sde.Solver,
     shape: Sequence[int],
     *,
     x_T: Tensor | None = None,
-    cond: Given | None = None,
-    uncond: Given | None = None,
+    cond: ModelArguments | None = None,
+    uncond: ModelArguments | None = None,
     guidance: float | Sequence[float] = 1.0,
     guide: Guide | None = None,
     generator: torch.Generator | None = None,
     max_batch: int | None = None,
     progress: bool | str = True,
     **options: Any,
-) -> Drawn:
-    """Draw images.
+) -> Samples:
+    """Generate images, and count the evaluations of the network.
 
     Args:
-        network: what predicts.
-        sampler: of its path, or a solver of its process in continuous time.
+        network: the network and its process.
+        sampler: a sampler of ``network.path``, or a solver of ``network.continuous``.
         shape: of the images, [N, C, ...].
-        x_T: standard normal noise of that shape, which is scaled to the process's prior.
+        x_T: standard normal noise of ``shape``, which is scaled to the process's prior; None for
+            noise from ``generator``.
         cond: keyword arguments of the model, as in ``fastdiff.sample``. Solvers that choose their
             own steps (ode, adaptive) cut tensors with one row an image even without ``max_batch``,
             since images that are finished leave the batch.
-        uncond: the same without the condition, for classifier-free guidance.
-        guidance: its scale, as in ``fastdiff.sample``; one number for a solver.
-        guide: a classifier.
+        uncond: the same keywords without the condition, for classifier-free guidance.
+        guidance: scale of classifier-free guidance: as in ``fastdiff.sample`` with a sampler, one
+            number with a solver.
+        guide: classifier guidance, or None.
         generator: source of all noise, None for PyTorch's global one.
-        max_batch: most images at a time.
-        progress: show a progress bar.
-        options: further ones of ``fastdiff.sample``; a solver has none.
+        max_batch: most images at a time; None for all at once.
+        progress: show a progress bar; a string is its title.
+        options: further options of ``fastdiff.sample``; a solver has none.
 
     Raises:
         TypeError, ValueError, FloatingPointError: as ``fastdiff.sample``, ``sde.Solver.sample``
@@ -199,16 +211,16 @@ def draw(
     """
     shape, cond = tuple(shape), dict(cond or {})
     if isinstance(sampler, Sampler):
-        if x_T is not None and not options.get("start"):  # else ``sample`` sees to it
+        if x_T is not None and not options.get("start"):  # without x_T, ``sample`` warns itself
             warn_of_image_at_the_beginning(sampler)
-        chosen = {} if guide is None else {LABELS: PerImage(guide.labels)}
+        labels = {} if guide is None else {LABELS: PerImage(guide.labels)}
         images: Any = sample(
-            network.for_sampler(sampler, guide), sampler, shape, x_T=x_T, cond=cond | chosen,
-            uncond=None if uncond is None else {**uncond, **chosen}, guidance=guidance,
+            network.for_sampler(sampler, guide), sampler, shape, x_T=x_T, cond=cond | labels,
+            uncond=None if uncond is None else {**uncond, **labels}, guidance=guidance,
             generator=generator, max_batch=max_batch, progress=progress, **options,
         )  # fmt: skip
-        asked = torch.full(shape[:1], sampler.table.rows, dtype=torch.int64, device="cpu")
-        return Drawn(images, asked)
+        evaluations = torch.full(shape[:1], sampler.table.rows, dtype=torch.int64, device="cpu")
+        return Samples(images, evaluations)
     if options:
         raise TypeError(f"a solver has no option {', '.join(map(repr, options))}")
     if not isinstance(guidance, (int, float)):
@@ -218,7 +230,8 @@ def draw(
     size, guided = max(max_batch or count, 1), guidance != 1
     if guided and uncond is None:
         raise ValueError(f"guidance {guidance} needs the arguments without the condition, uncond")
-    cut = size < count or sampler.steps is None  # images that have arrived leave the batch
+    # A solver without a number of steps chooses its own: images that have arrived leave the batch.
+    cut = size < count or sampler.steps is None
     conditions = Conditions(cond, uncond if guided else None, count, joined=guided, cut=cut)
     warn_of_image_at_the_end(network.path)
     if x_T is None:
@@ -238,13 +251,18 @@ def draw(
         )
         for first in range(0, max(count, 1), size)
     ]
-    return Drawn(
+    return Samples(
         torch.cat([part.x for part in parts]), torch.cat([part.evaluations for part in parts])
     )
 
 
+# The names in earlier versions.
+Drawn = Samples
+draw = generate
+
+
 class _PredictionOnly(nn.Module):
-    """A model with a learned variance, without it: the first C of its 2 C channels."""
+    """The first C of the 2 C channels of a model that also predicts its variance."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -256,6 +274,16 @@ class _PredictionOnly(nn.Module):
         return prediction.to(x.dtype)
 
 
+def _unchanged(t: Tensor) -> Tensor:
+    """A sampler's t, which a network of timesteps is given as it is."""
+    return t
+
+
+def _label_on_path(path: DiscretizedSDE, t: Tensor) -> Tensor:
+    """What a network of continuous time is given for its time at a path's timesteps t."""
+    return path.sde.label(path.time(t))
+
+
 def _from(score: IndexedScore, first: int) -> IndexedScore:
-    """The score of a part of the images that begins with number ``first``."""
+    """The score of the images from number ``first`` on, with places counted from there."""
     return lambda x, t, index: score(x, t, index + first)

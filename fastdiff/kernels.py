@@ -1,10 +1,11 @@
-"""The Triton kernels, one file an operation: the files of the folder ``kernels``.
+"""``fastdiff.kernels``: the Triton kernels, one file per operation, from the folder ``kernels``.
 
 Each file holds the kernels of an operation and its launcher, a function with the operation's name
-and the arguments of its schema (``fastdiff/ops``). Nothing there is imported without need of it.
+and the arguments of its schema (``fastdiff/ops``). A file is imported at the first launch, since
+it imports Triton.
 
-The folder is beside this file where fastdiff is installed, and at the repository's root in a
-checkout. It has no ``__init__.py``: with one, Python started in the root would take it for the
+Where fastdiff is installed, the folder is beside this file; in a checkout it is at the repository's
+root. It has no ``__init__.py``: with one, Python started in the root would take it for the
 package ``kernels`` of another project, which transformers and diffusers look for.
 """
 
