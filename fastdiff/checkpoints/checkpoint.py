@@ -1,10 +1,10 @@
 """Checkpoints: a folder that fastdiff and diffusers both read, written whole or not at all.
 
-    config.json, diffusion_pytorch_model.safetensors   the (averaged) model, as diffusers has it
+    config.json, diffusion_pytorch_model.safetensors   the (averaged) model in diffusers' format
     fastdiff.json                                      process, prediction, classes and origin
-    training_state.safetensors, training.json          what resuming needs; not in exported ones
+    training_state.safetensors, training.json          for resuming; not in exported checkpoints
 
-A training run keeps its checkpoints at OUT/checkpoints/step-00001000. Nothing here is pickled.
+A training run keeps its checkpoints at OUT/checkpoints/step-00001000. No file is pickled.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fastdiff.checkpoints.folder import (
 )
 from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.diffusion import Diffusion
-from fastdiff.generation import Classifier, Drawn, Guide
+from fastdiff.generation import Classifier, Guide, Samples
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.wrappers import plain_names, plain_state, unwrapped
 from fastdiff.objectives import Forward
@@ -54,24 +54,25 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass
 class Checkpoint:
-    """A trained model and what is needed to sample from it.
+    """A trained model and all that sampling from it needs.
 
     Attributes:
-        model: the network, float32, in eval mode. It may be compiled, or inside DataParallel or
-            the like; a file then holds the network itself, under its own names.
-        forward: the schedule or SDE it was trained on.
-        prediction: what it predicts: eps, x0, v, score or flow; in continuous time ncsn or edm,
-            too.
+        model: the network, float32, in eval mode. It may be compiled, or inside a wrapper such as
+            DataParallel; a file then holds the bare network, with its own parameter names.
+        forward: the schedule or SDE that the model was trained on.
+        prediction: what the model predicts: eps, x0, v, score or flow; in continuous time also
+            ncsn or edm.
         classes: names of the classes; empty for an unconditional model.
-        step: training steps behind it.
-        seed: seed of that training.
+        step: number of training steps that the model has had.
+        seed: of the training.
         dataset: name of the data set.
-        null_class: the model has one class more, the last, that stands for none: it was trained
-            with label dropout and can be guided (Ho & Salimans 2022, arXiv:2207.12598).
-        objective: what it was trained for, one of ``fastdiff.objectives.NAMES``; None is the one
-            natural to the forward process.
-        variance: of its steps, with a NoiseSchedule; None is the objective's own.
-        levels: of the ladder of the objective ncsn; None elsewhere.
+        null_class: whether the model has an additional last class that stands for "no class". Such
+            a model was trained with label dropout and can be guided (Ho & Salimans 2022,
+            arXiv:2207.12598).
+        objective: what the model was trained for, one of ``fastdiff.objectives.NAMES``; None is
+            the default of the forward process.
+        variance: of the reverse steps, with a NoiseSchedule; None is the objective's default.
+        levels: number of noise levels of the objective ncsn; None for other objectives.
     """
 
     model: UNet2DModel
@@ -87,7 +88,7 @@ class Checkpoint:
     levels: int | None = None
 
     def diffusion(self) -> Diffusion:
-        """The model with its process; InputError for fields that do not fit together."""
+        """The model with its process; InputError if the checkpoint's fields contradict."""
         return Diffusion(
             self.model, self.forward, self.prediction, objective=self.objective,
             variance=self.variance, levels=self.levels,
@@ -118,10 +119,10 @@ class Checkpoint:
             )
 
     def sample(self, sampler: Sampler | Solver, **options: Any) -> Tensor:
-        """The images of :meth:`draw`, with its arguments."""
-        return self.draw(sampler, **options).images
+        """The images of :meth:`generate`, with the same arguments."""
+        return self.generate(sampler, **options).images
 
-    def draw(
+    def generate(
         self,
         sampler: Sampler | Solver,
         *,
@@ -133,40 +134,40 @@ class Checkpoint:
         generator: torch.Generator | None = None,
         batch_size: int = 256,
         progress: bool | str = True,
-    ) -> Drawn:
-        """Draw images in [-1, 1], and say how many evaluations of the network each took.
+    ) -> Samples:
+        """Generate images in [-1, 1], and count the evaluations of the network for each.
 
         Args:
             sampler: of this model, from ``diffusion().sampler``.
             labels: class of each image; required for a model with classes, else None.
-            count: how many images; None takes the number of labels.
+            count: number of images; None for the number of labels.
             guidance: scale of classifier-free guidance, as in ``fastdiff.sample``; one number for a
                 solver.
-            classifier: (x, t) -> logits [N, K] of noised images, which guides them to their labels;
-                t is what the diffusion network is given. A model without classes then takes labels
-                of it.
-            classifier_scale: of the gradient of its log-probabilities.
-            generator: source of all noise.
-            batch_size: images in one pass; changes which noise an image gets on the way.
+            classifier: (x, t) -> logits [N, K] of noised images, which guides the images to their
+                labels; t is the time as the diffusion network is given it. For a model without
+                classes, ``labels`` are classes of the classifier.
+            classifier_scale: factor of the gradient of the classifier's log-probabilities.
+            generator: source of all noise; None for PyTorch's global one.
+            batch_size: images in one pass. It changes which noise an image gets after x_T.
             progress: show a progress bar.
 
         Returns:
             Images [N, C, S, S] on the CPU, and evaluations int64 [N].
 
         Raises:
-            InputError: labels for a model without classes, none for one with, or unknown ones;
-                guidance of a model that was trained without label dropout; a classifier and no
-                labels; a score that is not finite.
+            InputError: labels for a model without classes, no labels for a model with classes, or
+                unknown labels; guidance of a model that was trained without label dropout; a
+                classifier without labels; a score that is not finite.
         """
         if self.classes and labels is None:
-            raise InputError("the model is class-conditional: say which classes to draw")
+            raise InputError("the model is class-conditional: say which classes to generate")
         if classifier is not None and labels is None:
-            raise InputError("a classifier guides towards labels: say which classes to draw")
+            raise InputError("a classifier guides towards labels: say which classes to generate")
         if self.classes or classifier is None:
             self.check_labels(labels or ())
         count = len(labels or ()) if count is None else count
         if count < 0 or batch_size < 1:
-            raise InputError(f"cannot draw {count} images, {batch_size} at a time")
+            raise InputError(f"cannot generate {count} images, {batch_size} at a time")
         if labels is not None and len(labels) != count:
             raise InputError(f"{count} images were asked for, with {len(labels)} labels")
         shape = (count, self.channels, self.image_size, self.image_size)
@@ -186,7 +187,7 @@ class Checkpoint:
                 f"guidance {guidance} needs a model with classes, trained with label dropout"
             )
         try:
-            drawn = self.diffusion().draw(
+            samples = self.diffusion().generate(
                 sampler,
                 shape,
                 x_T=noise.to(device, memory_format=torch.channels_last),
@@ -198,9 +199,11 @@ class Checkpoint:
                 max_batch=batch_size,
                 progress=progress,
             )
-        except FloatingPointError as error:  # of a solver that chooses its own steps
+        except FloatingPointError as error:  # from a solver that chooses its own steps
             raise InputError(str(error)) from None
-        return Drawn(drawn.images.contiguous().cpu(), drawn.evaluations)
+        return Samples(samples.images.contiguous().cpu(), samples.evaluations)
+
+    draw = generate  # the name in earlier versions
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -208,22 +211,22 @@ def load(path: str | Path) -> Checkpoint:
 
     Args:
         path: the name of a model shipped with fastdiff ("digits"), a checkpoint folder, or the
-            folder of a training run, whose newest checkpoint is taken. A shipped name wins over a
-            folder of that name; write ./digits for the folder.
+            folder of a training run, whose newest checkpoint is read. The name of a shipped model
+            has precedence over a folder of the same name; write ./digits for the folder.
 
     Returns:
         The checkpoint on the CPU, its model in eval mode and float32 whatever the file holds.
 
     Raises:
-        CheckpointError: nothing there, or files that are damaged, foreign or of another version;
-            the text names the file.
+        CheckpointError: there is no checkpoint, or its files are damaged, of another program or of
+            another format; the text names the file.
     """
     folder = resolve(path)
     meta = read_json(folder / META)
     check_format(meta, folder / META)
     forward = forward_process.read(meta, folder / META)
     model = _read_model(folder)
-    found = Checkpoint(
+    checkpoint = Checkpoint(
         model,
         forward,
         field(meta, "prediction", str, folder / META),
@@ -237,21 +240,22 @@ def load(path: str | Path) -> Checkpoint:
         levels=optional_field(meta, "levels", int, folder / META),
     )
     try:
-        width = found.channels * (2 if found.diffusion().objective.learned else 1)
+        outputs = checkpoint.channels * (2 if checkpoint.diffusion().objective.learned else 1)
     except InputError as error:
         raise CheckpointError(f"{folder / META}: {error}") from None
-    for key, told, name in (
+    classes = len(checkpoint.classes) + checkpoint.null_class
+    for key, recorded, name in (
         ("image_size", field(meta, "image_size", int, folder / META), "sample_size"),
         ("channels", field(meta, "channels", int, folder / META), "in_channels"),
-        ("classes", len(found.classes) + found.null_class or None, "num_class_embeds"),
-        ("channels and variance", width, "out_channels"),
+        ("classes", classes or None, "num_class_embeds"),
+        ("channels and variance", outputs, "out_channels"),
     ):
         value = getattr(model.config, name)
-        if told != value:
+        if recorded != value:
             raise CheckpointError(
-                f"{folder}: {META} and {CONFIG} disagree: {key} is {told}, {name} is {value}"
+                f"{folder}: {META} and {CONFIG} disagree: {key} is {recorded}, {name} is {value}"
             )
-    return found
+    return checkpoint
 
 
 def resolve(path: str | Path) -> Path:
@@ -261,11 +265,11 @@ def resolve(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / META).is_file():
         return folder
-    found = newest(folder)
-    if found is not None:
-        return found
+    latest = newest(folder)
+    if latest is not None:
+        return latest
     if not folder.exists():
-        names = "".join(f", and no shipped model is called so ({n})" for n in shipped()[:1])
+        names = "".join(f", and no shipped model has that name ({n})" for n in shipped()[:1])
         raise CheckpointError(f"no checkpoint at {folder}: no such folder{names}")
     raise CheckpointError(
         f"{folder} is not a fastdiff checkpoint: it has no {META}{_what_it_is(folder)}"
@@ -273,7 +277,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def _what_it_is(folder: Path) -> str:
-    """What else a path is that is no checkpoint, and what to do with it, to end a sentence."""
+    """The end of the error for a path that is no checkpoint: what it is, and how to use that."""
     if folder.is_file():
         return "; it is a file: give the folder that it is in"
     if (folder / "classifier.json").is_file():
@@ -289,18 +293,18 @@ def _what_it_is(folder: Path) -> str:
 
 
 def shipped() -> tuple[str, ...]:
-    """Names of the models that come with fastdiff."""
+    """Names of the models that are shipped with fastdiff."""
     return tuple(sorted(meta.parent.name for meta in PRETRAINED.glob(f"*/{META}")))
 
 
 def all_steps(out: str | Path) -> list[Path]:
     """Checkpoints of a training run, oldest first."""
-    found = []
+    folders = []
     for folder in Path(out).glob("checkpoints/step-*"):
         match = _STEP.fullmatch(folder.name)
         if match and folder.is_dir():
-            found.append((int(match[1]), folder))
-    return [folder for _, folder in sorted(found)]
+            folders.append((int(match[1]), folder))
+    return [folder for _, folder in sorted(folders)]
 
 
 def newest(out: str | Path) -> Path | None:
@@ -309,7 +313,7 @@ def newest(out: str | Path) -> Path | None:
 
 
 def step_folder(out: str | Path, step: int) -> Path:
-    """Where a training run keeps its checkpoint of ``step``."""
+    """The folder in which a training run keeps its checkpoint of ``step``."""
     return Path(out) / "checkpoints" / f"step-{step:08d}"
 
 
@@ -320,17 +324,17 @@ def save(
     dtype: torch.dtype = torch.float32,
     state: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write a checkpoint as a new folder: all of it, flushed to disk, or nothing.
+    """Write a checkpoint as a new folder, flushed to disk; after an error there is no folder.
 
     Args:
         checkpoint: what to write.
-        folder: where; must not exist yet.
+        folder: the folder to create; must not exist.
         dtype: of the model's weights in the file.
-        state: tensors and JSON facts that resuming needs, see :func:`read_state`.
+        state: tensors and JSON values for resuming the training, see :func:`read_state`.
 
     Raises:
-        CheckpointError: the folder exists, weights are not finite in ``dtype``, or the disk
-            refused; whatever was there before is untouched.
+        CheckpointError: the folder exists, weights are not finite in ``dtype``, or the file system
+            refused the write. Nothing that existed before is changed.
     """
     folder = Path(folder)
     model = unwrapped(checkpoint.model)
@@ -349,21 +353,21 @@ def save(
 
 
 def export(checkpoint: Checkpoint, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a checkpoint without its training state, to share: see :func:`save`."""
+    """Write a checkpoint for sharing, without its training state: see :func:`save`."""
     save(checkpoint, folder, dtype=dtype)
 
 
 def read_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and facts that :func:`save` was given as ``state``.
+    """The tensors and JSON values that :func:`save` was given as ``state``.
 
     Raises:
-        CheckpointError: the checkpoint was exported without them, or they are damaged.
+        CheckpointError: the checkpoint was exported without a training state, or it is damaged.
     """
     return plain_names(read_tensors(Path(folder) / STATE)), read_facts(folder)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
-    """The JSON part of :func:`read_state`."""
+    """The JSON values of :func:`read_state`, without its tensors."""
     path = Path(folder) / TRAINING
     if not path.is_file():
         raise CheckpointError(f"{folder} cannot be resumed: it has no {TRAINING}")
@@ -373,9 +377,9 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def prune(out: str | Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints of a run, and what unfinished writes left.
+    """Delete all but the newest ``keep`` checkpoints of a run, and folders of unfinished writes.
 
-    What cannot be deleted is left where it is, with a warning.
+    A folder that cannot be deleted is left, with a warning.
     """
     for folder in (*all_steps(out)[:-keep], *Path(out).glob("checkpoints/.step-*.partial")):
         try:

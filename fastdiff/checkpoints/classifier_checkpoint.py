@@ -1,6 +1,6 @@
-"""Classifiers of noised images, which guide a diffusion model to classes (arXiv:2105.05233).
+"""Checkpoints of classifiers of noised images, which guide a diffusion model (arXiv:2105.05233).
 
-A folder of its own holds one, written whole or not at all and never pickled:
+Each is a folder, written completely or not at all and never pickled:
 
     classifier.json            process, architecture, classes, origin, accuracy on held-out images
     classifier.safetensors     the averaged weights
@@ -41,14 +41,15 @@ META, WEIGHTS = "classifier.json", "classifier.safetensors"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A classifier's size, see :func:`fastdiff.nn.image_unet.make_unet`.
+    """Architecture of a classifier, see :func:`fastdiff.nn.image_unet.make_unet`.
 
     Attributes:
         image_size: height and width of the images.
         channels: of the images.
-        widths: feature channels of each level, the resolution halving from one to the next.
-        layers_per_block: residual blocks a level.
-        attention: the levels with self-attention; 0 is the full resolution.
+        widths: feature channels of each level; each level has half the resolution of the one
+            before.
+        layers_per_block: residual blocks in each level.
+        attention: the levels with self-attention; level 0 has the full resolution.
     """
 
     image_size: int
@@ -58,7 +59,7 @@ class Architecture:
     attention: tuple[int, ...] = (1, 2)
 
     def make(self, num_classes: int) -> NoisyClassifier:
-        """A new classifier, its weights drawn from torch's global generator.
+        """A new classifier, its weights initialised from torch's global generator.
 
         Raises:
             InputError: sizes that do not fit together, or fewer than 2 classes.
@@ -75,7 +76,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many held-out images are taken for what they are, at one level of noise.
+    """Share of the held-out images that are classified correctly at one noise level.
 
     Attributes:
         alpha: coefficient of the image.
@@ -90,20 +91,21 @@ class Accuracy:
 
 @dataclass
 class Classifier:
-    """A trained classifier, itself a function (x, t) -> logits [N, K].
+    """A trained classifier, callable as (x, t) -> logits [N, K].
 
-    As such ``Checkpoint.sample(classifier=...)`` takes it: t is what the diffusion network is given
-    for its time, the timestep of a schedule or ``sde.label(t)`` of an SDE.
+    It can be the ``classifier`` of ``Checkpoint.sample``. t is the time as the diffusion network is
+    given it: the timestep of a schedule, or ``sde.label(t)`` of an SDE.
 
     Attributes:
-        model: the network, float32, in eval mode; compiled or not.
-        forward: the process it was trained on.
+        model: the network, float32, in eval mode; it may be compiled.
+        forward: the process that the classifier was trained on.
         architecture: of the network.
         classes: names of the classes.
-        step: training steps behind it.
-        seed: seed of that training.
+        step: number of training steps that the classifier has had.
+        seed: of the training.
         dataset: name of the data set.
-        accuracy: on held-out images, by falling noise; empty if there were none.
+        accuracy: on held-out images, from the highest noise level to the lowest; empty without
+            held-out images.
     """
 
     model: NoisyClassifier
@@ -121,10 +123,11 @@ class Classifier:
 
 
 def save(classifier: Classifier, folder: str | Path) -> None:
-    """Write a classifier as a new folder: all of it, flushed to disk, or nothing.
+    """Write a classifier as a new folder, flushed to disk; after an error there is no folder.
 
     Raises:
-        CheckpointError: the folder exists, weights are not finite, or the disk refused.
+        CheckpointError: the folder exists, weights are not finite, or the file system refused the
+            write.
     """
     tensors = {
         name: value.detach().cpu().contiguous()
@@ -151,15 +154,15 @@ def load(folder: str | Path) -> Classifier:
     """Read a classifier, on the CPU and in eval mode.
 
     Raises:
-        CheckpointError: nothing there, or files that are damaged, foreign or of another version;
-            the text names the file.
+        CheckpointError: there is no classifier, or its files are damaged, of another program or of
+            another format; the text names the file.
     """
     path = Path(folder) / META
     if not path.is_file():
-        what = "it has no " + META if Path(folder).is_dir() else "no such folder"
+        reason = "it has no " + META if Path(folder).is_dir() else "no such folder"
         if (Path(folder) / CHECKPOINT_META).is_file():
-            what += ", but is a checkpoint of a diffusion model"
-        raise CheckpointError(f"no classifier at {folder}: {what}")
+            reason += ", but is a checkpoint of a diffusion model"
+        raise CheckpointError(f"no classifier at {folder}: {reason}")
     meta = read_json(path)
     check_format(meta, path)
     classes = tuple(map(str, field(meta, "classes", list, path)))
@@ -194,9 +197,10 @@ def load(folder: str | Path) -> Classifier:
 
 
 def check_fits(classifier: Classifier, checkpoint: Checkpoint) -> None:
-    """InputError unless a classifier can guide a checkpoint: same process, images and classes.
+    """InputError unless a classifier can guide a checkpoint's model.
 
-    A checkpoint without classes fits any.
+    Both must have the same forward process, image size, channels and classes. If the checkpoint has
+    no classes, the classifier may have any.
     """
     shape = classifier.architecture
     pairs: list[tuple[str, Any, Any]] = [
@@ -205,9 +209,9 @@ def check_fits(classifier: Classifier, checkpoint: Checkpoint) -> None:
     ]
     if checkpoint.classes:
         pairs.append(("the classes", classifier.classes, checkpoint.classes))
-    for what, own, wanted in pairs:
+    for property_name, own, wanted in pairs:
         if own != wanted:
-            raise InputError(f"the classifier knows {what} {own}, the model has {wanted}")
+            raise InputError(f"the classifier knows {property_name} {own}, the model has {wanted}")
     if forward_process.describe(classifier.forward) != forward_process.describe(checkpoint.forward):
         raise InputError(
             f"the classifier was trained on {classifier.forward!r}, the model on "

@@ -1,4 +1,4 @@
-"""A folder of tensors and JSON: written whole or not at all; errors name the file."""
+"""Folders of tensors and JSON: written completely or not at all; errors name the file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastdiff.common import json_file
 from fastdiff.common.errors import CheckpointError
 
-FORMAT = 1  # of every JSON file
+FORMAT = 1  # version of the format, recorded in every JSON file
 
-# What a file system says that cannot flush a file; and a folder, or open one for it.
+# Errors of file systems that have no way to flush a file; or to flush, or open, a folder.
 UNFLUSHABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 UNFLUSHABLE_FOLDER = UNFLUSHABLE | {errno.EACCES, errno.EBADF, errno.EISDIR, errno.EPERM}
 
@@ -29,12 +30,18 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes it when the block ends well, else disappears."""
+    """For a ``with`` block, a folder to fill, which is renamed to ``target`` at its end.
+
+    If the block raises, the folder is deleted.
+
+    Raises:
+        CheckpointError: ``target`` exists, or the file system refused the write.
+    """
     if target.exists():
         raise CheckpointError(f"{target} exists already; it was left as it is")
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a dead process that had this one's number
+        shutil.rmtree(staging, ignore_errors=True)  # left by a dead process that had this PID
         staging.mkdir(parents=True)
         yield staging
         for file in staging.iterdir():
@@ -52,9 +59,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 def _flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk.
 
-    Not every system can: Windows opens no folders, many network and shared file systems flush none,
-    and some flush nothing. They have their own time for it; what they hold is none the less there.
-    Errors of the disk itself, such as EIO and ENOSPC, are raised.
+    Some systems cannot: Windows opens no folders, many network and shared file systems flush no
+    folders, and some flush nothing. There the write is complete, but the system decides when it
+    reaches the disk. Errors of the disk itself, such as EIO and ENOSPC, are raised.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -79,34 +86,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that has NaN or infinity."""
+    """The name of the first tensor that has NaN or infinity, or None."""
     return next((name for name, value in tensors.items() if not value.isfinite().all()), None)
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file that is no safetensors file, or half of one."""
+    """The error for a file that is not a complete safetensors file."""
     size = path.stat().st_size
     return CheckpointError(f"{path} is damaged or no safetensors file ({size} bytes): {error}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; CheckpointError if there is none."""
+    """The JSON object in a file; CheckpointError if the file cannot be read or holds no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json_file.read(path)
+    except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object."""
+    """Write a JSON object to a file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def check_format(value: dict[str, Any], path: Path) -> None:
-    """CheckpointError unless a JSON object is of this version."""
+    """CheckpointError unless the JSON object ``value`` of the file ``path`` has this format."""
     if value.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {value.get('format')!r}; this fastdiff reads format {FORMAT}"
@@ -114,13 +120,13 @@ def check_format(value: dict[str, Any], path: Path) -> None:
 
 
 def field(value: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
-    """An entry of a JSON object; CheckpointError unless it is there and of that kind."""
-    found = value.get(key)
-    if not isinstance(found, kind):
-        raise CheckpointError(f"{path}: {key!r} must be a {kind.__name__}, got {found!r}")
-    return found
+    """An entry of the JSON object of ``path``; CheckpointError unless its type is ``kind``."""
+    entry = value.get(key)
+    if not isinstance(entry, kind):
+        raise CheckpointError(f"{path}: {key!r} must be a {kind.__name__}, got {entry!r}")
+    return entry
 
 
 def optional_field(value: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
-    """As :func:`field`, but None where there is no such entry, or null."""
+    """As :func:`field`, but None if the entry is missing or null."""
     return None if value.get(key) is None else field(value, key, kind, path)

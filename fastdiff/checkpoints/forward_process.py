@@ -1,7 +1,7 @@
 """Forward processes as JSON, for checkpoints.
 
-A NoiseSchedule stands under the key "schedule", by name and options where they make it again, else
-by its betas; every other process under "forward", by name and options.
+A NoiseSchedule is recorded under the key "schedule": by its name and options if these reproduce it,
+else by its betas. Every other process is recorded under "forward", by its name and options.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.objectives import Forward
 from fastdiff.schedules import FlowSchedule, NoiseSchedule
 
-# The options of each, in the names of its constructor, and the attributes that hold them.
+# For each name its class, and for each option of the constructor the attribute that holds it.
 _TIMES = {"smallest": "smallest", "trained_from": "trained_from"}
 _KINDS: dict[str, tuple[Callable[..., Forward], dict[str, str]]] = {
     "vp": (sde.VP, {"beta_min": "beta_min", "beta_max": "beta_max", **_TIMES}),
@@ -30,8 +30,8 @@ _KINDS: dict[str, tuple[Callable[..., Forward], dict[str, str]]] = {
         {"num_timesteps": "num_timesteps", "shift": "shift", "label_by": "label_by"},
     ),
 }
-# What options were before checkpoints recorded them.
-_ONCE: dict[str, dict[str, Any]] = {
+# Values of options in checkpoints that are older than the option.
+_UNRECORDED: dict[str, dict[str, Any]] = {
     "vp": dict.fromkeys(_TIMES, 1e-3),
     "subvp": dict.fromkeys(_TIMES, 1e-3),
     "ve": dict.fromkeys(_TIMES, 1e-5),
@@ -40,10 +40,10 @@ _ONCE: dict[str, dict[str, Any]] = {
 
 
 def describe(forward: Forward) -> dict[str, Any]:
-    """The entry of a JSON object that says what the forward process is.
+    """A forward process as a JSON object of one entry, "schedule" or "forward".
 
     Raises:
-        InputError: one that cannot be recorded, such as another process's view.
+        InputError: a process that cannot be recorded, such as a schedule seen in continuous time.
     """
     if isinstance(forward, NoiseSchedule):
         described = {"name": forward.name, "num_timesteps": forward.num_timesteps}
@@ -52,13 +52,17 @@ def describe(forward: Forward) -> dict[str, Any]:
         return {"schedule": {**described, "betas": forward.betas.tolist()}}
     for name, (kind, options) in _KINDS.items():
         if type(forward) is kind:
-            found = {option: getattr(forward, attribute) for option, attribute in options.items()}
-            return {"forward": {"name": name, "options": found}}
+            values = {option: getattr(forward, attribute) for option, attribute in options.items()}
+            return {"forward": {"name": name, "options": values}}
     raise InputError(f"a checkpoint cannot record the forward process {forward!r}")
 
 
 def read(meta: Mapping[str, Any], path: Path) -> Forward:
-    """The forward process of the JSON object of ``path``; CheckpointError if it has none."""
+    """The forward process in the JSON object ``meta`` of the file ``path``.
+
+    Raises:
+        CheckpointError: there is none, there are two, or it is not valid.
+    """
     if "schedule" in meta and "forward" in meta:
         raise CheckpointError(f"{path}: both a 'schedule' and a 'forward' process")
     return _process(meta, path) if "forward" in meta else _schedule(meta, path)
@@ -70,21 +74,21 @@ def _process(meta: Mapping[str, Any], path: Path) -> Forward:
     if name not in _KINDS:
         raise CheckpointError(f"{path}: unknown forward process {name!r}")
     options = field(described, "options", dict, path)
-    (kind, wanted), once = _KINDS[name], _ONCE.get(name, {})
-    required = [option for option in wanted if option not in once]
+    (kind, wanted), defaults = _KINDS[name], _UNRECORDED.get(name, {})
+    required = [option for option in wanted if option not in defaults]
     if not set(required) <= set(options) <= set(wanted):
         raise CheckpointError(
             f"{path}: the forward process {name} has the options {', '.join(required)}, "
             f"got {', '.join(options) or 'none'}"
         )
-    options = {**once, **options}
+    options = {**defaults, **options}
     for option, value in options.items():
         if option == "label_by":
             continue  # a name, which the constructor checks
         whole = option == "num_timesteps"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            what = "whole number" if whole else "number"
-            raise CheckpointError(f"{path}: {option!r} must be a {what}, got {value!r}")
+            number = "whole number" if whole else "number"
+            raise CheckpointError(f"{path}: {option!r} must be a {number}, got {value!r}")
     try:
         return kind(**options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -105,6 +109,7 @@ def _schedule(meta: Mapping[str, Any], path: Path) -> NoiseSchedule:
 
 
 def _can_be_remade(schedule: NoiseSchedule) -> bool:
+    """Whether the schedule's name and options reproduce its betas."""
     if schedule.name not in schedules.NAMES:
         return False
     try:

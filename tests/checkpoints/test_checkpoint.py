@@ -497,9 +497,9 @@ def drop_a_weight(path):
             "unusable schedule",
             id="betas of words",
         ),
-        pytest.param(lambda f: (f / META).write_text("{"), "cannot read", id="half a JSON"),
+        pytest.param(lambda f: (f / META).write_text("{"), "is not JSON", id="half a JSON"),
         pytest.param(lambda f: (f / META).write_text("[1]"), "JSON object", id="JSON list"),
-        pytest.param(lambda f: (f / META).write_bytes(b"\xff\xfe"), "cannot read", id="not text"),
+        pytest.param(lambda f: (f / META).write_bytes(b"\xff\xfe"), "is not JSON", id="not text"),
     ],
 )
 def test_damaged_and_foreign_checkpoints(damage, message, folder):
@@ -513,7 +513,7 @@ def test_damaged_and_foreign_checkpoints(damage, message, folder):
     [
         pytest.param(lambda f: truncate(f / STATE), "damaged or no safetensors", id="truncated"),
         pytest.param(lambda f: edit(f / TRAINING, format=2), "format 2", id="newer format"),
-        pytest.param(lambda f: (f / TRAINING).write_text(""), "cannot read", id="empty"),
+        pytest.param(lambda f: (f / TRAINING).write_text(""), "is not JSON", id="empty"),
     ],
 )
 def test_damaged_training_state(damage, message, folder):
@@ -566,7 +566,7 @@ def test_a_shipped_name_wins_over_a_folder(tmp_path, monkeypatch, folder):
     assert checkpoint.shipped() == ("saved",)
     assert checkpoint.resolve("saved") == folder
     assert checkpoint.resolve("./saved") == Path("./saved")
-    with pytest.raises(CheckpointError, match=r"no shipped model is called so \(saved\)"):
+    with pytest.raises(CheckpointError, match=r"no shipped model has that name \(saved\)"):
         checkpoint.load("digits-of-old")
 
 
@@ -638,5 +638,5 @@ def test_what_cannot_be_sampled(options, message, tiny_checkpoint):
 
 
 def test_a_negative_count(tiny_unet):
-    with pytest.raises(InputError, match="cannot draw -1 images"):
+    with pytest.raises(InputError, match="cannot generate -1 images"):
         draw(Checkpoint(tiny_unet(), schedules.cosine(10), "v"), count=-1)
