@@ -1,4 +1,4 @@
-"""Training images, held in memory: scikit-learn's digits, or a folder of image files."""
+"""Training images in memory: scikit-learn's digits, or a folder of image files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fastdiff.data.image_file import Depth
 from fastdiff.data.image_folder import find
 from fastdiff.data.image_grid import from_uint8
 
-HELD_OUT = 5  # every fifth image of each class
-TOLD = 10  # files that cannot be read which a message names; it counts the rest
+HELD_OUT = 5  # of each class every fifth image is held out
+NAMED_FILES = 10  # number of unreadable files that a message names; it counts the others
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,12 @@ class ImageSet:
         images: [N, C, S, S], uint8 in 0..255 or float32 in [-1, 1] (a warning tells of others).
         labels: class of each image, int64 [N], or None.
         classes: names of the classes; empty without labels.
-        name: what checkpoints record as their data set.
-        flip: mirror a random half of the images left to right when training.
+        name: of the data set, which checkpoints record.
+        flip: in training, mirror a random half of the images left to right.
+
+    Raises:
+        DataError: images or labels of another shape or dtype, values that are not finite, labels
+            outside the classes.
     """
 
     images: Tensor
@@ -59,8 +63,8 @@ class ImageSet:
                 raise DataError("float32 images must be finite, got NaN or infinity")
             if low < -1 or high > 1:
                 warnings.warn(
-                    f"fastdiff: float32 images lie in [-1, 1] as a rule, got {low:g} to {high:g}; "
-                    "give pixels of 0 to 255 as uint8, or scale them",
+                    f"fastdiff: float32 images should lie in [-1, 1], got {low:g} to {high:g}; "
+                    "pass pixels of 0 to 255 as uint8, or scale them",
                     stacklevel=3,  # past the dataclass's __init__
                 )
         if self.labels is None:
@@ -80,7 +84,7 @@ class ImageSet:
 
     @property
     def channels(self) -> int:
-        """C: 1 for grey images, 3 for colour."""
+        """C: 1 for grey images, 3 for colour images."""
         return self.images.shape[1]
 
     @property
@@ -89,11 +93,14 @@ class ImageSet:
         return self.images.shape[2]
 
     def without_labels(self) -> ImageSet:
-        """The same images for unconditional training."""
+        """The same images without labels, for unconditional training."""
         return ImageSet(self.images, name=self.name, flip=self.flip)
 
     def split(self) -> tuple[ImageSet, ImageSet | None]:
-        """Images to train on, and every fifth of each class; None if no class has five.
+        """Split into images to train on, and the held-out images: every fifth of each class.
+
+        Returns:
+            Both sets; None in place of the second if no class has five images.
 
         Raises:
             DataError: there are no labels.
@@ -123,7 +130,7 @@ class ImageSet:
 
 
 def digits(split: str = "train", size: int = 16) -> ImageSet:
-    """Handwritten digits of the UCI set that scikit-learn carries: 1797 of 8x8 with values 0..16.
+    """Handwritten digits: scikit-learn's copy of the UCI set, 1797 images of 8x8, values 0..16.
 
     Every fifth digit of each class, in the set's order, is held out.
 
@@ -132,7 +139,7 @@ def digits(split: str = "train", size: int = 16) -> ImageSet:
         size: height and width; the 8x8 originals are enlarged bicubically.
 
     Raises:
-        DataError: another split, or no size.
+        DataError: an unknown split, or a size below 1.
         InputError: scikit-learn is not installed.
     """
     _check_size(size)
@@ -161,37 +168,38 @@ def folder(
     """Read every image of a folder: its largest centred square, resized to ``size``.
 
     Images in sub-folders belong to classes named after the sub-folders; class ids follow the
-    sorted names. Files and folders whose names begin with a dot are passed over. Of a file with
-    several frames or pages the first is read. Images are turned upright by their EXIF data;
-    transparency becomes white.
+    sorted names. Files and folders whose names begin with a dot are skipped. Only the first frame
+    or page of a file is read. Images are turned upright by their EXIF data; transparency becomes
+    white.
 
     Args:
         path: the folder.
-        size: height and width of the images.
-        grayscale: one channel in place of three.
-        flip: mirror a random half of the images left to right when training.
-        value_range: the values that are black and white in files of more than 8 bits a value:
-            (0, 4095) for what a camera of 12 bits saved in files of 16, (0, 1) for floating-point
-            images, say. What lies outside is clipped. None takes the whole range of the integers
-            that the file stores, 0..65535 for 16 bits, and warns if it looks too wide: if no value
-            in any such file of the folder reaches half of it. Files of 8 bits are read as they are.
-        skip_bad: go on without files that cannot be read, and log how many there were.
+        size: height and width of the result.
+        grayscale: read one channel instead of three.
+        flip: in training, mirror a random half of the images left to right.
+        value_range: the values of black and white in files with more than 8 bits a value. Examples:
+            (0, 4095) for 12-bit camera images in files of 16 bits, (0, 1) for floating-point
+            images. Values outside are clipped. None takes the whole range of the integers that the
+            file stores, 0..65535 for 16 bits, and warns if that looks too wide: if no value in any
+            such file of the folder reaches half of it. Files of 8 bits are read as they are.
+        skip_bad: skip files that cannot be read, and log how many.
         progress: show a progress bar on standard error.
 
     Raises:
-        DataError: no such folder, no images, images both beside and in sub-folders, a sub-folder
-            without images, a folder that cannot be listed, no size, or a ``value_range`` that is
-            none or that no file needs. Files that cannot be read (damaged, no image, a link to
-            nothing, or of a range that is unknown: floating-point values, integers outside
-            0..65535), named together with the reasons; with ``skip_bad`` only if no image, or
-            none of a class, is left.
+        DataError: the folder does not exist or cannot be listed, there are no images, there are
+            images both beside and in sub-folders, a sub-folder has no images, the size is below 1,
+            or ``value_range`` is invalid or no file has more than 8 bits. Files that cannot be
+            read, which the text names with the reasons: damaged files, files that are no image,
+            links to nothing, and files of unknown range (floating-point values, or integers outside
+            0..65535, without ``value_range``). With ``skip_bad`` unreadable files are an error only
+            if no image of the folder, or of a class, is left.
     """
     _check_size(size)
     _check_range(value_range)
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder of images" if root.exists() else f"no {root}")
-    groups = find(root)  # "" stands for no class
+    groups = find(root)  # by class; "" for images without a class
     files = [(name, file) for name, group in groups.items() for file in group]
     channels = 1 if grayscale else 3
     pixels = np.empty((len(files), size, size, channels), dtype=np.uint8)
@@ -226,10 +234,11 @@ def folder(
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Which images step ``step`` trains on, int64 [batch_size].
+    """Indices of the images that step ``step`` trains on, int64 [batch_size].
 
-    They are the next ``batch_size`` of an endless stream of permutations of 0..count-1, each drawn
-    from (seed, its number) alone. So a run that resumes needs no record of the order.
+    The steps consume, ``batch_size`` at a time, an endless stream of random permutations of
+    0..count-1. The k-th permutation depends on (seed, k) alone, so a run that resumes needs no
+    record of the order.
     """
     parts, position, wanted = [], step * batch_size, batch_size
     while wanted:
@@ -241,18 +250,22 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
 
 
 def stream_generator(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator that depends on these three alone: one source of noise a step."""
+    """A CPU generator seeded with :func:`stream_seed`."""
     return torch.Generator("cpu").manual_seed(stream_seed(seed, stream, index))
 
 
 def stream_seed(seed: int, stream: str, index: int) -> int:
-    """A 64-bit seed well mixed from a run's seed, the name of a use, and a position."""
+    """A 64-bit seed mixed from a run's seed, the name of a use of random numbers, and a position.
+
+    With a stream for each use and the step as its position, every step has a source of random
+    numbers that is independent of all others and the same when the run is resumed.
+    """
     words = np.random.SeedSequence((seed, int.from_bytes(stream.encode(), "big"), index))
     return int(words.generate_state(1, np.uint64)[0])
 
 
 def _held_out(labels: Tensor) -> Tensor:
-    """Which images are every fifth of their class, bool [N]."""
+    """Mask of the images that are every fifth of their class, bool [N]."""
     chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in labels.unique().tolist():
         chosen[(labels == label).nonzero().flatten()[HELD_OUT - 1 :: HELD_OUT]] = True
@@ -284,12 +297,12 @@ def _check_read(root: Path, bad: list[str], counts: dict[str, int], skip_bad: bo
     if not bad:
         return
     total = len(bad) + sum(counts.values())
-    more = f"; and {len(bad) - TOLD} more" if len(bad) > TOLD else ""
-    reasons = "; ".join(bad[:TOLD]) + more
+    more = f"; and {len(bad) - NAMED_FILES} more" if len(bad) > NAMED_FILES else ""
+    reasons = "; ".join(bad[:NAMED_FILES]) + more
     which = "the image" if len(bad) == 1 else f"{len(bad)} of {total} images:"
     if not skip_bad:
         raise DataError(
-            f"cannot read {which} {reasons} (skip_bad=True, --skip-bad, goes on without)"
+            f"cannot read {which} {reasons} (skip_bad=True, --skip-bad, skips such files)"
         )
     for name, count in counts.items():
         if not count:
@@ -298,23 +311,23 @@ def _check_read(root: Path, bad: list[str], counts: dict[str, int], skip_bad: bo
 
 
 def _warn_of_unused_bits(depths: Iterable[tuple[Path, Depth]]) -> None:
-    """Warn of every kind of file none of which reaches half of the range it was read against.
+    """Warn of every kind of file in which no value reaches half of the assumed range.
 
-    A dark image alone is no sign of that: files of one kind are judged together.
+    Files of one kind are judged together, since a single image may just be dark.
     """
     kinds: dict[tuple[str, int], list[tuple[Path, Depth]]] = {}
     for file, depth in depths:
         kinds.setdefault((depth.kind, depth.white), []).append((file, depth))
-    for (kind, white), found in kinds.items():
-        file, brightest = max(found, key=lambda entry: entry[1].largest)
+    for (kind, white), entries in kinds.items():
+        file, brightest = max(entries, key=lambda entry: entry[1].largest)
         largest = int(brightest.largest)
         if 0 < largest <= white // 2:
             bits = max(8, largest.bit_length())
             warnings.warn(
-                f"fastdiff: no value in the files of kind {kind} ({len(found)} of them) exceeds "
-                f"{largest}, that of {file}; read with {white} as white, their brightest pixel is "
-                f"{largest * 256 // (white + 1)} of 255. If {2**bits - 1} is white, say "
+                f"fastdiff: the largest value in the files of kind {kind} ({len(entries)} of them) "
+                f"is {largest}, in {file}; read with {white} as white, their brightest pixel is "
+                f"{largest * 256 // (white + 1)} of 255. If {2**bits - 1} is white, pass "
                 f"value_range=(0, {2**bits - 1}) (--value-range 0 {2**bits - 1}); (0, {white}) "
-                "keeps them dark without this warning",
+                "keeps the images dark without this warning",
                 stacklevel=3,
             )

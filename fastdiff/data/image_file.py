@@ -1,4 +1,4 @@
-"""One image file as pixels of 8 bits, whatever its mode, depth and metadata."""
+"""Read an image file, of any mode, depth and metadata, as pixels of 8 bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from fastdiff.common.errors import DataError
 
-_TO_UPRIGHT = {  # from the values of EXIF's tag Orientation
+_TO_UPRIGHT = {  # the turn that makes an image upright, by EXIF's tag Orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -21,20 +21,20 @@ _TO_UPRIGHT = {  # from the values of EXIF's tag Orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Colours of 16 bits, of which Pillow keeps the high byte alone. With the other order of bytes its
-# decoders give the low byte. N is the processor's own order.
+# Of colours of 16 bits Pillow keeps only the high byte. Told the opposite byte order (L little, B
+# big, N the processor's own), its decoders give the low byte.
 _LOW_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 _DEEP_COLOURS = ("RGB;16", "RGBX;16", "RGBA;16", "CMYK;16")
 
 
 @dataclass(frozen=True)
 class Depth:
-    """What a file with more than 8 bits a value holds.
+    """The value range of a file with more than 8 bits a value.
 
     Attributes:
-        kind: format and mode in Pillow's words, such as "PNG I;16".
-        white: the largest value that the file's type has room for.
-        largest: the largest value in it, not counting opacity.
+        kind: format and mode as Pillow names them, such as "PNG I;16".
+        white: the largest value that the file's type can hold.
+        largest: the largest value in the file, opacity excluded.
     """
 
     kind: str
@@ -47,17 +47,17 @@ def read(
 ) -> tuple[np.ndarray, Depth | None]:
     """Read the first frame of a file, upright: its largest centred square, resized.
 
-    The orientation comes from the EXIF data; EXIF data that cannot be parsed is passed over.
+    The orientation comes from the EXIF data; EXIF data that cannot be parsed is ignored.
     Transparency becomes white.
 
     Args:
-        file: of any format that Pillow reads.
+        file: an image of any format that Pillow reads.
         size: height and width S of the result.
-        grayscale: one channel in place of three.
-        value_range: which values become 0 and 255, in a file with more than 8 bits a value. What
-            lies between is cut into 256 bins of equal width, what lies outside is clipped. None
-            takes all values that an unsigned integer of the file's width has, so that the highest 8
-            bits are kept.
+        grayscale: read one channel instead of three.
+        value_range: the values that become 0 and 255 in a file with more than 8 bits a value. The
+            range is divided into 256 bins of equal width; values outside are clipped. None takes
+            the range of an unsigned integer of the file's width, so that the highest 8 bits are
+            kept.
 
     Returns:
         Pixels uint8 [S, S, C], and the depth of a file with more than 8 bits a value, else None.
@@ -77,13 +77,13 @@ def read(
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("L" if grayscale else "RGB"), (size, size))
-    except Exception as error:  # decoders raise whatever their damaged input makes them run into
+    except Exception as error:  # damaged input can make a decoder raise anything
         raise DataError(f"{file}: {_reason(error)}") from error
     return np.asarray(image).reshape(size, size, -1), depth
 
 
 def _reason(error: Exception) -> str:
-    """An exception's text in one line, with the type's name where the text alone says little."""
+    """An exception's text in one line, with the name of its type if the text alone says little."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -93,34 +93,34 @@ def _reason(error: Exception) -> str:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """The tag of the EXIF data, 1 (upright) where there is none or it cannot be parsed."""
+    """EXIF's tag Orientation; 1 (upright) if it is missing or cannot be parsed."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # as for a decoder: the data may be anything
+    except Exception:  # damaged EXIF data can make the parser raise anything
         return 1
 
 
 def _with_8_bits(
     file: Path, opened: Image.Image, value_range: tuple[float, float] | None
 ) -> tuple[Image.Image, Depth | None]:
-    """The image in a mode of 8 bits a value, and the depth of its file if it has more."""
+    """The image in a mode of 8 bits a value, and the depth of a file that has more, else None."""
     raw = _raw_mode(opened)
     values = _deep_values(file, opened, raw)  # [H, W] or [H, W, C]
     if values is None:
-        opened.load()  # before the metadata, whose errors are passed over
+        opened.load()  # so that errors of the pixels are not taken for ignored errors of EXIF data
         return opened, None
     seen = values[..., :3] if opened.mode == "RGBA" else values
     low, high = float(seen.min()), float(seen.max())
     white = 4095 if raw == "I;12" else 65535
     if value_range is None:
-        say = "say which are black and white with value_range (--value-range)"
+        advice = "give the values of black and white by value_range (--value-range)"
         if opened.mode == "F":
             raise ValueError(
                 f"it holds floating-point values ({low:g} to {high:g}), whose range is unknown: "
-                + say
+                + advice
             )
         if low < 0 or high > white:
-            raise ValueError(f"its values ({low:g} to {high:g}) lie outside 0 to {white}: {say}")
+            raise ValueError(f"its values ({low:g} to {high:g}) lie outside 0 to {white}: {advice}")
     elif not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("it holds values that are not finite")
     pixels = _in_bins(values, value_range or (0, white))
@@ -133,9 +133,9 @@ def _with_8_bits(
 
 
 def _in_bins(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
-    """Values as the numbers 0..255 of 256 bins of equal width, uint8.
+    """For each value the number 0..255 of its bin, of 256 bins of equal width, uint8.
 
-    An integer stands for the unit interval above it: 0..65535 gives the high byte.
+    An integer k counts as the interval [k, k + 1), so the range 0..65535 gives the high byte.
     """
     low, high = value_range
     span = high - low + (values.dtype.kind in "iu")
@@ -145,7 +145,7 @@ def _in_bins(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray
 
 
 def _raw_mode(opened: Image.Image) -> str:
-    """How a file stores its pixels, in the words of Pillow's decoders; "" if that is not told."""
+    """Pillow's name of how a file stores its pixels (raw mode); "" if Pillow does not tell."""
     for *_, arguments in getattr(opened, "tile", [])[:1]:
         raw = arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments
         return raw if isinstance(raw, str) else ""
@@ -153,12 +153,12 @@ def _raw_mode(opened: Image.Image) -> str:
 
 
 def _deep_values(file: Path, opened: Image.Image, raw: str) -> np.ndarray | None:
-    """The values of a file with more than 8 bits each, [H, W] or [H, W, C], else None."""
+    """The values of a file with more than 8 bits a value, [H, W] or [H, W, C]; None for others."""
     if opened.mode.startswith(("I", "F")):
         return np.asarray(opened)
     if raw[:-1] in _DEEP_COLOURS and raw[-1] in _LOW_BYTE:
         high, low = np.asarray(opened), _decoded(file, raw[:-1] + _LOW_BYTE[raw[-1]])
-    elif raw == "LA;16B":  # decoded as RGBA; its four bytes taken as they are give all of it
+    elif raw == "LA;16B":  # read as RGBA, its four bytes are high and low of L, high and low of A
         quads = _decoded(file, "RGBA")
         high, low = quads[..., [0, 0, 0, 2]], quads[..., [1, 1, 1, 3]]
     else:
@@ -167,7 +167,7 @@ def _deep_values(file: Path, opened: Image.Image, raw: str) -> np.ndarray | None
 
 
 def _decoded(file: Path, raw: str) -> np.ndarray:
-    """A file's pixels decoded as if it stored them in another way, uint8 [H, W, C]."""
+    """A file's pixels decoded as if its raw mode were ``raw``, uint8 [H, W, C]."""
     with Image.open(file) as opened:
         tiles: list[Any] = getattr(opened, "tile", [])
         for i, tile in enumerate(tiles):

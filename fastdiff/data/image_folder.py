@@ -1,4 +1,4 @@
-"""Which image files a folder holds, and of which class each is."""
+"""List the image files of a folder, by class."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SUFFIXES = frozenset(
 
 
 def find(root: Path) -> dict[str, list[Path]]:
-    """The image files of each class, or all of them under "" if there are no classes.
+    """The image files of each class; without classes, all image files under the key "".
 
     Args:
         root: the folder; see :func:`fastdiff.data.folder`.
 
     Raises:
-        DataError: no images, images both beside and in sub-folders, a sub-folder without images, or
-            a folder that cannot be listed.
+        DataError: there are no images, there are images both beside and in sub-folders, a
+            sub-folder has no images, or a folder cannot be listed.
     """
     try:
         direct = [entry for entry in _visible(root) if _is_image(entry)]
@@ -34,7 +34,7 @@ def find(root: Path) -> dict[str, list[Path]]:
     if direct and any(below.values()):
         raise DataError(
             f"{root} has images both in itself and in sub-folders; "
-            "put every image into a sub-folder named after its class, or none"
+            "put either every image into a sub-folder named after its class, or no image"
         )
     if not direct and not any(below.values()):
         raise DataError(f"{root} has no images (looked for {', '.join(sorted(SUFFIXES))})")
@@ -47,9 +47,9 @@ def find(root: Path) -> dict[str, list[Path]]:
 
 
 def class_names(folder: str | Path) -> tuple[str, ...]:
-    """The classes that a folder of images has by its sub-folders, whose images are not looked at.
+    """The names of the classes of a folder of images, without a look at the images.
 
-    A folder that does not exist has none here; reading it says what is wrong.
+    For a folder that does not exist there are none; :func:`find` raises for it.
     """
     root = Path(folder)
     return tuple(as_text(f.name) for f in _class_folders(root)) if root.is_dir() else ()
@@ -64,14 +64,14 @@ def _visible(root: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a name is an image's; a link to nothing is told of when it is read."""
+    """Whether a path has the suffix of an image; a link to nothing is an error when it is read."""
     return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 def _images(root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     """Image files in ``root`` and below, in sorted order.
 
-    A link to one of the folders ``above``, which would never end, is passed over.
+    A link to one of the folders ``above`` is skipped, since following it would never end.
     """
     real = root.resolve()
     if real in above:

@@ -1,4 +1,4 @@
-"""Images to look at: tensors in [-1, 1] to pixels, labelled grids, files."""
+"""Show images: convert tensors in [-1, 1] to pixels, lay them out in labelled grids, save them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from torch import Tensor
 
 from fastdiff.common.errors import InputError
 
-TILE = 64  # pixels; smaller images are enlarged to about this, so that a person can see them
+TILE = 64  # pixels; smaller images are enlarged to at least this height
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images [N, C, H, W] in [-1, 1] as pixels, uint8 [N, H, W, C]; values outside are clipped.
 
     Raises:
-        ValueError: not four dimensions, not 1 or 3 channels, or values that are not finite.
+        ValueError: another number of dimensions, channels other than 1 or 3, or values that are not
+            finite.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape [N, 1 or 3, H, W], got {tuple(images.shape)}")
@@ -49,13 +50,14 @@ def grid(
 
     Args:
         images: [N, C, H, W] in [-1, 1], C 1 or 3, N at least 1.
-        columns: images in a row.
-        labels: one text a row, printed at its left.
-        scale: enlargement; None takes what brings the height to at least TILE pixels.
+        columns: number of images in a row.
+        labels: for each row a text, printed at its left.
+        scale: factor of enlargement; None for the least that makes images TILE pixels high.
         gap: pixels between images and around them.
 
     Raises:
-        ValueError: no images, columns below 1, or another number of labels than rows.
+        ValueError: there are no images, columns are below 1, or there are not as many labels as
+            rows.
     """
     if len(images) == 0 or columns < 1:
         raise ValueError(f"a grid needs images and columns, got {len(images)} and {columns}")
@@ -89,22 +91,22 @@ def grid(
 def check_image_path(path: Path) -> None:
     """Make sure, before any long work, that an image can be written at ``path``.
 
-    Its folder is made if it is missing.
+    The folder of ``path`` is created if it is missing.
 
     Raises:
-        InputError: an unknown image format, one that this Pillow cannot write or that takes no
-            images in colour, a folder in its place, or no way to write there.
+        InputError: the image format is unknown, this Pillow cannot write it or it has no colours,
+            ``path`` is a folder, or its folder cannot be written to.
     """
     kind = _format_of(path)
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
-    except Exception as error:  # encoders raise what they like
+    except Exception as error:  # Pillow's encoders have no common exception
         raise InputError(f"cannot write {path} as {kind} ({error}); end its name in .png") from None
     check_writable(path)
 
 
 def _format_of(path: Path) -> str:
-    """Pillow's name of the format that a file's name says; InputError if it says none."""
+    """Pillow's name of the format by the suffix of ``path``; InputError for an unknown suffix."""
     Image.init()
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
     if kind not in Image.SAVE:
@@ -113,7 +115,7 @@ def _format_of(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Make sure that a file can be written at ``path``, making its folder if it is missing."""
+    """InputError unless a file can be written at ``path``; a missing folder of it is created."""
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
     try:
@@ -125,11 +127,11 @@ def check_writable(path: Path) -> None:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write an image so that ``path`` holds all of it or what it held before.
+    """Write an image to a file; after an error ``path`` is as it was before.
 
     Raises:
-        InputError: an unknown image format, an image that it cannot hold (of more pixels than it
-            counts, say), or no way to write there.
+        InputError: the image format is unknown or cannot hold the image (for example, for its
+            size), or the file cannot be written.
     """
     kind = _format_of(path)
     check_writable(path)
@@ -137,7 +139,7 @@ def save(image: Image.Image, path: Path) -> None:
     try:
         image.save(partial, kind)
         os.replace(partial, path)
-    except Exception as error:  # encoders raise what they like, for too large an image say
+    except Exception as error:  # Pillow's encoders have no common exception
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {path}: {reason}") from error
     finally:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
-from fastdiff import data
 from fastdiff.common.errors import DataError, InputError
+from fastdiff.data import datasets
 from fastdiff.data.datasets import (
     ImageSet,
     batch_indices,
@@ -300,7 +300,7 @@ def test_every_epoch_visits_every_image_once(count, batch_size):
 def test_the_order_depends_on_the_seed_and_the_step_alone():
     late = batch_indices(100, 10, 37, seed=0)
     batch_indices(50, 7, 3, seed=5)
-    data._permutation.cache_clear()
+    datasets._permutation.cache_clear()
     assert torch.equal(batch_indices(100, 10, 37, seed=0), late)
     assert not torch.equal(batch_indices(100, 10, 37, seed=1), late)
 
@@ -348,7 +348,7 @@ def test_bad_arguments(make, message):
 
 
 def test_floats_of_another_scale_are_warned_of():
-    with pytest.warns(UserWarning, match=r"in \[-1, 1\] as a rule, got 0 to 255; .* as uint8"):
+    with pytest.warns(UserWarning, match=r"in \[-1, 1\], got 0 to 255; .* as uint8"):
         ImageSet(torch.linspace(0, 255, 32).view(2, 1, 4, 4))
     ImageSet(torch.linspace(-1, 1, 32).view(2, 1, 4, 4))
 

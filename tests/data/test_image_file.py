@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastdiff import data
 from fastdiff.common.errors import DataError
-from fastdiff.data import image_file
+from fastdiff.data import datasets, image_file
 
 # EXIF's orientation 6, "its top is at the right", beside a ResolutionUnit that does not fit into
 # the 16 bits that the tag has.
@@ -136,7 +136,7 @@ def test_twelve_bits_in_sixteen_are_told(name, tmp_path):
     values[0, 0] = 4000
     values[..., 3] = 65535
     (tmp_path / file).write_bytes(encode(values))
-    message = rf"exceeds 4000, that of .*{file}; .* brightest pixel is 15 of 255\. .*\(0, 4095\)"
+    message = rf"is 4000, in .*{file}; .* brightest pixel is 15 of 255\. .*\(0, 4095\)"
     with pytest.warns(UserWarning, match=message):
         found = read(tmp_path)
     assert found.images.max() == 15
@@ -146,7 +146,7 @@ def test_a_whole_folder_is_judged_not_one_dark_image(tmp_path):
     """A folder of 16 bits may hold dark images; it has a bright one as well."""
     save(tmp_path / "dark.png", grey(300))
     save(tmp_path / "darker.png", grey(3))
-    with pytest.warns(UserWarning, match=r"exceeds 300, .*dark\.png.*\(0, 511\)"):
+    with pytest.warns(UserWarning, match=r"is 300, in .*dark\.png.*\(0, 511\)"):
         read(tmp_path)
     save(tmp_path / "bright.png", grey(40_000))
     found = read(tmp_path, grayscale=True)  # pytest is configured to fail on fastdiff's warnings
@@ -159,7 +159,7 @@ def test_kinds_of_files_are_judged_apart(tmp_path):
     (tmp_path / "b").mkdir()
     save(tmp_path / "a" / "bright.png", grey(60_000))
     save(tmp_path / "b" / "eight.tif", grey(255, np.int32))
-    with pytest.warns(UserWarning, match=r"TIFF I \(1 of them\) exceeds 255, .*\(0, 255\)"):
+    with pytest.warns(UserWarning, match=r"TIFF I \(1 of them\) is 255, in .*\(0, 255\)"):
         read(tmp_path)
 
 
@@ -390,7 +390,7 @@ def test_all_bad_files_are_told_at_once(tmp_path):
     _spoil(tmp_path, 30)
     with pytest.raises(DataError, match=r"cannot read 31 of 32 images: .*; and 21 more") as caught:
         read(tmp_path)
-    assert str(caught.value).count("cannot identify") == data.TOLD
+    assert str(caught.value).count("cannot identify") == datasets.NAMED_FILES
 
 
 def test_bad_files_are_left_out_on_demand(tmp_path, caplog):
