@@ -1,4 +1,4 @@
-"""Training of diffusion models and of classifiers that guide them."""
+"""Training of diffusion models, and of classifiers for guidance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a classifier of noised images (Dhariwal & Nichol 2021, arXiv:2105.05233, appendix H)."""
+"""Train a classifier of noised images (Dhariwal & Nichol 2021, arXiv:2105.05233, appendix H)."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from fastdiff.schedules import GaussianPath
 from fastdiff.sde import discretize
 from fastdiff.training.session import deferred_signals, ema_decay, training_bar
 
-LEVELS = 5  # of noise, at which accuracy is measured
-BATCH = 256  # images of a measurement at once
+LEVELS = 5  # number of noise levels at which accuracy is measured
+BATCH = 256  # images in one pass when accuracy is measured
 
 
 @dataclass(frozen=True)
 class ClassifierOptions:
-    """How to train.
+    """Options of a classifier's training.
 
     Attributes:
-        steps: optimizer steps in all.
-        batch_size: images a step.
+        steps: total number of optimizer steps.
+        batch_size: images per step.
         lr: learning rate of AdamW at the first step; it falls linearly to 0.
         weight_decay: of AdamW.
         ema: decay of the averaged weights; at step s it is min(ema, (1 + s) / (10 + s)).
-        seed: of the weights, the order, the times and the noise.
+        seed: of the initial weights, the images' order, the times and the noise.
 
     Raises:
         InputError: a value outside its range.
@@ -73,26 +73,26 @@ class ClassifierOptions:
 class ClassifierTrainer:
     """Trains a classifier on x_t at random times of a diffusion model's forward process.
 
-    Times are drawn evenly from the timesteps of a schedule, or those that
-    :func:`fastdiff.sde.discretize` gives an SDE.
+    Times are sampled uniformly from the timesteps of a schedule; an SDE has the timesteps of
+    :func:`fastdiff.sde.discretize`.
 
     Args:
         checkpoint: the diffusion model that the classifier is to guide.
         data: images and labels.
-        architecture: None is the default one for the images' size and channels.
-        options: how to train.
-        device: where.
+        architecture: None is the default for the images' size and channels.
+        options: of the training; None for the defaults.
+        device: where to train.
 
     Attributes:
         model: the classifier in training.
-        ema: the one with averaged weights, in eval mode.
-        finished_steps: steps behind it.
+        ema: the classifier with averaged weights, in eval mode.
+        finished_steps: number of steps done.
 
     Raises:
-        InputError: images without labels, or that do not fit the checkpoint or the architecture.
+        InputError: images that have no labels, or do not fit the checkpoint or the architecture.
 
     Example:
-        >>> trainer = ClassifierTrainer(found, fastdiff.data.digits(), device="cuda")
+        >>> trainer = ClassifierTrainer(checkpoint, fastdiff.data.digits(), device="cuda")
         >>> trainer.run()
         >>> trained = trainer.classifier(fastdiff.data.digits("test"))
     """
@@ -141,7 +141,7 @@ class ClassifierTrainer:
         """Train on the next batch and return its cross-entropy, in nats.
 
         Raises:
-            TrainingError: it is not finite; the model is left as it was.
+            TrainingError: the cross-entropy is not finite; the model is not changed.
         """
         step, options = self.finished_steps, self.options
         for group in self.optimizer.param_groups:
@@ -168,10 +168,10 @@ class ClassifierTrainer:
         return value
 
     def run(self, *, progress: bool = True) -> signal.Signals | None:
-        """Train to the last step; SIGINT (Ctrl-C) or SIGTERM ends it after the running one.
+        """Train to the last step; SIGINT (Ctrl-C) or SIGTERM ends training after the running step.
 
         Returns:
-            The signal that ended it, or None after the last step.
+            The signal that ended the training, or None after the last step.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -183,14 +183,14 @@ class ClassifierTrainer:
         return caught[0] if caught else None
 
     def classifier(self, held_out: ImageSet | None = None) -> Classifier:
-        """The averaged classifier as it stands; it goes on changing with the training.
+        """The averaged classifier, not a copy: further training changes it.
 
         Args:
-            held_out: images of the same classes to measure its accuracy on, at five levels of
-                noise from the process's last timestep to its first.
+            held_out: images of the same classes, on which the accuracy is measured at five noise
+                levels, from the process's last timestep to its first; None for no measurement.
 
         Raises:
-            InputError: held-out images of other classes.
+            InputError: the held-out images have other classes.
         """
         made = replace(self._made, step=self.finished_steps)
         if held_out is None:
@@ -211,15 +211,15 @@ class ClassifierTrainer:
             x0, classes = replace(images, flip=False).batch(indices)
             assert classes is not None
             t = torch.full((len(x0),), timestep, device="cpu")
-            found = self._logits(self.ema, x0, t, generator).argmax(1).cpu()
-            right += int((found == classes).sum())
+            predicted = self._logits(self.ema, x0, t, generator).argmax(1).cpu()
+            right += int((predicted == classes).sum())
         alpha, sigma = self.path.alpha_t[timestep].item(), self.path.sigma_t[timestep].item()
         return Accuracy(alpha, sigma, right / len(images))
 
     def _logits(
         self, model: torch.nn.Module, x0: Tensor, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Of images noised to timesteps of the path."""
+        """Logits [N, K] of images x0 noised to timesteps t of the path."""
         noise = torch.randn(x0.shape, generator=generator, device="cpu")
         x_t = process.q_sample(self.path, x0, t, noise)
         logits: Tensor = model(x_t.to(self.device), self.labels[t].to(self.device))

@@ -1,14 +1,14 @@
-"""What images are known by when a run goes on: their content, not the place they are read from.
+"""Fingerprints, by which a resumed run recognises its images: by their content, not their place.
 
-The fingerprint of images x_ip, in grey levels 0..255, is K sums
+The fingerprint of N images x_ip, in grey levels 0..255, is K sums
 
     s_k = sum_ip w_ki v_kp x_ip / sqrt(N D)
 
 with random signs w_ki for each image and v_kp for each of its D values. The difference of two
 fingerprints tells how far the images are apart: E (s_k - s'_k)^2 is the mean square of the
-difference of all values (Achlioptas 2003, "Database-friendly random projections"). Unlike a hash
-it therefore knows images again that another processor has enlarged, or another version of a
-decoder has read, with a value rounded differently here and there.
+difference of all values (Achlioptas 2003, "Database-friendly random projections"). Unlike a hash,
+a fingerprint still recognises images of which a few values are rounded differently, since another
+processor has enlarged them or another version of a decoder has read them.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from fastdiff.checkpoints.folder import field, optional_field
 from fastdiff.common.errors import CheckpointError, DataError
 from fastdiff.data.datasets import ImageSet, stream_generator
 
-SUMS = 16
-CHUNK = 2**20  # values at a time
-ROUNDING = 1e-3  # grey levels, root mean square: as far apart as the same images may be
-OTHER = 1.0  # grey levels, root mean square: farther apart than decoders are
+SUMS = 16  # K
+CHUNK = 2**20  # values that are summed at a time
+# Root mean square differences of all values, in grey levels.
+ROUNDING = 1e-3  # up to this the images count as the same
+OTHER = 1.0  # up to this another decoder is the likely reason; beyond, the images are others
 
 
 def fingerprint(images: ImageSet) -> dict[str, Any]:
-    """What to know images and labels by, as JSON has it: see the module.
+    """The fingerprint of images and their labels, as a JSON object; see the module's docstring.
 
     Returns:
-        sums: K numbers.
-        labels: a hash of the labels, or None.
+        ``sums``, K numbers, and ``labels``, a hash of the labels or None.
     """
     count, values = len(images), images.images[0].numel()
     of_image, of_value = _signs("images", count), _signs("values", values)
     sums = torch.zeros(SUMS, dtype=torch.float64, device="cpu")
     size = max(1, CHUNK // values)
-    for some, signs in zip(images.images.split(size), of_image.split(size), strict=True):
-        levels = some.cpu().flatten(1).double()
+    for chunk, signs in zip(images.images.split(size), of_image.split(size), strict=True):
+        levels = chunk.cpu().flatten(1).double()
         if images.images.dtype != torch.uint8:
             levels = (levels + 1) * 127.5
         sums += (levels @ of_value * signs).sum(0)
@@ -58,53 +58,59 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
 
 
 def check_same(
-    recorded: Mapping[str, Any] | None, found: Mapping[str, Any], names: tuple[str, str], path: Path
+    recorded: Mapping[str, Any] | None,
+    present: Mapping[str, Any],
+    names: tuple[str, str],
+    path: Path,
 ) -> None:
-    """Make sure that images are those of a checkpoint, as far as their fingerprints tell.
+    """Compare the fingerprint in a checkpoint with that of the images to go on with.
+
+    A difference that another decoder explains is a warning.
 
     Args:
-        recorded: the checkpoint's fingerprint; None, with a warning, of an older version.
-        found: that of the images, as many and as large.
-        names: of the checkpoint's data set and of the images.
-        path: the file that ``recorded`` is from.
+        recorded: the checkpoint's fingerprint; None if its version recorded none, which is a
+            warning.
+        present: the fingerprint of the images; their number and size must be the checkpoint's.
+        names: the checkpoint's name of its data set, and the name of the images.
+        path: the file that holds ``recorded``.
 
     Raises:
-        DataError: other images, or other labels.
-        CheckpointError: a fingerprint that is damaged.
+        DataError: the images or their labels differ.
+        CheckpointError: the recorded fingerprint is damaged.
     """
-    was, now = names
+    before, now = names
     if recorded is None:
         warnings.warn(
-            f"fastdiff: {path} does not say what the images looked like, so only their number and "
-            "their classes were compared with those of the run",
+            f"fastdiff: {path} has no fingerprint of the images, so only their number and their "
+            "classes were compared with those of the run",
             stacklevel=3,
         )
         return
     sums = field(recorded, "sums", list, path)
     if len(sums) != SUMS or not all(isinstance(value, float) for value in sums):
         raise CheckpointError(f"{path}: unusable fingerprint of the images: {sums!r}")
-    gaps = (a - b for a, b in zip(sums, found["sums"], strict=True))
+    gaps = (a - b for a, b in zip(sums, present["sums"], strict=True))
     apart = math.sqrt(sum(gap * gap for gap in gaps) / SUMS)
     if not apart <= OTHER:
         raise DataError(
-            f"the run trained on other images: those of {was!r} then and of {now!r} now differ by "
-            f"{apart:.1f} of 255 grey levels (root mean square)"
+            f"the run trained on other images: those of {before!r} then and of {now!r} now differ "
+            f"by {apart:.1f} of 255 grey levels (root mean square)"
         )
-    if optional_field(recorded, "labels", str, path) != found["labels"]:
+    if optional_field(recorded, "labels", str, path) != present["labels"]:
         raise DataError(
-            f"the run trained on the images of {was!r} with other labels than those of {now!r} have"
+            f"the run trained with other labels: those of {before!r} then and of {now!r} now differ"
         )
     if apart > ROUNDING:
         warnings.warn(
-            f"fastdiff: the images of {now!r} are not quite those of {was!r} that the run began "
-            f"with: they differ by {apart:.2g} of 255 grey levels (root mean square). The run goes "
-            "on, but not exactly as it would have gone on with those",
+            f"fastdiff: the images of {now!r} are not exactly those of {before!r} that the run "
+            f"began with: they differ by {apart:.2g} of 255 grey levels (root mean square). The "
+            "run goes on, but not exactly as with the first images",
             stacklevel=3,
         )
 
 
 def _signs(stream: str, count: int) -> Tensor:
-    """Random signs, float64 [count, SUMS], always the same."""
+    """Random signs, float64 [count, SUMS]; the same at every call."""
     generator = stream_generator(0, f"fingerprint of {stream}", 0)
     return (
         torch.randint(2, (count, SUMS), generator=generator, device="cpu").mul_(2).sub_(1).double()

@@ -1,4 +1,4 @@
-"""What surrounds a training loop: a bar, signals that wait for the running step, a loss log."""
+"""Around a training loop: its progress bar, signals that wait for the running step, a loss log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from fastdiff.common.progress import progress_bar
 
 @contextmanager
 def training_bar(steps: int, finished: int, shown: bool) -> Iterator[Callable[[float], None]]:
-    """A progress bar, as a function that counts a step and shows its loss, averaged over some."""
+    """For a ``with`` block, a progress bar: a function that is called with the loss of each step.
+
+    The bar shows a moving average of the losses.
+    """
     average: float | None = None
     with progress_bar(total=steps, initial=finished, desc="training", shown=shown) as bar:
 
@@ -34,22 +37,22 @@ def training_bar(steps: int, finished: int, shown: bool) -> Iterator[Callable[[f
 
 
 def ema_decay(largest: float, step: int) -> float:
-    """Decay of the averaged weights at a step, lower at first to forget the beginning."""
+    """Decay of the averaged weights at a step, lower at first so that they forget the start."""
     return min(largest, (1 + step) / (10 + step))
 
 
 class Dispensable:
-    """Blocks that a run can do without: what fails in them is a warning, the first time."""
+    """Makes the errors of ``with`` blocks that a training run does not need into warnings."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        """A block that fails for want of a file, of memory or of finite numbers goes on after it.
+    def __call__(self, product: str) -> Iterator[None]:
+        """A ``with`` block whose errors of files, of memory or of values are warnings.
 
         Args:
-            what: its name in the warning, which is given once for each name.
+            product: what the block makes, as the warning names it. There is one warning for each.
         """
         try:
             yield
@@ -57,19 +60,20 @@ class Dispensable:
             refused = memory_refused(error)
             if not (refused or isinstance(error, (OSError, ValueError, ArithmeticError))):
                 raise
-            if what not in self._told:
-                self._told.add(what)
+            if product not in self._warned:
+                self._warned.add(product)
                 warnings.warn(
-                    f"fastdiff: no {what}: {refused or error}; training goes on without",
+                    f"fastdiff: no {product}: {refused or error}; training goes on without it",
                     stacklevel=4,
                 )
 
 
 @contextmanager
 def deferred_signals() -> Iterator[list[signal.Signals]]:
-    """Collect the first SIGINT or SIGTERM in a list; the second has its usual effect.
+    """For a ``with`` block, a list in which the first SIGINT or SIGTERM is put.
 
-    Python delivers signals to the main thread only; elsewhere the list stays empty.
+    The second signal has its usual effect. Python delivers signals to the main thread only; in
+    other threads the list stays empty.
     """
     caught: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
@@ -94,14 +98,14 @@ def deferred_signals() -> Iterator[list[signal.Signals]]:
 
 
 def loss_log(path: Path, finished_steps: int) -> Callable[[Mapping[str, Any]], None]:
-    """A function that appends an entry, one JSON object a line, to the log at ``path``.
+    """A function that appends an entry, one JSON object per line, to the log at ``path``.
 
-    What an interrupted run has written of steps after ``finished_steps`` is cut off first. The
-    function raises InputError for an entry that cannot be written, and for every entry if the log
-    could not be cut; it leaves no part of a line.
+    Lines of an interrupted run for steps after ``finished_steps`` are removed first. The function
+    raises InputError if an entry cannot be written, and for every entry if those lines could not be
+    removed; it never leaves a part of a line.
 
     Raises:
-        InputError: the log's folder takes no files, so that it will take no checkpoints either.
+        InputError: no file can be written in the log's folder, so no checkpoint either.
     """
     uncut: OSError | None = None
 
@@ -116,7 +120,7 @@ def loss_log(path: Path, finished_steps: int) -> Callable[[Mapping[str, Any]], N
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("\n", encoding="utf-8")  # which a full disk does not take
+        partial.write_text("\n", encoding="utf-8")  # fails if the disk is full
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
@@ -130,7 +134,7 @@ def loss_log(path: Path, finished_steps: int) -> Callable[[Mapping[str, Any]], N
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append all of a line to a file, or nothing; OSError if the disk does not take it."""
+    """Append a whole line to a file; OSError, with the file as it was, if that is impossible."""
     with path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -146,7 +150,7 @@ def _unwritable(path: Path, error: OSError) -> InputError:
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The whole lines of a loss log whose step is at most ``step``."""
+    """The complete lines of a loss log up to step ``step``."""
     kept: list[str] = []
     if not path.exists():
         return kept

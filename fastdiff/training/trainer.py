@@ -1,7 +1,8 @@
-"""Training, for any of ``fastdiff.objectives``, with averaging of the weights.
+"""The trainer of diffusion models, for every objective of ``fastdiff.objectives``.
 
-Everything random in step s is drawn from generators seeded with (seed, s), and so is the order of
-the images. A run that was interrupted and resumed is therefore bit for bit the run that was not.
+All random numbers of step s come from generators seeded with (seed, s), and the images' order
+depends on (seed, s) alone. An interrupted and resumed run therefore gives bit for bit the result of
+a run without interruption.
 """
 
 from __future__ import annotations
@@ -48,35 +49,37 @@ from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, re
 __all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
 
 LOSSES = "losses.jsonl"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
-PREVIEW_STEPS = 20  # DDIM steps of the sample grids along the way
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of AdamW's moments
+PREVIEW_STEPS = 20  # DDIM steps of the sample grids during training
 
 
 class Trainer:
-    """Trains a model on images in memory.
+    """Trains a model on images in memory, and averages its weights.
 
     Args:
         model: predicts [N, C, S, S] from (x_t, t[, class_labels]), or [N, 2 C, S, S] with a
-            learned variance; trained in place. It may be compiled, or inside DataParallel,
-            DistributedDataParallel or the like: checkpoints hold the network itself, under its own
-            names. DistributedDataParallel has laid out its gradients like the weights that it was
-            given, so under it they keep their memory format; convert the network before.
+            learned variance; trained in place. It may be compiled, or inside a wrapper such as
+            DataParallel or DistributedDataParallel: checkpoints hold the bare network, with its own
+            parameter names. DistributedDataParallel gives gradients the strides that the weights
+            had when it was constructed, so the trainer does not change the memory format of its
+            weights; convert the network before wrapping it.
         forward: the forward process, a schedule or an SDE.
         data: images, and labels if the model is class-conditional.
-        options: how to train.
+        options: of the training; None for the defaults.
         prediction: what the model predicts, see ``fastdiff.objectives.make``.
-        objective: what it is trained for, likewise; None for the one natural to the process.
-        variance: of its steps, likewise.
-        levels: of the objective ncsn, likewise.
+        objective: what the model is trained for, see ``fastdiff.objectives.make``; None for the
+            default of the process.
+        variance: of the reverse steps, see ``fastdiff.objectives.make``.
+        levels: of noise, for the objective ncsn, see ``fastdiff.objectives.make``.
         out: folder for checkpoints, sample grids and losses.jsonl; None writes nothing.
-        record: JSON facts to keep with the training state.
+        record: JSON values of the caller to keep in the checkpoints.
 
     Attributes:
         diffusion: the model with its process and its objective.
-        model: the model as it was given, in training mode.
-        network: the same without what torch has put around it.
+        model: the given model, in training mode.
+        network: the given model without torch's wrappers.
         ema: the network with averaged weights, in eval mode.
-        finished_steps: steps behind it.
+        finished_steps: number of steps done.
 
     Raises:
         InputError: the model, the data, the process and the objective do not fit together, or
@@ -113,7 +116,7 @@ class Trainer:
             forward_process.describe(forward)
         if out is not None and checkpoint.newest(out) is not None:
             raise InputError(
-                f"{out} holds checkpoints of an earlier run; resume it, or go elsewhere"
+                f"{out} holds checkpoints of an earlier run; resume it, or choose another folder"
             )
         if out is not None and self.options.sample_every and data.channels not in (1, 3):
             raise InputError(
@@ -150,49 +153,48 @@ class Trainer:
         device: str | torch.device = "cpu",
         record: Mapping[str, Any] | None = None,
     ) -> Trainer:
-        """Take up a run at its newest checkpoint.
+        """Continue a run from its newest checkpoint.
 
-        The model is the bare network; where it was compiled before, ``trainer.model.compile()``
-        compiles it again.
+        The model is the bare network; to compile it again, call ``trainer.model.compile()``.
 
         Args:
             out: the run's folder.
-            data: the same images as before, wherever they were read from; labels and all. What
-                they are known by is their content, up to the rounding of another decoder.
-            options: None takes those of the checkpoint.
+            data: the images and labels of the run. They may be at another place: their content is
+                compared, up to the rounding of another decoder.
+            options: None for those of the checkpoint.
             device: where to train.
-            record: None takes that of the checkpoint.
+            record: None for that of the checkpoint.
 
         Raises:
-            CheckpointError: no checkpoint in ``out``, or one that cannot be resumed.
-            DataError: other images than before.
+            CheckpointError: there is no checkpoint in ``out``, or it cannot be resumed.
+            DataError: the images are not those of the run.
         """
         folder = checkpoint.newest(out)
         if folder is None:
             raise CheckpointError(f"no checkpoint to resume in {out}")
-        found = checkpoint.load(folder)
+        saved = checkpoint.load(folder)
         tensors, facts = checkpoint.read_state(folder)
         trainer = cls(
-            copy.deepcopy(found.model).to(device),
-            found.forward,
+            copy.deepcopy(saved.model).to(device),
+            saved.forward,
             data,
             options or recorded_options(facts, folder),
-            prediction=found.prediction,
-            objective=found.objective,
-            variance=found.variance,
-            levels=found.levels,
+            prediction=saved.prediction,
+            objective=saved.objective,
+            variance=saved.variance,
+            levels=saved.levels,
             record=facts.get("record", {}) if record is None else record,
         )
-        if (facts.get("images"), found.classes) != (len(data), data.classes):
+        if (facts.get("images"), saved.classes) != (len(data), data.classes):
             raise DataError(
                 f"the run trained on {facts.get('images')} images of the classes "
-                f"{found.classes}, now there are {len(data)} of {data.classes}"
+                f"{saved.classes}, now there are {len(data)} of {data.classes}"
             )
         recorded = optional_field(facts, "fingerprint", dict, folder / checkpoint.TRAINING)
         check_same(
-            recorded, trainer.fingerprint, (found.dataset, data.name), folder / checkpoint.TRAINING
+            recorded, trainer.fingerprint, (saved.dataset, data.name), folder / checkpoint.TRAINING
         )
-        trainer._restore(tensors, found, folder / checkpoint.STATE)
+        trainer._restore(tensors, saved, folder / checkpoint.STATE)
         try:
             trainer.diffusion.objective.load_state_dict(facts.get("timesteps", {}))
         except (TypeError, ValueError) as error:
@@ -203,11 +205,11 @@ class Trainer:
     def step(self) -> float:
         """Train on the next batch and return its loss.
 
-        torch's global generators are seeded for the step, for dropout, and put back after it.
+        torch's global generators are seeded for the step's dropout and restored afterwards.
 
         Raises:
-            TrainingError: the loss or, where it is limited, the gradient is not finite; the model
-                is left as it was.
+            TrainingError: the loss is not finite, or, if ``grad_clip`` is set, the gradient is not;
+                the model is not changed.
         """
         step, seed = self.finished_steps, self.options.seed
         for group in self.optimizer.param_groups:
@@ -220,7 +222,7 @@ class Trainer:
 
     def _step(self, step: int) -> float:
         with span("data"):
-            batch = self._draw(step)
+            batch = self._batch(step)
         with span("forward"):
             loss = self.loss(*batch)
             value = float(loss.detach())
@@ -245,9 +247,9 @@ class Trainer:
         Args:
             x0: clean images, [N, C, S, S].
             labels: classes, int64 [N], or None.
-            t: times, [N], as the objective draws them.
-            weights: their importance weights, float64 [N].
-            noise: standard normal, like ``x0``; or seeds of it, int64 [N, 2].
+            t: times, [N], from the objective's ``draw``.
+            weights: importance weights of the times, float64 [N].
+            noise: standard normal noise like ``x0``, or its seeds, int64 [N, 2].
         """
 
         def model(x_t: Tensor, t: Tensor) -> Any:
@@ -268,17 +270,17 @@ class Trainer:
     def run(self, *, progress: bool = True) -> signal.Signals | None:
         """Train to the last step, with checkpoints, sample grids and losses.jsonl in ``out``.
 
-        SIGINT (Ctrl-C) and SIGTERM end it after the running step, with a checkpoint; a second one
-        does so at once, without. A line of the log or a sample grid that cannot be made or written
-        is a warning, the first time, and the run goes on without.
+        SIGINT (Ctrl-C) or SIGTERM ends the run after the running step, with a checkpoint; a second
+        signal ends it at once, without a checkpoint. If a line of the log or a sample grid cannot
+        be made or written, the run goes on without it, with a warning the first time.
 
         Returns:
-            The signal that ended it, or None after the last step.
+            The signal that ended the run, or None after the last step.
 
         Raises:
             TrainingError: the loss or the gradient is not finite.
-            CheckpointError: a checkpoint could not be written; the one before it is still there.
-            InputError: ``out`` takes no files.
+            CheckpointError: a checkpoint could not be written; the previous checkpoint is kept.
+            InputError: no file can be written in ``out``.
         """
         options, dispensable = self.options, Dispensable()
         bar = training_bar(options.steps, self.finished_steps, progress)
@@ -302,7 +304,7 @@ class Trainer:
         return caught[0] if caught else None
 
     def checkpoint(self) -> Checkpoint:
-        """The averaged model as it stands; it goes on changing with the training."""
+        """The averaged model, not a copy: further training changes it."""
         return Checkpoint(
             self.ema,
             self.diffusion.forward,
@@ -318,7 +320,7 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write a checkpoint into ``out``, unless this step has one, and drop the oldest."""
+        """Write a checkpoint into ``out``, unless this step has one, and delete the oldest."""
         if self.out is None:
             return
         folder = checkpoint.step_folder(self.out, self.finished_steps)
@@ -328,13 +330,13 @@ class Trainer:
 
     @torch.no_grad()
     def preview(self, columns: int = 8) -> Any:
-        """A labelled grid of samples from the averaged model, always of the same noise."""
+        """A labelled grid of samples from the averaged model; its noise is the same every time."""
         current = self.checkpoint()
         steps = min(PREVIEW_STEPS, self.diffusion.path.num_timesteps)
         sampler = self.diffusion.sampler("ddim", steps, grid="trailing")
         shown = range(min(10, len(current.classes)))
         labels = [label for label in shown for _ in range(columns)] if current.classes else None
-        drawn = current.sample(
+        samples = current.sample(
             sampler,
             labels=labels,
             count=None if labels else columns * 4,
@@ -342,10 +344,10 @@ class Trainer:
             progress=False,
         )
         names = [current.classes[label] for label in shown] if labels else None
-        return image_grid.grid(drawn, columns, labels=names)
+        return image_grid.grid(samples, columns, labels=names)
 
-    def _draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """Images, labels, times, their weights and seeds of the noise, on the model's device."""
+    def _batch(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """The arguments of :meth:`loss` for step ``step``, on the model's device."""
         seed, size = self.options.seed, self.options.batch_size
         generator = stream_generator(seed, "step", step)
         x0, labels = self.data.batch(batch_indices(len(self.data), size, step, seed), generator)
@@ -372,11 +374,14 @@ class Trainer:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What the images are known by when the run is resumed."""
+        """The fingerprint of the images, by which a resumed run recognises them."""
         return fingerprint(self.data)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint holds for :meth:`resume`; AdamW's moments are zero before step 1."""
+        """The tensors and JSON values from which :meth:`resume` continues.
+
+        AdamW has no moments before step 1; they are recorded as zeros.
+        """
         tensors: dict[str, Tensor] = {}
         for name, p in self._named_parameters():
             tensors[f"model.{name}"] = p
@@ -394,15 +399,19 @@ class Trainer:
         return tensors, facts
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Under the names that they have in files, whatever of the network is compiled."""
+        """The network's parameters, with their names in files, whether compiled or not."""
         return [(plain_name(name), p) for name, p in self.network.named_parameters()]
 
     @torch.no_grad()
-    def _restore(self, tensors: Mapping[str, Tensor], found: Checkpoint, path: Path) -> None:
-        """Set weights, averages, optimizer and step from a checkpoint."""
-        self.ema.load_state_dict(found.model.state_dict())
+    def _restore(self, tensors: Mapping[str, Tensor], saved: Checkpoint, path: Path) -> None:
+        """Set weights, averages, optimizer and step from a checkpoint and its training state.
+
+        ``path`` is the file of ``tensors``, for the text of errors.
+        """
+        self.ema.load_state_dict(saved.model.state_dict())
         for name, p in self._named_parameters():
-            # Copied, so that p and its moments keep their memory format and AdamW's fused kernel.
+            # Values are copied into existing tensors, so that p and its moments keep their memory
+            # format, which AdamW's fused kernel needs.
             restored = {"model": p, **{key: torch.empty_like(p) for key in MOMENTS}}
             for key, target in restored.items():
                 value = tensors.get(f"{key}.{name}")
@@ -414,10 +423,10 @@ class Trainer:
                 target.copy_(value)
             where = p.device if self.optimizer.defaults["fused"] else "cpu"
             self.optimizer.state[p] = {
-                "step": torch.tensor(float(found.step), device=where),
+                "step": torch.tensor(float(saved.step), device=where),
                 **{key: restored[key] for key in MOMENTS},
             }
-        self.finished_steps = found.step
+        self.finished_steps = saved.step
 
 
 def make_diffusion(
@@ -429,7 +438,16 @@ def make_diffusion(
     variance: str | None = None,
     levels: int | None = None,
 ) -> Diffusion:
-    """A model with its process and its objective, as :class:`Trainer` makes it.
+    """A model with its process and its objective, as :class:`Trainer` trains it.
+
+    Args:
+        model: see :class:`fastdiff.Diffusion`.
+        forward: the forward process, a schedule or an SDE.
+        options: for their ``weighting`` and ``timestep_sampler``.
+        prediction: see :class:`fastdiff.Diffusion`.
+        objective: see :class:`fastdiff.Diffusion`.
+        variance: see :class:`fastdiff.Diffusion`.
+        levels: see :class:`fastdiff.Diffusion`.
 
     Raises:
         InputError: options that do not fit the process or each other.

@@ -1,4 +1,4 @@
-"""The options of a training run, checked, and read from a checkpoint."""
+"""The options of a training run: their checks, and how to read them from a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ TIMESTEP_SAMPLERS = ("default", *objectives.TIMESTEPS)
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train.
+    """Options of a training run.
 
     Attributes:
-        steps: optimizer steps in all.
-        batch_size: images a step.
+        steps: total number of optimizer steps.
+        batch_size: images per step.
         lr: highest learning rate of AdamW.
-        lr_schedule: cosine falls to 0 at the last step, constant stays.
-        warmup: steps over which the rate first rises linearly.
+        lr_schedule: after the warm-up, "cosine" falls to 0 at the last step, "constant" stays.
+        warmup: number of first steps in which the learning rate rises linearly.
         ema: decay of the averaged weights; at step s it is min(ema, (1 + s) / (10 + s)).
         weight_decay: of AdamW.
-        grad_clip: largest norm of the gradient; 0 leaves it alone.
-        seed: of the order, the timesteps, the noise and dropout.
+        grad_clip: largest norm of the gradient; 0 for no limit.
+        seed: of the images' order, the timesteps, the noise and dropout.
         bf16: run the model under bfloat16 autocast.
-        label_dropout: share of the labels that are hidden, so that the model can be guided without
-            a classifier; it then has one class more, the last, that stands for none.
-        weighting: of the loss, see ``fastdiff.objectives.make``, or none.
-        timestep_sampler: how times are drawn, likewise; default is the objective's own way.
+        label_dropout: probability with which a label is hidden, so that the model can be guided
+            without a classifier. If above 0, the model must have an additional last class, which
+            stands for "no class".
+        weighting: of the loss, see ``fastdiff.objectives.make``, or "none".
+        timestep_sampler: how the times of a batch are sampled, see ``fastdiff.objectives.make``;
+            "default" is the objective's default.
         channels_last: keep weights and images in channels_last memory format.
-        save_every: steps between checkpoints; one is written at the end in any case.
-        sample_every: steps between sample grids; 0 for none.
-        keep: newest checkpoints to keep.
+        save_every: steps between checkpoints; the last step always has one.
+        sample_every: steps between sample grids; 0 for no grids.
+        keep: number of the newest checkpoints to keep.
 
     Raises:
         InputError: a value outside its range.
@@ -97,7 +99,15 @@ class TrainingOptions:
 
 
 def recorded_options(facts: Mapping[str, Any], folder: Path) -> TrainingOptions:
-    """The options in a checkpoint's training facts; CheckpointError if they are not usable."""
+    """The options of the run that wrote a checkpoint.
+
+    Args:
+        facts: from ``fastdiff.checkpoints.checkpoint.read_facts(folder)``.
+        folder: the checkpoint, for the text of errors.
+
+    Raises:
+        CheckpointError: the options are missing or not valid.
+    """
     known = {field.name for field in fields(TrainingOptions)}
     options = facts.get("options")
     unusable = f"{folder / checkpoint.TRAINING}: unusable options: {options!r}"

@@ -118,7 +118,7 @@ def test_images_may_have_moved(
     (here / "old").rename(tmp_path / "new place")
     ran = run(*again, 3)
     assert ran.code == 2
-    assert f"the run's images are not in {here}/old now; say where: --data FOLDER" in ran.last
+    assert f"the run's images are no longer in {here}/old; give --data FOLDER" in ran.last
     ran = run(*again, 3, "--data", "new place")
     assert ran.code == 0, ran.err
     assert run(*again, 4).code == 0  # where they were last

@@ -301,7 +301,7 @@ def test_images_that_are_almost_the_same_are_told_of(make_trainer, images, tmp_p
     make_trainer(tmp_path, steps=1).run(progress=False)
     pixels = images.images.clone()
     pixels[3, 0, 2, 2] += 10
-    with pytest.warns(UserWarning, match=r"not quite those of 'arrows'.* by 0\.47 of 255"):
+    with pytest.warns(UserWarning, match=r"not exactly those of 'arrows'.* by 0\.47 of 255"):
         resumed = Trainer.resume(tmp_path, dataclasses.replace(images, images=pixels))
     resumed.options = dataclasses.replace(resumed.options, steps=2)
     resumed.run(progress=False)
@@ -316,9 +316,7 @@ def test_a_checkpoint_without_a_fingerprint_is_resumed_with_a_warning(
     facts = json.loads(path.read_text())
     del facts["fingerprint"]
     path.write_text(json.dumps(facts))
-    with pytest.warns(
-        UserWarning, match=r"training\.json does not say what the images looked like"
-    ):
+    with pytest.warns(UserWarning, match=r"training\.json has no fingerprint of the images"):
         assert Trainer.resume(tmp_path, images).finished_steps == 1
 
 
@@ -361,7 +359,7 @@ def test_what_cannot_be_resumed(make_trainer, images, tmp_path, tiny_checkpoint)
     with pytest.raises(DataError, match="the run trained on other images"):
         Trainer.resume(tmp_path / "run", shuffled)
     relabelled = dataclasses.replace(images, labels=1 - images.labels)
-    with pytest.raises(DataError, match="with other labels than those of 'arrows' have"):
+    with pytest.raises(DataError, match="with other labels: those of 'arrows' then"):
         Trainer.resume(tmp_path / "run", relabelled)
     renamed = ImageSet(images.images, images.labels, ("right", "left"))
     with pytest.raises(DataError, match=r"\('left', 'right'\), now .* \('right', 'left'\)"):
@@ -502,12 +500,12 @@ def test_training_learns(make_trainer):
 
 def test_label_dropout_hides_its_share_of_the_labels(make_trainer, images):
     trainer = make_trainer(label_dropout=0.3, batch_size=200)
-    seen = torch.cat([trainer._draw(step)[1] for step in range(20)])
+    seen = torch.cat([trainer._batch(step)[1] for step in range(20)])
     assert set(seen.tolist()) == {0, 1, 2}
     assert (seen == 2).double().mean().item() == pytest.approx(0.3, abs=0.03)
     # What is not hidden, and everything else that is random, is as without it.
-    plain = make_trainer(batch_size=200)._draw(3)
-    hidden = trainer._draw(3)
+    plain = make_trainer(batch_size=200)._batch(3)
+    hidden = trainer._batch(3)
     for index in (0, 2, 3, 4):
         assert torch.equal(plain[index], hidden[index])
     kept = hidden[1] != 2
