@@ -31,7 +31,7 @@ import torch
 from benchmarks import machine, rows, tables
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
-from fastdiff.cli.options import make_sampler, sampler_facts
+from fastdiff.cli.sampler_options import make_sampler, sampler_facts
 from fastdiff.data.datasets import digits
 from fastdiff.data.image_grid import grid, save
 from fastdiff.samplers import Sampler

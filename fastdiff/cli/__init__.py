@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from fastdiff.cli import doctor, evaluate, export, sample, train, train_classifier
-from fastdiff.cli.options import Formatter, Parser, standard_output
+from fastdiff.cli.output import standard_output
+from fastdiff.cli.parsing import Formatter, Parser
 from fastdiff.common.errors import InputError, memory_refused
 from fastdiff.common.version import __version__
 
@@ -45,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the words after the program's name; None takes those of this process.
+        argv: the words after the program's name; None for the arguments of this process.
 
     Returns:
-        The exit code: 0 done, 1 a self-check failed, 2 the input or the machine is at fault (one
-        line on standard error says how), 128 + n after signal n. Bugs keep their traceback.
+        The exit code: 0 for success, 1 if a self-check failed, 2 for an error of the input or the
+        machine (with one line on standard error), 128 + n after signal n. Any other exception is a
+        bug and is raised.
     """
     try:
         with standard_output(own=argv is None):
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return COMMANDS[args.command].run(args, argv)
     except InputError as error:
         reason = str(error)
-    except OSError as error:  # the machine's own: a full disk, a missing permission
+    except OSError as error:  # an error of the machine: a full disk, a missing permission
         reason = str(error)
     except (MemoryError, RuntimeError, ValueError) as error:
         refused = memory_refused(error)

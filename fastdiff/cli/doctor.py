@@ -1,4 +1,4 @@
-"""Say what fastdiff runs on here, and check every operation against float64.
+"""Report what fastdiff runs on here, and check every operation against float64.
 
 The exit code is 1 if an operation fails its check.
 """
@@ -15,7 +15,8 @@ import numpy
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli.options import add_json_argument, print_json
+from fastdiff.cli.output import print_json
+from fastdiff.cli.parsing import add_json_argument
 from fastdiff.common.version import __version__
 from fastdiff.ops import backend, selfcheck
 from fastdiff.ops.backend import describe, extension, isa, missing
@@ -49,7 +50,7 @@ def _facts() -> dict[str, Any]:
         "torch_compiled_against": None if extension is None else extension.torch_version,
         "numpy": numpy.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
-        "backends": missing(),  # each with the reason why it cannot run, or None
+        "backends": missing(),  # for each the reason why it cannot run, or None
         **describe(),
         "instruction_sets": [] if extension is None else list(extension.instruction_sets),
         "models": list(checkpoint.shipped()),

@@ -1,7 +1,7 @@
 """Measure a model of the digits: class accuracy, Frechet distance, distance to training digits.
 
-Each figure stands beside that of real digits which the model never saw. The classifier is an
-independent one, fitted on real training digits; it and the feature space have nothing random.
+Each figure is also computed for held-out real digits. The classifier is independent of the model
+and fitted on the real training digits; the classifier and the feature space are deterministic.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import argparse
 from collections.abc import Sequence
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli.options import (
+from fastdiff.cli import machine_options, sampler_options
+from fastdiff.cli.machine_options import machine, machine_facts
+from fastdiff.cli.output import print_json
+from fastdiff.cli.parsing import (
     add_checkpoint_argument,
     add_json_argument,
-    add_machine_arguments,
-    add_sampler_arguments,
     add_seed_argument,
     check_seed,
+    positive,
+)
+from fastdiff.cli.sampler_options import (
     guidance,
     guidance_facts,
-    machine,
     make_sampler,
-    positive,
-    print_json,
     sampler_facts,
     steps_text,
-    what_runs,
 )
 from fastdiff.evaluation import Bits, Evaluation, evaluate, measure_bits
 
-BITS = 16  # held-out digits, if the command line does not say
+BITS = 16  # default number of held-out digits for --bits
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -45,28 +45,28 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="also measure bits per value of N held-out digits, by the variational bound where the "
         f"model has one and by the probability-flow ODE; {BITS} if N is not given",
     )
-    add_sampler_arguments(command)
+    sampler_options.add_arguments(command)
     add_seed_argument(command)
     add_json_argument(command)
-    add_machine_arguments(command)
+    machine_options.add_arguments(command)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Generate, measure, print, and return the exit code."""
     check_seed(args.seed)
     with machine(args) as device:
-        found = checkpoint.load(args.checkpoint)
-        found.model.to(device)
-        sampler, ran = make_sampler(args, found), what_runs(device)
-        guided = guidance(args, found, device)
-        measured = evaluate(found, sampler, samples=args.samples, seed=args.seed, **guided)
-        bits = None if args.bits is None else measure_bits(found, args.bits, seed=args.seed)
+        source = checkpoint.load(args.checkpoint)
+        source.model.to(device)
+        sampler, ran_on = make_sampler(args, source), machine_facts(device)
+        guided = guidance(args, source, device)
+        measured = evaluate(source, sampler, samples=args.samples, seed=args.seed, **guided)
+        bits = None if args.bits is None else measure_bits(source, args.bits, seed=args.seed)
     facts = {
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
         **sampler_facts(sampler),
         **guidance_facts(guided, args),
         "seed": args.seed,
-        **ran,
+        **ran_on,
         **measured.as_dict(),
         **({} if bits is None else bits.as_dict()),
     }
@@ -98,6 +98,6 @@ def _print(measured: Evaluation, bits: Bits | None) -> None:
         ),
     ):
         print(f"{text:<33} {generated:>10.3f} {real:>14.3f}")
-    for text, found in () if bits is None else (("bound", bits.bits_bound), ("ODE", bits.bits_ode)):
-        if found is not None:
-            print(f"{f'bits per value, by the {text}':<33} {'':>10} {found:>14.3f}")
+    for text, value in () if bits is None else (("bound", bits.bits_bound), ("ODE", bits.bits_ode)):
+        if value is not None:
+            print(f"{f'bits per value, by the {text}':<33} {'':>10} {value:>14.3f}")

@@ -1,4 +1,4 @@
-"""The options of ``fastdiff train`` that say what is learned: the objective and its process."""
+"""The options of ``fastdiff train`` for the objective and the forward process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 from fastdiff import objectives, schedules, sde
-from fastdiff.cli.options import positive
+from fastdiff.cli.parsing import positive
 from fastdiff.common.errors import InputError
 from fastdiff.objectives import Forward
 
-# Each objective's options, with their defaults.
+# The options of each objective, with their defaults.
 _DDPM = {"schedule": "cosine", "timesteps": 1000}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ddpm": {**_DDPM, "prediction": "v"},
@@ -33,27 +33,28 @@ FLAGS = (
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """--objective and the options that belong to one or the other."""
+    """Add --objective, and the options that belong to single objectives."""
     group = command.add_argument_group(
         "diffusion",
-        "Each objective has a process and options of its own: ddpm, hybrid and vlb --schedule and "
-        "--timesteps, flow\n--timesteps, dsm --sde and its options, ncsn those of ve and --levels, "
-        "edm --sigma-min, --sigma-max, --sigma-data.",
+        "Each objective has its own process and options: ddpm, hybrid and vlb take --schedule and "
+        "--timesteps;\nflow takes --timesteps; dsm takes --sde and its options; ncsn takes the "
+        "options of ve and --levels;\nedm takes --sigma-min, --sigma-max and --sigma-data.",
     )
     group.add_argument(
         "--objective",
         choices=objectives.NAMES,
         default="ddpm",
         metavar="NAME",
-        help="what the model is trained for: ddpm (noise prediction and its kin), hybrid or vlb (a "
-        "learned variance, by the variational bound), flow (rectified flow), dsm (score matching "
-        "of an SDE), ncsn (at a ladder of noise levels), edm (the preconditioned denoiser)",
+        help="what the model is trained for: ddpm (prediction of noise, of x0 or of v), hybrid or "
+        "vlb (with a variance learned by the variational bound), flow (rectified flow), dsm (score "
+        "matching of an SDE), ncsn (score matching at fixed noise levels), edm (the preconditioned "
+        "denoiser)",
     )
     group.add_argument(
         "--schedule",
         choices=tuple(schedules.NAMES),
         help="noise schedule (default: cosine); the betas of the others are scaled by 1000 / T, so "
-        "that they end in noise however few the timesteps are",
+        "that they end in noise for any number of timesteps T",
     )
     group.add_argument(
         "--timesteps", type=positive, metavar="T", help="of the schedule (default: 1000)"
@@ -62,47 +63,47 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     for name, text in (
         ("--beta-min", "of vp and subvp (default: 0.1)"),
         ("--beta-max", "of vp and subvp (default: 20)"),
-        ("--sigma-min", "least noise of ve (default: 0.01) and edm (default: 0.002)"),
-        ("--sigma-max", "most noise of ve (default: 50) and edm (default: 80)"),
-        ("--sigma-data", "standard deviation of the images, of edm (default: 0.5)"),
-        ("--trained-from", "smallest time of training and likelihoods, of --sde (default: 1e-5)"),
+        ("--sigma-min", "smallest sigma of ve (default: 0.01) and edm (default: 0.002)"),
+        ("--sigma-max", "largest sigma of ve (default: 50) and edm (default: 80)"),
+        ("--sigma-data", "standard deviation of the images, for edm (default: 0.5)"),
+        ("--trained-from", "smallest time of training and likelihoods of --sde (default: 1e-5)"),
     ):
         group.add_argument(name, type=float, metavar="X", help=text)
     group.add_argument(
         "--levels", type=positive, metavar="L",
-        help=f"of ncsn's ladder (default: {objectives.LEVELS})",
+        help=f"number of noise levels of ncsn (default: {objectives.LEVELS})",
     )  # fmt: skip
     group.add_argument(
         "--prediction",
         choices=sde.PARAMETRISATIONS,
         metavar="KIND",
-        help="what the model predicts: eps, x0, v, score or flow; ncsn and edm with these "
-        "objectives (default: ddpm v, hybrid, vlb and dsm eps, else the objective's name)",
+        help="what the model predicts: eps, x0, v, score or flow; ncsn or edm for the objective of "
+        "that name (default: v for ddpm; eps for hybrid, vlb and dsm; else the objective's name)",
     )
 
 
 def settled(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, those not given set to the objective's defaults.
+    """The arguments, with the objective's defaults for options that were not given.
 
     Raises:
         InputError: an option that does not belong to the objective or its SDE.
     """
-    options, of_what = dict(OPTIONS[args.objective]), f"--objective {args.objective}"
+    options, owner = dict(OPTIONS[args.objective]), f"--objective {args.objective}"
     if "sde" in options:
         chosen = args.sde or options["sde"]
         options |= SDES[chosen][1]
-        of_what += f" --sde {chosen}"
+        owner += f" --sde {chosen}"
     values = {}
     for name in FLAGS:
         given = getattr(args, name)
         if given is not None and name not in options:
-            raise InputError(f"--{name.replace('_', '-')} does not belong to {of_what}")
+            raise InputError(f"--{name.replace('_', '-')} does not belong to {owner}")
         values[name] = options.get(name) if given is None else given
     return argparse.Namespace(**{**vars(args), **values})
 
 
 def forward(args: argparse.Namespace) -> Forward:
-    """The forward process of settled arguments; InputError for values that it refuses."""
+    """The forward process of :func:`settled` arguments; InputError for values out of range."""
     try:
         if args.objective == "flow":
             return schedules.flow(args.timesteps)
@@ -111,7 +112,7 @@ def forward(args: argparse.Namespace) -> Forward:
         if args.sde is not None:
             kind, options = SDES[args.sde]
             return kind(**{name: getattr(args, name) for name in options})
-        # So that short schedules reach noise, too: scaled by 1000 / T.
+        # Betas scaled by 1000 / T, so that short schedules end in noise, too.
         scaled = {"rescaled": True} if args.schedule in schedules.RESCALABLE else {}
         return schedules.make(args.schedule, args.timesteps, **scaled)
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""Draw images from a checkpoint into a labelled grid.
+"""Generate images from a checkpoint, and write them as a labelled grid.
 
-A class-conditional model draws --per-class images of each of --classes, one row a class; an
-unconditional one draws --count. One seed always gives the same images. Set-up (imports, loading, a
-first step) is timed apart from sampling; --compare times the same call on the reference backend,
-twice each in turns, and gives the faster ones.
+A class-conditional model generates --per-class images of each of --classes, one row for each class;
+an unconditional model generates --count images. The same seed gives the same images. Set-up
+(imports, loading, a first step) is timed apart from sampling. --compare also times the same call on
+the reference backend, twice each in turns, and reports the faster of the two.
 """
 
 from __future__ import annotations
@@ -19,35 +19,33 @@ import torch
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.cli.options import (
+from fastdiff.cli import machine_options, sampler_options
+from fastdiff.cli.machine_options import machine, machine_facts, process_seconds
+from fastdiff.cli.output import note, print_json
+from fastdiff.cli.parsing import (
     add_checkpoint_argument,
     add_json_argument,
-    add_machine_arguments,
-    add_sampler_arguments,
     add_seed_argument,
     check_seed,
+    integers,
+    positive,
+)
+from fastdiff.cli.sampler_options import (
     guidance,
     guidance_facts,
-    integers,
-    machine,
     make_sampler,
-    note,
-    positive,
-    print_json,
-    process_seconds,
     sampler_facts,
     steps_text,
-    what_runs,
 )
 from fastdiff.common.errors import InputError, check_memory
 from fastdiff.data.image_grid import check_image_path, grid, save
-from fastdiff.generation import Drawn
+from fastdiff.generation import Samples
 from fastdiff.ops.backend import backend, cpu_missing
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
 
-PER_CLASS, COUNT = 8, 32  # images, if the command line does not say
-COLUMNS = 8  # of the grid of an unconditional model
+PER_CLASS, COUNT = 8, 32  # defaults of --per-class and --count
+COLUMNS = 8  # columns of the grid of an unconditional model
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -55,7 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(command)
     command.add_argument("--out", type=Path, default=Path("samples.png"), help="the image to write")
     command.add_argument(
-        "--classes", type=integers, help="numbers of the classes to draw, 0,1,2; all if not given"
+        "--classes", type=integers, help="numbers of the classes, such as 0,1,2; all if not given"
     )
     command.add_argument(
         "--per-class", type=positive, help=f"images of each class; {PER_CLASS} if not given"
@@ -65,56 +63,56 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=positive,
         help=f"images of an unconditional model; {COUNT} if not given",
     )
-    add_sampler_arguments(command)
+    sampler_options.add_arguments(command)
     add_seed_argument(command)
     command.add_argument(
         "--compare", action="store_true", help="time the same call on the reference backend too"
     )
     add_json_argument(command)
-    add_machine_arguments(command)
+    machine_options.add_arguments(command)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Sample, write the grid, and return the exit code."""
-    imports = process_seconds() if argv is None else 0.0  # called from other code: none
+    imports = process_seconds() if argv is None else 0.0  # unknown if called from other code
     begin = time.perf_counter()
     check_seed(args.seed)
     check_image_path(args.out)
     with machine(args) as device:
-        found = checkpoint.load(args.checkpoint)
-        if found.channels not in (1, 3):
-            raise InputError(f"pictures have 1 or 3 channels, the model's have {found.channels}")
-        found.model.to(device)
-        guided = guidance(args, found, device)
+        source = checkpoint.load(args.checkpoint)
+        if source.channels not in (1, 3):
+            raise InputError(f"pictures have 1 or 3 channels, the model's have {source.channels}")
+        source.model.to(device)
+        guided = guidance(args, source, device)
         guide = guided["classifier"]
-        # A model without classes has those of its classifier.
-        known = found if guide is None else replace(found, classes=guide.classes)
-        classes = _classes(args, known)
+        # With a classifier, a model without classes takes the classifier's labels.
+        labelled = source if guide is None else replace(source, classes=guide.classes)
+        classes = _classes(args, labelled)
         count = args.count or COUNT
         columns, labels, rows = min(count, COLUMNS), None, None
         if classes is not None:
             columns = args.per_class or PER_CLASS
             count = columns * len(classes)
-        check_memory(count, found.channels, found.image_size, found.image_size)
+        check_memory(count, source.channels, source.image_size, source.image_size)
         if classes is not None:
             labels = [label for label in classes for _ in range(columns)]
-            rows = [known.classes[label] for label in classes]
-        sampler = make_sampler(args, found)
+            rows = [labelled.classes[label] for label in classes]
+        sampler = make_sampler(args, source)
         one_step: Sampler | Solver
         if isinstance(sampler, Sampler):
             one_step = sampler.starting_at(sampler.steps - 1)
         else:
             one_step = Solver(sampler.sde, "probability-flow", 1)
-        ran, compare = what_runs(device), args.compare
-        if compare and ran["backend"] == "reference":
+        ran_on, compare = machine_facts(device), args.compare
+        if compare and ran_on["backend"] == "reference":
             note(f"nothing to compare: the reference is what runs ({cpu_missing or 'as asked'})")
             compare = False
         loading = time.perf_counter() - begin
 
-        def draw(name: str, sampler: Sampler | Solver, progress: bool) -> tuple[Drawn, float]:
+        def generate(name: str, sampler: Sampler | Solver, progress: bool) -> tuple[Samples, float]:
             begin = time.perf_counter()
             with backend(name):
-                drawn = found.draw(
+                samples = source.generate(
                     sampler,
                     labels=labels,
                     count=count,
@@ -122,31 +120,31 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
                     progress=progress and f"sampling ({name})",
                     **guided,
                 )
-            return drawn, time.perf_counter() - begin
+            return samples, time.perf_counter() - begin
 
-        first_step = draw(args.backend, one_step, False)[1]
+        first_step = generate(args.backend, one_step, False)[1]
         if compare:
-            draw("reference", one_step, False)
-        drawn, seconds = draw(args.backend, sampler, True)
+            generate("reference", one_step, False)
+        samples, seconds = generate(args.backend, sampler, True)
         try:
-            save(grid(drawn.images, columns, labels=rows), args.out)
-        except ValueError as error:  # neither 1 nor 3 channels, or values that are not finite
+            save(grid(samples.images, columns, labels=rows), args.out)
+        except ValueError as error:  # values that are not finite
             raise InputError(str(error)) from None
         reference_seconds = None
-        if compare:  # the faster of two calls each, in turns: a moment's noise decides nothing then
-            reference_seconds = draw("reference", sampler, True)[1]
-            seconds = min(seconds, draw(args.backend, sampler, True)[1])
-            reference_seconds = min(reference_seconds, draw("reference", sampler, True)[1])
+        if compare:  # the faster of two calls each, in turns, is less noisy than a single call
+            reference_seconds = generate("reference", sampler, True)[1]
+            seconds = min(seconds, generate(args.backend, sampler, True)[1])
+            reference_seconds = min(reference_seconds, generate("reference", sampler, True)[1])
     facts = {
         "out": str(args.out),
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
         "images": count,
         "classes": classes,
         **sampler_facts(sampler),
-        "evaluations": float(drawn.evaluations.double().mean()),
+        "evaluations": float(samples.evaluations.double().mean()),
         **guidance_facts(guided, args),
         "seed": args.seed,
-        **ran,
+        **ran_on,
         "setup_seconds": imports + loading + first_step,
         "import_seconds": imports,
         "loading_seconds": loading,
@@ -163,18 +161,18 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _classes(args: argparse.Namespace, found: Checkpoint) -> Sequence[int] | None:
-    """The class of each row; None for an unconditional model."""
-    if not found.classes:
+def _classes(args: argparse.Namespace, labelled: Checkpoint) -> Sequence[int] | None:
+    """The class of each row of the grid; None for an unconditional model."""
+    if not labelled.classes:
         if args.classes is not None or args.per_class is not None:
-            raise InputError("the model has no classes: say --count, not --classes or --per-class")
+            raise InputError("the model has no classes: use --count, not --classes or --per-class")
         return None
     if args.count is not None:
-        raise InputError("the model is class-conditional: say --per-class, not --count")
-    classes = range(len(found.classes)) if args.classes is None else args.classes
+        raise InputError("the model is class-conditional: use --per-class, not --count")
+    classes = range(len(labelled.classes)) if args.classes is None else args.classes
     if not classes:
         raise InputError("--classes names no class")
-    found.check_labels(classes)
+    labelled.check_labels(classes)
     return list(classes)
 
 

@@ -1,7 +1,8 @@
 """Train a model on images.
 
-The defaults are the recipe of the digits model that comes with fastdiff. Ctrl-C finishes the
-running step and writes a checkpoint; --resume then continues as if nothing had happened.
+The defaults are those of the digits model that is shipped with fastdiff. Ctrl-C finishes the
+running step and writes a checkpoint; --resume then continues to the same result as without
+interruption.
 """
 
 from __future__ import annotations
@@ -16,16 +17,11 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli import objective_options
-from fastdiff.cli.options import (
-    add_machine_arguments,
-    add_reading_arguments,
-    integers,
-    machine,
-    note,
-    positive,
-    read_folder,
-)
+from fastdiff.cli import data_options, machine_options, objective_options
+from fastdiff.cli.data_options import read_folder
+from fastdiff.cli.machine_options import machine
+from fastdiff.cli.output import note
+from fastdiff.cli.parsing import integers, positive
 from fastdiff.common.errors import CheckpointError, InputError, check_memory
 from fastdiff.common.seeds import seeded
 from fastdiff.data import datasets
@@ -44,11 +40,12 @@ from fastdiff.training.trainer import (
 )
 from fastdiff.training.training_options import TIMESTEP_SAMPLERS, WEIGHTINGS
 
-DIGITS = "digits"  # for --data
-PATHS = ("data", "out")
+DIGITS = "digits"  # the value of --data for scikit-learn's digits
+PATHS = ("data", "out")  # arguments that are paths
 
-# What a resumed run may change; everything else is that of its checkpoint. A folder of images may
-# have moved: its content is compared. The digits are always where they are.
+# Arguments that a resumed run may change; the others are those of its checkpoint. ``data`` may
+# change since a folder of images may have moved; the trainer compares its content. The digits
+# cannot move, so if either value is DIGITS, ``data`` may not change.
 CHANGEABLE = frozenset(
     {
         "data", "steps", "save_every", "sample_every", "keep", "out", "resume",
@@ -64,8 +61,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     where = command.add_argument_group("what and where")
     where.add_argument(
         "--data",
-        help="digits (scikit-learn's), or a folder of images, one sub-folder a class; "
-        "with --resume, where the run's images are now, if they have moved",
+        help="digits (scikit-learn's), or a folder of images, with a sub-folder for each class; "
+        "with --resume, the run's images at their present place, if they have moved",
     )
     where.add_argument("--out", type=Path, required=True, help="folder of the run")
     where.add_argument(
@@ -76,14 +73,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     where.add_argument("--image-size", type=positive, default=16, help="height and width")
     where.add_argument("--grayscale", action="store_true", help="read a folder's images as grey")
     where.add_argument("--flip", action="store_true", help="mirror half of a folder's images")
-    add_reading_arguments(where)
-    where.add_argument("--unconditional", action="store_true", help="do not learn the classes")
+    data_options.add_arguments(where)
+    where.add_argument("--unconditional", action="store_true", help="train without the classes")
 
     model = command.add_argument_group("model")
     model.add_argument(
         "--channels", type=integers, default="32,64,64", help="feature channels of each level"
     )
-    model.add_argument("--layers-per-block", type=positive, default=2, help="blocks a level")
+    model.add_argument(
+        "--layers-per-block", type=positive, default=2, help="residual blocks in each level"
+    )
     model.add_argument(
         "--attention", type=integers, default="1,2", help="levels with self-attention, or none"
     )
@@ -93,13 +92,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
     how = command.add_argument_group("training")
     how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
-    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images a step")
+    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images per step")
     how.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
     how.add_argument(
         "--lr-schedule", choices=LR_SCHEDULES, default=defaults.lr_schedule, help="after warm-up"
     )
     how.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of warm-up")
-    how.add_argument("--ema", type=float, default=defaults.ema, help="decay of the average")
+    how.add_argument("--ema", type=float, default=defaults.ema, help="decay of averaged weights")
     how.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW")
     how.add_argument(
         "--grad-clip", type=float, default=defaults.grad_clip, help="gradient norm; 0 for no limit"
@@ -109,7 +108,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--label-dropout",
         type=float,
         default=defaults.label_dropout,
-        help="share of the labels to hide, so that sampling can be guided: 0.1, say",
+        help="share of the labels to hide, for example 0.1, so that sampling can be guided",
     )
     how.add_argument(
         "--weighting",
@@ -124,9 +123,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         choices=TIMESTEP_SAMPLERS,
         default=defaults.timestep_sampler,
         metavar="NAME",
-        help="how the times of a batch are drawn: uniform, low-discrepancy, logit-normal or "
-        "loss-second-moment (the default of vlb) with a schedule, the first two for dsm, "
-        "log-normal for edm",
+        help="how the times of a batch are sampled: uniform, low-discrepancy, logit-normal or "
+        "loss-second-moment (the default of vlb) with a schedule; uniform or low-discrepancy for "
+        "dsm; log-normal for edm",
     )
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     how.add_argument(
@@ -142,7 +141,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="steps between sample grids; 0 for none",
     )
     how.add_argument("--keep", type=int, default=defaults.keep, help="newest checkpoints to keep")
-    add_machine_arguments(command)
+    machine_options.add_arguments(command)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
@@ -159,7 +158,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     if args.data is None:
         raise InputError("say what to train on: --data digits or --data FOLDER")
     if args.data != DIGITS:
-        args.data = str(Path(args.data).absolute())  # to be resumed from any folder
+        args.data = str(Path(args.data).absolute())  # so that any working folder can resume it
     options = TrainingOptions(
         **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
     )
@@ -171,7 +170,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 
 def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
-    """Refuse, before images are read, what cannot be trained whatever the images are.
+    """Check, before images are read, all that does not depend on them.
 
     Raises:
         InputError: arguments that do not fit together.
@@ -198,7 +197,7 @@ def _trainer(
     images: datasets.ImageSet,
     device: torch.device,
 ) -> Trainer:
-    """A new trainer, or with --resume the one that the newest checkpoint describes."""
+    """A new trainer, or with --resume a trainer that continues from the newest checkpoint."""
     record = {"arguments": {k: _plain(k, v) for k, v in vars(args).items() if k != "resume"}}
     if args.resume:
         return Trainer.resume(args.out, images, options, device=device, record=record)
@@ -218,7 +217,7 @@ def _trainer(
 
 
 def _network(args: argparse.Namespace, channels: int, classes: int) -> UNet2DModel:
-    """The U-Net that the arguments describe, its weights from torch's global generators."""
+    """The U-Net that the arguments describe, its weights initialised from torch's generators."""
     return make_unet(
         args.image_size,
         channels,
@@ -232,7 +231,7 @@ def _network(args: argparse.Namespace, channels: int, classes: int) -> UNet2DMod
 
 
 def _train(trainer: Trainer) -> int:
-    """Run it with notes for the person watching, and return the exit code."""
+    """Run the training, with notes on standard error, and return the exit code."""
     images, steps = trainer.data, trainer.options.steps
     count = sum(p.numel() for p in trainer.parameters)
     classes = f"{len(images.classes)} classes" if images.classes else "unconditional"
@@ -252,10 +251,11 @@ def _train(trainer: Trainer) -> int:
 
 
 def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of the run to resume, with those given now on top.
+    """The recorded arguments of the run to resume, updated by the arguments given now.
 
     Raises:
-        InputError: nothing to resume, or an argument given now that a run cannot change.
+        InputError: there is nothing to resume, or an argument given now differs from the run's and
+            may not change.
     """
     folder = checkpoint.newest(args.out)
     if folder is None:
@@ -265,9 +265,9 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
     arguments = facts.get("record", {}).get("arguments")
     if not isinstance(arguments, dict) or not set(arguments) <= set(vars(args)):
         raise CheckpointError(f"{folder} was not written by fastdiff train; resume it in Python")
-    checkpoint.load(folder)  # what is damaged is told before images are read
+    checkpoint.load(folder)  # raises for a damaged checkpoint before images are read
     checkpoint.read_state(folder)
-    recorded, given = (_with_tuples(found) for found in (arguments, _given(args, argv)))
+    recorded, given = (_with_tuples(values) for values in (arguments, _given(args, argv)))
     recorded |= {k: as_path(recorded[k]) for k in PATHS if isinstance(recorded.get(k), str)}
     fixed = {"data"} if DIGITS in (given.get("data"), recorded.get("data")) else set()
     for name, value in given.items():
@@ -278,12 +278,12 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
             )
     images = recorded.get("data")
     if "data" not in given and images not in (None, DIGITS) and not Path(images).is_dir():
-        raise InputError(f"the run's images are not in {images} now; say where: --data FOLDER")
+        raise InputError(f"the run's images are no longer in {images}; give --data FOLDER")
     return argparse.Namespace(**{**vars(args), **recorded, **given})
 
 
 def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
-    """The arguments that the command line spells out, without those left at their defaults."""
+    """The arguments that are on the command line, without the defaults of the others."""
     words = sys.argv[1:] if argv is None else list(argv)
     command = argparse.ArgumentParser()
     add_arguments(command)
@@ -296,7 +296,7 @@ def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, An
 def _images(args: argparse.Namespace) -> datasets.ImageSet:
     if args.data == DIGITS:
         if args.flip:
-            raise InputError("--flip does not suit digits: a mirrored digit is none")
+            raise InputError("--flip is not for digits: a mirrored digit is no digit")
         images = datasets.digits("train", args.image_size)
     else:
         images = read_folder(args, args.image_size, grayscale=args.grayscale, flip=args.flip)
@@ -304,10 +304,10 @@ def _images(args: argparse.Namespace) -> datasets.ImageSet:
 
 
 def _with_tuples(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments from JSON, or of several words, in the form of the others."""
+    """Arguments with tuples in place of lists, which JSON and argparse give for several values."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
 
 
 def _plain(name: str, value: Any) -> Any:
-    """The value of an argument as JSON has it."""
+    """The value of an argument for JSON; a path as text that is the same in every locale."""
     return as_text(str(value)) if name in PATHS and value is not None else value

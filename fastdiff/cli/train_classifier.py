@@ -1,8 +1,8 @@
-"""Train a classifier of noised images, to guide a model by.
+"""Train a classifier of noised images, for the guidance of a model.
 
-It learns at every level of noise of the model's own process. A fifth of each class is held out, the
-test digits for digits, and the accuracy on it printed. Ctrl-C ends the training after the running
-step, and keeps the classifier as it then is.
+The classifier is trained at every noise level of the model's forward process. A fifth of each class
+is held out (of the digits, the test set), and the accuracy on it is printed. Ctrl-C ends the
+training after the running step; the classifier is written all the same.
 """
 
 from __future__ import annotations
@@ -16,16 +16,11 @@ import torch
 
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
 from fastdiff.checkpoints.classifier_checkpoint import Accuracy, Architecture, Classifier
-from fastdiff.cli.options import (
-    add_checkpoint_argument,
-    add_machine_arguments,
-    add_reading_arguments,
-    integers,
-    machine,
-    note,
-    positive,
-    read_folder,
-)
+from fastdiff.cli import data_options, machine_options
+from fastdiff.cli.data_options import read_folder
+from fastdiff.cli.machine_options import machine
+from fastdiff.cli.output import note
+from fastdiff.cli.parsing import add_checkpoint_argument, integers, positive
 from fastdiff.common.errors import InputError, check_memory
 from fastdiff.data import datasets
 from fastdiff.data.image_folder import class_names
@@ -41,28 +36,30 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data",
         required=True,
-        help="digits (scikit-learn's), or a folder of images with one sub-folder a class",
+        help="digits (scikit-learn's), or a folder of images with a sub-folder for each class",
     )
-    add_reading_arguments(command)
-    command.add_argument("--out", type=Path, required=True, help="the folder to make")
+    data_options.add_arguments(command)
+    command.add_argument("--out", type=Path, required=True, help="the folder to create")
 
     model = command.add_argument_group("classifier")
     model.add_argument(
         "--channels", type=integers, default="32,64,64", help="feature channels of each level"
     )
-    model.add_argument("--layers-per-block", type=positive, default=2, help="blocks a level")
+    model.add_argument(
+        "--layers-per-block", type=positive, default=2, help="residual blocks in each level"
+    )
     model.add_argument(
         "--attention", type=integers, default="1,2", help="levels with self-attention, or none"
     )
 
     how = command.add_argument_group("training")
     how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
-    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images a step")
+    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images per step")
     how.add_argument("--lr", type=float, default=defaults.lr, help="learning rate; it falls to 0")
-    how.add_argument("--ema", type=float, default=defaults.ema, help="decay of the average")
+    how.add_argument("--ema", type=float, default=defaults.ema, help="decay of averaged weights")
     how.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW")
     how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
-    add_machine_arguments(command)
+    machine_options.add_arguments(command)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
@@ -72,12 +69,12 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     )
     if args.out.exists():
         raise InputError(f"{args.out} exists already; it was left as it is")
-    found = checkpoint.load(args.checkpoint)
-    shape = _shape(args, found)
+    guided = checkpoint.load(args.checkpoint)
+    architecture = _architecture(args, guided)
     check_writable(args.out)
     with machine(args) as device:
-        train, held_out = _images(args, found)
-        trainer = ClassifierTrainer(found, train, shape, options, device=device)
+        train, held_out = _images(args, guided)
+        trainer = ClassifierTrainer(guided, train, architecture, options, device=device)
         count = sum(p.numel() for p in trainer.model.parameters())
         note(
             f"{len(train)} images of {train.channels}x{train.size}x{train.size}, "
@@ -95,36 +92,39 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     return 128 + ended_by
 
 
-def _shape(args: argparse.Namespace, found: checkpoint.Checkpoint) -> Architecture:
-    """The classifier's architecture.
+def _architecture(args: argparse.Namespace, guided: checkpoint.Checkpoint) -> Architecture:
+    """The classifier's architecture, checked before images are read.
 
     Raises:
-        InputError: one that is impossible, or that cannot guide the model whatever the images are.
+        InputError: the architecture is impossible, or cannot guide the model for any images.
         RuntimeError: torch has no memory for a batch.
     """
     digits = args.data == "digits"
     classes = tuple("0123456789") if digits else class_names(args.data)
-    shape = Architecture(
-        found.image_size, 1 if digits or found.channels == 1 else 3,
+    made = Architecture(
+        guided.image_size, 1 if digits or guided.channels == 1 else 3,
         args.channels, args.layers_per_block, args.attention,
     )  # fmt: skip
     with torch.device("meta"), NoInitialisation():
-        model = shape.make(max(2, len(classes)))
+        model = made.make(max(2, len(classes)))
     if classes:
-        classifier_checkpoint.check_fits(Classifier(model, found.forward, shape, classes), found)
-    check_memory(args.batch_size, shape.channels, shape.image_size, shape.image_size)
-    return shape
+        classifier_checkpoint.check_fits(Classifier(model, guided.forward, made, classes), guided)
+    check_memory(args.batch_size, made.channels, made.image_size, made.image_size)
+    return made
 
 
 def _images(
-    args: argparse.Namespace, found: checkpoint.Checkpoint
+    args: argparse.Namespace, guided: checkpoint.Checkpoint
 ) -> tuple[datasets.ImageSet, datasets.ImageSet | None]:
-    """Images to train on, and those held out."""
+    """Images to train on, and held-out images, if any."""
+    size = guided.image_size
     if args.data == "digits":
-        return datasets.digits("train", found.image_size), datasets.digits("test", found.image_size)
-    images = read_folder(args, found.image_size, grayscale=found.channels == 1)
+        return datasets.digits("train", size), datasets.digits("test", size)
+    images = read_folder(args, size, grayscale=guided.channels == 1)
     if images.labels is None:
-        raise InputError(f"{args.data} has no sub-folders, one a class: a classifier needs classes")
+        raise InputError(
+            f"{args.data} has no sub-folders, one for each class: a classifier needs classes"
+        )
     return images.split()
 
 

@@ -87,4 +87,4 @@ def test_json_that_is_nested_without_end(
     (tmp_path / "checkpoint" / name).write_text("[" * 100_000)
     ran = run("export", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "new")
     assert ran.code == 2
-    assert f"cannot read {tmp_path / 'checkpoint' / name}: " in ran.last
+    assert f"{tmp_path / 'checkpoint' / name} is not JSON: " in ran.last

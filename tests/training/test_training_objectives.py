@@ -8,7 +8,7 @@ import torch
 
 from fastdiff import schedules, sde
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli.options import default_sampler
+from fastdiff.cli.sampler_options import default_sampler
 from fastdiff.common.errors import InputError
 from fastdiff.data.datasets import ImageSet
 from fastdiff.training.trainer import Trainer, TrainingOptions

@@ -1,0 +1,164 @@
+"""The options that say how images are generated: the sampler and its guidance."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff import samplers
+from fastdiff.checkpoints import classifier_checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.common.errors import InputError
+from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
+from fastdiff.samplers import Sampler
+from fastdiff.sde import Solver
+from fastdiff.sde.solvers.by_name import STEPS_EACH
+
+STEPS = 50  # default of samplers with timesteps
+# For each objective except ncsn the default sampler and its steps.
+DEFAULTS: dict[str, tuple[str, int | None]] = {
+    "ddpm": ("ddim", STEPS),
+    "hybrid": ("ddpm", STEPS),
+    "vlb": ("ddpm", STEPS),
+    "flow": ("unipc-2", STEPS),
+    "dsm": ("adaptive", None),
+    "edm": ("heun", STEPS // 2),
+}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """--sampler, --steps, --grid, --option, --guidance, --classifier, --classifier-scale."""
+    command.add_argument(
+        "--sampler",
+        choices=METHODS,
+        metavar="NAME",
+        help=f"on a fixed grid of timesteps: {', '.join(samplers.names())}; in continuous time: "
+        f"{', '.join(SOLVERS)}; if not given, the default of the model's objective",
+    )
+    command.add_argument(
+        "--steps", type=int, help="sampling steps; ode and adaptive choose their own"
+    )
+    command.add_argument(
+        "--grid",
+        choices=samplers.grids.NAMES,
+        help="which noise levels are visited; the sampler's default if not given",
+    )
+    command.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="NAME=VALUE",
+        help="an option of the sampler, such as eta=0.5, clip=null, rtol=1e-4 or "
+        "corrector=langevin; may be repeated",
+    )
+    command.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="scale of classifier-free guidance, for models trained with --label-dropout; 0 leaves "
+        "the classes to --classifier",
+    )
+    command.add_argument(
+        "--classifier",
+        type=Path,
+        metavar="PATH",
+        help="guide by this classifier, which fastdiff train-classifier made for the model",
+    )
+    command.add_argument(
+        "--classifier-scale",
+        type=float,
+        metavar="S",
+        help="factor of the classifier's gradient (default: 1)",
+    )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON or else as a string, for argparse."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def make_sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler | Solver:
+    """The sampler that the arguments describe, for a checkpoint.
+
+    Raises:
+        InputError: steps, a grid or options that do not fit the sampler or the model.
+    """
+    diffusion, options = checkpoint.diffusion(), dict(args.option)
+    method, steps = default_sampler(diffusion)
+    if args.sampler is not None and args.sampler != method:
+        method, steps = args.sampler, None if args.sampler in SOLVERS else STEPS
+    if steps is not None and method not in SOLVERS:
+        steps = min(steps, diffusion.path.num_timesteps)
+    if args.grid is not None:
+        if method in SOLVERS:
+            raise InputError(f"--grid is for samplers with timesteps, {method} has none")
+        options["grid"] = args.grid
+    try:
+        return diffusion.sampler(method, steps if args.steps is None else args.steps, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from None
+
+
+def default_sampler(diffusion: Diffusion) -> tuple[str, int | None]:
+    """The default sampler of a model's objective, and its steps."""
+    objective = diffusion.objective
+    if objective.levels is not None:
+        return "annealed-langevin", objective.levels * STEPS_EACH
+    return DEFAULTS[objective.name]
+
+
+def guidance(
+    args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device
+) -> dict[str, Any]:
+    """The guidance that the arguments describe, as keywords of ``Checkpoint.generate``.
+
+    Raises:
+        InputError: a classifier that cannot be read or was made for another kind of model; or a
+            --classifier-scale that is not finite or has no --classifier.
+    """
+    guide, scale = None, args.classifier_scale
+    if args.classifier is not None:
+        guide = classifier_checkpoint.load(args.classifier)
+        classifier_checkpoint.check_fits(guide, checkpoint)
+        guide.model.to(device)
+    elif scale is not None:
+        raise InputError("--classifier-scale is for a --classifier, there is none")
+    scale = 1.0 if scale is None else scale
+    if not math.isfinite(scale):
+        raise InputError(f"--classifier-scale must be finite, got {scale}")
+    return {"guidance": args.guidance, "classifier": guide, "classifier_scale": scale}
+
+
+def guidance_facts(guided: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The result ``guided`` of :func:`guidance` for JSON, the classifier as its path.
+
+    Without a classifier, the classifier and its scale are None.
+    """
+    if args.classifier is None:
+        return {**guided, "classifier": None, "classifier_scale": None}
+    return {**guided, "classifier": str(args.classifier)}
+
+
+def sampler_facts(sampler: Sampler | Solver) -> dict[str, Any]:
+    """The sampler's name and steps for JSON; steps are None if the sampler chooses them."""
+    name = sampler.method if isinstance(sampler, Solver) else sampler.name
+    return {"sampler": name, "steps": sampler.steps}
+
+
+def steps_text(facts: Mapping[str, Any]) -> str:
+    """The entries of :func:`sampler_facts` and the entry ``evaluations``, in words."""
+    steps = "steps of its own" if facts["steps"] is None else f"{facts['steps']} steps"
+    return f"{facts['sampler']}, {steps}, {facts['evaluations']:g} evaluations an image"
