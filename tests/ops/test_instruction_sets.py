@@ -65,7 +65,7 @@ def test_passes_the_self_check(wanted) -> None:
 def test_a_level_that_was_not_built_runs_the_next_lower_one(wanted) -> None:
     """As on a lesser processor than the one that a local build was made for."""
     done = subprocess.run(
-        [sys.executable, "-c", "from fastdiff.backend import isa; print(isa())"],
+        [sys.executable, "-c", "from fastdiff.ops.backend import isa; print(isa())"],
         env={**os.environ, "ATEN_CPU_CAPABILITY": LEVELS[wanted]},
         capture_output=True, text=True, check=True,
     )  # fmt: skip

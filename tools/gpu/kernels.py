@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastdiff.backend import missing
+from fastdiff.ops.backend import missing
 from fastdiff.ops.gpu import gpu_kernel
 from tools.audit.cases import COMPILED, COUNTED, OPERATIONS, cases
 
