@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import samplers, schedules
-from fastdiff.training import make_unet
+from fastdiff.nn.image_unet import make_unet
 
 pytestmark = [
     pytest.mark.gpu,
