@@ -11,7 +11,7 @@ from test_sampler_step import FEATURES, SHAPES, make, overlapping, run, table_of
 
 import fastdiff
 from fastdiff import ops, samplers, schedules
-from fastdiff.ops.sampler_step import COUNT
+from fastdiff.ops.sampler_step import COLUMNS
 
 EVERYTHING = FEATURES["everything"]
 # By image and walked through as one, in vectors and not, in one tile and in several.
@@ -265,7 +265,7 @@ OVERLAPPING = ("x", "model_out", "noise", "out", "itself")
 @pytest.mark.parametrize("other", OVERLAPPING)
 def test_a_history_that_overlaps_is_refused(gpu, other) -> None:
     wide = torch.zeros(3, 2, 3, 4, 4, device=gpu.device)
-    table = torch.zeros(5, COUNT + 2, device=gpu.device)
+    table = torch.zeros(5, len(COLUMNS) + 2, device=gpu.device)
     tensors = {name: torch.zeros_like(wide[0]) for name in OVERLAPPING[:4]}
     history = wide[1:]
     if other == "itself":
