@@ -30,7 +30,7 @@ from benchmarks import machine, rows, tables
 from fastdiff import samplers, sde
 from fastdiff.checkpoints import checkpoint
 from fastdiff.evaluation import evaluate
-from fastdiff.generation import Network, draw
+from fastdiff.generation import Network, generate
 
 STEPS = (10, 15, 20, 25, 30, 40, 50, 100)
 SCHEMES = {"exponential": (0.4, 0.3, 0.2, 0.1, 0.05), "improved-euler": (1.0, 0.5, 0.2, 0.1)}
@@ -135,8 +135,8 @@ def errors_of_ode() -> list[dict[str, Any]]:
             sampler = samplers.make(
                 name, path, steps, prediction="score", grid="logsnr", final="sigma_min"
             )
-            drawn = draw(network, sampler, x.shape, x_T=x, progress=False)
-            note(name, steps, drawn.images, drawn.evaluations)
+            samples = generate(network, sampler, x.shape, x_T=x, progress=False)
+            note(name, steps, samples.images, samples.evaluations)
     return rows
 
 

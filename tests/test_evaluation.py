@@ -21,7 +21,7 @@ from fastdiff.evaluation import (
     nearest_distances,
     recogniser,
 )
-from fastdiff.generation import Drawn
+from fastdiff.generation import Samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,7 +129,7 @@ class Canned(Checkpoint):
     source: object = None
     noise: float = 0.0
 
-    def draw(self, sampler, *, labels=None, generator=None, **options):
+    def generate(self, sampler, *, labels=None, generator=None, **options):
         turn = dict.fromkeys(range(10), 0)
         drawn = []
         for label in labels:
@@ -138,7 +138,7 @@ class Canned(Checkpoint):
             turn[label] += 1
         images = torch.stack(drawn)
         images = images + self.noise * torch.randn(images.shape, generator=generator)
-        return Drawn(images, torch.full((len(images),), 2))
+        return Samples(images, torch.full((len(images),), 2))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_samplers_and_solvers_meet(diffusion, generator):
     found = {}
     for method, options in METHODS:
         sampler = diffusion.sampler(method, **options)
-        drawn = diffusion.draw(sampler, (3, 4), x_T=x_T, cond=cond, progress=False)
+        drawn = diffusion.generate(sampler, (3, 4), x_T=x_T, cond=cond, progress=False)
         found[method] = drawn.images
     # A sampler ends without noise, a solver at the smallest time: on these data, nearly the same.
     for method, _ in METHODS[1:]:
@@ -66,11 +66,11 @@ def test_classifier_free_guidance_is_the_same_both_ways(diffusion, generator):
     x_T = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     cond = {"y": torch.tensor([0, 1, 2])}
     uncond = {"y": torch.tensor([1, 1, 1])}
-    plain = diffusion.draw(
+    plain = diffusion.generate(
         diffusion.sampler("unipc-2", 100), (3, 4), x_T=x_T, cond=cond, progress=False
     ).images
     for method, options in METHODS:
-        guided = diffusion.draw(
+        guided = diffusion.generate(
             diffusion.sampler(method, **options), (3, 4), x_T=x_T, cond=cond, uncond=uncond,
             guidance=3.0, progress=False, max_batch=2,
         ).images  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_classifier_guides_both_ways(diffusion, generator):
     for method, options in (("unipc-2", {"steps": 100}), ("ode", {"rtol": 1e-3, "atol": 1e-3})):
         seen.clear()
         guide = Guide(classifier, torch.tensor([0, 1]), 0.5)
-        found[method] = diffusion.draw(
+        found[method] = diffusion.generate(
             diffusion.sampler(method, **options), (2, 4), x_T=x_T,
             cond={"y": torch.tensor([1, 1])}, guide=guide, progress=False,
         ).images  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_classifier_guides_both_ways(diffusion, generator):
         last = 199 if diffusion is ON_SCHEDULE else 999
         assert seen[0].double().max().item() == pytest.approx(last, abs=1e-3)
     torch.testing.assert_close(found["ode"], found["unipc-2"], rtol=0, atol=0.03)
-    plain = diffusion.draw(
+    plain = diffusion.generate(
         diffusion.sampler("unipc-2", 100), (2, 4), x_T=x_T, cond={"y": torch.tensor([1, 1])},
         progress=False,
     ).images  # fmt: skip
@@ -121,11 +121,11 @@ def test_what_it_took(generator):
     ):
         calls.clear()
         sampler = diffusion.sampler(method, **options)
-        drawn = diffusion.draw(sampler, (3, 4), cond=cond, progress=False)
+        drawn = diffusion.generate(sampler, (3, 4), cond=cond, progress=False)
         assert drawn.evaluations.tolist() == [wanted] * 3
         assert len(calls) == wanted
     calls.clear()
-    drawn = diffusion.draw(diffusion.sampler("ode"), (3, 4), cond=cond, progress=False)
+    drawn = diffusion.generate(diffusion.sampler("ode"), (3, 4), cond=cond, progress=False)
     assert int(drawn.evaluations.sum()) == sum(count for count, _ in calls)
     assert drawn.evaluations.dtype == torch.int64
 
@@ -142,16 +142,16 @@ def test_a_learned_variance_is_for_ddpm_alone(tiny_unet, generator):
     ddim = diffusion.sampler("ddim", 3)
     wanted = sample(first, ddim, x_T.shape, x_T=x_T, progress=False)
     torch.testing.assert_close(
-        diffusion.draw(ddim, x_T.shape, x_T=x_T, progress=False).images, wanted
+        diffusion.generate(ddim, x_T.shape, x_T=x_T, progress=False).images, wanted
     )
     ode = diffusion.sampler("probability-flow", 3)
     fixed = Diffusion(first, schedules.cosine(20))
     torch.testing.assert_close(
-        diffusion.draw(ode, x_T.shape, x_T=x_T, progress=False).images,
-        fixed.draw(ode, x_T.shape, x_T=x_T, progress=False).images,
+        diffusion.generate(ode, x_T.shape, x_T=x_T, progress=False).images,
+        fixed.generate(ode, x_T.shape, x_T=x_T, progress=False).images,
     )
     with pytest.raises(ValueError, match="needs a learned variance, the model has none"):
-        fixed.draw(diffusion.sampler("ddpm", 5), x_T.shape, progress=False)
+        fixed.generate(diffusion.sampler("ddpm", 5), x_T.shape, progress=False)
     # A classifier moves the mean, and leaves the variance as it is.
     guide = Guide(lambda x, t: torch.stack([-x.sum((1, 2, 3)), x.sum((1, 2, 3))], 1),
                   torch.tensor([0, 1]), 0.1)  # fmt: skip
@@ -167,15 +167,15 @@ def test_a_learned_variance_is_for_ddpm_alone(tiny_unet, generator):
 def test_what_cannot_be_drawn():
     cond, ode = {"y": torch.tensor([0])}, ON_SDE.sampler("ode")
     with pytest.raises(TypeError, match="a solver has no option 'seed'"):
-        ON_SDE.draw(ode, (1, 2), cond=cond, seed=3)
+        ON_SDE.generate(ode, (1, 2), cond=cond, seed=3)
     with pytest.raises(ValueError, match="a solver takes one number for its guidance"):
-        ON_SDE.draw(ode, (1, 2), cond=cond, guidance=[1.0, 2.0])
+        ON_SDE.generate(ode, (1, 2), cond=cond, guidance=[1.0, 2.0])
     with pytest.raises(ValueError, match=r"guidance 2\.0 needs the arguments without"):
-        ON_SDE.draw(ode, (1, 2), cond=cond, guidance=2.0)
+        ON_SDE.generate(ode, (1, 2), cond=cond, guidance=2.0)
     with pytest.raises(ValueError, match="uncond must have the keys of cond"):
-        ON_SDE.draw(ode, (1, 2), cond=cond, uncond={}, guidance=2.0)
+        ON_SDE.generate(ode, (1, 2), cond=cond, uncond={}, guidance=2.0)
     with pytest.raises(ValueError, match="made for v, the model predicts eps"):
-        ON_SCHEDULE.draw(samplers.DDIM(SCHEDULE, 2, prediction="v"), (1, 2), cond=cond)
+        ON_SCHEDULE.generate(samplers.DDIM(SCHEDULE, 2, prediction="v"), (1, 2), cond=cond)
     with pytest.raises(ValueError, match="ode chooses its own steps"):
         ON_SDE.sampler("ode", 10)
     with pytest.raises(ValueError, match="annealed-langevin needs the SDE VE or EDM"):

@@ -59,3 +59,13 @@ def test_the_class_named_like_a_module_stays() -> None:
 def test_a_name_that_never_was_is_an_error() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         importlib.import_module("fastdiff.no_such_module")
+
+
+def test_images_can_be_drawn_under_the_old_names() -> None:
+    from fastdiff import Diffusion, generation
+    from fastdiff.checkpoints.checkpoint import Checkpoint
+
+    assert generation.Drawn is generation.Samples
+    assert generation.draw is generation.generate
+    assert Diffusion.draw is Diffusion.generate
+    assert Checkpoint.draw is Checkpoint.generate

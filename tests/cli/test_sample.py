@@ -17,7 +17,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cli import sample
 from fastdiff.data.image_grid import grid
-from fastdiff.generation import Drawn
+from fastdiff.generation import Samples
 from fastdiff.ops.backend import current
 
 QUICK = ("--steps", 2, "--threads", 1)
@@ -125,15 +125,15 @@ def test_comparison_calls_both_backends_in_turns(
     run: Callable, digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    draw = Checkpoint.draw
+    generate = Checkpoint.generate
 
-    def recorded(self: Checkpoint, sampler: samplers.Sampler, **options: Any) -> Drawn:
+    def recorded(self: Checkpoint, sampler: samplers.Sampler, **options: Any) -> Samples:
         calls.append((current(), sampler.steps))
-        return draw(self, sampler, **options)
+        return generate(self, sampler, **options)
 
-    monkeypatch.setattr(Checkpoint, "draw", recorded)
+    monkeypatch.setattr(Checkpoint, "generate", recorded)
     fast = {"backend": "cpu", "isa": "AVX2", "threads": 1}  # also where there is no extension
-    monkeypatch.setattr(sample, "what_runs", lambda device: fast)
+    monkeypatch.setattr(sample, "machine_facts", lambda device: fast)
     words = ("sample", "--checkpoint", digits_run, "--out", tmp_path / "grid.png", *QUICK)
     facts = run(*words, "--compare", "--json").json
     one_step, both = [("auto", 1), ("reference", 1)], [("auto", 2), ("reference", 2)]
@@ -183,13 +183,13 @@ def test_failing_call_leaves_the_old_picture(
     words = ("sample", "--checkpoint", digits_run, "--out", out, *QUICK)
     assert run(*words).code == 0
     before = out.read_bytes()
-    draw = Checkpoint.draw
+    generate = Checkpoint.generate
 
-    def broken(*args: Any, **options: Any) -> Drawn:
-        drawn = draw(*args, **options)
-        return Drawn(drawn.images * torch.nan, drawn.evaluations)
+    def broken(*args: Any, **options: Any) -> Samples:
+        samples = generate(*args, **options)
+        return Samples(samples.images * torch.nan, samples.evaluations)
 
-    monkeypatch.setattr(Checkpoint, "draw", broken)
+    monkeypatch.setattr(Checkpoint, "generate", broken)
     ran = run(*words)
     assert ran.code == 2
     assert ran.last.endswith("images must be finite, got NaN or infinity")

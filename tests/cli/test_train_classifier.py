@@ -75,7 +75,7 @@ def test_ctrl_c_keeps_what_there_is(
         ("--checkpoint {new} --data digits --out {new}", "no checkpoint at {new}: no such folder"),
         ("--checkpoint {plain} --data digits --out {new}", "images of channels 1, the model has 3"),
         ("--checkpoint {run} --data {pictures} --out {new}", "knows the classes ('cat', 'dog'),"),
-        ("--checkpoint {plain} --data {pictures}/cat --out {new}", "has no sub-folders, one a"),
+        ("--checkpoint {plain} --data {pictures}/cat --out {new}", "has no sub-folders, one for"),
         ("--checkpoint {run} --data digits --out /proc/new", "cannot write /proc/new"),
         ("--checkpoint {run} --data digits --out {new} --steps 0", "steps must be at least 1"),
         ("--checkpoint {run} --data digits --out {new} --attention 3", "attention level 3 does"),

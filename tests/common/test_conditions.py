@@ -144,11 +144,11 @@ def test_solvers_and_samplers_keep_what_is_shared(method):
     options = {} if method in ("ode", "adaptive") else {"steps": 3}
     cond = {"table": Shared(TABLE), "y": torch.tensor([0.0, 0.1, 0.2, 3.0])}
     draw = {"progress": False, "max_batch": 3}
-    diffusion.draw(diffusion.sampler(method, **options), (4, 2), cond=cond, **draw)
+    diffusion.generate(diffusion.sampler(method, **options), (4, 2), cond=cond, **draw)
     assert all(table is TABLE or torch.equal(table, TABLE) for table in model.tables)
     assert min(map(len, model.labels)) == 1
     with pytest.raises(ValueError, match=AMBIGUOUS):
-        diffusion.draw(
+        diffusion.generate(
             diffusion.sampler(method, **options), (4, 2), cond=cond | {"table": TABLE}, **draw
         )
 
@@ -188,6 +188,6 @@ def test_a_classifiers_labels_are_per_image():
     diffusion = fastdiff.Diffusion(lambda x, t: x / 2, SCHEDULE, "eps")
     guide = Guide(classifier, torch.tensor([0, 1, 1]))
     sampler = diffusion.sampler("ddim", 2)
-    drawn = diffusion.draw(sampler, (3, 2), guide=guide, max_batch=2, progress=False)
+    drawn = diffusion.generate(sampler, (3, 2), guide=guide, max_batch=2, progress=False)
     assert drawn.images.shape == (3, 2)
     assert seen == [2, 2, 1, 1]

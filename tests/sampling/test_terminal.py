@@ -92,14 +92,15 @@ def test_what_does_not_start_from_noise_says_nothing():
     later = samplers.make("ddim", schedule, 5, prediction="v").starting_at(2)
     sample(half, later, SHAPE, progress=False)
     diffusion = Diffusion(half, schedule, "v")
-    diffusion.draw(inversion, SHAPE, x_T=image, progress=False)
-    diffusion.draw(diffusion.sampler("ddim", 5), SHAPE, x_T=noise, start=2, progress=False)
+    diffusion.generate(inversion, SHAPE, x_T=image, progress=False)
+    diffusion.generate(diffusion.sampler("ddim", 5), SHAPE, x_T=noise, start=2, progress=False)
 
 
 def test_noise_that_is_given_to_a_diffusion_counts_as_noise():
     diffusion = Diffusion(half, schedules.linear(50), "v")
+    x_T = torch.randn(SHAPE)
     with pytest.warns(UserWarning, match=NEVER):
-        diffusion.draw(diffusion.sampler("ddim", 5), SHAPE, x_T=torch.randn(SHAPE), progress=False)
+        diffusion.generate(diffusion.sampler("ddim", 5), SHAPE, x_T=x_T, progress=False)
 
 
 def test_grids_that_begin_among_images():

@@ -252,7 +252,7 @@ def test_weights_under_distributed_keep_the_layout_of_their_gradients(make_train
 
 
 def test_a_checkpoint_may_hold_a_wrapped_model(tiny_checkpoint, tmp_path):
-    whole = tiny_checkpoint.draw(
+    whole = tiny_checkpoint.generate(
         tiny_checkpoint.diffusion().sampler("ddim", 2), labels=[0, 1], progress=False,
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
@@ -260,7 +260,7 @@ def test_a_checkpoint_may_hold_a_wrapped_model(tiny_checkpoint, tmp_path):
         held = dataclasses.replace(tiny_checkpoint, model=WRAPPED[name](tiny_checkpoint.model))
         checkpoint.save(held, tmp_path / name, dtype=torch.bfloat16)
         assert checkpoint.load(tmp_path / name).channels == held.channels == 1
-        drawn = held.draw(
+        drawn = held.generate(
             held.diffusion().sampler("ddim", 2), labels=[0, 1], progress=False,
             generator=torch.Generator().manual_seed(1),
         )  # fmt: skip

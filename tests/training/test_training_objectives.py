@@ -92,7 +92,7 @@ def test_what_is_trained_is_written_read_and_drawn(name, make, tmp_path):
             continue  # whose first ratio of noise to signal is infinite
         options = {"rtol": 0.1, "atol": 0.1} if chosen == "ode" else {}
         sampler = found.diffusion().sampler(chosen, steps, **options)
-        drawn = found.draw(sampler, count=2, batch_size=1, progress=False)
+        drawn = found.generate(sampler, count=2, batch_size=1, progress=False)
         assert drawn.images.shape == (2, 1, 8, 8)
         assert bool(drawn.images.isfinite().all()), chosen
         assert drawn.evaluations.shape == (2,)
