@@ -37,6 +37,7 @@ MOVED = {
     "sde.brownian": "sde.solvers.brownian",
     "sde.langevin": "sde.solvers.langevin",
     "sde.ode": "sde.solvers.ode",
+    "sde.path": "sde.discretization",
     "sde.predictors": "sde.solvers.predictors",
     "sde.process": "sde.processes",
     "sde.rounding": "sde.solvers.rounding",

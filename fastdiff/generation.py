@@ -22,7 +22,7 @@ from fastdiff.samplers import Sampler
 from fastdiff.sampling import sample
 from fastdiff.sampling.terminal import warn_of_image_at_the_beginning, warn_of_image_at_the_end
 from fastdiff.schedules import GaussianPath
-from fastdiff.sde.path import DiscretizedSDE
+from fastdiff.sde.discretization import DiscretizedSDE
 from fastdiff.sde.solvers.ode import IndexedScore
 
 ModelArguments = Mapping[str, Any]

@@ -22,7 +22,7 @@ from fastdiff.samplers import Sampler, Table
 from fastdiff.samplers.grids import SAME_LEVEL_RTOL
 from fastdiff.sampling.arguments import begin_at
 from fastdiff.schedules import GaussianPath
-from fastdiff.sde.path import DiscretizedSDE
+from fastdiff.sde.discretization import DiscretizedSDE
 
 LogProb = Callable[..., Tensor]  # (x [N, ...], t [N], **cond) -> [N]
 

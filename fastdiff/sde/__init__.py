@@ -1,9 +1,9 @@
-"""Diffusion in continuous time: SDEs, scores, solvers back to images, and likelihoods."""
+"""Diffusion in continuous time: SDEs, scores, solvers that generate images, and likelihoods."""
 
 from __future__ import annotations
 
+from fastdiff.sde.discretization import DiscretizedSDE, continuous, discretize, on_path
 from fastdiff.sde.likelihood import Likelihood, bits_per_dim, dequantize, log_likelihood
-from fastdiff.sde.path import DiscretizedSDE, continuous, discretize, on_path
 from fastdiff.sde.processes import EDM, SDE, VE, VP, SubVP
 from fastdiff.sde.processes.from_schedule import Interpolated, Straight
 from fastdiff.sde.reverse import Reverse, probability_flow, reverse

@@ -1,4 +1,4 @@
-"""What leads from noise back to images: the reverse-time SDE and the probability-flow ODE."""
+"""From noise back to images: the reverse-time SDE and the probability-flow ODE."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from fastdiff.sde.score import Score
 
 @dataclass(frozen=True)
 class Reverse:
-    """dx = (f x - ((1 + noise^2) / 2) g^2 score) dt + noise g dw, time running backwards.
+    """dx = (f x - ((1 + noise^2) / 2) g^2 score) dt + noise g dw, with time running backwards.
 
-    With noise 1 it is the reverse-time SDE (Anderson 1982; Song et al. 2021, arXiv:2011.13456,
-    eq. 6), with 0 the probability-flow ODE (eq. 13 there), and between them a family with the same
-    marginals (Huang et al. 2021, arXiv:2106.02808, eq. 15).
+    noise = 1 is the reverse-time SDE (Anderson 1982; Song et al. 2021, arXiv:2011.13456, eq. 6),
+    noise = 0 is the probability-flow ODE (Song et al., eq. 13). All noise between 0 and 1 have the
+    same marginals (Huang et al. 2021, arXiv:2106.02808, eq. 15).
 
     Attributes:
         sde: the forward process.
-        score: its score.
-        noise: how much of the noise is kept, 0..1.
+        score: the score of its marginals.
+        noise: factor of g in the diffusion, 0..1.
+
+    Raises:
+        ValueError: noise outside 0..1.
     """
 
     sde: SDE

@@ -1,4 +1,4 @@
-"""Every network as a score, and a score as every kind of prediction.
+"""Conversion of networks' outputs to scores, and of scores to other predictions.
 
 A score is a function (x, t) of images [N, ...] and float64 times [N] that returns
 grad_x log p_t(x), like x.
@@ -22,26 +22,27 @@ PARAMETRISATIONS = (*KINDS, "ncsn", "edm")
 
 
 def score_fn(model: Model, parametrisation: str, sde: SDE, **cond: Any) -> Score:
-    """The score of a network, whatever it predicts (Song et al. 2021, arXiv:2011.13456).
+    """The score that a network's output implies (Song et al. 2021, arXiv:2011.13456).
 
     Args:
-        model: ``(x, label, **cond)`` -> a tensor like x; label is what ``sde.label`` makes of t,
-            [N] in float32 at least, since 999 t has more digits than half precision. Only "ncsn"
-            and "edm" differ, see there.
+        model: ``(x, label, **cond)`` -> a tensor like x. The label is ``sde.label(t)``, [N] in
+            float32 at least, since 999 t has more digits than half precision; "ncsn" and "edm"
+            differ as said below.
         parametrisation: one of
 
-            eps, x0, v, score, flow: as in ``fastdiff.process``;
-            ncsn: a noise-conditioned network whose output over sigma is the score, given sigma for
-                its label (Song & Ermon 2020, arXiv:2006.09011, technique 3);
-            edm: the raw network F of the preconditioned denoiser, which is given c_in x (Karras et
-                al. 2022, arXiv:2206.00364, eq. 7); needs the SDE ``EDM``.
+            eps, x0, v, score, flow: a prediction as in ``fastdiff.process``;
+            ncsn: the output divided by sigma is the score, and sigma is the label (Song & Ermon
+                2020, arXiv:2006.09011, technique 3);
+            edm: the raw network F of the preconditioned denoiser, which gets c_in x (Karras et al.
+                2022, arXiv:2206.00364, eq. 7); needs the SDE ``EDM``.
+
         sde: the process that the network was trained on.
         cond: further keyword arguments of the model.
 
     Raises:
-        ValueError: an unknown parametrisation, or one that does not fit the SDE. When the score is
-            called: a model's output of another shape than x.
-        TypeError: when the score is called: the model returns no tensor.
+        ValueError: an unknown parametrisation, or "edm" with another SDE. When the score is called:
+            a model's output of another shape than x.
+        TypeError: when the score is called, if the model returns no tensor.
     """
     check_parametrisation(parametrisation, sde)
     if isinstance(sde, EDM) and parametrisation == "edm":
@@ -54,7 +55,7 @@ def _score(
 ) -> Tensor:
     alpha, sigma = sde.levels(sde.check_time(t, x))
     label = sigma if parametrisation == "ncsn" else sde.label(t.double())
-    output = asked(model, x, label, cond)
+    output = model_output(model, x, label, cond)
     if parametrisation == "ncsn":
         return (output / beside(sigma, x)).to(x.dtype)
     of_x, of_output = conversion_at(parametrisation, "score", alpha, sigma)
@@ -65,13 +66,13 @@ def _score_of_edm(model: Model, sde: EDM, cond: dict[str, Any], x: Tensor, t: Te
     t = sde.check_time(t, x)
     skip, out, scale = sde.preconditioning(t)
     scaled = (beside(scale, x) * x).to(x.dtype)
-    output = asked(model, scaled, sde.label(t), cond)
+    output = model_output(model, scaled, sde.label(t), cond)
     # (D - x) / t^2 with D = skip x + out F
     return _linear((skip - 1) / t**2, x, out / t**2, output)
 
 
 def check_parametrisation(parametrisation: str, sde: SDE) -> None:
-    """ValueError unless it is one of PARAMETRISATIONS, and fits the SDE."""
+    """ValueError unless ``parametrisation`` is one of PARAMETRISATIONS and fits the SDE."""
     if parametrisation not in PARAMETRISATIONS:
         raise ValueError(
             f"unknown parametrisation {parametrisation!r}, wanted one of "
@@ -82,7 +83,12 @@ def check_parametrisation(parametrisation: str, sde: SDE) -> None:
 
 
 def prediction_fn(score: Score, kind: str, sde: SDE) -> Score:
-    """The prediction (x, t) of ``kind`` (eps, x0, v, score or flow) that a score implies.
+    """A function (x, t) -> the prediction of ``kind`` that a score implies, like x.
+
+    Args:
+        score: the score of the process.
+        kind: eps, x0, v, score or flow.
+        sde: the process.
 
     Raises:
         ValueError: an unknown kind.
@@ -93,19 +99,20 @@ def prediction_fn(score: Score, kind: str, sde: SDE) -> Score:
 
 def _prediction(score: Score, kind: str, sde: SDE, x: Tensor, t: Tensor) -> Tensor:
     alpha, sigma = sde.levels(sde.check_time(t, x))
-    found = score(x, t)
+    gradient = score(x, t)
     if kind == "score":
-        return found
+        return gradient
     of_x, of_score = conversion_at("score", kind, alpha, sigma)
-    return _linear(of_x, x, of_score, found)
+    return _linear(of_x, x, of_score, gradient)
 
 
-def asked(model: Model, x: Tensor, label: Tensor, cond: dict[str, Any]) -> Tensor:
-    """The model's output at a label [N] or [], both in float32 at least."""
+def model_output(model: Model, x: Tensor, label: Tensor, cond: dict[str, Any]) -> Tensor:
+    """The model's output for images x and a label [N] or []; both are float32 or float64."""
     wide = wide_dtype(x.dtype)
     wanted = Output(tuple(x.shape), wide, f"images of shape {tuple(x.shape)}")
     return wanted.of(model(x, label.to(x.device, wide).expand(x.shape[0]), **cond))
 
 
 def _linear(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y for images x and y and coefficients [N] or [], in the dtype of x."""
     return (beside(a, x) * x + beside(b, x) * y).to(x.dtype)

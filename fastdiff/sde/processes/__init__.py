@@ -1,4 +1,4 @@
-"""Processes in continuous time: VP, sub-VP, VE and EDM, and those that schedules follow."""
+"""Processes in continuous time: VP, sub-VP, VE, EDM, and the processes of schedules."""
 
 from __future__ import annotations
 

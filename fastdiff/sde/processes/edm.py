@@ -11,13 +11,13 @@ from fastdiff.sde.processes.linear_sde import SDE, check_sigmas
 
 
 class EDM(SDE):
-    """x_t = x_0 + t eps, the time being the noise's deviation (Karras et al. 2022).
+    """x_t = x_0 + t eps: the time is the standard deviation of the noise (Karras et al. 2022).
 
     arXiv:2206.00364, table 1 (column "ours") and section 5.
 
     Args:
-        sigma_min: where sampling stops.
-        sigma_max: where it begins.
+        sigma_min: the level at which sampling stops.
+        sigma_max: the level at which sampling begins.
         sigma_data: standard deviation of the images, for the preconditioning.
 
     Raises:
@@ -43,15 +43,15 @@ class EDM(SDE):
         return torch.zeros_like(t), 2 * t
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """1 and t."""
+        """alpha = 1 and sigma = t."""
         return torch.ones_like(t), t
 
     def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """1 and the ratio."""
+        """alpha = 1 and sigma = ratio."""
         return torch.ones_like(ratio), ratio
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """The ratio."""
+        """The ratio itself."""
         return ratio
 
     def label(self, t: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ class EDM(SDE):
     def preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out and c_in of D(x, t) = c_skip x + c_out F(c_in x, label) (eq. 7).
 
-        With them the network's input and its target have variance 1 at every t, and errors of F are
-        amplified the least.
+        They give the network's input and target variance 1 at every t, and amplify errors of F the
+        least.
         """
         variance = t**2 + self.sigma_data**2
         return (

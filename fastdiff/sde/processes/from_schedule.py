@@ -1,4 +1,4 @@
-"""Schedules with timesteps, seen as processes in continuous time."""
+"""Processes in continuous time that follow a schedule with timesteps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastdiff.sde.processes.linear_sde import SDE
 
 
 class Interpolated(SDE):
-    """A discrete noise schedule as a continuous one, exact at its timesteps.
+    """A discrete noise schedule as a continuous process, exact at its timesteps.
 
-    Timestep i stands at t = (i + 1) / T; between two of them, and from t = 0 to the first, log
-    alpha is a straight line (as in DPM-Solver, arXiv:2206.00927, appendix D.2).
+    Timestep i is at t = (i + 1) / T. Between timesteps, and from t = 0 to the first, log alpha is
+    linear in t (as in DPM-Solver, arXiv:2206.00927, appendix D.2).
 
     Args:
-        schedule: any :class:`NoiseSchedule` with some signal left at its end.
+        schedule: a :class:`NoiseSchedule` whose last abar is above 0.
 
     Raises:
         ValueError: a schedule with zero terminal SNR, whose log alpha is infinite.
@@ -40,7 +40,7 @@ class Interpolated(SDE):
         return f"Interpolated({self.schedule!r})"
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """f, constant between two timesteps, and g^2 = -2 f."""
+        """f, which is constant between two timesteps, and g^2 = -2 f."""
         _, slope = self._on(t.device)
         f = slope[self._interval(t)]
         return f, -2 * f
@@ -54,11 +54,11 @@ class Interpolated(SDE):
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
     def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Those with alpha^2 + sigma^2 = 1."""
+        """alpha and sigma with alpha^2 + sigma^2 = 1."""
         return self.schedule.levels(ratio)
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """On the straight line of log alpha = -log(1 + ratio^2) / 2."""
+        """The time at which log alpha = -log(1 + ratio^2) / 2."""
         log_alpha = -torch.log1p(ratio**2) / 2
         count, (before, slope) = self.schedule.num_timesteps, self._on(ratio.device)
         index = (torch.searchsorted(-before, -log_alpha) - 1).clamp(0, count - 1)
@@ -69,14 +69,14 @@ class Interpolated(SDE):
         return self.schedule.num_timesteps * t - 1
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """log alpha [T + 1] and its slopes [T], copied once: CUDA graphs cannot capture a copy."""
+        """log alpha [T + 1] and its slopes [T], cached: CUDA graphs cannot capture the copy."""
         if device not in self._lines:
             log_alpha, slope = self._line
             self._lines[device] = log_alpha.to(device), slope.to(device)
         return self._lines[device]
 
     def _interval(self, t: Tensor) -> Tensor:
-        """Number of the straight line that t lies on; a timestep ends its own."""
+        """The number 0..T-1 of the linear piece that t lies on; timestep i ends piece i."""
         count = self.schedule.num_timesteps
         return ((t * count - 1e-9).ceil().long() - 1).clamp(0, count - 1)
 
@@ -85,22 +85,23 @@ class Straight(SDE):
     """Rectified flow: x_t = (1 - t) x_0 + t eps (Liu et al. 2022, arXiv:2209.03003).
 
     As an SDE f = alpha'/alpha = -1 / (1 - t) and g^2 = 2 t - 2 f t^2 = 2 t / (1 - t). Both grow
-    without bounds towards t = 1, where x no longer says anything of x_0, though the probability
-    flow f x - g^2 score / 2 = eps - x_0 does not: what is left of x_0 at time t is found in a score
-    to 1 / (1 - t) times its rounding error. So time ends at 0.999, with the prior N(0, 0.999^2);
-    a thousandth of x_0 is lost there, and single precision still gives the flow to 1e-4.
+    without bound towards t = 1, where x holds no signal. The probability flow
+    f x - g^2 score / 2 = eps - x_0 does not grow, but computing it from a score multiplies the
+    score's rounding error by 1 / (1 - t). So time ends at 0.999, with the prior N(0, 0.999^2): this
+    drops a thousandth of x_0, and single precision still gives the flow to 1e-4.
 
     Args:
         num_timesteps: T of the :class:`fastdiff.schedules.FlowSchedule` whose labels the network
-            is given.
-        shift: of that schedule; the process is the same for all.
-        label_by: of that schedule.
+            gets.
+        shift: the schedule's shift. It changes ``smallest`` and labels that are timesteps, not the
+            process.
+        label_by: the schedule's ``label_by``.
 
     Attributes:
-        smallest: the noise of the schedule's first timestep.
+        smallest: sigma at the schedule's first timestep.
 
     Raises:
-        ValueError: as the schedule does; a first timestep that is noisier than the end.
+        ValueError: arguments that FlowSchedule refuses; a first timestep noisier than ``end``.
     """
 
     end = 1 - 1e-3
@@ -126,11 +127,11 @@ class Straight(SDE):
         return -1 / (1 - t), 2 * t / (1 - t)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """1 - t and t."""
+        """alpha = 1 - t and sigma = t."""
         return 1 - t, t
 
     def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Those with alpha + sigma = 1."""
+        """alpha and sigma with alpha + sigma = 1."""
         return 1 / (1 + ratio), ratio / (1 + ratio)
 
     def time_at(self, ratio: Tensor) -> Tensor:
@@ -138,12 +139,12 @@ class Straight(SDE):
         return ratio / (1 + ratio)
 
     def label(self, t: Tensor) -> Tensor:
-        """T t, or the timestep T s - 1 with t = shift s / (1 + (shift - 1) s): see ``label_by``."""
+        """T t; with ``label_by`` "timestep", T s - 1 for t = shift s / (1 + (shift - 1) s)."""
         if self.label_by == "sigma":
             return self.num_timesteps * t
         return self.num_timesteps * t / (self.shift - (self.shift - 1) * t) - 1
 
     @property
     def prior_std(self) -> float:
-        """That of the noise at the end."""
+        """sigma at ``end``."""
         return self.end

@@ -2,11 +2,11 @@
 
     dx = f(t) x dt + g(t) dw,      x_t = alpha(t) x_0 + sigma(t) eps,      0 <= t <= end
 
-from images at t = 0 to noise at t = end (Song et al. 2021, arXiv:2011.13456, section 3). Of alpha
-and sigma follow f = alpha'/alpha and g^2 = (sigma^2)' - 2 f sigma^2, which the tests hold them to.
+from images at t = 0 to noise at t = end (Song et al. 2021, arXiv:2011.13456, section 3). alpha and
+sigma determine f = alpha'/alpha and g^2 = (sigma^2)' - 2 f sigma^2; tests check each process.
 
-A time t has shape [N], one for each image, or [] for all of them. Coefficients are float64 and
-rounded where they meet images, which come back in their own dtype.
+A time t has shape [N], one for each image, or [] for all images. Coefficients are float64 and are
+rounded when they are combined with images. Results have the dtype of the images.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ class SDE:
 
     Attributes:
         end: the time of the prior.
-        smallest: the time at which sampling stops: below it the score grows without bounds.
-        trained_from: the time from which on networks are trained and likelihoods are integrated,
-            at most ``smallest``.
-        extends: whether a network can be told of times beyond ``smallest`` and ``end``.
-        jumps: whether f and g^2 jump from one timestep to the next, though log(alpha / sigma) does
-            not: adaptive solvers of the probability flow then step in that.
+        smallest: the time at which sampling stops; towards 0 the score grows without bound.
+        trained_from: the smallest time of training and of likelihoods, at most ``smallest``.
+        extends: whether networks accept times below ``smallest`` and above ``end``.
+        jumps: whether f and g^2 are discontinuous at timesteps. Adaptive solvers of the probability
+            flow then take steps in log(alpha / sigma), which is continuous.
     """
 
     end: float = 1.0
@@ -40,7 +39,7 @@ class SDE:
 
     @property
     def trained_from(self) -> float:
-        """The time from which on networks are trained and likelihoods are integrated."""
+        """The smallest time at which networks are trained and likelihoods begin."""
         return self.smallest
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,26 +51,26 @@ class SDE:
         raise NotImplementedError
 
     def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """The alpha and sigma at which sigma / alpha is ``ratio``, float64, shaped like it.
+        """The alpha and sigma at which sigma / alpha is ``ratio``, float64, shaped like ``ratio``.
 
-        Beyond the process's ends, too, as far as its marginals go on.
+        The ratio may lie beyond the ends of the process where its formulae are defined.
         """
         raise NotImplementedError
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """The time at which sigma / alpha is ``ratio``, float64, shaped like it.
+        """The time at which sigma / alpha is ``ratio``, float64, shaped like ``ratio``.
 
-        Not limited to 0..end.
+        The result is not limited to 0..end.
         """
         raise NotImplementedError
 
     def label(self, t: Tensor) -> Tensor:
-        """What a network is given for its time."""
+        """The value that a network gets as its time, shaped like ``t``."""
         raise NotImplementedError
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the prior that stands for the marginal at ``end``."""
+        """Standard deviation of the prior, which approximates the marginal at ``end``."""
         return 1.0
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
@@ -94,9 +93,9 @@ class SDE:
         return squared.sqrt()
 
     def marginal(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [N, ...] and standard deviation [N, 1, ...] of x_t given x_0; raises as drift does.
+        """Mean [N, ...] and standard deviation [N, 1, ...] of x_t given x_0.
 
-        Song et al. 2021, arXiv:2011.13456, eq. 29.
+        Song et al. 2021, arXiv:2011.13456, eq. 29. Raises the errors of :meth:`drift`.
         """
         alpha, sigma = self.levels(self.check_time(t, x0))
         return (beside(alpha, x0) * x0).to(x0.dtype), beside(sigma, x0)
@@ -114,10 +113,17 @@ class SDE:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Noise of the prior, [N, ...]."""
+        """Samples of the prior.
+
+        Args:
+            shape: shape of the samples, [N, ...].
+            generator: source of the noise, None for PyTorch's global one of ``device``.
+            device: device of the result; noise of another device's generator is copied to it.
+            dtype: dtype of the result.
+        """
         where = device if generator is None else generator.device
-        drawn = torch.randn(shape, generator=generator, device=where, dtype=dtype)
-        return drawn.to(device) * self.prior_std
+        noise = torch.randn(shape, generator=generator, device=where, dtype=dtype)
+        return noise.to(device) * self.prior_std
 
     def prior_logp(self, z: Tensor) -> Tensor:
         """Log density of the prior at z [N, ...], in nats, float64 [N]."""
@@ -128,12 +134,12 @@ class SDE:
         return -0.5 * flat.square().sum(1) - constant
 
     def check_time(self, t: Tensor, x: Tensor | None = None) -> Tensor:
-        """``t`` in float64.
+        """``t`` in float64, checked.
 
-        Values are checked for CPU tensors only: looking at a GPU's would wait for it.
+        Values are checked for CPU tensors only: reading values of a GPU would wait for it.
 
         Raises:
-            TypeError: ``t`` is no floating point tensor, or ``x`` is not floating point.
+            TypeError: ``t`` or ``x`` is not a floating point tensor.
             ValueError: a time outside 0..end, or a shape other than [N] or [].
         """
         if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -143,11 +149,11 @@ class SDE:
             check_floating(x, "images")
             if t.shape not in ((), x.shape[:1]):
                 raise ValueError(
-                    f"t must have shape [] or [{x.shape[0]}], one time an image, "
+                    f"t must have shape [] or [{x.shape[0]}], one time per image, "
                     f"got {tuple(t.shape)}"
                 )
-        looked_at = t.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looked_at and not bool(((t >= 0) & (t <= self.end * (1 + 1e-6))).all()):
+        readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not bool(((t >= 0) & (t <= self.end * (1 + 1e-6))).all()):
             raise ValueError(
                 f"t must lie in 0..{self.end:g}, got values from {t.min().item():g} to "
                 f"{t.max().item():g}"
@@ -156,11 +162,11 @@ class SDE:
 
 
 class TrainedFromEarlier(SDE):
-    """What processes share whose training begins earlier than their sampling stops.
+    """A process that is trained at times down to ``trained_from``, below ``smallest``.
 
-    The noise at ``trained_from`` must be small beside the finest structure of the images: from 1e-3
-    on, VP's likelihoods of images with a deviation of 0.003 given the others are 1.7 bits a
-    dimension too high.
+    The noise at ``trained_from`` must be small beside the finest structure of the images. For
+    pixels whose standard deviation given the others is 0.003, likelihoods of VP from time 1e-3 are
+    1.7 bits per dimension too high.
     """
 
     default_smallest: ClassVar[float]
@@ -179,17 +185,17 @@ class TrainedFromEarlier(SDE):
 
     @property
     def trained_from(self) -> float:
-        """As given."""
+        """The smallest time of training and likelihoods, as given to the constructor."""
         return self._trained_from
 
     def changed_times(self) -> str:
-        """The two times as ``repr`` shows them: only where they are not the usual ones."""
+        """The arguments ``smallest`` and ``trained_from`` for ``repr``, without default values."""
         times = {"smallest": self.default_smallest, "trained_from": self.default_trained_from}
         shown = {name: getattr(self, name) for name, usual in times.items()}
         return "".join(f", {name}={t!r}" for name, t in shown.items() if t != times[name])
 
 
 def check_sigmas(sigma_min: float, sigma_max: float) -> None:
-    """ValueError unless both are finite and rise from above 0."""
+    """ValueError unless 0 < sigma_min < sigma_max, both finite."""
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"wanted 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")

@@ -11,14 +11,14 @@ from fastdiff.sde.processes.linear_sde import TrainedFromEarlier, check_sigmas
 
 
 class VE(TrainedFromEarlier):
-    """The variance-exploding SDE, NCSN's limit (Song et al. 2021, eq. 9 and 30).
+    """The variance-exploding SDE, the continuous limit of NCSN (Song et al. 2021, eq. 9 and 30).
 
     Args:
         sigma_min: sigma(0).
-        sigma_max: sigma(1); sigma rises geometrically.
+        sigma_max: sigma(1); sigma increases geometrically with t.
         smallest: the time at which sampling stops; None is 1e-5, as in the paper's code.
-        trained_from: the time from which on networks are trained and likelihoods are integrated;
-            None is 1e-5, likewise, or ``smallest`` if that is less.
+        trained_from: the smallest time of training and likelihoods; None is 1e-5, as in the paper's
+            code, or ``smallest`` if that is less.
 
     Raises:
         ValueError: not 0 < sigma_min < sigma_max, or not 0 < trained_from <= smallest < 1.
@@ -47,12 +47,12 @@ class VE(TrainedFromEarlier):
         return torch.zeros_like(sigma), sigma**2 * (2 * math.log(self.sigma_max / self.sigma_min))
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """1 and sigma_min (sigma_max / sigma_min)^t."""
+        """alpha = 1 and sigma = sigma_min (sigma_max / sigma_min)^t."""
         sigma = self.sigma_min * torch.exp(t * math.log(self.sigma_max / self.sigma_min))
         return torch.ones_like(sigma), sigma
 
     def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """1 and the ratio."""
+        """alpha = 1 and sigma = ratio."""
         return torch.ones_like(ratio), ratio
 
     def time_at(self, ratio: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class VE(TrainedFromEarlier):
         return (ratio / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
     def label(self, t: Tensor) -> Tensor:
-        """999 t, which log sigma(t) rises with."""
+        """999 t, in which log sigma(t) is linear."""
         return 999 * t
 
     @property

@@ -1,4 +1,4 @@
-"""The variance-preserving SDE and its relative sub-VP (Song et al. 2021, arXiv:2011.13456)."""
+"""The variance-preserving and the sub-VP SDE (Song et al. 2021, arXiv:2011.13456)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastdiff.sde.processes.linear_sde import TrainedFromEarlier
 
 
 class VP(TrainedFromEarlier):
-    """The variance-preserving SDE, DDPM's limit (Song et al. 2021, eq. 11 and 33).
+    """The variance-preserving SDE, the continuous limit of DDPM (Song et al. 2021, eq. 11 and 33).
 
     Args:
         beta_min: beta(0).
-        beta_max: beta(1); beta rises linearly.
+        beta_max: beta(1); beta increases linearly with t.
         smallest: the time at which sampling stops; None is 1e-3, as in the paper's code.
-        trained_from: the time from which on networks are trained and likelihoods are integrated;
-            None is 1e-5, likewise, or ``smallest`` if that is less.
+        trained_from: the smallest time of training and likelihoods; None is 1e-5, as in the paper's
+            code, or ``smallest`` if that is less.
 
     Raises:
         ValueError: not 0 < beta_min <= beta_max, or not 0 < trained_from <= smallest < 1.
@@ -51,21 +51,21 @@ class VP(TrainedFromEarlier):
         return -0.5 * beta, beta
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sqrt(1 - alpha^2)."""
+        """alpha, and sigma = sqrt(1 - alpha^2)."""
         log_alpha = self._log_alpha(t)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
     def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Those with alpha^2 + sigma^2 = 1."""
+        """alpha and sigma with alpha^2 + sigma^2 = 1."""
         alpha = 1 / torch.sqrt(1 + ratio**2)
         return alpha, ratio * alpha
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """The root of a quadratic: -log alpha = log(1 + ratio^2) / 2."""
+        """The time at which -log alpha = log(1 + ratio^2) / 2, the root of a quadratic."""
         return self._time_of(torch.log1p(ratio**2) / 2)
 
     def label(self, t: Tensor) -> Tensor:
-        """999 t: a network's time embedding was made for 1000 timesteps."""
+        """999 t: time embeddings of networks are made for 1000 timesteps."""
         return 999 * t
 
     def _time_of(self, lost: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ class VP(TrainedFromEarlier):
 
 
 class SubVP(VP):
-    """The sub-variance-preserving SDE (Song et al. 2021, eq. 12 and 29): less noise than VP.
+    """The sub-variance-preserving SDE (Song et al. 2021, eq. 12 and 29), with less noise than VP.
 
-    Arguments as :class:`VP` has them.
+    The arguments are those of :class:`VP`.
     """
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,15 +89,15 @@ class SubVP(VP):
         return f, -beta * torch.expm1(4 * self._log_alpha(t))
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and 1 - alpha^2; no root."""
+        """alpha, and sigma = 1 - alpha^2, which is not the root that VP takes."""
         log_alpha = self._log_alpha(t)
         return log_alpha.exp(), -torch.expm1(2 * log_alpha)
 
     def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Those with alpha^2 + sigma = 1."""
+        """alpha and sigma with alpha^2 + sigma = 1."""
         alpha = torch.exp(-torch.asinh(ratio / 2))
         return alpha, ratio * alpha
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """As in VP: 1 / alpha - alpha = ratio, so that -log alpha = asinh(ratio / 2)."""
+        """The time at which 1 / alpha - alpha = ratio, so that -log alpha = asinh(ratio / 2)."""
         return self._time_of(torch.asinh(ratio / 2))

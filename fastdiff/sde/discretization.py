@@ -1,9 +1,9 @@
-"""Between timesteps and continuous time, in both directions.
+"""Conversion between schedules with timesteps and SDEs in continuous time.
 
-:func:`continuous` sees a schedule as an SDE. :func:`discretize` lays timesteps along an SDE, so
-that every sampler of ``fastdiff.samplers`` runs it through its table of coefficients: the
-probability-flow ODE or the sampler's own SDE, on a fixed grid. :func:`on_path` reads a network
-there.
+:func:`continuous` gives the SDE of a schedule. :func:`discretize` places timesteps along an SDE, so
+that every sampler of ``fastdiff.samplers`` can run it as a table of coefficients: the
+probability-flow ODE or the sampler's own SDE, on a fixed grid. :func:`on_path` converts a network
+of the SDE to one of these timesteps.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fastdiff.process import KINDS
 from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
 from fastdiff.sde.processes import EDM, SDE
 from fastdiff.sde.processes.from_schedule import Interpolated, Straight
-from fastdiff.sde.score import asked, check_parametrisation
+from fastdiff.sde.score import check_parametrisation, model_output
 from fastdiff.sde.solvers.fixed_steps import time_grid
 
 
 def continuous(forward: GaussianPath | SDE) -> SDE:
-    """A forward process in continuous time.
+    """A forward process as an SDE in continuous time.
 
     Args:
-        forward: an SDE, which is returned; what :func:`discretize` has made of one; a
-            :class:`~fastdiff.schedules.NoiseSchedule`, as :class:`Interpolated`; or a
-            :class:`~fastdiff.schedules.FlowSchedule`, as :class:`Straight`.
+        forward: an SDE is returned as it is, a :class:`DiscretizedSDE` gives its SDE, a
+            :class:`~fastdiff.schedules.NoiseSchedule` gives :class:`Interpolated`, and a
+            :class:`~fastdiff.schedules.FlowSchedule` gives :class:`Straight`.
 
     Raises:
-        ValueError: anything else, or a schedule with zero terminal SNR other than rectified flow's.
+        ValueError: another kind of process, or a NoiseSchedule with zero terminal SNR.
     """
     if isinstance(forward, SDE):
         return forward
@@ -51,15 +51,15 @@ def continuous(forward: GaussianPath | SDE) -> SDE:
 class DiscretizedSDE(GaussianPath):
     """The marginals of an SDE at T of its times.
 
-    Timestep 0 stands at ``sde.smallest`` and T - 1 at ``sde.end``; those between are spaced as
-    :func:`fastdiff.sde.time_grid` does it, evenly in t or, for ``EDM``, in its 7th root.
+    Timestep 0 is at time ``sde.smallest`` and T - 1 at ``sde.end``. The timesteps between are
+    spaced as by :func:`fastdiff.sde.time_grid`: evenly in t or, for ``EDM``, in its 7th root.
 
     Args:
         sde: the process.
         num_timesteps: T, at least 2.
 
     Attributes:
-        times: of the timesteps, float64 [T], rising.
+        times: the SDE's time at each timestep, float64 [T], increasing.
         extends: whether timesteps below 0 and above T - 1 have a time of the SDE, too.
 
     Raises:
@@ -84,8 +84,9 @@ class DiscretizedSDE(GaussianPath):
     def time(self, t: Tensor) -> Tensor:
         """The SDE's time at timesteps, fractions allowed; float64, shaped like ``t``.
 
-        Between two timesteps log(sigma / alpha) is linear in t, as it is to the samplers' grids,
-        and likewise beyond 0..T-1 where the path extends; elsewhere times stay within the SDE's.
+        Between two timesteps log(sigma / alpha) is linear in t, as for the grids of samplers. If
+        the path extends, it is extrapolated linearly beyond 0..T-1, else times are clamped to
+        smallest..end of the SDE.
         """
         if t.device not in self._lambdas:
             self._lambdas[t.device] = self.lambda_t.to(t.device)
@@ -97,7 +98,7 @@ class DiscretizedSDE(GaussianPath):
 
     @cached_property
     def _lambdas(self) -> PerDevice[torch.device, Tensor]:
-        """Made once, since a CUDA graph cannot capture a copy from the host."""
+        """lambda_t on each device, cached: a CUDA graph cannot capture a copy from the host."""
         return PerDevice()
 
 
@@ -110,14 +111,14 @@ def on_path(model: Model, parametrisation: str, path: DiscretizedSDE) -> tuple[n
     """A network of continuous time for ``fastdiff.sample`` with a sampler of ``path``.
 
     Args:
-        model: as for :func:`fastdiff.sde.score_fn`.
-        parametrisation: likewise.
+        model: the network, see :func:`fastdiff.sde.score_fn`.
+        parametrisation: what the network returns, see :func:`fastdiff.sde.score_fn`.
         path: the SDE that the network was trained on, discretized.
 
     Returns:
         A model ``(x, t, **cond)`` -> prediction, t being a timestep of the path, fractions allowed;
-        and what it predicts, the sampler's ``prediction``. That is the parametrisation where it is
-        one of ``fastdiff.process``; a network of "ncsn" then predicts eps, one of "edm" x0.
+        and the kind of its prediction, for the sampler's argument ``prediction``. The kind is the
+        parametrisation if that is in ``process.KINDS``, eps for "ncsn", and x0 for "edm".
 
     Raises:
         ValueError: an unknown parametrisation, or one that does not fit the SDE.
@@ -134,7 +135,7 @@ def on_path(model: Model, parametrisation: str, path: DiscretizedSDE) -> tuple[n
 
 
 class _OnPath(nn.Module):
-    """A module, so that its device can be seen."""
+    """The model of :func:`on_path`; an ``nn.Module``, so that sampling finds the model's device."""
 
     def __init__(self, model: Model, parametrisation: str, path: DiscretizedSDE) -> None:
         super().__init__()
@@ -148,8 +149,8 @@ class _OnPath(nn.Module):
             return self.model(x, label.expand(x.shape[0]), **cond)
         if self.parametrisation == "ncsn":  # sigma times the score, which is -eps
             _, sigma = sde.levels(time)
-            return -asked(self.model, x, sigma, cond).to(x.dtype)
+            return -model_output(self.model, x, sigma, cond).to(x.dtype)
         assert isinstance(sde, EDM)  # on_path has checked
         skip, out, scale = (beside(value, x) for value in sde.preconditioning(time))
-        found = asked(self.model, (scale * x).to(x.dtype), sde.label(time), cond)
-        return (skip * x + out * found).to(x.dtype)
+        output = model_output(self.model, (scale * x).to(x.dtype), sde.label(time), cond)
+        return (skip * x + out * output).to(x.dtype)
