@@ -18,7 +18,7 @@ from fastdiff.common.errors import InputError
 from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
-from fastdiff.sde.solvers.by_name import STEPS_EACH
+from fastdiff.sde.solvers.by_name import LANGEVIN_STEPS_EACH
 
 STEPS = 50  # default of samplers with timesteps
 # For each objective except ncsn the default sampler and its steps.
@@ -116,7 +116,7 @@ def default_sampler(diffusion: Diffusion) -> tuple[str, int | None]:
     """The default sampler of a model's objective, and its steps."""
     objective = diffusion.objective
     if objective.levels is not None:
-        return "annealed-langevin", objective.levels * STEPS_EACH
+        return "annealed-langevin", objective.levels * LANGEVIN_STEPS_EACH
     return DEFAULTS[objective.name]
 
 

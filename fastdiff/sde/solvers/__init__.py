@@ -1,4 +1,4 @@
-"""Ways back from noise to images in continuous time: fixed steps, adaptive steps, ODEs."""
+"""Solvers from noise to images in continuous time: fixed steps, adaptive steps, ODEs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``Solver``: every way back in continuous time, chosen by name, its options checked at once."""
+"""``Solver``: a solver of continuous time chosen by name, with its options checked at once."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from fastdiff.sde.solvers.predictors import METHODS as PREDICTORS
 from fastdiff.sde.solvers.runge_kutta import METHODS as PAIRS
 from fastdiff.sde.solvers.stepping import check_count, check_known, check_positive
 
-Check = Callable[[Any, str], object]  # of an option's value, and its name
+Check = Callable[[Any, str], object]  # (an option's value, its name) -> raises if it is wrong
 
 DEFAULT_STEPS = 500
-STEPS_EACH, STEP = 5, 0.2  # of annealed Langevin dynamics; STEP is a share of sigma_min^2
+# Defaults of annealed Langevin dynamics: steps at each level, and the last step over sigma_min^2.
+LANGEVIN_STEPS_EACH, LANGEVIN_STEP_SHARE = 5, 0.2
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Images, and what they took.
+    """Generated images and their cost.
 
     Attributes:
         x: the images [N, ...].
-        evaluations: of the score, for each image, int64 [N] on the CPU.
+        evaluations: number of score evaluations for each image, int64 [N] on the CPU.
     """
 
     x: Tensor
@@ -41,7 +42,7 @@ class Sampled:
 
 
 class Solver:
-    """From noise to images by a method and its options, all but ``steps`` keywords of its own.
+    """A method from noise to images with its options.
 
     Args:
         sde: the forward process.
@@ -62,14 +63,14 @@ class Solver:
                                 is NCSN's 2e-5), denoise, check_finite. The levels, steps /
                                 steps_each of them, fall geometrically.
 
-        steps: in all, for methods with fixed steps (None is 500); None for ode and adaptive.
-        **options: of the method.
+        steps: total number of steps, for methods with fixed steps (None is 500); must be None for
+            ode and adaptive.
+        **options: the method's keyword arguments listed above.
 
     Raises:
-        TypeError: an option that the method does not have, or steps, counts and switches that are
-            none.
-        ValueError: an unknown method, steps where there are none or below 1, an option outside its
-            range, or annealed Langevin dynamics of another process.
+        TypeError: an option that the method does not have, or of the wrong type.
+        ValueError: an unknown method, steps for ode or adaptive, steps below 1, an option outside
+            its range, or annealed Langevin dynamics with another process than VE or EDM.
 
     Example:
         >>> solver = Solver(sde, "adaptive", eps_rel=0.02)
@@ -109,7 +110,7 @@ class Solver:
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Noise to begin with, float32 of ``shape`` [N, ...]."""
+        """Noise of the process's prior, float32 of ``shape`` [N, ...] on ``device``."""
         return self.sde.prior_sample(shape, generator=generator, device=device)
 
     def sample(
@@ -121,43 +122,43 @@ class Solver:
         generator: torch.Generator | None = None,
         progress: bool | str = True,
     ) -> Sampled:
-        """Images from noise.
+        """Generate images from noise.
 
         Args:
             score: ``(x [M, ...], t float64 [M])`` -> grad log p_t(x), like x.
             x_T: noise of the prior, [N, ...], floating point.
-            conditioned: whether the score takes a third argument, the places of its images in the
-                batch, as in :func:`fastdiff.sde.solve_ode`.
-            generator: source of the noise, None for PyTorch's global one.
-            progress: show a bar; methods with fixed steps describe it by a string.
+            conditioned: whether the score takes a third argument, the numbers of its images in the
+                batch, see :func:`fastdiff.sde.solve_ode`.
+            generator: source of the noise, None for PyTorch's global generator.
+            progress: show a progress bar on standard error; with fixed steps a string names it.
 
         Raises:
-            TypeError, ValueError, FloatingPointError, StuckError: as the method's function does.
+            TypeError, ValueError, FloatingPointError, StuckError: those of the method's function.
         """
         if self.method == "ode":
             options = dict(self.options)
-            found = solve_ode(
+            result = solve_ode(
                 score, self.sde, x_T, method=options.pop("pair", "dopri5"),
                 conditioned=conditioned, progress=bool(progress), **options,
             )  # fmt: skip
-            return Sampled(found.x, found.evaluations)
+            return Sampled(result.x, result.evaluations)
         if self.method == "adaptive":
-            found = solve_adaptive(
+            result = solve_adaptive(
                 score, self.sde, x_T, conditioned=conditioned, generator=generator,
                 progress=bool(progress), **self.options,
             )  # fmt: skip
-            return Sampled(found.x, found.evaluations)
-        asked = 0
-        everyone = torch.arange(len(x_T), device=x_T.device)
-        of_all = score_of_rows(score, conditioned, everyone)
+            return Sampled(result.x, result.evaluations)
+        evaluations = 0
+        all_rows = torch.arange(len(x_T), device=x_T.device)
+        score_of_all = score_of_rows(score, conditioned, all_rows)
 
         def counted(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal asked
-            asked += 1
-            return of_all(x, t)
+            nonlocal evaluations
+            evaluations += 1
+            return score_of_all(x, t)
 
         x = self._by_steps(counted, x_T, {"generator": generator, "progress": progress})
-        return Sampled(x, torch.full((len(x_T),), asked, dtype=torch.int64, device="cpu"))
+        return Sampled(x, torch.full((len(x_T),), evaluations, dtype=torch.int64, device="cpu"))
 
     def _by_steps(self, score: Score, x_T: Tensor, arguments: dict[str, Any]) -> Tensor:
         assert self.steps is not None
@@ -166,24 +167,25 @@ class Solver:
                 score, self.sde, x_T, self.steps, method=self.method, **arguments, **self.options
             )
         sigmas = self._levels()
-        options = {"steps_each": STEPS_EACH, "step": STEP * sigmas[-1].item() ** 2, **self.options}
+        step = LANGEVIN_STEP_SHARE * sigmas[-1].item() ** 2
+        options = {"steps_each": LANGEVIN_STEPS_EACH, "step": step, **self.options}
         return annealed_langevin(
             lambda x, sigma: score(x, self.sde.time_at(sigma).clamp(0, self.sde.end)),
             sigmas, x_T, **options, **arguments,
         )  # fmt: skip
 
     def _levels(self) -> Tensor:
-        """The levels of annealed Langevin dynamics, float64, falling."""
+        """The noise levels sigma of annealed Langevin dynamics, float64, decreasing."""
         assert self.steps is not None
         ends = torch.tensor([self.sde.end, self.sde.smallest], dtype=torch.float64, device="cpu")
         first, last = self.sde.levels(ends)[1].log().tolist()
-        count = self.steps // self.options.get("steps_each", STEPS_EACH)
+        count = self.steps // self.options.get("steps_each", LANGEVIN_STEPS_EACH)
         return torch.linspace(first, last, count, dtype=torch.float64, device="cpu").exp()
 
     def _check_levels(self) -> None:
         if not isinstance(self.sde, (VE, EDM)):
             raise ValueError(f"annealed-langevin needs the SDE VE or EDM, got {self.sde!r}")
-        each = self.options.get("steps_each", STEPS_EACH)
+        each = self.options.get("steps_each", LANGEVIN_STEPS_EACH)
         assert self.steps is not None
         if self.steps % each or self.steps < 2 * each:
             raise ValueError(
@@ -193,7 +195,7 @@ class Solver:
 
 
 def names() -> tuple[str, ...]:
-    """Methods of :class:`Solver`."""
+    """The methods of :class:`Solver` by name."""
     return METHODS
 
 

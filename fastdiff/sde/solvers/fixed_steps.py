@@ -1,4 +1,4 @@
-"""From noise to images in steps of fixed lengths: predictors, correctors, and their loop."""
+"""From noise to images in a fixed number of steps: the loop over predictors and correctors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fastdiff.sde.score import Score
 from fastdiff.sde.solvers.langevin import CORRECTORS, Level
 from fastdiff.sde.solvers.predictors import METHODS, Steps
 from fastdiff.sde.solvers.stepping import (
-    Watched,
+    CheckedScore,
     check_count,
     check_images,
     check_known,
     check_positive,
-    counted,
     normal,
+    with_progress,
 )
 
-RHO = 7  # of Karras' grid
+KARRAS_RHO = 7  # exponent of EDM's time grid
 
 
 @torch.no_grad()
@@ -40,48 +40,48 @@ def solve(
     check_finite: bool = False,
     progress: bool | str = True,
 ) -> Tensor:
-    """Solve the reverse-time SDE, or the probability-flow ODE, in steps of fixed lengths.
+    """Solve the reverse-time SDE, or the probability-flow ODE, in a fixed number of steps.
 
-    Predictor and corrector alternate as in Song et al. 2021, arXiv:2011.13456, algorithms 2 to 5;
-    the steps are those of :func:`time_grid`. Coefficients are float64 and x is in float32 at least,
-    whatever its dtype; the score is evaluated steps (1 + corrector_steps) times, and once more to
-    denoise.
+    Predictor and corrector alternate as in Song et al. 2021, arXiv:2011.13456, algorithms 2 to 5,
+    on the times of :func:`time_grid`. Coefficients are float64, and x is kept in float32 or
+    float64. The score is evaluated ``steps`` times, ``corrector_steps`` times more after each step
+    if there is a corrector, and once more to denoise.
 
     Args:
-        score: the score of the process, from :func:`fastdiff.sde.score_fn` or any (x, t) -> like x.
-            It is given t as float64 [N] on x's device.
+        score: the score of the process, from :func:`fastdiff.sde.score_fn` or any (x, t) -> like x;
+            t is float64 [N] on x's device.
         sde: the process that leads from images to noise.
-        x_T: noise of its prior, [N, ...], floating point; or images at time ``start``.
-        steps: how many steps, at least 1.
+        x_T: noise of the prior, [N, ...], floating point; or noised images of time ``start``.
+        steps: number of steps, at least 1.
         method: the predictor,
 
-            euler-maruyama     for the reverse-time SDE
-            reverse-diffusion  the reverse SDE, discretised like the forward one
+            euler-maruyama     Euler-Maruyama for the reverse-time SDE
+            reverse-diffusion  the reverse SDE, discretised like the forward SDE
             ancestral          the posterior of the step's end, given the x_0 that the score implies
             probability-flow   Euler's method for the ODE, without noise
 
-        corrector: what follows each step at its end,
+        corrector: the corrector that is applied after each step, at its end,
 
             None               nothing
-            langevin           steps that hold the update's signal-to-noise ratio at ``snr``
-            annealed-langevin  steps 2 alpha (snr sigma)^2
+            langevin           Langevin steps whose update has the signal-to-noise ratio ``snr``
+            annealed-langevin  Langevin steps of size 2 alpha (snr sigma)^2
 
         snr: the corrector's signal-to-noise ratio.
-        corrector_steps: how many times it is applied.
+        corrector_steps: number of corrector steps after each step.
         denoise: end with the mean of x_0 given x at the smallest time (Tweedie's formula), in one
             more evaluation; without it some noise is left (Jolicoeur-Martineau et al. 2021,
             arXiv:2105.14080).
         start: the time of x_T; None for the process's end.
-        generator: source of all noise, None for PyTorch's global one.
-        check_finite: look at each score, which waits for the device.
-        progress: show a progress bar on standard error; a string describes it.
+        generator: source of all noise, None for PyTorch's global generator.
+        check_finite: check every score, which waits for the device.
+        progress: show a progress bar on standard error; a string is its label.
 
     Returns:
         Images like ``x_T``.
 
     Raises:
-        TypeError: ``x_T`` is not floating point, a number of steps no whole number, or a score no
-            tensor.
+        TypeError: ``x_T`` is not floating point, a number of steps is no whole number, or a score
+            is no tensor.
         ValueError: an unknown method or corrector; a number of steps below 1, an snr that is not
             positive, an ``x_T`` without dimensions beside N, a ``start`` outside the process's
             times; a score of another shape than x.
@@ -95,34 +95,35 @@ def solve(
     corrector_steps = check_count(corrector_steps, "corrector_steps")
     plan = Steps(sde, time_grid(sde, steps, start))
     rows = list(zip(*(column.tolist() for column in METHODS[method](plan)), strict=True))
-    (alphas, sigmas), kept = (level.tolist() for level in plan.levels), plan.kept.tolist()
+    (alphas, sigmas) = (level.tolist() for level in plan.levels)
+    signal_kept = plan.signal_kept.tolist()
     times = plan.times.to(x_T.device)
 
-    ask, x = Watched(score, x_T.dtype, check_finite), x_T.to(wide_dtype(x_T.dtype))
-    for i in counted(len(rows), progress):
+    evaluate, x = CheckedScore(score, x_T.dtype, check_finite), x_T.to(wide_dtype(x_T.dtype))
+    for i in with_progress(len(rows), progress):
         of_x, of_score, of_noise = rows[i]
-        found = ask(x, times[i], f"step {i}")
-        x = of_x * x + of_score * found
+        gradient = evaluate(x, times[i], f"step {i}")
+        x = of_x * x + of_score * gradient
         if of_noise:
             x.add_(normal(x, generator), alpha=of_noise)
         if corrector is not None:
-            level = Level(sigmas[i + 1], kept[i] ** 2)
+            level = Level(sigmas[i + 1], signal_kept[i] ** 2)
             for _ in range(corrector_steps):
-                found = ask(x, times[i + 1], f"step {i}, corrector")
+                gradient = evaluate(x, times[i + 1], f"step {i}, corrector")
                 z = normal(x, generator)
-                size = CORRECTORS[corrector](found, z, level, snr)
-                x = x + size * found + (2 * size).sqrt() * z
+                size = CORRECTORS[corrector](gradient, z, level, snr)
+                x = x + size * gradient + (2 * size).sqrt() * z
     if denoise:
-        found = ask(x, times[-1], "the last denoising step")
-        x = (x + sigmas[-1] ** 2 * found) / alphas[-1]
+        gradient = evaluate(x, times[-1], "the last denoising step")
+        x = (x + sigmas[-1] ** 2 * gradient) / alphas[-1]
     return x.to(x_T.dtype)
 
 
 def time_grid(sde: SDE, steps: int, start: float | None = None) -> Tensor:
-    """The times that ``steps`` steps begin and end with, float64 [steps + 1], falling.
+    """The times at which ``steps`` steps begin and end, float64 [steps + 1], decreasing.
 
-    They are evenly spaced from ``start`` (None for the process's end) to its smallest; those of
-    ``EDM`` to the power 1/7 (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+    They run from ``start`` (None for ``sde.end``) to ``sde.smallest``, evenly spaced in t or, for
+    ``EDM``, in t^(1/7) (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
     Raises:
         TypeError: ``steps`` is no whole number.
@@ -132,8 +133,8 @@ def time_grid(sde: SDE, steps: int, start: float | None = None) -> Tensor:
     first, last = sde.end if start is None else start, sde.smallest
     if not last < first <= sde.end:
         raise ValueError(f"start must be more than {last:g} and at most {sde.end:g}, got {first}")
-    power = RHO if isinstance(sde, EDM) else 1
+    power = KARRAS_RHO if isinstance(sde, EDM) else 1
     ends = first ** (1 / power), last ** (1 / power)
     times = torch.linspace(*ends, steps + 1, dtype=torch.float64, device="cpu") ** power
-    times[0], times[-1] = first, last  # which rounding may have moved
+    times[0], times[-1] = first, last  # exactly: the power may have rounded them
     return times

@@ -1,4 +1,4 @@
-"""The probability-flow ODE, solved to a tolerance: images to noise and back, without chance."""
+"""The probability-flow ODE, solved to a tolerance: noise to images or images to noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdiff.sde.score import Score
 from fastdiff.sde.solvers.rounding import MAX_EVALUATIONS
 from fastdiff.sde.solvers.runge_kutta import Field, Integrated, integrate
 
-IndexedScore = Callable[[Tensor, Tensor, Tensor], Tensor]
+IndexedScore = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, the images' numbers) -> score
 
 
 def solve_ode(
@@ -34,25 +34,28 @@ def solve_ode(
     """Follow dx/dt = f x - g^2 score / 2 between noise at ``sde.end`` and images at
     ``sde.smallest`` (Song et al. 2021, arXiv:2011.13456, eq. 13 and section D.1).
 
-    Every image has step sizes of its own, and those that have arrived leave the batch: the score is
-    called with fewer and fewer of them. A score that knows more of an image than x and t, such as
-    its class, must therefore be told which images it is given: see ``conditioned``.
+    Every image has its own step sizes, and finished images leave the batch: the score is called
+    with fewer and fewer images. A score that depends on more than x and t, such as the class of an
+    image, must therefore know which images it gets: see ``conditioned``.
 
     Args:
         score: ``(x [M, ...], t float64 [M])`` -> grad log p_t(x), like x.
         sde: the forward process.
         x: noise [N, ...], or images if ``backward`` is false, floating point.
-        backward: from noise to images; else from images to noise.
-        rtol: relative tolerance of a step; None for what suits the dtype of x, see ``integrate``.
-        atol: absolute tolerance of a step; None likewise.
+        backward: from noise to images; if False from images to noise.
+        rtol: relative tolerance of a step; None depends on the dtype of x, see ``integrate``.
+        atol: absolute tolerance of a step; None depends on the dtype of x, see ``integrate``.
         method: see :func:`fastdiff.sde.solvers.runge_kutta.integrate`.
-        max_evaluations: of the score, for any one image.
-        conditioned: whether the score takes a third argument, the places int64 [M] in the batch of
-            the images it is given: ``lambda x, t, i: score_fn(model, kind, sde, y=y[i])(x, t)``.
-        progress: show a bar.
+        max_evaluations: limit of score evaluations for any one image.
+        conditioned: whether the score takes a third argument, int64 [M], the numbers in the batch
+            of its M images: ``lambda x, t, i: score_fn(model, kind, sde, y=y[i])(x, t)``.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The images or the noise, like ``x``, with the numbers of evaluations and steps.
 
     Raises:
-        TypeError, ValueError, FloatingPointError, StuckError: as ``integrate`` does.
+        TypeError, ValueError, FloatingPointError, StuckError: the errors of ``integrate``.
     """
     start, stop = (sde.end, sde.smallest) if backward else (sde.smallest, sde.end)
     return integrate_along(
@@ -64,21 +67,21 @@ def solve_ode(
 def integrate_along(
     sde: SDE, field: Field, x: Tensor, start: float, stop: float, **options: Any
 ) -> Integrated:
-    """Solve dx/dt = field(x, t) between two positive times of a process, whose flow it is.
+    """Solve dx/dt = field(x, t), the flow of a process, between two of its positive times.
 
-    Where f and g^2 jump from one timestep of a schedule to the next, the steps are those of lambda
-    = log(alpha / sigma): d lambda / dt = -g^2 / (2 sigma^2), so that the probability flow is dx /
-    d lambda = sigma^2 (score - (2 f / g^2) x), where nothing jumps (compare DPM-Solver, Lu et al.
-    2022, arXiv:2206.00927, section 3.1). In t, a tolerance of 1e-5 took five times the evaluations,
-    and errors were hundreds of times the tolerance.
+    If f and g^2 jump at the timesteps of a schedule, the solver takes steps in lambda =
+    log(alpha / sigma) instead of t: d lambda / dt = -g^2 / (2 sigma^2), so that the probability
+    flow is dx / d lambda = sigma^2 (score - (2 f / g^2) x), which does not jump (compare
+    DPM-Solver, Lu et al. 2022, arXiv:2206.00927, section 3.1). Steps in t took five times the
+    evaluations at a tolerance of 1e-5, and the errors were hundreds of times the tolerance.
 
     Args:
         sde: the process.
-        field: as in ``integrate``, of x and t.
+        field: the right-hand side, see ``integrate``.
         x: states at ``start``.
-        start: where to begin.
-        stop: where to end.
-        options: of ``integrate``.
+        start: the time of ``x``.
+        stop: the time of the result.
+        options: further arguments of ``integrate``.
     """
     if not sde.jumps:
         return integrate(field, x, start, stop, **options)
@@ -98,7 +101,7 @@ def integrate_along(
 
 
 def score_of_rows(score: Score | IndexedScore, conditioned: bool, index: Tensor) -> Score:
-    """The score of the images at places ``index`` int64 [M] of a batch."""
+    """The score as a function of x and t for the images of numbers ``index``, int64 [M]."""
     if not conditioned:
         return cast(Score, score)
     indexed = cast(IndexedScore, score)

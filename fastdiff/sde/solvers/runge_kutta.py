@@ -1,13 +1,12 @@
-"""Embedded explicit Runge-Kutta methods in which every sample has a step size of its own.
+"""Embedded explicit Runge-Kutta methods with a step size for every sample.
 
-Images of one batch need different numbers of steps: with one step size for all, the hardest decides
-for everyone. Here each sample takes its own steps, and those that have arrived leave the batch, so
-that the field is only ever evaluated where it is needed. A sample's steps do not depend on the rest
-of its batch.
+Images of one batch need different numbers of steps: with one step size for all, the hardest image
+sets it. Here each sample takes its own steps, and finished samples leave the batch, so that the
+field is evaluated only where it is needed. A sample's steps do not depend on the rest of its batch.
 
-Step sizes and times are float64 and live on the CPU: a step waits for the device once, for its
-errors. Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I (2nd ed., 1993), section
-II.4, and Hairer & Wanner, volume II, section IV.2, for the PI controller.
+Step sizes and times are float64 on the CPU: a step waits for the device once, for its errors. The
+methods are those of Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I (2nd ed.,
+1993), section II.4; the PI controller is from Hairer & Wanner, volume II, section IV.2.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fastdiff.common.progress import progress_bar
 from fastdiff.sde.solvers.rounding import (
     MAX_EVALUATIONS,
     RoundingWatch,
-    rounded_otherwise,
+    rounded_differently,
     tolerance_for,
 )
 
@@ -36,12 +35,12 @@ Norm = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit method and the error estimate that is embedded in it.
+    """An explicit method of S stages with an embedded method for the error estimate.
 
     Attributes:
-        order: of the solution that is carried on; the estimate's is one less.
+        order: order of the method whose solution is kept; the embedded method has one less.
         nodes: c_i, [S].
-        matrix: the rows of a_ij below the diagonal, S of them.
+        matrix: S rows of a_ij, row i with its entries below the diagonal.
         weights: b_i, [S].
         error: b_i minus the weights of the embedded method, [S].
     """
@@ -54,7 +53,7 @@ class Tableau:
 
     @property
     def reuses_last(self) -> bool:
-        """Whether the last stage is the next step's first (FSAL)."""
+        """Whether the last stage is the first stage of the next step (FSAL)."""
         return self.matrix[-1] == self.weights[:-1] and self.weights[-1] == 0
 
 
@@ -91,13 +90,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Integrated:
-    """Where samples have arrived, and what it took; the counts are int64 [N] on the CPU.
+    """The final states and their cost; counts are int64 [N] on the CPU.
 
     Attributes:
         x: the states [N, ...].
-        evaluations: of the field, or the score.
-        accepted: steps taken.
-        rejected: steps thrown away because their error was too large.
+        evaluations: number of evaluations of the field or the score.
+        accepted: number of accepted steps.
+        rejected: number of steps rejected because their error was too large.
     """
 
     x: Tensor
@@ -107,7 +106,7 @@ class Integrated:
 
 
 def rms(scaled: Tensor) -> Tensor:
-    """Root mean square over a sample, float64 [N]: Hairer, Norsett & Wanner I, eq. II.4.11."""
+    """Root mean square of each sample, float64 [N] (Hairer, Norsett & Wanner I, eq. II.4.11)."""
     return scaled.flatten(1).double().square().mean(1).sqrt()
 
 
@@ -127,35 +126,39 @@ def integrate(
     time: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Integrated:
-    """Solve dx/dt = field(x, t) from t0 to t1, which may lie before t0. No gradients are kept.
+    """Solve dx/dt = field(x, t) from t0 to t1, which may be before t0, without gradients.
 
     Warns once if steps are kept short because the field's rounding is larger than the tolerance.
 
     Args:
         field: ``(x [M, ...], t float64 [M], index int64 [M])`` -> a tensor like x, called with the
-            M samples that are still on their way; ``index`` is their place in the batch.
-        x: states at t0, [N, ...], floating point. The solver keeps them in float32 or better and
-            hands them to the field, and back, in their dtype.
-        t0: where to begin.
-        t1: where to end.
-        rtol: relative tolerance of a step's error, against the larger of the states at its ends;
-            None for what suits the dtype of x: 1e-5 in float64, 1e-4 in float32, 1e-3 in float16,
-            1e-2 in bfloat16.
-        atol: absolute tolerance, added to it; None likewise.
+            M samples that have not arrived; ``index`` has their numbers in the batch.
+        x: states at t0, [N, ...], floating point. The solver computes in float32 or float64; the
+            field gets states of x's dtype and must return that dtype.
+        t0: the time of ``x``.
+        t1: the time of the result.
+        rtol: tolerance of a step's error relative to the larger of the states at its ends. None
+            depends on the dtype of x: 1e-5 for float64, 1e-4 for float32, 1e-3 for float16, 1e-2
+            for bfloat16.
+        atol: absolute tolerance, added to the relative one; None as for ``rtol``.
         method: "dopri5" (5(4), the default), "bosh3" (3(2)) or "heun21" (2(1)).
-        max_evaluations: of the field, for any one sample.
-        norm: what makes one number [M] of a sample's error over its tolerance [M, ...]; a step
-            is good where it is at most 1.
-        dtype: in which the field computes where that is coarser than that of ``x``, None for x's.
-        time: what messages call t, of positions [M] that stand for it; None is t itself.
-        progress: show a bar.
+        max_evaluations: limit of field evaluations for any one sample.
+        norm: a function from errors over their tolerances [M, ...] to one number per sample [M]; a
+            step is accepted if the number is at most 1.
+        dtype: the dtype that the field computes in, if it is coarser than x's; None for x's.
+        time: a function from values [M] of the integration variable to the times that messages
+            show; None if the variable is the time.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The states at t1, like ``x``, with the numbers of evaluations and steps.
 
     Raises:
-        TypeError: ``x`` or what the field returns is of a wrong dtype.
+        TypeError: ``x`` is not floating point, or the field returns another dtype.
         ValueError: an unknown method, a tolerance that is not positive (``rtol`` may be 0), times
             that are not finite, or a field of another shape than x.
         FloatingPointError: the field is not finite.
-        StuckError: a step too small for float64, or ``max_evaluations`` used up.
+        StuckError: a step is too small for float64, or needs more than ``max_evaluations``.
     """
     check_floating(x, "x")
     dtype = x.dtype if dtype is None else dtype
@@ -175,28 +178,36 @@ def integrate(
     )  # fmt: skip
     if t0 != t1 and len(x):
         run.begin()
-        with travel_bar(len(x), progress) as bar:
+        with arrival_bar(len(x), progress) as bar:
             while len(run.index):
-                bar.update(min(run.step(), bar.total - bar.n))  # but for rounding
+                bar.update(min(run.step(), bar.total - bar.n))  # rounding may exceed the total
     return Integrated(run.arrived.to(x.dtype), *run.counts.unbind())
 
 
-def travel_bar(samples: int, shown: bool) -> tqdm:
-    """A bar that counts arrived samples, and those under way by the share of time they have left
-    behind."""
+def arrival_bar(samples: int, shown: bool) -> tqdm:
+    """A progress bar in samples; a sample counts as the share of its way that it has covered."""
     layout = "{l_bar}{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
     return progress_bar(total=samples, bar_format=layout, leave=False, shown=shown)
 
 
-def lost(position: Tensor) -> Tensor:
-    """The largest step that is lost in the rounding of a position, which is float64."""
+def smallest_step(position: Tensor) -> Tensor:
+    """The step size at which rounding of a float64 position takes over; steps must be larger."""
     return 4 * torch.finfo(torch.float64).eps * position.abs()
 
 
-def refuse_stuck(
+def raise_if_stuck(
     index: Tensor, t: Tensor, tiny: Tensor, h: Tensor, spent: Tensor, setting: str
 ) -> None:
-    """StuckError where a step h at time t is ``tiny``, or evaluations are ``spent``."""
+    """Raise StuckError if any sample cannot go on; all tensors are [M].
+
+    Args:
+        index: number of each sample in its batch.
+        t: time of each sample.
+        tiny: whether its step is too small for float64.
+        h: its step size.
+        spent: whether it has used up its evaluations.
+        setting: description of the tolerances, for the message.
+    """
     for stuck, why in (
         (tiny, "its step size has become too small"),
         (spent, "it has used up max_evaluations"),
@@ -212,7 +223,10 @@ def refuse_stuck(
 
 @dataclass
 class _Run:
-    """The samples still on their way: everything is [M, ...] but ``arrived`` and ``counts``."""
+    """The M samples still in the batch. ``arrived`` and ``counts`` are of all N samples.
+
+    ``index`` [M] has the samples' numbers among the N.
+    """
 
     field: Field
     x: Tensor
@@ -234,15 +248,18 @@ class _Run:
         self.counts = torch.zeros(3, len(self.x), dtype=torch.int64, device="cpu")
         self.index = torch.arange(len(self.x), device="cpu")
         self.t = torch.full((len(self.x),), self.t0, dtype=torch.float64, device="cpu")
-        self.previous = torch.full_like(self.t, 1e-4)  # error of the last good step
+        self.previous = torch.full_like(self.t, 1e-4)  # error of the last accepted step
         # Whether the last step was rejected.
         self.failed = torch.zeros(len(self.x), dtype=torch.bool, device="cpu")
         self.setting = f"{self.method}, rtol {self.rtol:g}, atol {self.atol:g}"
         self.rounding = RoundingWatch(self.computed_in, self.setting)
 
     def begin(self) -> None:
-        """First slopes and step sizes (Hairer, Norsett & Wanner I, II.4, "starting step size")."""
-        self.first = self.ask(self.x, self.t, self.index)
+        """Set the first slopes and step sizes.
+
+        Hairer, Norsett & Wanner I, II.4, "starting step size".
+        """
+        self.first = self.evaluate(self.x, self.t, self.index)
         scale = self.atol + self.rtol * self.x.abs()
         size, slope = self.norm(self.x / scale).cpu(), self.norm(self.first / scale).cpu()
         self.refuse_nonfinite(slope, [self.first], [self.t])
@@ -250,7 +267,7 @@ class _Run:
         guess = guess.clamp(max=self.span)
         ahead = self.x + beside(self.sign * guess, self.x) * self.first
         t = self.after(guess)
-        change = self.ask(ahead, t, self.index)
+        change = self.evaluate(ahead, t, self.index)
         curve = self.norm((change - self.first) / scale).cpu() / guess
         self.refuse_nonfinite(curve, [change], [t])
         steepest = torch.maximum(slope, curve)
@@ -262,21 +279,21 @@ class _Run:
         self.h = torch.minimum(100 * guess, wanted).clamp(max=self.span)
 
     def step(self) -> float:
-        """Try a step with every sample; returns how much nearer they are, in samples."""
+        """Try a step of every sample; return the sum of the shares of their way that they moved."""
         left = (self.t1 - self.t).abs()
-        last = 1.01 * self.h >= left  # no crumb is left for a last step
+        last = 1.01 * self.h >= left  # leaves no tiny last step
         h = torch.where(last, left, self.h)
         used = self.counts[0, self.index] + len(self.tableau.nodes) - 1
-        refuse_stuck(
-            self.index, self.time(self.t), h <= lost(self.t), h, used > self.max_evaluations,
-            self.setting,
+        raise_if_stuck(
+            self.index, self.time(self.t), h <= smallest_step(self.t), h,
+            used > self.max_evaluations, self.setting,
         )  # fmt: skip
         x, scaled, error, at = self.stages(h)
         good = error <= 1
         self.counts[1, self.index] += good
         self.counts[2, self.index] += ~good
         if self.rounding.is_due(self.counts[0, self.index]):
-            self.look_at_rounding(h, scaled, error)
+            self.check_rounding(h, scaled, error)
         self.control(h, error, good)
         moved = good.to(self.x.device).view(-1, *[1] * (x.ndim - 1))
         self.x = torch.where(moved, x, self.x)
@@ -291,13 +308,17 @@ class _Run:
         return float((h * good).sum()) / self.span
 
     def stages(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """New states, their errors over their tolerance, the norms of these on the CPU, and the
-        last stage's slopes."""
+        """Evaluate all stages of a step of h.
+
+        Returns:
+            The new states, their errors over their tolerances, the norms of these errors on the
+            CPU, and the slopes of the last stage.
+        """
         slopes, times = [self.first], [self.t]
         for row, node in zip(self.tableau.matrix[1:], self.tableau.nodes[1:], strict=True):
             times.append(self.after(node * h))
             x = self.x + self.combine(row, slopes, h)
-            slopes.append(self.ask(x, times[-1], self.index))
+            slopes.append(self.evaluate(x, times[-1], self.index))
         if not self.tableau.reuses_last:
             x = self.x + self.combine(self.tableau.weights, slopes, h)
         scale = self.atol + self.rtol * torch.maximum(self.x.abs(), x.abs())
@@ -306,30 +327,33 @@ class _Run:
         self.refuse_nonfinite(error, slopes, times)
         return x, scaled, error, slopes[-1]
 
-    def look_at_rounding(self, h: Tensor, scaled: Tensor, error: Tensor) -> None:
-        """Try the step again from states that are rounded otherwise, and compare the errors."""
+    def check_rounding(self, h: Tensor, scaled: Tensor, error: Tensor) -> None:
+        """Repeat the step from states that are rounded differently, and compare the errors."""
         x, first = self.x, self.first
-        self.x = rounded_otherwise(x, self.computed_in)
-        self.first = self.ask(self.x, self.t, self.index)
+        self.x = rounded_differently(x, self.computed_in)
+        self.first = self.evaluate(self.x, self.t, self.index)
         _, again, _, _ = self.stages(h)
         self.x, self.first = x, first
         change = self.norm(again - scaled).cpu()
         self.rounding.compare(error, change, self.index, self.time(self.t), h)
 
     def control(self, h: Tensor, error: Tensor, good: Tensor) -> None:
-        """The next step sizes. The exponents are those of DOPRI5 (beta = 0.04 at order 5); after a
-        rejection the memory of earlier errors is left out, and the step may not grow at once."""
+        """Set the next step sizes by a PI controller.
+
+        The exponents are those of DOPRI5 (beta = 0.04 at order 5). After a rejected step the
+        controller ignores the previous error, and the next accepted step does not grow.
+        """
         beta = 0.2 / self.tableau.order
         alpha = 1 / self.tableau.order - 0.75 * beta
         factor = 0.9 * error.clamp(min=1e-10) ** -alpha
         factor = torch.where(good, factor * self.previous**beta, factor)
-        most = torch.where(good & ~self.failed, 10.0, 1.0)
-        self.h = h * torch.minimum(factor.clamp(min=0.2), most)
+        largest = torch.where(good & ~self.failed, 10.0, 1.0)
+        self.h = h * torch.minimum(factor.clamp(min=0.2), largest)
         self.previous = torch.where(good, error.clamp(min=1e-4), self.previous)
         self.failed = ~good
 
     def drop(self, arrived: Tensor) -> None:
-        """Let samples leave the batch."""
+        """Remove samples from the batch, and store them in ``self.arrived``."""
         device = self.x.device
         leaving, staying = arrived.nonzero().flatten(), (~arrived).nonzero().flatten()
         self.arrived[self.index[leaving].to(device)] = self.x[leaving.to(device)]
@@ -338,14 +362,14 @@ class _Run:
         self.previous, self.failed = self.previous[staying], self.failed[staying]
 
     def renew(self, moved: Tensor) -> None:
-        """Slopes at the states of samples that have moved."""
+        """Evaluate the first slopes at the new states of samples that have moved, bool [M]."""
         rows = moved.nonzero().flatten()
         if len(rows):
             on_device = rows.to(self.x.device)
-            self.first[on_device] = self.ask(self.x[on_device], self.t[rows], self.index[rows])
+            self.first[on_device] = self.evaluate(self.x[on_device], self.t[rows], self.index[rows])
 
-    def ask(self, x: Tensor, t: Tensor, index: Tensor) -> Tensor:
-        """The field, counted and checked, in the solver's dtype."""
+    def evaluate(self, x: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        """The field at x and t, counted and checked, in the solver's dtype."""
         self.counts[0, index] += 1
         x = x.to(self.dtype)
         slope = self.field(x, t.to(x.device), index.to(x.device))
@@ -353,7 +377,7 @@ class _Run:
         return slope.to(self.x.dtype)
 
     def after(self, h: Tensor) -> Tensor:
-        """Times h later, never outside t0..t1, where the field may not be defined."""
+        """Times h later, clamped to t0..t1, beyond which the field may be undefined."""
         low, high = sorted((self.t0, self.t1))
         return (self.t + self.sign * h).clamp(low, high)
 
@@ -366,6 +390,7 @@ class _Run:
         return total
 
     def refuse_nonfinite(self, error: Tensor, slopes: list[Tensor], times: list[Tensor]) -> None:
+        """Raise FloatingPointError if an error is not finite, naming the sample and the time."""
         if bool(error.isfinite().all()):
             return
         for slope, t in zip(slopes, times, strict=True):

@@ -1,4 +1,4 @@
-"""What solvers that go step by step share: asking for a score, and drawing noise."""
+"""Helpers of the solvers: a checked score, noise, a counted loop, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastdiff.sde.score import Score
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A score that is given images in the caller's dtype, and whose answers are looked at.
+class CheckedScore:
+    """A score that gets images in the caller's dtype, and whose results are checked.
 
     Attributes:
         score: the score.
-        dtype: that of the images it is given; those of a solver are in float32 at least.
-        check_finite: raise where it is not finite, which waits for the device.
+        dtype: dtype of the images that the score gets; the solver's own are float32 or float64.
+        check_finite: raise if a score is not finite, which waits for the device.
     """
 
     score: Score
@@ -30,44 +30,50 @@ class Watched:
     check_finite: bool
 
     def __call__(self, x: Tensor, time: Tensor, where: str) -> Tensor:
-        """The score at images x [N, ...] and one time [] for all, in x's dtype.
+        """The score at images x [N, ...] and one time [] for all of them, in x's dtype.
+
+        Args:
+            x: images [N, ...].
+            time: float64 [].
+            where: the place in the loop, for error messages.
 
         Raises:
-            TypeError: it is no tensor.
-            ValueError: it has another shape than x.
-            FloatingPointError: it is not finite, and that was to be checked; names ``where``.
+            TypeError: the score is no tensor.
+            ValueError: the score has another shape than x.
+            FloatingPointError: with ``check_finite``, the score is not finite.
         """
-        found = self.score(x.to(self.dtype), time.expand(x.shape[0]))
-        if not isinstance(found, Tensor):
-            raise TypeError(f"the score must return a tensor, got {type(found).__name__}")
-        if found.shape != x.shape:
+        gradient = self.score(x.to(self.dtype), time.expand(x.shape[0]))
+        if not isinstance(gradient, Tensor):
+            raise TypeError(f"the score must return a tensor, got {type(gradient).__name__}")
+        if gradient.shape != x.shape:
             raise ValueError(
-                f"the score must return images of shape {tuple(x.shape)}, got {tuple(found.shape)}"
+                f"the score must return images of shape {tuple(x.shape)}, "
+                f"got {tuple(gradient.shape)}"
             )
         if self.check_finite:
-            self._check(found, time, where)
-        return found.to(x.dtype)
+            self._refuse_nonfinite(gradient, time, where)
+        return gradient.to(x.dtype)
 
-    def _check(self, found: Tensor, time: Tensor, where: str) -> None:
-        wrong = found.isfinite().logical_not_().flatten(1).sum(1).tolist()
+    def _refuse_nonfinite(self, gradient: Tensor, time: Tensor, where: str) -> None:
+        wrong = gradient.isfinite().logical_not_().flatten(1).sum(1).tolist()
         if not any(wrong):
             return
         named = [f"{count} of image {n}" for n, count in enumerate(wrong) if count]
         more = f" and of {len(named) - 4} more" if len(named) > 4 else ""
         raise FloatingPointError(
-            f"{where} (t = {time.item():g}): of the score's {found[0].numel()} values an image "
+            f"{where} (t = {time.item():g}): of the score's {gradient[0].numel()} values an image "
             f"these are not finite: {', '.join(named[:4])}{more}"
         )
 
 
 def normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise like x; a generator of another device draws there."""
+    """Standard normal noise like x; noise of another device's generator is copied to x's."""
     where = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=where, dtype=x.dtype).to(x.device)
 
 
-def counted(steps: int, progress: bool | str) -> Iterator[int]:
-    """0..steps-1 beside a progress bar on standard error; a string describes it."""
+def with_progress(steps: int, progress: bool | str) -> Iterator[int]:
+    """Iterate 0..steps-1 with a progress bar on standard error; a string is the bar's label."""
     description = progress if isinstance(progress, str) else "sampling"
     return iter(progress_bar(range(steps), desc=description, leave=False, shown=bool(progress)))
 
@@ -82,7 +88,7 @@ def check_images(x: Tensor, name: str) -> None:
 
 
 def check_count(value: int, name: str) -> int:
-    """``value`` as int; TypeError unless it is a whole number, ValueError unless at least 1."""
+    """``value`` as int; TypeError if it is no whole number, ValueError if it is below 1."""
     count = whole_number(value, name)
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
@@ -96,6 +102,6 @@ def check_positive(value: float, name: str) -> None:
 
 
 def check_known(name: str | None, known: Collection[str | None], what: str) -> None:
-    """ValueError unless ``name`` is one of ``known``."""
+    """ValueError unless ``name`` is one of ``known``; ``what`` says of what it is the name."""
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}, wanted one of {', '.join(map(str, known))}")

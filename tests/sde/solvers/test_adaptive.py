@@ -10,7 +10,7 @@ import torch
 
 from fastdiff.sde import EDM, VE, VP, SubVP
 from fastdiff.sde.solvers.adaptive import solve_adaptive
-from fastdiff.sde.solvers.brownian import Path
+from fastdiff.sde.solvers.brownian import BrownianPath
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROCESSES = pytest.mark.parametrize("sde", [VP(), SubVP(), VE(), EDM()], ids=lambda s: repr(s)[:3])
@@ -275,7 +275,7 @@ def test_no_images():
 def test_a_path_is_brownian_however_it_is_cut(generator):
     """Increments have variance h and are independent; parts of a known one add up to it."""
     x = torch.zeros(20_000, 1, dtype=torch.float64)
-    path = Path(x, generator)
+    path = BrownianPath(x, generator)
     everyone = torch.ones(len(x), dtype=torch.bool)
 
     def tried(h):
@@ -299,7 +299,7 @@ def test_a_path_is_brownian_however_it_is_cut(generator):
 
 
 def test_paths_are_cut_each_in_its_own_way(generator):
-    path = Path(torch.zeros(3, 2, dtype=torch.float64), generator)
+    path = BrownianPath(torch.zeros(3, 2, dtype=torch.float64), generator)
     first = path.increment(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     path.go(torch.tensor([True, False, False]))
     second = path.increment(torch.tensor([1.0, 1.0, 4.0], dtype=torch.float64))

@@ -11,7 +11,8 @@ from scipy import stats
 
 from fastdiff import schedules
 from fastdiff.common.checks import beside
-from fastdiff.sde import EDM, VE, VP, Interpolated, SubVP, solvers
+from fastdiff.sde import EDM, VE, VP, Interpolated, SubVP
+from fastdiff.sde.solvers import fixed_steps
 
 MEAN, SPREAD = 0.4, 0.7  # images are N(MEAN, SPREAD^2) in every pixel
 METHODS = ["euler-maruyama", "reverse-diffusion", "ancestral", "probability-flow"]
@@ -24,7 +25,7 @@ SDES = [
     pytest.param(INTERPOLATED, id="interpolated"),
 ]
 pytestmark = pytest.mark.usefixtures("one_thread")
-solve = partial(solvers.solve, progress=False)
+solve = partial(fixed_steps.solve, progress=False)
 
 
 def gaussian_score(sde, spread=SPREAD):
@@ -58,7 +59,7 @@ def moments(monkeypatch, sde, steps, *, spread=SPREAD, draws=1, **options):
         z[0, next(pixels)] = 1
         return z
 
-    monkeypatch.setattr(solvers, "normal", one_for_each)
+    monkeypatch.setattr(fixed_steps, "normal", one_for_each)
     x = solve(gaussian_score(sde, spread), sde, x_T, steps, **options)[0]
     return x[0].item(), (x[1:] - x[0]).square().sum().item()
 

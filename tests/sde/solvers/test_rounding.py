@@ -9,7 +9,12 @@ import torch
 
 from fastdiff.common.errors import StuckError
 from fastdiff.sde import VP, integrate, log_likelihood, solve_adaptive, solve_ode
-from fastdiff.sde.solvers.rounding import MAX_EVALUATIONS, PATIENCE, TOLERANCES, tolerance_for
+from fastdiff.sde.solvers.rounding import (
+    CHECK_AFTER_EVALUATIONS,
+    MAX_EVALUATIONS,
+    TOLERANCES,
+    tolerance_for,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES)
@@ -76,7 +81,7 @@ def test_jumps_are_no_rounding():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = integrate(steps, x, 0, 3, rtol=1e-5, atol=1e-5)
-    assert found.evaluations.max() > PATIENCE
+    assert found.evaluations.max() > CHECK_AFTER_EVALUATIONS
 
 
 def test_adaptive_steps_below_the_rounding_are_told_of(generator):
