@@ -1,8 +1,8 @@
 """Guidance beyond a constant scale: classifiers and other energies, intervals, and CFG++.
 
-Classifier-free guidance itself is ``fastdiff.sample(guidance=)``, inside the fused step, where it
-may differ from step to step: :func:`interval` and :func:`cfg_plus_plus` say how. What needs the
-gradient of another network wraps the model instead: :func:`classifier_guided`.
+``fastdiff.sample(guidance=)`` applies classifier-free guidance, inside the fused step. It takes one
+scale per step: :func:`interval` and :func:`cfg_plus_plus` compute such scales. Guidance by the
+gradient of another network wraps the model instead, see :func:`classifier_guided`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def interval(
     arXiv:2404.07724: at high noise guidance costs variety, at low noise it does nothing.
 
     Args:
-        sampler: whose steps are meant.
-        scale: guidance where sigma / alpha at a step's beginning lies in the interval; 1 elsewhere.
-        sigma_min: lower end of the interval, which does not belong to it.
-        sigma_max: upper end, which does.
+        sampler: the sampler that the scales are for.
+        scale: guidance of the steps that begin with sigma / alpha in the interval; it is 1 for
+            other steps.
+        sigma_min: lower end of the interval, excluded.
+        sigma_max: upper end of the interval, included.
 
     Returns:
-        One scale a step, for ``fastdiff.sample(guidance=)``.
+        One scale per step, for ``fastdiff.sample(guidance=)``.
 
     Raises:
         ValueError: not 0 <= sigma_min < sigma_max.
@@ -51,7 +52,7 @@ def interval(
     table, _ = begin_at(sampler, 0)
     begins = [True, *table.ends_step[:-1]]
     alpha, sigma = table.levels[:-1][begins].unbind(1)
-    alpha = alpha * (1 + SAME_LEVEL_RTOL)  # a level that is an end in all but its rounding is one
+    alpha = alpha * (1 + SAME_LEVEL_RTOL)  # rounding must not move a level across an end
     inside = (sigma > sigma_min * alpha) & (sigma <= sigma_max * alpha)
     return [scale if here else 1.0 for here in inside.tolist()]
 
@@ -59,15 +60,15 @@ def interval(
 def cfg_plus_plus(sampler: Sampler | Table, strength: float) -> list[float]:
     """CFG++ with DDIM (Chung et al. 2024, arXiv:2406.08070, algorithm 2).
 
-    It guides x_0 and adds the unconditional noise back. Both are linear in the difference of the
-    two predictions, so it is classifier-free guidance with a scale of its own in each step.
+    CFG++ guides x_0 and adds the unconditional noise back. Both are linear in the difference of the
+    two predictions, so it equals classifier-free guidance with another scale in each step.
 
     Args:
         sampler: DDIM without noise (eta = 0) and without clipping.
         strength: lambda of the paper, 0..1.
 
     Returns:
-        One scale a step, for ``fastdiff.sample(guidance=)``.
+        One scale per step, for ``fastdiff.sample(guidance=)``.
 
     Raises:
         ValueError: another sampler, or a strength outside 0..1.
@@ -98,28 +99,29 @@ def classifier_guided(
 ) -> Callable[..., Tensor]:
     """A model whose samples follow p(x) p(y | x)^scale (Dhariwal & Nichol 2021, sec. 4).
 
-    arXiv:2105.05233, for every kind of prediction and so for every sampler: all are linear in the
-    score, to which scale * grad log p(y | x_t) is added. At a timestep without signal, where x_t
-    says nothing of y, the model is left as it is.
+    arXiv:2105.05233. Works for every kind of prediction and for every sampler: predictions are
+    linear in the score, to which scale * grad log p(y | x_t) is added. At a timestep without
+    signal, where x_t does not depend on y, the prediction is not changed.
 
-    Two things differ from the authors' guided-diffusion. Its ``condition_mean``, for DDPM's steps,
-    adds variance * scale * gradient to the posterior's mean, beta_tilde_t with a fixed small
-    variance; the score's share in that mean is beta_t / sqrt(1 - beta_t), which is what every
-    sampler gets here, so that samples follow the density above more closely. And it clips the
-    predicted x0 before guiding it, where a sampler's ``clip`` here bounds x0 after guidance.
+    Two things differ from the authors' guided-diffusion. For DDPM's steps, its ``condition_mean``
+    adds variance * scale * gradient to the posterior's mean, where variance is beta_tilde_t for a
+    fixed small variance. Here the factor is beta_t / sqrt(1 - beta_t), with which the score enters
+    that mean, so that samples follow the density above more closely. And guided-diffusion clips the
+    predicted x0 before guidance, but a sampler's ``clip`` clips it after guidance.
 
     Args:
         model: ``(x, t, **cond)`` -> the prediction, like x; or with a learned variance [N, 2 C,
-            ...], whose second half is left as it is.
-        log_prob: ``(x, t, **chosen)`` -> [N], the log-probability of what is wanted, or minus any
-            differentiable energy; it should know x_t's noise. See :func:`log_prob_of`.
-        schedule: the one that both were trained on.
-        kind: what the model predicts.
-        scale: of the gradient.
-        arguments: names among ``cond`` that are for ``log_prob``, not for the model.
+            ...], whose second half is not changed.
+        log_prob: ``(x, t, **chosen)`` -> [N], the log-probability of the condition y, or minus any
+            differentiable energy. It should be trained on noised x_t. See :func:`log_prob_of`.
+        schedule: the noise schedule that both ``model`` and ``log_prob`` were trained on.
+        kind: what the model predicts, one of ``process.KINDS``.
+        scale: factor of the gradient.
+        arguments: names of the keyword arguments in ``cond`` that go to ``log_prob`` (``chosen``)
+            instead of the model.
 
     Returns:
-        A callable for ``fastdiff.sample``.
+        A model ``(x, t, **cond)`` for ``fastdiff.sample``.
 
     Raises:
         ValueError: an unknown kind, or a scale that is not finite. When called: log_prob returns
@@ -136,8 +138,8 @@ def classifier_guided(
 def _factor(
     schedule: GaussianPath, kind: str, scale: float, of_score: Tensor, t: Tensor, x: Tensor
 ) -> Tensor:
-    """What the gradient is multiplied by where a model is told t [N], beside x."""
-    if isinstance(schedule, DiscretizedSDE):  # whose timesteps may lie beyond 0..T-1
+    """The factor of the gradient at the model's times t [N], to broadcast with x."""
+    if isinstance(schedule, DiscretizedSDE):  # its timesteps may lie beyond 0..T-1
         levels = schedule.sde.levels(schedule.time(t))
         return scale * beside(conversion_at("score", kind, *levels)[1], x)
     return scale * _at(of_score, schedule.timestep(t.double()), x)
@@ -167,10 +169,16 @@ def guided_score(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The score of p(x) p(y | x)^scale in continuous time (Song et al. 2021, eq. 14).
 
-    arXiv:2011.13456. ``log_prob`` is given the score's own x and t, and ``cond``.
+    arXiv:2011.13456.
+
+    Args:
+        score: (x [N, ...], t [N]) -> grad log p_t(x), like x.
+        log_prob: (x, t, **cond) -> log p_t(y | x), [N], differentiable in x.
+        scale: factor of the gradient of ``log_prob``.
+        cond: keyword arguments of ``log_prob``.
 
     Raises:
-        ValueError: a scale that is not finite. When called: as in :func:`gradient_of`.
+        ValueError: a scale that is not finite. When called: the errors of :func:`gradient_of`.
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
@@ -191,7 +199,8 @@ def _guided_score(
 def log_prob_of(classifier: Callable[[Tensor, Tensor], Tensor]) -> LogProb:
     """log p(label | x_t) of a classifier ``(x, t)`` -> logits [N, K], as a ``log_prob``.
 
-    Its ``labels``, int64 [N], go among the ``arguments`` of :func:`classifier_guided`.
+    The result takes the keyword argument ``labels``, int64 [N]: pass ``arguments=("labels",)`` to
+    :func:`classifier_guided`.
     """
     return partial(_log_prob_of_labels, classifier)
 
@@ -218,8 +227,8 @@ def gradient_of(log_prob: LogProb, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         x = x.detach().requires_grad_()
         value = log_prob(x, t, **cond)
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-            seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"log_prob must return shape ({x.shape[0]},), got {seen}")
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"log_prob must return shape ({x.shape[0]},), got {given}")
         if not value.requires_grad:
             raise ValueError("log_prob has no gradient: what it returns does not depend on x")
         (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
@@ -229,7 +238,7 @@ def gradient_of(log_prob: LogProb, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
 
 
 def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """A table's values at times [N], which may lie between two timesteps, beside x."""
+    """A table [T] at timesteps [N], interpolated between them, to broadcast with x."""
     table = table.to(x.device, wide_dtype(x.dtype))
     place = t.to(table.dtype).clamp(0, table.numel() - 1)
     below = place.floor().long()

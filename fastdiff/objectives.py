@@ -1,15 +1,16 @@
-"""What a model is trained for: which times are drawn, and the loss of each image at its own.
+"""Training objectives: the distribution of training times, and the loss at these times.
 
-    ddpm    a NoiseSchedule; the (weighted) error of a prediction    arXiv:2006.11239, eq. 14
-    hybrid  likewise, and the bound for a learned variance           arXiv:2102.09672, eq. 16
-    vlb     likewise, the variational bound alone                    arXiv:2102.09672, eq. 4
-    flow    a FlowSchedule; the (weighted) error of a prediction     arXiv:2209.03003, eq. 1
-    dsm     an SDE; denoising score matching in continuous time      arXiv:2011.13456, eq. 7
-    ncsn    VE; score matching at a geometric ladder of levels       arXiv:1907.05600, eq. 6
-    edm     EDM; the error of the preconditioned denoiser            arXiv:2206.00364, eq. 8
+    name    process        loss                                           source
+    ddpm    NoiseSchedule  the (weighted) error of a prediction           arXiv:2006.11239, eq. 14
+    hybrid  NoiseSchedule  ddpm's, and the bound for a learned variance   arXiv:2102.09672, eq. 16
+    vlb     NoiseSchedule  the variational bound alone                    arXiv:2102.09672, eq. 4
+    flow    FlowSchedule   the (weighted) error of a prediction           arXiv:2209.03003, eq. 1
+    dsm     any SDE        denoising score matching in continuous time    arXiv:2011.13456, eq. 7
+    ncsn    VE             score matching at geometric noise levels       arXiv:1907.05600, eq. 6
+    edm     EDM            the error of the preconditioned denoiser       arXiv:2206.00364, eq. 8
 
-The losses themselves are ``fastdiff.losses``. Trainer and Diffusion both train through
-:meth:`Objective.loss`, and what does not fit together is refused in :func:`make` alone.
+``fastdiff.losses`` computes the losses. Trainer and Diffusion both train through
+:meth:`Objective.loss`. Only :func:`make` checks whether process, prediction and options fit.
 """
 
 from __future__ import annotations
@@ -35,32 +36,32 @@ Forward = GaussianPath | sde.SDE
 DISCRETE: dict[str, Callable[[int], TimestepSampler]] = {
     "uniform": losses.Uniform,
     "low-discrepancy": losses.LowDiscrepancy,
-    # Its density is meant as a weighting of the loss.
+    # Biased on purpose: the paper's density is meant to weight the loss.
     "logit-normal": lambda count: losses.LogitNormal(count, unbiased=False),
     "loss-second-moment": LossSecondMoment,
 }
 CONTINUOUS = ("uniform", "low-discrepancy")
 TIMESTEPS = (*DISCRETE, "log-normal")
-LEVELS = 100  # of ncsn's ladder
+DEFAULT_LEVELS = 100  # number of noise levels of ncsn
 
 
 class Times(Protocol):
-    """Draws times for n images, with importance weights."""
+    """A sampler of training times with importance weights."""
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Times [n], and the weights of their losses, float64 [n]."""
+        """Times [n] and the weights of their losses, float64 [n]."""
 
 
 class Objective:
-    """Times to train at, and a loss for each image.
+    """A distribution of training times, and the loss of each image; made by :func:`make`.
 
     Attributes:
         name: one of :data:`NAMES`.
         forward: the forward process.
         prediction: what the model predicts.
-        variance: of the model's steps, with a NoiseSchedule; None elsewhere.
-        levels: of the ladder of ncsn; None elsewhere.
-        times: what draws times.
+        variance: the variance of the model's steps, for a NoiseSchedule, else None.
+        levels: the number of noise levels of ncsn, else None.
+        times: the sampler of training times.
     """
 
     def __init__(
@@ -79,15 +80,15 @@ class Objective:
 
     @property
     def learned(self) -> bool:
-        """Whether the model returns 2 C channels, the second C of which say its variance."""
+        """Whether the model returns 2 C channels, the second C for its variance."""
         return (self.variance or "").startswith("learned")
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Times for n images, and the weights of their losses.
 
         Returns:
-            Timesteps int64 [n] with a schedule, else times float64 [n]; weights float64 [n]. On the
-            generator's device.
+            Timesteps int64 [n] for a schedule, or times float64 [n] for an SDE, and the weights,
+            float64 [n], on the generator's device.
         """
         return self.times.draw(n, generator)
 
@@ -95,10 +96,11 @@ class Objective:
         """The loss of each image, [N], float32 (float64 for float64 images).
 
         Args:
-            model: (x_t, t, **cond) -> prediction, given its time as in sampling.
+            model: (x_t, label, **cond) -> prediction; the label is that of ``forward``, as in
+                sampling.
             x0: clean images [N, C, ...], floating point.
-            t: times as :meth:`draw` gives them.
-            noise: standard normal like ``x0``, or seeds of it, int64 [N, 2].
+            t: times from :meth:`draw`, [N].
+            noise: standard normal like ``x0``, or seeds int64 [N, 2], see ``losses.noising``.
             cond: keyword arguments of the model.
         """
         return self._losses_of(model, x0, t, noise, **cond)
@@ -106,20 +108,23 @@ class Objective:
     def loss(
         self, model: Model, x0: Tensor, t: Tensor, weights: Tensor, noise: Tensor, **cond: Any
     ) -> Tensor:
-        """The weighted mean of :meth:`losses`, a scalar; loss-second-moment takes note of them."""
-        found = self.losses(model, x0, t, noise, **cond)
+        """The weighted mean of :meth:`losses`, a scalar.
+
+        The sampler loss-second-moment records the losses if all are finite.
+        """
+        image_losses = self.losses(model, x0, t, noise, **cond)
         if isinstance(self.times, LossSecondMoment):
-            seen = found.detach()
-            if bool(seen.isfinite().all()):
-                self.times.update(t, seen)
-        return (weights.to(found.device, found.dtype) * found).mean()
+            detached = image_losses.detach()
+            if bool(detached.isfinite().all()):
+                self.times.update(t, detached)
+        return (weights.to(image_losses.device, image_losses.dtype) * image_losses).mean()
 
     def state_dict(self) -> dict[str, Any]:
-        """What times drawn later depend on, as JSON has it; empty where they are independent."""
+        """The recorded losses of loss-second-moment, ready for JSON; {} for other samplers."""
         return self.times.state_dict() if isinstance(self.times, LossSecondMoment) else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; ValueError for that of another objective."""
+        """Restore a :meth:`state_dict`; ValueError for the state of another objective."""
         if isinstance(self.times, LossSecondMoment):
             self.times.load_state_dict(state)
         elif state:
@@ -136,21 +141,25 @@ def make(
     variance: str | None = None,
     levels: int | None = None,
 ) -> Objective:
-    """The objective of that name.
+    """The objective called ``name``.
 
     Args:
-        name: one of :data:`NAMES`; None for the one natural to the process: ddpm (hybrid with a
-            learned variance), flow, edm if the prediction is edm, else dsm.
+        name: one of :data:`NAMES`. None depends on the process: ddpm (hybrid with a learned
+            variance) for a NoiseSchedule, flow for a FlowSchedule, and for an SDE edm if the
+            prediction is edm, else dsm.
         forward: a schedule with timesteps, or an SDE.
-        prediction: one of ``process.KINDS``; in continuous time also ncsn or edm.
-        weighting: of the loss. ddpm, flow, hybrid: a name of ``losses.weighting``; dsm: sigma (the
-            default) or likelihood; None elsewhere.
-        timesteps: how times are drawn. With a schedule uniform, low-discrepancy, logit-normal or
-            loss-second-moment; in continuous time uniform or low-discrepancy, but log-normal with
-            EDM and uniform with ncsn. None is loss-second-moment for vlb, else the first of these.
-        variance: with a NoiseSchedule one of ``samplers.ddpm.VARIANCES``; None is learned_range for
+        prediction: one of ``process.KINDS``; for an SDE also ncsn or edm.
+        weighting: weighting of the loss: for ddpm, flow and hybrid a name of ``losses.weighting``
+            or None for weights of 1, for dsm sigma (the default) or likelihood, else None.
+        timesteps: distribution of the times: for a schedule uniform, low-discrepancy, logit-normal
+            or loss-second-moment, for EDM log-normal, for ncsn uniform, for dsm with other SDEs
+            uniform or low-discrepancy. None is loss-second-moment for vlb, else the first of these.
+        variance: for a NoiseSchedule one of ``samplers.ddpm.VARIANCES``; None is learned_range for
             hybrid and vlb, else fixed_small.
-        levels: of the ladder of ncsn; None is 100.
+        levels: number of noise levels of ncsn, at least 2; None is 100.
+
+    Returns:
+        The objective.
 
     Raises:
         TypeError: ``forward`` is neither a schedule nor an SDE.
@@ -159,13 +168,13 @@ def make(
     if not isinstance(forward, (GaussianPath, sde.SDE)):
         raise TypeError(f"forward must be a schedule or an SDE, got {type(forward).__name__}")
     try:
-        name = name or _natural(forward, prediction, variance)
+        name = name or _default_name(forward, prediction, variance)
         check_choice("objective", name, NAMES)
         if levels is not None and name != "ncsn":
             raise ValueError(f"levels are for the objective ncsn, not {name}")
         wanted = _FORWARDS[name]
         if not isinstance(forward, wanted):
-            raise ValueError(f"the objective {name} needs {_named(wanted)}, got {forward!r}")
+            raise ValueError(f"the objective {name} needs {_describe(wanted)}, got {forward!r}")
         if isinstance(forward, sde.SDE):
             return _continuous(name, forward, prediction, weighting, timesteps, variance, levels)
         return _discrete(name, forward, prediction, weighting, timesteps, variance)
@@ -185,7 +194,7 @@ _FORWARDS: dict[str, type[Forward]] = {
 NAMES = tuple(_FORWARDS)
 
 
-def _natural(forward: Forward, prediction: str, variance: str | None) -> str:
+def _default_name(forward: Forward, prediction: str, variance: str | None) -> str:
     if isinstance(forward, sde.SDE):
         return "edm" if prediction == "edm" else "dsm"
     if isinstance(forward, FlowSchedule):
@@ -193,7 +202,7 @@ def _natural(forward: Forward, prediction: str, variance: str | None) -> str:
     return "hybrid" if (variance or "").startswith("learned") else "ddpm"
 
 
-def _named(kind: type[Forward]) -> str:
+def _describe(kind: type[Forward]) -> str:
     return "an SDE" if kind is sde.SDE else f"the process {kind.__name__}"
 
 
@@ -228,8 +237,8 @@ def _discrete(
     weight = None if weighting is None else losses.weighting(forward, prediction, weighting)
 
     losses_of = partial(_discrete_losses, name, forward, prediction, weight, variance)
-    draws = DISCRETE[times](forward.num_timesteps)
-    return Objective(name, forward, prediction, draws, losses_of, variance)
+    sampler = DISCRETE[times](forward.num_timesteps)
+    return Objective(name, forward, prediction, sampler, losses_of, variance)
 
 
 def _discrete_losses(
@@ -269,7 +278,7 @@ def _continuous(
     variance: str | None,
     levels: int | None,
 ) -> Objective:
-    sde.score_fn(lambda x, t: x, prediction, forward)  # which checks that they fit
+    sde.score_fn(lambda x, t: x, prediction, forward)  # checks that prediction and process fit
     if variance is not None:
         raise ValueError(f"{forward!r} has no steps whose variance could be {variance}")
     if name == "dsm":
@@ -281,10 +290,10 @@ def _continuous(
             raise ValueError(f"{name} trains the prediction {name}, got {prediction}")
         if weighting is not None:
             raise ValueError(f"{name} has weights of its own, got the weighting {weighting!r}")
-    draws, levels = _times(name, forward, times, levels)
+    sampler, levels = _times(name, forward, times, levels)
 
     losses_of = partial(_continuous_losses, name, forward, prediction, weighting or "sigma")
-    return Objective(name, forward, prediction, draws, losses_of, levels=levels)
+    return Objective(name, forward, prediction, sampler, losses_of, levels=levels)
 
 
 def _continuous_losses(
@@ -314,24 +323,24 @@ def _continuous_losses(
 def _times(
     name: str, forward: sde.SDE, times: str | None, levels: int | None
 ) -> tuple[Times, int | None]:
-    """What draws times of an SDE, and the levels of a ladder."""
+    """The sampler of an SDE's training times, and the number of levels of ncsn, else None."""
     if isinstance(forward, sde.EDM):
         check_choice(f"timestep sampler with {forward!r}", times or "log-normal", ("log-normal",))
         return _LogNormal(forward), None
     if name == "ncsn":
         assert isinstance(forward, sde.VE)
         check_choice("timestep sampler with ncsn", times or "uniform", ("uniform",))
-        levels = LEVELS if levels is None else levels
+        levels = DEFAULT_LEVELS if levels is None else levels
         if levels < 2:
             raise ValueError(f"levels must be at least 2, got {levels}")
-        return _Ladder(levels), levels
+        return _GeometricLevels(levels), levels
     times = times or "uniform"
     check_choice("timestep sampler in continuous time", times, CONTINUOUS)
-    return _Span(forward, DISCRETE[times](1)), None
+    return _TimeInterval(forward, DISCRETE[times](1)), None
 
 
-class _Span:
-    """Times trained_from..end of an SDE, spread as a sampler of timesteps spreads its own."""
+class _TimeInterval:
+    """Times trained_from..end of an SDE, with the distribution of a sampler of timesteps."""
 
     def __init__(self, forward: sde.SDE, spread: TimestepSampler) -> None:
         self.first, self.length = forward.trained_from, forward.end - forward.trained_from
@@ -343,7 +352,7 @@ class _Span:
 
 
 class _LogNormal:
-    """EDM's noise levels, log-normal (Karras et al. 2022, table 1)."""
+    """EDM's log-normal noise levels (Karras et al. 2022, table 1), clamped to the process's."""
 
     def __init__(self, forward: sde.EDM) -> None:
         self.forward = forward
@@ -353,8 +362,8 @@ class _LogNormal:
         return sigma.clamp(self.forward.smallest, self.forward.end), torch.ones_like(sigma)
 
 
-class _Ladder:
-    """The times of VE at which sigma falls in equal ratios: as many, evenly spaced."""
+class _GeometricLevels:
+    """Evenly spaced times 0..1 of VE, at which sigma is a geometric sequence."""
 
     def __init__(self, levels: int) -> None:
         self.levels = losses.Uniform(levels)

@@ -18,7 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vlb": {**_DDPM, "prediction": "eps"},
     "flow": {"timesteps": 1000, "prediction": "flow"},
     "dsm": {"sde": "vp", "prediction": "eps"},
-    "ncsn": {"sde": "ve", "prediction": "ncsn", "levels": objectives.LEVELS},
+    "ncsn": {"sde": "ve", "prediction": "ncsn", "levels": objectives.DEFAULT_LEVELS},
     "edm": {"prediction": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
 }
 SDES: dict[str, tuple[type[sde.SDE], dict[str, float]]] = {
@@ -71,7 +71,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         group.add_argument(name, type=float, metavar="X", help=text)
     group.add_argument(
         "--levels", type=positive, metavar="L",
-        help=f"number of noise levels of ncsn (default: {objectives.LEVELS})",
+        help=f"number of noise levels of ncsn (default: {objectives.DEFAULT_LEVELS})",
     )  # fmt: skip
     group.add_argument(
         "--prediction",
