@@ -287,7 +287,7 @@ def test_a_path_is_brownian_however_it_is_cut(generator):
     for h in (0.2, 0.3, 0.1, 0.7):  # inside, across a time that is known, up to it, beyond the end
         parts.append(tried(h))
         torch.testing.assert_close(tried(h), parts[-1])  # as long as it is not left behind
-        path.go(everyone)
+        path.advance(everyone)
     assert path.gaps.shape[1] == 0
     torch.testing.assert_close(sum(parts[:3]), most)
     joined = sum(parts)
@@ -301,10 +301,10 @@ def test_a_path_is_brownian_however_it_is_cut(generator):
 def test_paths_are_cut_each_in_its_own_way(generator):
     path = BrownianPath(torch.zeros(3, 2, dtype=torch.float64), generator)
     first = path.increment(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
-    path.go(torch.tensor([True, False, False]))
+    path.advance(torch.tensor([True, False, False]))
     second = path.increment(torch.tensor([1.0, 1.0, 4.0], dtype=torch.float64))
     assert (path.gaps > 0).sum(1).tolist() == [1, 2, 2]
-    path.go(torch.tensor([True, True, True]))
+    path.advance(torch.tensor([True, True, True]))
     assert (path.gaps > 0).sum(1).tolist() == [0, 1, 0]
     rest = path.increment(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(second[1] + rest[1], first[1])
