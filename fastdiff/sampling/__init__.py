@@ -1,4 +1,4 @@
-"""Sampling: one loop for every sampler, from noise or an image to images."""
+"""Sampling: one loop for all samplers, from noise or an image to images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of what ``fastdiff.sample`` is given; each error names the value and what was wanted."""
+"""Checks of the arguments of ``fastdiff.sample``; errors name the value and what was wanted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MODES = ("auto", "eager", "compile", "cudagraph")
 
 
 def begin_at(sampler: Sampler | Table, start: int) -> tuple[Table, float]:
-    """The table from step ``start`` on, and the standard deviation that x_T is to have.
+    """The table from step ``start`` on, and the standard deviation that x_T must have.
 
     Raises:
-        TypeError: ``sampler`` is neither a sampler nor a table, or ``start`` no whole number.
-        ValueError: ``start`` is not one of its steps, or a bare table cannot begin there.
+        TypeError: ``sampler`` is neither a sampler nor a table, or ``start`` is no whole number.
+        ValueError: ``start`` is not one of the sampler's steps, or a bare table cannot begin there.
     """
     if not isinstance(sampler, (Sampler, Table)):
         raise TypeError(f"sampler must be a Sampler or a Table, got {type(sampler).__name__}")
@@ -30,19 +30,19 @@ def begin_at(sampler: Sampler | Table, start: int) -> tuple[Table, float]:
     if not 0 <= start < steps:
         raise ValueError(f"start must be one of the sampler's steps, 0..{steps - 1}, got {start}")
     if isinstance(sampler, Table):
-        table = _later(sampler, start) if start else sampler
+        table = _steps_from(sampler, start) if start else sampler
     else:
         table = sampler.starting_at(start).table if start else sampler.table
     return table, 1.0 if start else table.init_noise_sigma
 
 
-def _later(table: Table, start: int) -> Table:
-    """A table's rows from a step on; ValueError if they need what earlier ones keep."""
+def _steps_from(table: Table, start: int) -> Table:
+    """A table's rows from step ``start`` on; ValueError if they read values of earlier rows."""
     first = table.steps.tolist().index(start)
     if reads_earlier(table.values[first:]):
         raise ValueError(
             f"this table's steps from {start} on need what earlier steps keep: "
-            "give the sampler instead, which can begin there"
+            f"give the sampler instead, which can begin at step {start}"
         )
     return replace(
         table,
@@ -54,7 +54,7 @@ def _later(table: Table, start: int) -> Table:
 
 
 def reads_earlier(values: Tensor) -> bool:
-    """Whether rows of a table, one after the other, read what none of them has kept."""
+    """Whether a sequence of rows of a table reads a slot before one of the rows has written it."""
     kept: set[int] = set()
     for row in values.tolist():
         read = {j for j, value in enumerate(row[len(COLUMNS) :]) if value != 0}
@@ -71,7 +71,14 @@ def target(
     dtype: torch.dtype | None,
     given: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Shape, torch.device, torch.dtype]:
-    """Shape, device and dtype of the images; what is None is x_T's, the model's, or the image's.
+    """Shape, device and dtype of the images.
+
+    Args:
+        model: the model.
+        shape: the shape [N, C, ...].
+        device: the device; None takes that of x_T, else the model's, else the image's.
+        dtype: the dtype; None takes that of x_T, else the model's, else the image's.
+        given: x_T and the image, each a tensor or None.
 
     Raises:
         ValueError: ``shape`` is not [N, C, ...].
@@ -102,7 +109,7 @@ def check_mode(mode: str, device: torch.device) -> None:
 
 
 def check_resampling(resamplings: int, jump_length: int, mask: Tensor | None) -> None:
-    """TypeError or ValueError unless both are whole numbers from 1 on, and there is a mask."""
+    """TypeError or ValueError unless both are whole numbers >= 1, with a mask if resampling."""
     for name, value in (("resamplings", resamplings), ("jump_length", jump_length)):
         if whole_number(value, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -113,7 +120,11 @@ def check_resampling(resamplings: int, jump_length: int, mask: Tensor | None) ->
 def check_beginning(
     start: int, x_T: Tensor | None, image: Tensor | None, mask: Tensor | None
 ) -> None:
-    """ValueError unless these say together what to begin with, and what to do with an image."""
+    """ValueError unless the arguments together define what to begin with.
+
+    An image needs a start above 0 or a mask, and both of these need an image (a start may have x_T
+    instead).
+    """
     if image is None and mask is not None:
         raise ValueError("a mask needs an image: what is known where the mask is 0")
     if image is None and x_T is None and start:
@@ -123,7 +134,7 @@ def check_beginning(
 
 
 def check_callbacks(callback: Any, preview: Any, every: int) -> None:
-    """TypeError or ValueError unless both are None or callable, and ``every`` is at least 1."""
+    """TypeError or ValueError unless the functions are None or callable, and ``every`` >= 1."""
     for name, value in (("callback", callback), ("preview", preview)):
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be a function, or None, got {type(value).__name__}")
@@ -132,7 +143,7 @@ def check_callbacks(callback: Any, preview: Any, every: int) -> None:
 
 
 def check_mask(mask: Tensor, shape: Shape) -> None:
-    """TypeError or ValueError unless ``mask`` says in [0, 1] for every pixel what to do."""
+    """TypeError or ValueError unless ``mask`` fits the images and has values in [0, 1]."""
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise TypeError(f"mask must be a bool or floating point tensor, got {kind_of(mask)}")
     images, channels, *rest = shape

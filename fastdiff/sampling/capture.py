@@ -1,9 +1,9 @@
 """A sampling loop as a CUDA graph: one row captured, and replayed for every row.
 
-A graph reads and writes the memory that it was captured with, so each has ``Buffers`` of its own,
-into which a call's inputs are copied: other values, whole tables among them, never go stale. It is
-captured anew for whatever it could not follow: other shapes, weights in other memory, and the
-settings that decide which kernels run.
+A graph reads and writes the memory that it was captured with. So each graph has its own
+``Buffers``, into which a call's inputs are copied: new values, of tables too, are always used. A
+new graph is captured for other shapes, for weights in other memory, and for other settings that
+decide which kernels run.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from fastdiff.ops.backend import current as current_backend
 from fastdiff.sampling.device_loop import Buffers, advance
 from fastdiff.sampling.loop import State
 
-KEPT = 4  # graphs of a model, each with its memory; the one unused for longest goes
-WARM_UP = 3  # rows that run before the capture, so that libraries have chosen their kernels
+MAX_GRAPHS = 4  # of a model, each with its own memory; the least recently used is dropped
+WARM_UP_ROWS = 3  # run before the capture, so that libraries have chosen their kernels
 
 Replay = Callable[[], Tensor]
 
 
 class CudaGraphs:
-    """All that this module asks of CUDA."""
+    """The functions of CUDA that this module uses."""
 
     def can_capture(self, device: torch.device) -> bool:
-        """Whether work on that device can be captured."""
+        """Whether work on the device can be captured."""
         return device.type == "cuda"
 
     def stream(self, device: torch.device) -> int:
@@ -43,7 +43,7 @@ class CudaGraphs:
 
     @contextmanager
     def side_stream(self, device: torch.device) -> Iterator[None]:
-        """Run the block on another stream, in order with the current one before and after it."""
+        """Run the block on another stream, after earlier and before later work of the current."""
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         try:
@@ -53,7 +53,7 @@ class CudaGraphs:
             torch.cuda.current_stream(device).wait_stream(side)
 
     def capture(self, device: torch.device, run: Callable[[], Tensor]) -> Replay:
-        """Capture run() without computing it; the result computes it and returns its tensor."""
+        """Capture ``run`` without computing it; the function returned computes its tensor."""
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         # Another thread, such as a data loader's, may allocate memory meanwhile.
         capturing = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
@@ -72,7 +72,7 @@ graphs = CudaGraphs()
 
 @dataclass(eq=False)
 class Captured:
-    """A graph and what it works on; ``busy`` is held while a loop uses them."""
+    """A graph and its buffers; the lock ``busy`` is held while a loop uses them."""
 
     buffers: Buffers
     replay: Replay
@@ -80,50 +80,52 @@ class Captured:
 
 
 @dataclass(eq=False)
-class Kept:
-    """The graphs of a model, the one used last at the end; None where the capture failed."""
+class ModelGraphs:
+    """The graphs of a model, the most recently used last; None where the capture failed."""
 
     captured: OrderedDict[Hashable, Captured | None] = field(default_factory=OrderedDict)
     warned: bool = False
 
 
-_kept = PerModel(Kept)
+_graphs_of = PerModel(ModelGraphs)
 
 
 @contextmanager
 def captured_loop(model: Model, state: State) -> Iterator[Captured | None]:
-    """The captured row of a model for a state, loaded with it and ready for its first row.
+    """The captured graph of a model for a state, with the state's inputs loaded.
 
-    When the block ends, x is copied to the state's. A model that is no ``nn.Module`` is captured in
-    each call, since nothing tells whether the weights behind it are still where they were.
+    When the block ends, the images are copied to the state's x. A model that is no ``nn.Module`` is
+    captured in each call, since its weights cannot be compared with those of an earlier call.
 
     Yields:
-        The graph, or None where the loop must run without: the capture failed, of which the first
-        of a model warns, or the same graph is at work further up the stack or in another thread.
+        The graph, or None where the loop must run without a graph. This is so if the capture failed
+        (the first failure of a model warns), or if the same graph is already running, further up
+        the stack or in another thread.
     """
     given = Buffers(state)
-    kept, key = _kept[model], _key(model, given)
+    of_model, key = _graphs_of[model], _key(model, given)
     if key is None:
-        found = _capture(model, given, kept)
+        graph = _capture(model, given, of_model)
     else:
-        if key not in kept.captured:
-            kept.captured[key] = _capture(model, given, kept)
-            while len(kept.captured) > KEPT:
-                kept.captured.popitem(last=False)
-        kept.captured.move_to_end(key)
-        found = kept.captured[key]
-    if found is None or not found.busy.acquire(blocking=False):
+        if key not in of_model.captured:
+            of_model.captured[key] = _capture(model, given, of_model)
+            while len(of_model.captured) > MAX_GRAPHS:
+                of_model.captured.popitem(last=False)
+        of_model.captured.move_to_end(key)
+        graph = of_model.captured[key]
+    if graph is None or not graph.busy.acquire(blocking=False):
         yield None
         return
     try:
-        found.buffers.load(given)
-        yield found
-        state.x.copy_(found.buffers.x)
+        graph.buffers.load(given)
+        yield graph
+        state.x.copy_(graph.buffers.x)
     finally:
-        found.busy.release()
+        graph.busy.release()
 
 
-def _capture(model: Model, given: Buffers, kept: Kept) -> Captured | None:
+def _capture(model: Model, given: Buffers, of_model: ModelGraphs) -> Captured | None:
+    """Capture a graph for inputs like ``given``; None, with a warning, if that fails."""
     device = given.x.device
 
     def run() -> Tensor:
@@ -135,13 +137,13 @@ def _capture(model: Model, given: Buffers, kept: Kept) -> Captured | None:
         with _without_autocast_cache():
             buffers = given.copy()
             with graphs.side_stream(device):
-                for _ in range(WARM_UP):
-                    buffers.load(given)  # a table may have fewer rows than these
+                for _ in range(WARM_UP_ROWS):
+                    buffers.load(given)  # go back to the first row: a table may have no second
                     run()
             return Captured(buffers, graphs.capture(device, run))
-    except Exception as error:  # whatever stands against it, the loop runs without
-        if not kept.warned:
-            kept.warned = True
+    except Exception as error:  # for any reason: the loop can run without a graph
+        if not of_model.warned:
+            of_model.warned = True
             warnings.warn(
                 f"fastdiff: {type(model).__name__} cannot be captured in a CUDA graph, so its "
                 f"sampling loop runs eagerly: {type(error).__name__}: {error}",
@@ -151,7 +153,7 @@ def _capture(model: Model, given: Buffers, kept: Kept) -> Captured | None:
 
 
 def _key(model: Model, given: Buffers) -> Hashable:
-    """All that a graph depends on, or None where that cannot be told or compared."""
+    """A key of everything that a graph depends on, or None if that is unknown or has no hash."""
     if not isinstance(model, nn.Module):
         return None
     device = given.x.device
@@ -166,19 +168,19 @@ def _key(model: Model, given: Buffers) -> Hashable:
         torch.get_autocast_dtype(device.type),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.is_inference_mode_enabled(),  # its tensors cannot be written outside of it
+        torch.is_inference_mode_enabled(),  # tensors made in this mode cannot be written outside it
         tuple(weights),
         tuple(module.training for module in model.modules()),
     )
     try:
         hash(key)
-    except TypeError:  # for an argument of the model that has no hash
+    except TypeError:  # an argument of the model has no hash
         return None
     return key
 
 
 def _place(weight: Tensor) -> Hashable:
-    """Where a weight lies and how; None for one that does not tell, such as a wrapper of others."""
+    """A weight's address and layout; None for a subclass, which may wrap other tensors."""
     if type(weight) not in (Tensor, nn.Parameter):
         return None
     return weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride()
@@ -186,7 +188,7 @@ def _place(weight: Tensor) -> Hashable:
 
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """Have autocast convert weights inside the graph: what it has kept goes when autocast ends."""
+    """Let autocast convert weights inside the graph: its cached copies are freed when it ends."""
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)

@@ -1,7 +1,7 @@
-"""Classifier-free guidance: its strength in each row, and whether there is any.
+"""Classifier-free guidance: its scale in each step, and whether the model must run twice.
 
-The model sees 2 N images, the first N without the condition and the others with it (Ho & Salimans
-2022, arXiv:2207.12598); ``ops.sampler_step`` combines what it returns.
+Under guidance the model gets 2 N images, the first N without the condition and the others with it
+(Ho & Salimans 2022, arXiv:2207.12598). ``ops.sampler_step`` combines the two predictions.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 def per_step(guidance: float | Sequence[float] | Tensor, steps: int) -> list[float]:
-    """The guidance of each of a sampler's steps.
+    """The guidance scale of each step, from one number or one number per step.
 
     Raises:
-        ValueError: another number of values than one or ``steps``, or values that are not finite.
-        TypeError: something else than numbers.
+        ValueError: a number of values other than 1 and ``steps``, or a value that is not finite.
+        TypeError: values that are not numbers.
     """
     given: Any = guidance.tolist() if isinstance(guidance, Tensor) else guidance
     single = isinstance(given, (int, float))
     try:
         values = [float(value) for value in ([given] if single else given)]
     except (TypeError, ValueError):
-        raise TypeError(f"guidance must be a number, or one a step, got {guidance!r}") from None
+        raise TypeError(f"guidance must be a number, or one per step, got {guidance!r}") from None
     if not single and len(values) != steps:
         raise ValueError(
             f"guidance must be one number, or {steps}, one for each step of the sampler, "
@@ -37,10 +37,10 @@ def per_step(guidance: float | Sequence[float] | Tensor, steps: int) -> list[flo
 
 
 def is_guided(scales: Sequence[float], rescale: float, has_uncond: bool) -> bool:
-    """Whether the model is to be asked twice.
+    """Whether any step is guided, so that the model must predict with and without the condition.
 
     Raises:
-        ValueError: guidance without the arguments for it, or a rescale outside [0, 1].
+        ValueError: guidance or rescale without ``uncond``, or a rescale outside [0, 1].
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance_rescale must lie in [0, 1], got {rescale}")

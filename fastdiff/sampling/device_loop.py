@@ -1,7 +1,7 @@
-"""One row of a sampling loop, the row counted on the device: for torch.compile and CUDA graphs.
+"""One row of a sampling loop, counted on the device, for torch.compile and CUDA graphs.
 
-``advance`` says nothing of the row it computes: the number is in a tensor, which it raises at its
-end. So one compiled function, or one captured graph, serves all rows.
+The row's number is in a tensor that ``advance`` increments, not in its arguments. So one compiled
+function, or one captured graph, serves all rows.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from fastdiff.sampling.loop import State, new_history, span, wanted_output
 
 
 class Buffers:
-    """A ``State`` in the form that ``advance`` wants.
+    """A ``State`` in the form that ``advance`` needs.
 
-    What changes from row to row is one table an argument, [R * U, ...] with the U distinct values
-    of a row together, and one vector of places in them: the row itself, then for each argument
-    where its values stand, one an image. ``strides`` is what takes all of them to the next row. U
-    is rounded up to a power of two, so that other labels seldom need another graph.
+    Each argument of the model that changes from row to row is a table [R * U, ...], in which the U
+    distinct values of a row are neighbours. The vector ``places`` has the row's number, and then
+    for each argument the index of each image's value in the table. Adding ``strides`` takes all of
+    them to the next row. U is rounded up to a power of two, so that other labels seldom need
+    another graph.
 
     Args:
-        state: its tensors are used as they are, or copied.
+        state: the state, whose tensors are used without copies where possible.
 
     Attributes:
-        history: None until :meth:`begin`.
+        history: the history tensor of the sampler, None until :meth:`begin`.
     """
 
     def __init__(self, state: State) -> None:
@@ -63,13 +64,13 @@ class Buffers:
         self.strides = torch.tensor(per_place, device=device)
 
     def inputs(self) -> list[Tensor]:
-        """All tensors that come from the caller, in an order that is always the same."""
+        """All tensors that come from the caller, in a fixed order."""
         leaves = pytree.tree_leaves(self.cond)
-        found = [self.x, self.table, self.seed, self.first, self.strides, *self.values.values()]
-        return [value for value in (*found, *leaves) if isinstance(value, Tensor)]
+        own = [self.x, self.table, self.seed, self.first, self.strides, *self.values.values()]
+        return [value for value in (*own, *leaves) if isinstance(value, Tensor)]
 
     def signature(self) -> Hashable:
-        """What two states must share so that one graph serves both."""
+        """A hashable description; one graph serves all buffers of equal signature."""
         leaves, structure = pytree.tree_flatten(self.cond)
         others = tuple(value for value in leaves if not isinstance(value, Tensor))
         tensors = (self.x, self.table, self.seed, self.noise, self.first, *self.values.values())
@@ -83,7 +84,7 @@ class Buffers:
         )
 
     def copy(self) -> Buffers:
-        """The same in memory of its own, which nothing but :meth:`load` writes from outside."""
+        """A copy in its own memory, which only :meth:`load` and ``advance`` write."""
         made = object.__new__(Buffers)
         made.__dict__.update(self.__dict__)
         for name in ("x", "table", "seed", "noise", "first", "places", "strides"):
@@ -93,14 +94,14 @@ class Buffers:
         return made.begin()
 
     def begin(self) -> Buffers:
-        """Make what rows keep for each other, and return self."""
+        """Make the history tensor, and return self."""
         self.history = new_history(self.x, self.table)
         return self
 
     def load(self, other: Buffers) -> None:
-        """Take over the inputs of ``other``, of the same signature, and go back to the first row.
+        """Copy the inputs of ``other``, of the same signature, and go back to the first row.
 
-        The history need not be cleared: no table reads what it has not written.
+        The history is not cleared, because no table reads a slot before it has written it.
         """
         for mine, given in zip(self.inputs(), other.inputs(), strict=True):
             mine.copy_(given)
@@ -118,15 +119,18 @@ def _kind(value: Any) -> Hashable:
 
 
 def advance(model: Model, b: Buffers, keep_output: bool = True) -> Tensor | None:
-    """Compute a row in place and go on to the next.
+    """Compute a row in place and move to the next.
 
-    Beside the model's there are three calls that compute: the places give the row's arguments, the
-    sampler's step, and the places move on. Guidance adds one, and so does each further argument.
+    Beside the model's kernels this takes three: select the row's arguments, take the sampler's
+    step, and increment the places. Guidance adds one, and so does each further argument.
 
     Args:
         model: the model.
-        b: what it works on.
-        keep_output: return the model's output, in memory of its own.
+        b: the buffers, changed in place.
+        keep_output: return the model's output, in memory that does not overlap x.
+
+    Returns:
+        The model's output, or None without ``keep_output``.
     """
     row, *places = b.places.split(b.sizes)
     arguments = {
@@ -134,16 +138,16 @@ def advance(model: Model, b: Buffers, keep_output: bool = True) -> Tensor | None
         for (name, values), place in zip(b.values.items(), places, strict=True)
     }
     t = arguments.pop("t", None)
-    given = torch.cat((b.x, b.x)) if b.guided else b.x
-    found = b.output.of(model(given, t, **b.cond, **arguments))
-    if torch.compiler.is_compiling():  # where memory has no address, and is kept apart anyway
-        found = found.clone() if keep_output else found
+    images = torch.cat((b.x, b.x)) if b.guided else b.x
+    output = b.output.of(model(images, t, **b.cond, **arguments))
+    if torch.compiler.is_compiling():  # memory has no address here, and the compiler separates it
+        output = output.clone() if keep_output else output
     else:
         begin, end = span(b.x)
-        found = found.clone() if begin <= found.data_ptr() < end else found
-    ops.sampler_step(b.x, found, b.history, b.noise, b.table, row, seed=b.seed, out=b.x)
+        output = output.clone() if begin <= output.data_ptr() < end else output
+    ops.sampler_step(b.x, output, b.history, b.noise, b.table, row, seed=b.seed, out=b.x)
     b.places.add_(b.strides)
-    return found if keep_output else None
+    return output if keep_output else None
 
 
 Compiled = Callable[[Model, Buffers, bool], Tensor | None]
@@ -152,10 +156,10 @@ _numbers = itertools.count()
 
 
 def _compile() -> Compiled:
-    # torch.compile counts the shapes it has compiled by code object, and gives up after a few: so
-    # every model gets its own copy.
+    # torch.compile counts the shapes that it has compiled for a code object and gives up after a
+    # few, so every model gets its own copy of the code.
     code = advance.__code__.replace(co_name=f"advance_{next(_numbers)}")
     return torch.compile(FunctionType(code, advance.__globals__), dynamic=False)
 
 
-compiled = PerModel(_compile)  # ``advance`` compiled, of each model
+compiled = PerModel(_compile)  # for each model, its compiled copy of ``advance``

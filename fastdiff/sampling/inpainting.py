@@ -1,9 +1,9 @@
-"""Images of which a part is known: at every level of noise that part is the image's own.
+"""Inpainting: a known part of the images is set to the noised image after every step.
 
-After each step the known part becomes alpha image + sigma z at the level reached, with z drawn anew
-(Lugmayr et al. 2022, RePaint, arXiv:2201.09865, eq. 8). What is generated beside it never saw that
-z, so RePaint goes back up from time to time: x is noised by a few steps' worth and these steps are
-taken again (algorithm 1 and section 4.2), which :func:`resampled` lays out beforehand as a longer
+After each step the known part becomes alpha image + sigma z at the level reached, with new noise z
+(Lugmayr et al. 2022, RePaint, arXiv:2201.09865, eq. 8). The generated part was computed without
+this z. To make both fit, RePaint repeats steps: x is noised again by several steps, and these steps
+are taken again (algorithm 1 and section 4.2). :func:`resampled` plans this beforehand as a longer
 table.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from fastdiff.samplers import Table
 from fastdiff.sampling.arguments import reads_earlier
 
-# Rows of the counter-based noise: that of the known part, and that of the way back up. A sampler's
-# own noise has the rows of its table.
+# First rows of the counter-based noise of the known part, and of noising x again. The sampler's own
+# noise uses the rows of its table.
 KNOWN_ROW, JUMP_ROW = 2**30, 2**31
 
 Level = tuple[float, float]  # alpha and sigma
@@ -28,7 +28,7 @@ Level = tuple[float, float]  # alpha and sigma
 
 @dataclass(frozen=True)
 class Jump:
-    """The way back up to more noise: x = share x + sigma z."""
+    """Noising x again to an earlier level: x = share x + sigma z."""
 
     share: float
     sigma: float
@@ -36,13 +36,13 @@ class Jump:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The rows that are run, in order.
+    """The rows of a run in order, with repeated steps.
 
     Attributes:
-        table: of these rows; a repeated step is a step of its own.
-        steps: for each row the step of the sampler that it belongs to.
-        ends: for each row the level that it leads to.
-        jumps: by the row after which it comes.
+        table: the table of these rows, in which a repeated step counts as another step.
+        steps: for each row the sampler's step that it belongs to.
+        ends: for each row the level of x after it.
+        jumps: the jumps back, by the row after which each is made.
     """
 
     table: Table
@@ -52,16 +52,16 @@ class Plan:
 
 
 def resampled(table: Table, resamplings: int, jump_length: int) -> Plan:
-    """A sampler's rows, with steps repeated as RePaint does.
+    """A sampler's rows, with steps repeated as in RePaint.
 
     Args:
-        table: the sampler's.
-        resamplings: how often each stretch is sampled; 1 is once.
-        jump_length: steps of a stretch.
+        table: the sampler's table.
+        resamplings: how often each group of steps is taken; 1 repeats nothing.
+        jump_length: number of steps in a group.
 
     Raises:
-        ValueError: a stretch as long as the whole run, or a sampler whose steps need what earlier
-            steps keep: going back, they would find what belongs to less noise.
+        ValueError: a group as long as the whole run, or a sampler whose steps read values of
+            earlier steps: after a jump back these values would belong to less noise.
     """
     levels = [(alpha, sigma) for alpha, sigma in table.levels.tolist()]
     if resamplings == 1:
@@ -95,15 +95,16 @@ def resampled(table: Table, resamplings: int, jump_length: int) -> Plan:
 
 
 def _visits(steps: int, resamplings: int, length: int) -> Iterator[tuple[int, int | None]]:
-    """Steps in the order in which they are taken, and the step to go back to after each, if any.
+    """Steps in the order in which they are taken, and the step to go back to after each, or None.
 
-    Counted from the run's end, levels 0, length, 2 length, ... are gone back from, as far as there
-    are ``length`` steps before them, each as often as to be reached ``resamplings`` times.
+    Jumps back start at the levels 0, length, 2 length, ... counted from the run's end, if they have
+    ``length`` steps before them. A level is jumped from until it has been reached ``resamplings``
+    times.
     """
     left = {level: resamplings - 1 for level in range(0, steps - length, length)}
     step = 0
     while step < steps:
-        level, back = steps - 2 - step, None  # 0 is the last level that has noise
+        level, back = steps - 2 - step, None  # level 0 is the last level with noise
         if left.get(level, 0) > 0:
             left[level] -= 1
             back = step + 1 - length
@@ -112,25 +113,26 @@ def _visits(steps: int, resamplings: int, length: int) -> Iterator[tuple[int, in
 
 
 def _jump(start: Level, end: Level) -> Jump:
-    """q(x_end | x_start) of a noisier end; of a path without betas, too."""
+    """q(x_end | x_start) for an end with more noise, on any Gaussian path."""
     share = end[0] / start[0]
     return Jump(share, math.sqrt(max(end[1] ** 2 - (share * start[1]) ** 2, 0.0)))
 
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What is known of the images, and where.
+    """The known part of the images.
 
     Attributes:
         image: [1 or N, C, ...], in the table's dtype.
-        mask: [1 or N, 1 or C, ...], likewise: 1 where to generate, 0 where the image is known.
+        mask: [1 or N, 1 or C, ...], in the same dtype: 1 where to generate, 0 where the image is
+            known.
     """
 
     image: Tensor
     mask: Tensor
 
     def take(self, part: slice) -> Known:
-        """The same for a part of the images."""
+        """The known part of a slice of the batch."""
 
         def cut(value: Tensor) -> Tensor:
             return value if value.shape[0] == 1 else value[part]
@@ -138,9 +140,10 @@ class Known:
         return Known(cut(self.image), cut(self.mask))
 
     def restore(self, x: Tensor, level: Level, noise: Tensor | None) -> None:
-        """x = mask x + (1 - mask) (alpha image + sigma noise) at a level; the image without noise.
+        """x = mask x + (1 - mask) (alpha image + sigma noise), in place.
 
-        After the last row it is the image itself, whatever level the sampler ends at.
+        Without noise, after the last row, the known part is the image itself, whatever level the
+        sampler ends at.
         """
         known = self.image if noise is None else noised(self.image, noise, *level)
         x.copy_(torch.lerp(known, x.to(known.dtype), self.mask))

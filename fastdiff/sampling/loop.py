@@ -1,8 +1,8 @@
-"""One row of a sampling loop, the row counted by the host: what every mode starts from.
+"""One row of a sampling loop, counted by the host, and the state that all modes start from.
 
-A row is one model call and one ``ops.sampler_step``. Everything else is made before the loop, so
-that a step costs the dispatcher one call beside the model's, two with guidance, and one more where
-the batch mixes class labels. ``device_loop`` has the same row, counted on the device.
+A row is one model call and one ``ops.sampler_step``. Everything else is made before the loop.
+Beside the model a row costs one call of the dispatcher, two with guidance, and one more if the
+batch mixes class labels. ``device_loop`` has the same row, counted on the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastdiff.common.model import Model, Output, precomputing
 from fastdiff.ops.profiling import ranged
 from fastdiff.samplers import COLUMNS
 
-Advance = Callable[[int], Tensor | None]  # computes a row in place, returns the model's output
+Advance = Callable[[int], Tensor | None]  # computes a row in place, may return the model's output
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,9 @@ class PerRow:
     """An argument of the model that changes from row to row.
 
     Attributes:
-        values: [R, U, ...], for each row what is distinct in the batch.
-        index: int64 [N], which of the U an image takes; None where they serve as they are.
+        values: [R, U, ...], for each row the U distinct values in the batch.
+        index: int64 [N], the number of each image's value among the U; None if the values are one
+            per image, in order.
     """
 
     values: Tensor
@@ -37,18 +38,19 @@ class PerRow:
 
 @dataclass(eq=False)
 class State:
-    """All that a row reads and writes but the model, for the images of one pass.
+    """Everything but the model that a row reads and writes, for one slice of the batch.
 
     Attributes:
         x: the images [N, C, ...], advanced in place.
-        table: the sampler's coefficients [R, 18 + K], guidance set, on x's device.
-        numbers: those of its rows, each an int64 tensor of one element.
-        seed: int64 [N, 2], or None where noise is drawn into ``noise`` or not wanted.
-        noise: like x, contiguous; filled from outside before a row that uses it.
-        per_row: the model's arguments that change; "t" is its second positional one.
-        cond: its other keyword arguments.
-        guided: it is given 2 N images.
-        learned_variance: it returns 2 C channels.
+        table: the sampler's coefficients [R, len(COLUMNS) + K] with guidance, on x's device.
+        numbers: the row numbers, each an int64 tensor of one element.
+        seed: int64 [N, 2]; None if noise comes from a generator or is not used.
+        noise: like x, contiguous; the loop fills it before a row that uses it. None with seeds.
+        per_row: the model's arguments that change from row to row; "t" is its second positional
+            argument.
+        cond: the model's other keyword arguments.
+        guided: whether the model gets 2 N images.
+        learned_variance: whether the model returns 2 C channels.
     """
 
     x: Tensor
@@ -63,7 +65,7 @@ class State:
 
 
 def wanted_output(state: State) -> Output:
-    """What the model must return for a state: one prediction for each image that it is given."""
+    """The output that the model must return for a state."""
     images, channels, *rest = state.x.shape
     kind = "learned" if state.learned_variance else "fixed"
     shape = (
@@ -80,14 +82,14 @@ def model_arguments(
 ) -> tuple[dict[str, PerRow], Arguments]:
     """``State.per_row`` and ``State.cond`` for a model.
 
-    A network that allows it (``fastdiff.common.model.Precomputing``) computes here, in a few large
-    products, what its blocks take from all the timesteps and labels, and none of it in the loop.
+    A network that is ``fastdiff.common.model.Precomputing`` computes its embeddings of all
+    timesteps and labels here, in a few large products, instead of in the loop.
 
     Args:
         model: the model.
-        times: what it is given as its time in each row, [R].
-        cond: its keyword arguments.
-        batch: how many images it is given at once.
+        times: the model's times in each row, [R].
+        cond: the model's keyword arguments.
+        batch: number of images in a model call.
     """
     index = torch.zeros(batch, dtype=torch.int64, device=times.device)
     t = {"t": PerRow(times.unsqueeze(1), index)}
@@ -102,19 +104,20 @@ def model_arguments(
 
 
 def eager(model: Model, state: State, *, keep_output: bool = False) -> Advance:
-    """advance(row) by plain calls.
+    """A function ``advance(row)`` that calls the model and ``ops.sampler_step``.
 
     Args:
         model: the model.
-        state: of which x is advanced.
-        keep_output: what advance returns is looked at, so it must not share memory with x.
+        state: the state, whose x is changed in place.
+        keep_output: whether the caller reads the output that ``advance`` returns, so that it must
+            not share memory with x.
     """
     x, table, noise, seed = state.x, state.table, state.noise, state.seed
     history, numbers = new_history(x, table), state.numbers
-    given, halves = x, None
+    images, halves = x, None
     if state.guided:
-        given = torch.cat((x, x))
-        halves = given.unflatten(0, (2, x.shape[0]))
+        images = torch.cat((x, x))
+        halves = images.unflatten(0, (2, x.shape[0]))
     views: dict[str, Sequence[Tensor]] = {}
     gathered: dict[str, Tensor] = {}
     gathers: list[tuple[Sequence[Tensor], Tensor, Tensor]] = []
@@ -132,8 +135,8 @@ def eager(model: Model, state: State, *, keep_output: bool = False) -> Advance:
     if views:
         names, of_rows = list(views), zip(*views.values(), strict=True)
         arguments = [fixed | dict(zip(names, of_row, strict=True)) for of_row in of_rows]
-    output, (begin, end) = wanted_output(state), span(x)
-    shape, dtype = output.shape, output.dtype
+    wanted, (begin, end) = wanted_output(state), span(x)
+    shape, dtype = wanted.shape, wanted.dtype
     sampler_step, index_select = ops.sampler_step_for(x), torch.index_select
     model = ranged("model", model)
 
@@ -142,20 +145,21 @@ def eager(model: Model, state: State, *, keep_output: bool = False) -> Advance:
             halves.copy_(x)
         for values, index, out in gathers:
             index_select(values[row], 0, index, out=out)
-        found = model(given, times[row], **arguments[row])
-        if type(found) is not Tensor or found.shape != shape or found.dtype is not dtype:
-            found = output.of(found)
-        # Of x itself the operation reads each element before it writes it; of a view it may not.
-        if begin <= found.data_ptr() < end and (keep_output or found is not x):
-            found = found.clone()
-        sampler_step(x, found, history, noise, table, numbers[row], seed, x)
-        return found
+        output = model(images, times[row], **arguments[row])
+        if type(output) is not Tensor or output.shape != shape or output.dtype is not dtype:
+            output = wanted.of(output)
+        # An output that is x itself is safe, since the operation reads each element before it
+        # writes it. A view of x in another order is not.
+        if begin <= output.data_ptr() < end and (keep_output or output is not x):
+            output = output.clone()
+        sampler_step(x, output, history, noise, table, numbers[row], seed, x)
+        return output
 
     return advance
 
 
 def new_history(x: Tensor, table: Tensor) -> Tensor | None:
-    """What ``ops.sampler_step`` keeps between rows; None for a table that keeps nothing."""
+    """The history tensor of ``ops.sampler_step``; None for a table without history."""
     depth = table.shape[1] - len(COLUMNS)
     return ops.new_history(x, depth) if depth else None
 

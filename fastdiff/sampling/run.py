@@ -1,7 +1,7 @@
 """``sample``: its arguments, slices of large batches, and the modes.
 
-This module sees to the arguments and cuts large batches; ``loop`` and ``device_loop`` compute a
-row, ``capture`` makes a CUDA graph of it.
+This module checks the arguments and splits large batches. ``loop`` and ``device_loop`` compute a
+row, and ``capture`` makes a CUDA graph of it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from fastdiff.sampling.loop import Advance, State, eager, model_arguments
 from fastdiff.sampling.terminal import warn_of_image_at_the_beginning
 from fastdiff.sampling.watching import Callback, Watch
 
-START_ROW = 2**32 - 1  # of the counter-based noise: what x begins with
+START_ROW = 2**32 - 1  # the row of the counter-based noise that x_T takes
 
 
 @torch.no_grad()
@@ -79,79 +79,81 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Draw images by running the reverse process.
+    """Generate images by running the reverse process.
 
     Args:
         model: any callable (x, t, **cond) -> prediction. x is [N, C, ...] ([2 N, C, ...] under
             guidance) in memory that the next step overwrites; t is [N], int64 if all of the
             sampler's times are whole numbers, else float32 (float64 for float64 images). The
             prediction is a tensor, an object with a ``sample`` tensor, or a tuple whose first entry
-            is it; in another dtype (under autocast) it is cast to x's. The model is called as it
-            is: put a module into eval mode yourself.
-        sampler: which steps to take, from ``fastdiff.samplers``, or a bare table of them.
+            is the tensor; another dtype (under autocast) is cast to x's. Put a module into eval
+            mode before the call.
+        sampler: a sampler from ``fastdiff.samplers``, or a bare table of its rows.
         shape: shape of the images, [N, C, ...]; N may be 0.
         x_T: standard normal noise of that shape, which is scaled to the first level of the sampler;
-            None draws it, with a UserWarning if the schedule or the grid begins where x still
-            holds much of an image. With ``start`` and no image, the images to go on from, as they
-            are.
-        start: the step to begin with. A sampler with a memory begins it anew there; a bare table
-            that would need what earlier steps kept is refused.
+            None samples it, with a UserWarning if x still holds much of an image where the schedule
+            or the grid begins. With ``start`` and no image, x_T is the noised images of that step,
+            which are not scaled.
+        start: the step to begin with. A multistep sampler restarts its history there; a bare table
+            whose steps need values kept before ``start`` is refused.
         image: [N or 1, C, ...]. With ``start``, sampling begins with the image, noised to
             that step's level (image to image, SDEdit, arXiv:2108.01073).
         mask: where to generate (1) and where to keep the image (0), [N or 1, 1 or C, ...], bool or
             in [0, 1] (inpainting). After each step the known part is set to the image at that
-            step's level of noise (RePaint, arXiv:2201.09865, eq. 8), the noise drawn anew, and
-            after the last to the image.
-        resamplings: with a mask, how often the steps are taken, so that what is generated fits
-            what is known (RePaint, algorithm 1; the authors take 10). Every ``jump_length`` steps
-            x is noised again by as many and sampled on from there, until each such stretch has been
-            sampled so often. Callbacks, progress and trajectories count each repeated step. For
-            samplers that keep nothing between steps: ddpm, ddim, euler, heun and others.
-        jump_length: steps of such a stretch, fewer than the sampler has.
+            step's level of noise (RePaint, arXiv:2201.09865, eq. 8), with new noise each time, and
+            after the last step to the image.
+        resamplings: with a mask, how often each group of ``jump_length`` steps is taken, so that
+            the generated part fits the known part (RePaint, algorithm 1; the authors take 10).
+            After such a group x is noised again by as many steps, and sampled again, until the
+            group has been taken so often. Callbacks, progress and trajectories count each repeated
+            step. For samplers that keep nothing between steps: ddpm, ddim, euler, heun and others.
+        jump_length: steps in such a group, fewer than the sampler has.
         cond: keyword arguments for the model, such as {"class_labels": labels}; tensors or nested
-            lists, tuples and dicts of them. Of tensors with one row an image a part of the images
-            is given its rows; other values stay whole. ``fastdiff.PerImage(value)`` and
-            ``fastdiff.Shared(value)`` say which is which. Without such a mark a tensor of N rows is
-            per image if its argument is class_labels, labels, y, encoder_hidden_states or
-            encoder_attention_mask; any other is refused where ``max_batch`` would cut it or
-            guidance would join it with an equal one, since that could not be told.
-        uncond: the same without the condition. The model then gets 2 N images at once, first those
-            for ``uncond``: tensors with one row an image are concatenated, other values must be
-            equal. Tensors of N rows that differ are taken as per image.
+            lists, tuples and dicts of them. Tensors with one row per image are split with the
+            batch; other values are passed whole. ``fastdiff.PerImage(value)`` and
+            ``fastdiff.Shared(value)`` mark the two kinds. An unmarked tensor of N rows is per image
+            if its argument is class_labels, labels, y, encoder_hidden_states or
+            encoder_attention_mask. Any other unmarked tensor of N rows is refused if it matters:
+            if ``max_batch`` would split it, or if ``uncond`` has an equal tensor.
+        uncond: the same arguments without the condition. The model then gets 2 N images at once,
+            first those for ``uncond``: tensors with one row per image are concatenated, other
+            values must be equal. Tensors of N rows that differ are taken as per image.
         guidance: scale of classifier-free guidance (arXiv:2207.12598), uncond + guidance * (cond -
             uncond); a number or one for each of the sampler's steps. 1 everywhere costs nothing.
-            A sampler's ``clip`` bounds the x0 of the guided prediction, not of the two it is of.
-        guidance_rescale: how far guided predictions are brought back to the standard deviation of
-            the conditional ones, in [0, 1] (arXiv:2305.08891, section 3.4).
-        seed: of a counter-based generator inside the step; to rounding, the images are the same in
-            any mode, on any backend, and with any ``max_batch``. With N seeds an image depends on
-            its own alone, whatever batch it is in.
-        generator: else, source of all noise, None for PyTorch's global one: first x_T, then one
-            draw for each row that uses noise, as plain code would, and with a mask one after each
-            step but the last, and one for each way back. A CPU generator draws there for images
-            anywhere; each draw then waits for the copy.
+            A sampler's ``clip`` clips the x0 of the guided prediction.
+        guidance_rescale: how far the standard deviation of guided predictions is brought back to
+            that of the conditional predictions, in [0, 1] (arXiv:2305.08891, section 3.4).
+        seed: seed of a counter-based generator inside the step. Up to rounding the images are the
+            same in any mode, on any backend, and with any ``max_batch``. With N seeds, an image
+            depends on its own seed alone, whatever batch it is in.
+        generator: source of all noise if ``seed`` is None; None for PyTorch's global generator. It
+            is used first for x_T, then for each row with noise, and with a mask after each step
+            but the last and for each noising again. Noise of a CPU generator is made on the CPU and
+            copied to the images' device, which waits for the copy.
         mode: "eager" calls the model; "compile" compiles it with the step (Inductor), once for
             each shape; "cudagraph" captures the two in a CUDA graph, once for each shape and as
             long as the weights stay in place, and replays it. "auto" is "cudagraph" for an
             nn.Module and CUDA images, and "eager" else. What cannot be captured runs eagerly,
             after a warning. Compiled or captured, ``model`` is not called again, so its Python
             code must not do anything that changes from step to step.
-        max_batch: most images at a time; ``generator`` then still draws x_T for all at once.
-        progress: show a progress bar on standard error; a string describes it.
+        max_batch: the largest number of images in a model call; x_T is still sampled from
+            ``generator`` for all images at once.
+        progress: show a progress bar on standard error; a string is its label.
         callback: called as callback(step, t, x) after each step, with a copy of x. Steps count from
-            ``start``, and t is the time at the step's beginning. With ``max_batch``, it sees one
-            part of the images after the other.
-        preview: called likewise with the current estimate of the clean images.
-        every: after how many steps callback and preview are called; after the last they always are.
-        return_trajectory: return x at the start and after each step, too.
-        check_finite: look at each output of the model, which waits for the device.
-        device: where to sample; None takes x_T's, or the model's parameters', or image's, or
+            ``start``, and t is the time at the step's beginning. With ``max_batch``, the slices of
+            the batch are sampled one after the other, each with its own calls.
+        preview: called as preview(step, t, x0) with the current estimate of the clean images.
+        every: call callback and preview after every so many steps, and after the last step.
+        return_trajectory: also return x at the start and after each step.
+        check_finite: check each output of the model, which waits for the device.
+        device: the device to sample on; None takes x_T's, else the model's, else the image's, else
             torch's default device.
-        dtype: the images' dtype; None takes x_T's, or the model's, or image's, or float32.
+        dtype: the images' dtype; None takes x_T's, else the model's, else the image's, else
+            float32.
 
     Returns:
         Images of the given shape, contiguous in x_T's memory format. With ``return_trajectory``, a
-        pair of them and a tensor [S + 1, N, C, ...].
+        pair of the images and a tensor [S + 1, N, C, ...].
 
     Raises:
         TypeError: an argument or what the model returns is of the wrong kind.
@@ -194,7 +196,7 @@ def sample(
     elif seeds is not None:
         x = ops.philox_normal(seeds, START_ROW, shape, dtype)
     else:
-        x = _draw(torch.empty(shape, device=device, dtype=dtype), generator)
+        x = _fill_normal(torch.empty(shape, device=device, dtype=dtype), generator)
     known = None
     if image is not None and mask is not None:
         known = Known(image, mask)
@@ -246,22 +248,22 @@ def sample(
 
 @dataclass(eq=False)
 class _Run:
-    """The arguments of ``sample``, checked and on the device; x is what it began with."""
+    """The arguments of ``sample``, checked and on the device."""
 
     model: Model
     mode: str
     plan: Plan
-    on_device: OnDevice  # the plan's table, guidance set
-    x: Tensor  # advanced in place
+    on_device: OnDevice  # the plan's table with guidance
+    x: Tensor  # the initial images of the whole batch; rows change them in place
     seeds: Tensor | None
     generator: torch.Generator | None
     conditions: Conditions
     known: Known | None
 
     def sample(self, part: slice, watch: Watch | None, tick: Callable[[], None] | None) -> None:
-        """Sample a part of the images."""
+        """Sample a slice of the batch."""
         state, ends = self._state(part), self.plan.table.ends_step
-        draws = self.plan.table.noisy if state.noise is not None else [False] * len(ends)
+        needs_noise = self.plan.table.noisy if state.noise is not None else [False] * len(ends)
         known = None if self.known is None else self.known.take(part)
         keep_output = watch is not None and watch.keeps_output
         with _prepared(self.mode, self.model, state, keep_output) as (x, noise, advance):
@@ -270,8 +272,8 @@ class _Run:
             if profiling.depth:
                 advance = _in_steps(advance)
             for row, ends_step in enumerate(ends):
-                if draws[row] and noise is not None:
-                    _draw(noise, self.generator)
+                if needs_noise[row] and noise is not None:
+                    _fill_normal(noise, self.generator)
                 if watch is not None:
                     watch.before(row, x)
                 output = advance(row)
@@ -284,7 +286,7 @@ class _Run:
                     watch.after(row, x, output)
 
     def _restore(self, known: Known, x: Tensor, row: int, seed: Tensor | None) -> None:
-        """Put in what is known after a row, and go back up where the plan says so."""
+        """Restore the known part after a row, and noise x again if the plan has a jump here."""
         last, wide = row + 1 == len(self.plan.ends), known.image.dtype
         noise = None if last else self._normal(x, wide, seed, KNOWN_ROW + row)
         known.restore(x, self.plan.ends[row], noise)
@@ -294,10 +296,10 @@ class _Run:
             x.copy_(noised(x.to(wide), noise, jump.share, jump.sigma))
 
     def _normal(self, x: Tensor, dtype: torch.dtype, seed: Tensor | None, row: int) -> Tensor:
-        """Noise like x that no row of the table draws."""
+        """Noise of x's shape for inpainting; ``row`` selects it if there are seeds."""
         if seed is not None:
             return ops.philox_normal(seed, row, x.shape, dtype)
-        return _draw(torch.empty(x.shape, device=x.device, dtype=dtype), self.generator)
+        return _fill_normal(torch.empty(x.shape, device=x.device, dtype=dtype), self.generator)
 
     def _state(self, part: slice) -> State:
         x, guided = self.x[part], self.conditions.joined
@@ -320,7 +322,7 @@ class _Run:
 
 
 def _in_steps(advance: Advance) -> Advance:
-    """The same with a profiler's range around each row."""
+    """``advance`` with a profiler's range around each row."""
 
     def run(row: int) -> Tensor | None:
         with profiling.span(f"step {row}"):
@@ -330,7 +332,7 @@ def _in_steps(advance: Advance) -> Advance:
 
 
 class _Prepared(NamedTuple):
-    """What computes rows, and the tensors that it computes them in."""
+    """A function that computes rows, and the tensors x and noise that it works on."""
 
     x: Tensor
     noise: Tensor | None
@@ -339,7 +341,7 @@ class _Prepared(NamedTuple):
 
 @contextmanager
 def _prepared(mode: str, model: Model, state: State, keep_output: bool) -> Iterator[_Prepared]:
-    """A loop in the wanted mode; when the block ends, the images are in the state's x."""
+    """Prepare a loop in the wanted mode; when the block ends, the images are in the state's x."""
     x, noise = state.x, state.noise
     if mode == "auto":
         capturable = capture.graphs.can_capture(x.device) and isinstance(model, nn.Module)
@@ -358,8 +360,8 @@ def _prepared(mode: str, model: Model, state: State, keep_output: bool) -> Itera
                 yield _Prepared(buffers.x, buffers.noise, lambda row: replay())
 
 
-def _draw(out: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Fill a contiguous tensor with what torch.randn would give."""
+def _fill_normal(out: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Fill a contiguous tensor with the noise of torch.randn, and return it."""
     if generator is None or generator.device == out.device:
         return out.normal_(generator=generator)
     where = generator.device
@@ -368,7 +370,7 @@ def _draw(out: Tensor, generator: torch.Generator | None) -> Tensor:
 
 @contextmanager
 def _progress(shown: bool | str, steps: int) -> Iterator[Callable[[], None] | None]:
-    """What to call after each step; None if nothing is to be shown."""
+    """A function to call after each step, which updates a progress bar; None if not shown."""
     if not shown:
         yield None
         return

@@ -1,8 +1,8 @@
-"""Whether a process ends in noise, as sampling that starts from noise takes for granted.
+"""Warnings if the process does not end in noise, from which sampling starts.
 
-Where a level x = alpha x_0 + sigma eps still holds an image, a model has never seen the pure noise
-that sampling would give it there: its samples are too dark, too bright or worse (Lin et al. 2023,
-arXiv:2305.08891). That is told by a warning where a training or a run from noise starts.
+If x = alpha x_0 + sigma eps still holds an image at the last timestep, the model has never seen the
+pure noise that sampling gives it there: samples are too dark, too bright or worse (Lin et al. 2023,
+arXiv:2305.08891). Training, and sampling from noise, warn of this when they start.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import warnings
 from fastdiff.samplers import Sampler, Table
 from fastdiff.schedules import GaussianPath
 
-# The largest share of the image in the variance of x, which on DDPM's path is abar. At the end of
-# a process; Stable Diffusion's has 0.0047, DDPM's 4e-5.
-AT_THE_END = 0.01
-# Where a run begins on a process that does end in noise: few steps of some grids leave its end out,
-# a single one of a leading grid begins at timestep 0.
-AT_THE_BEGINNING = 0.5
+# Largest image share in the variance of x (abar on DDPM's path) at the last timestep without a
+# warning. Stable Diffusion's process has 0.0047, DDPM's 4e-5.
+MAX_SHARE_AT_THE_END = 0.01
+# Largest image share where a run begins, on a process that does end in noise. Some grids of few
+# steps leave the last timesteps out: a leading grid of one step begins at timestep 0.
+MAX_SHARE_AT_THE_BEGINNING = 0.5
 
 
 def warn_of_image_at_the_end(path: GaussianPath) -> None:
     """UserWarning if the last timestep of a path still holds an image.
 
-    Processes that do not scale images, such as VE and EDM, begin with the noise of a sigma_max that
-    was chosen for the data: of these nothing is said.
+    There is no warning for processes that do not scale images, such as VE and EDM: their sigma_max
+    is chosen for the data.
     """
     share = _share_at_the_end(path)
-    if share > AT_THE_END:
+    if share > MAX_SHARE_AT_THE_END:
         _warn(
             f"{path!r} never reaches noise: at its last timestep abar is {share:.3g}, so that "
             f"{share:.0%} of the variance of x is still the image's, but sampling starts from pure "
@@ -41,18 +41,19 @@ def warn_of_image_at_the_end(path: GaussianPath) -> None:
 def warn_of_image_at_the_beginning(sampler: Sampler | Table) -> None:
     """UserWarning if a run from noise begins where x still holds an image.
 
-    A run from an image to noise is none, nor one by a sampler whose first steps were left out.
+    There is no warning for a run from an image to noise, or for a sampler whose first steps were
+    left out.
     """
     table = sampler.table if isinstance(sampler, Sampler) else sampler
     (alpha, sigma), (_, last) = table.levels[0].tolist(), table.levels[-1].tolist()
     if last > sigma or (isinstance(sampler, Sampler) and sampler.skipped):
         return
     path = sampler.schedule if isinstance(sampler, Sampler) else None
-    if path is not None and _share_at_the_end(path) > AT_THE_END:
+    if path is not None and _share_at_the_end(path) > MAX_SHARE_AT_THE_END:
         warn_of_image_at_the_end(path)
         return
     share = _share(alpha, sigma)
-    if share > AT_THE_BEGINNING:
+    if share > MAX_SHARE_AT_THE_BEGINNING:
         _warn(
             f"the {table.num_steps} steps of {table.name} begin at abar = {share:.3g}, so that "
             f"{share:.0%} of the variance of x is the image's there, but sampling starts from pure "
@@ -72,7 +73,7 @@ def _share(alpha: float, sigma: float) -> float:
 
 
 def _warn(message: str) -> None:
-    """Warn of the line that called into the library, once from each."""
+    """Warn with the line of the caller outside the library as the place of the warning."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -80,5 +81,5 @@ def _warn(message: str) -> None:
 
 
 def _is_inside(module: str) -> bool:
-    """Whether it is a module of fastdiff, or of torch, whose decorators stand in between."""
+    """Whether a module is of fastdiff, or of torch, whose decorators are between the frames."""
     return module.split(".")[0] in ("fastdiff", "torch")

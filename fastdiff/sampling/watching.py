@@ -1,4 +1,4 @@
-"""What a caller may see of a sampling loop while it runs: steps, estimates of x0, failures."""
+"""Observation of a running sampling loop: callbacks, previews, trajectories, finite checks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Callback = Callable[[int, float, Tensor], None]  # step, t, images
 
 
 class Watch:
-    """Looks at every row of a pass, before and after it is computed.
+    """Observes every row of a loop over a slice of the batch, before and after the row.
 
     Args:
         table: the sampler's table.
-        on_device: the same as the loop uses it, guidance set.
-        first_step: number of its first step.
-        first_image: number of the pass's first image.
-        callback: called with x after the steps that are due.
-        preview: called with the current estimate of x0 after the steps that are due.
-        every: after how many steps they are due; the last step always is.
+        on_device: the table's tensors as the loop uses them, with guidance.
+        first_step: number of the loop's first step.
+        first_image: number of the slice's first image.
+        callback: called with x after every ``every`` steps and after the last.
+        preview: called with the current estimate of x0 after these steps.
+        every: number of steps between calls.
         trajectory: [S + 1, N, C, ...], to be filled with x at the start and after each step.
-        check_finite: raise where the model's output is not finite.
+        check_finite: raise if the model's output is not finite.
     """
 
     def __init__(
@@ -62,24 +62,24 @@ class Watch:
 
     @property
     def keeps_output(self) -> bool:
-        """Whether the model's output is looked at."""
+        """Whether the model's output is needed."""
         return self.check_finite or self.preview is not None
 
     def begin(self, x: Tensor) -> None:
-        """See x before the first row."""
+        """Record x before the first row."""
         if self.trajectory is not None:
             self.trajectory[0].copy_(x)
 
     def before(self, row: int, x: Tensor) -> None:
-        """See x before a row."""
+        """Keep x before a row, if a preview after the row needs it."""
         if self.preview is not None and self.due[row]:
             self.before_row = x.clone()
 
     def after(self, row: int, x: Tensor, output: Tensor | None) -> None:
-        """See what a row gave.
+        """Check the output of a row, record x, and call the callbacks that are due.
 
         Raises:
-            FloatingPointError: the model's output is not finite, and that was to be checked.
+            FloatingPointError: with ``check_finite``, the model's output is not finite.
         """
         step, t = self.first_step + self.steps[row], self.starts[self.steps[row]]
         if self.check_finite:
@@ -102,21 +102,21 @@ class Watch:
         wrong = output.isfinite().logical_not_().flatten(1).sum(1).tolist()
         if not any(wrong):
             return
-        found = [
+        counts = [
             f"{count} of image {self.first_image + row % images}"
             + ("" if len(wrong) == images else f" with{'out' if row < images else ''} cond")
             for row, count in enumerate(wrong)
             if count
         ]
-        more = f" and of {len(found) - 4} more" if len(found) > 4 else ""
+        more = f" and of {len(counts) - 4} more" if len(counts) > 4 else ""
         raise FloatingPointError(
             f"step {step} (t = {t}): of the model's {output[0].numel()} values an image these are "
-            f"not finite: {', '.join(found[:4])}{more}"
+            f"not finite: {', '.join(counts[:4])}{more}"
         )
 
 
 def _only_x0(table: Tensor) -> Tensor:
-    """A table of the same x0, thresholded and under guidance, that gives nothing else."""
+    """A table whose rows return x0, after guidance and thresholding, instead of the next x."""
     table = table[:, : len(COLUMNS)].clone()
     values = dict.fromkeys(COLUMNS[COLUMNS.index("out_x") :], 0.0) | {"out_x0": 1.0, "slot": -1.0}
     for name, value in values.items():
@@ -125,5 +125,5 @@ def _only_x0(table: Tensor) -> Tensor:
 
 
 def _number(t: float) -> float:
-    """A whole number as int."""
+    """t as int if it is a whole number."""
     return int(t) if t.is_integer() else t

@@ -17,7 +17,7 @@ from fastdiff.sampling import capture
 
 SCHEDULE = schedules.cosine(100)
 SHAPE = (2, 1, 8, 8)
-WARM_UP = ["side stream", *["run"] * capture.WARM_UP, "main stream"]
+WARM_UP = ["side stream", *["run"] * capture.WARM_UP_ROWS, "main stream"]
 CAPTURE = [*WARM_UP, "capture"]
 
 

@@ -38,7 +38,7 @@ def test_nothing_is_computed_by_the_model_between_capture_and_replay(graphs):
     model = Half()
     model.register_forward_hook(lambda *_: calls.append(1))
     draw(model)
-    assert len(calls) == capture.WARM_UP + 3
+    assert len(calls) == capture.WARM_UP_ROWS + 3
 
 
 NAMES = ["ddim", "ddpm", "heun", "unipc-3", "dpmpp-2m-sde", "plms"]
@@ -286,7 +286,7 @@ def test_real_graphs(name, noise, tiny_unet):
     assert torch.equal(first, kept)
     torch.testing.assert_close(first, run("eager", 1), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(second, run("eager", 2), rtol=1e-3, atol=1e-3)
-    graphs = capture._kept[model].captured.values()
+    graphs = capture._graphs_of[model].captured.values()
     assert len(graphs) == 1
     assert None not in graphs
 

@@ -25,7 +25,7 @@ def test_few_graphs_are_kept(graphs):
         draw(model, shape=(1, 1, size, size))
         return "capture" in graphs.take()
 
-    sizes = range(1, capture.KEPT + 1)
+    sizes = range(1, capture.MAX_GRAPHS + 1)
     assert all(captures(size) for size in sizes)
     assert not captures(1)  # which makes 2 the one unused for longest
     assert captures(99)
@@ -42,7 +42,7 @@ def test_graphs_go_with_their_model(graphs, monkeypatch):
     monkeypatch.setattr(graphs, "capture", forget)
     model = Half()
     draw(model)
-    buffers = weakref.ref(next(iter(capture._kept[model].captured.values())).buffers)
+    buffers = weakref.ref(next(iter(capture._graphs_of[model].captured.values())).buffers)
     gone = weakref.ref(model)
     del model
     gc.collect()
