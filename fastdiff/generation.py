@@ -20,7 +20,7 @@ from fastdiff.losses.prediction import predict
 from fastdiff.objectives import Forward
 from fastdiff.samplers import Sampler
 from fastdiff.sampling import sample
-from fastdiff.sampling.terminal import warn_of_image_at_the_beginning, warn_of_image_at_the_end
+from fastdiff.sampling.terminal_snr import warn_of_image_at_the_beginning, warn_of_image_at_the_end
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde.discretization import DiscretizedSDE
 from fastdiff.sde.solvers.ode import IndexedScore

@@ -44,7 +44,7 @@ from fastdiff.sampling.classifier_free import is_guided, per_step
 from fastdiff.sampling.device_loop import Buffers, compiled
 from fastdiff.sampling.inpainting import JUMP_ROW, KNOWN_ROW, Known, Plan, noised, resampled
 from fastdiff.sampling.loop import Advance, State, eager, model_arguments
-from fastdiff.sampling.terminal import warn_of_image_at_the_beginning
+from fastdiff.sampling.terminal_snr import warn_of_image_at_the_beginning
 from fastdiff.sampling.watching import Callback, Watch
 
 START_ROW = 2**32 - 1  # the row of the counter-based noise that x_T takes

@@ -35,7 +35,7 @@ from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
 from fastdiff.objectives import Forward
 from fastdiff.ops.profiling import span
-from fastdiff.sampling.terminal import warn_of_image_at_the_end
+from fastdiff.sampling.terminal_snr import warn_of_image_at_the_end
 from fastdiff.training.fingerprint import check_same, fingerprint
 from fastdiff.training.session import (
     Dispensable,
