@@ -1,5 +1,5 @@
-// A list of operations that fastdiff/compiler/run/replay.py recorded, run one after the other without
-// Python between them.
+// A list of operations that fastdiff/compiler/run/replay.py recorded, run one after the other
+// without Python between them.
 //
 // Values are tensors in numbered registers: first those that `run` is given, then constants and
 // results. Everything goes through PyTorch's dispatcher, as if Python had called it.

@@ -239,7 +239,7 @@ def _convolution(event: Any) -> Convolution | None:
 
 def _fused(given: dict[str, Any]) -> Convolution:
     from fastdiff.ops.conv2d_algorithms import numbered
-    from fastdiff.ops.conv_spec import ConvSpec
+    from fastdiff.ops.conv2d_spec import ConvSpec
 
     spec = ConvSpec.decode(given["spec"])
     n, _, *size = given["x"]

@@ -10,9 +10,9 @@ namespace fastdiff {
 // A weight of sizes [K, C, R, S]. ValueError where no kernel takes it.
 ConvWeight decode_weight(at::IntArrayRef sizes);
 
-// What ConvSpec.encode of fastdiff/ops/conv_spec.py encodes. ValueError for anything that no kernel
-// takes: another number of numbers, sizes and distances below the least that makes sense or so
-// large that what is computed from them might overflow, and flags other than 0 and 1.
+// What ConvSpec.encode of fastdiff/ops/conv2d_spec.py encodes. ValueError for anything that no
+// kernel takes: another number of numbers, sizes and distances below the least that makes sense or
+// so large that what is computed from them might overflow, and flags other than 0 and 1.
 ConvSpec decode_spec(at::IntArrayRef numbers);
 
 }  // namespace fastdiff

@@ -19,7 +19,7 @@ from fastdiff.common.checks import (
 )
 from fastdiff.ops import backend, conv2d_algorithms, reference
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, packed_count
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 from fastdiff.ops.dispatch import check_devices
 from fastdiff.ops.profiling import span
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastdiff.ops import backend
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 
 @dataclass(frozen=True)

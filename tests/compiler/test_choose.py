@@ -23,7 +23,7 @@ from fastdiff.compiler.choose.budget import Option, spend
 from fastdiff.compiler.choose.timings import NAMES, Sizes
 from fastdiff.ops.conv2d import conv2d_pack
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 AROUND = (1, 1, 1, 1)  # padding
 SIZE = Sizes((2, 16, 8, 12), ConvSpec(32, 16, (3, 3), padding=AROUND), torch.float32, 1)

@@ -13,7 +13,7 @@ from fastdiff.compiler import explain
 from fastdiff.compiler.choose import algorithms
 from fastdiff.compiler.run import calls
 from fastdiff.ops.conv2d_algorithms import within_limits
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 
 class Projections(nn.Module):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 OPTIONS = ("bias", "norm", "emb", "residual")
 TENSORS = ("skip", *OPTIONS)  # in the order of the operator's schema

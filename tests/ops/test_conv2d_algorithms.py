@@ -18,7 +18,7 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.ops import conv2d_algorithms
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, computable, refusal, suits, within_limits
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OF_1X1 = ConvSpec(256, 32)
@@ -174,7 +174,7 @@ import torch
 from fastdiff import ops
 from fastdiff.compiler.choose import algorithms
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, computable, within_limits
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
 y, _ = ops.conv2d(x, weight, algorithm="winograd2")
 assert torch.equal(y, torch.conv2d(x, weight))

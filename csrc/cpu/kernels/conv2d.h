@@ -23,7 +23,7 @@ struct ConvWeight {
 };
 
 // What a convolution is, whatever images it reads. These are the numbers that ConvSpec of
-// fastdiff/ops/conv_spec.py encodes, in their order; cpu/conv2d_spec.cpp decodes and checks them.
+// fastdiff/ops/conv2d_spec.py encodes, in their order; cpu/conv2d_spec.cpp decodes and checks them.
 struct ConvSpec : ConvWeight {
   int64_t stride_h, stride_w;
   int64_t top, bottom, left, right;  // padding, of zeros

@@ -11,7 +11,7 @@ from fastdiff.compiler.choose import timings
 from fastdiff.compiler.choose.timings import NAMES, Sizes
 from fastdiff.ops import conv2d_algorithms
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 PRECISIONS = {
     "fast": NAMES,

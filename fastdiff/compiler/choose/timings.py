@@ -27,7 +27,7 @@ from fastdiff.ops import reference
 from fastdiff.ops.backend import isa
 from fastdiff.ops.conv2d import conv2d_pack
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 try:
     import resource

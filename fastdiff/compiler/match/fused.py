@@ -12,7 +12,7 @@ from torch.fx import Node
 from fastdiff.compiler.graph.nodes import argument, dtype_of, is_weight, op, pair, value
 from fastdiff.compiler.match.patterns import Norm
 from fastdiff.ops.conv2d_algorithms import within_limits
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 
 @dataclass(frozen=True)

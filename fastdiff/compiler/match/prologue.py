@@ -21,7 +21,7 @@ from fastdiff.compiler.match.patterns import (
     zero_padding,
 )
 from fastdiff.ops.conv2d_algorithms import within_limits
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 
 def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:

@@ -17,7 +17,7 @@ from fastdiff.compiler.match.patterns import Norm, as_rows, plain_attention
 from fastdiff.compiler.match.single_head import SingleHead
 from fastdiff.compiler.rewrite.weights_node import Weight, weights_node
 from fastdiff.compiler.run import calls
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from fastdiff.compiler.run.packing import PackedWeight
 from fastdiff.ops import reference
 from fastdiff.ops.conv2d import kernel_runs
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS
-from fastdiff.ops.conv_spec import ConvSpec
+from fastdiff.ops.conv2d_spec import ConvSpec
 from fastdiff.ops.group_norm_coefficients import channel_statistics
 from fastdiff.ops.group_norm_coefficients import kernel_runs as has_kernel
 from fastdiff.ops.group_norm_silu import group_norm_silu
