@@ -9,6 +9,7 @@ PIP := $(RUN) -m pip install -qq --no-compile --disable-pip-version-check --cons
 # the other process.
 PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses 2 --dist worksteal
 QUALITY := --out benchmarks/results
+AUDIT := --figures benchmarks/results
 # Everything that a compiled extension depends on: it is built again when one of these changes.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc tools/build -type f -not -name '*.pyc')
 FORMATTED := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

@@ -147,6 +147,15 @@ def test_the_worst_of_the_configurations_is_shown():
     assert "| 25% |" in text.splitlines()[2]
 
 
+def test_the_tables_are_kept_for_the_documentation(tmp_path):
+    audit._keep(tmp_path, *report.rows([a_kernel(registers=128)], []))
+    kept = json.loads((tmp_path / "gpu_audit.json").read_text(encoding="utf-8"))
+    assert kept["machines"][0]["versions"]["torch"]
+    head, kernel = kept["kernels"]
+    assert dict(zip(head, kernel, strict=True))["occupancy"] == "25%"
+    assert kept["bytes"] == [list(report._BYTES)]
+
+
 @pytest.mark.usefixtures("needs_disassembler")
 def test_seeded_defects_of_triton_kernels_are_found():
     done = run(str(HERE / "seeded_kernels.py"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -64,9 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report.as_json(found, moved, wrong))
     elif found or moved:
         print(report.tables(found, moved, options.all, options.markdown))
+    if options.figures:
+        _keep(options.figures, *report.rows(found, moved))
     for line in (*wrong, *skipped):
         print(line, file=sys.stderr)
     return 1 if wrong else 2 if skipped else 0
+
+
+def _keep(folder: Path, kernels: Sequence[Any], moved: Sequence[Any]) -> None:
+    """Put both tables into gpu_audit.json, and render those of the documentation."""
+    from benchmarks import machine, tables  # which only a checkout has
+
+    taken = machine.facts(threads=1)
+    with suppress(PackageNotFoundError):
+        taken["versions"] |= {"triton": version("triton")}
+    results = {"machines": [taken], "kernels": kernels, "bytes": moved}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    (folder / "gpu_audit.json").write_text(text + "\n", encoding="utf-8")
+    tables.publish(folder)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,6 +114,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--all", action="store_true", help="show every configuration and case, not the worst"
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the tables there; in benchmarks/results the documentation shows them",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
     form.add_argument("--json", action="store_true", help="print every configuration as JSON")

@@ -1,4 +1,4 @@
-"""The audit's tables: as text, as Markdown for the README, and as JSON."""
+"""The audit's tables: as text, as Markdown, as rows for the documentation, and as JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +47,15 @@ def _worst(group: list[Measured]) -> Measured:
 def tables(
     found: Sequence[Measured], traffic: Sequence[Traffic], every: bool, markdown: bool
 ) -> str:
-    """The kernels and the bytes, as two tables.
+    """The kernels and the bytes, as two tables, without one that has no rows: see ``rows``."""
+    both = rows(found, traffic, every)
+    return "\n\n".join(_table(head, body, markdown) for head, *body in both if body)
+
+
+def rows(
+    found: Sequence[Measured], traffic: Sequence[Traffic], every: bool = False
+) -> tuple[list[Sequence[str]], list[Sequence[str]]]:
+    """The kernels and the bytes, as rows of two tables, the heads first.
 
     ``every`` is a row for each kernel, configuration and architecture, and for each case; else a
     kernel has one row, in which architectures stand side by side, and each operation one of bytes,
@@ -61,15 +69,8 @@ def tables(
     for case in traffic:
         row = (case.language, case.operation, *([case.case] if every else []))
         moved[row] = max(moved.get(row, case), case, key=lambda one: one.moved / one.least)
-    parts = [
-        _table(head, rows, markdown)
-        for head, rows in (
-            (_head(found), [_kernel_row(group, every) for group in groups.values()]),
-            (_BYTES, list(map(_bytes_row, moved.values()))),
-        )
-        if rows
-    ]
-    return "\n\n".join(parts)
+    kernels = [_kernel_row(group, every) for group in groups.values()]
+    return [_head(found), *kernels], [_BYTES, *map(_bytes_row, moved.values())]
 
 
 def _head(found: Sequence[Measured]) -> Sequence[str]:
