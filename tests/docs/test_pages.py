@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from benchmarks import tables
-from fastdiff import samplers, schedules
+from fastdiff import objectives, samplers, schedules
+from fastdiff.cli.options import DEFAULTS
 
 README_LINES = 150
 LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
@@ -67,3 +68,22 @@ def test_list_of_samplers_is_the_registry():
         if noise.startswith("with"):
             option = {noise.split("`")[1]: 0.5}
             assert any(samplers.make(name, schedules.linear(), steps, **option).table.noisy), name
+
+
+def test_list_of_objectives_is_the_package_s():
+    """Names, and the sampler that each is drawn by unless one is named."""
+    text = (tables.ROOT / "docs" / "theory.md").read_text("utf-8").split("## Objectives")[1]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `([a-z0-9-]+)` \|$", text, re.M)
+    assert [name for name, _ in rows] == list(objectives.NAMES)
+    defaults = {name: sampler for name, (sampler, _) in DEFAULTS.items()}
+    assert dict(rows) == {"ncsn": "annealed-langevin"} | defaults
+
+
+def test_environment_variables_and_macros_exist(page):
+    sources = [tables.ROOT / "setup.py"]
+    for folder in ("fastdiff", "tools", "csrc"):
+        kinds = ("*.py", "*.h", "*.cpp")
+        sources += [path for kind in kinds for path in (tables.ROOT / folder).rglob(kind)]
+    known = set(re.findall(r"FASTDIFF_[A-Z]+", "".join(s.read_text("utf-8") for s in sources)))
+    known |= {f"FASTDIFF_{part}" for part in ("CPU", "CUDA")}  # their names are put together
+    assert set(re.findall(r"FASTDIFF_[A-Z]+", page.read_text("utf-8"))) <= known
