@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import tables
 from fastdiff import objectives, samplers, schedules
-from fastdiff.cli.options import DEFAULTS
+from fastdiff.cli.sampler_options import DEFAULTS
 
 README_LINES = 150
 LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
@@ -44,6 +44,12 @@ def test_every_page_can_be_reached_from_the_first():
         links = (a or b for a, b in LINK.findall(page.read_text("utf-8")))
         todo += [page.parent / link.partition("#")[0] for link in links if "//" not in link]
     assert set(map(Path.resolve, tables.pages())) <= seen
+
+
+def test_named_files_exist(page):
+    folders = "fastdiff|csrc|kernels|tools|tests|benchmarks|docs|examples"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text("utf-8")):
+        assert (tables.ROOT / name).exists(), f"{page.name} names {name}"
 
 
 def test_make_targets_exist(page):
