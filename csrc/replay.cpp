@@ -1,8 +1,9 @@
-// A list of operations that fastdiff/compiler/run/replay.py recorded, run one after the other
-// without Python between them.
+// A recorded list of operations, run without Python between them.
+// fastdiff/compiler/run/recording.py records it by watching a compiled graph's operations once.
 //
-// Values are tensors in numbered registers: first those that `run` is given, then constants and
-// results. Everything goes through PyTorch's dispatcher, as if Python had called it.
+// Tensors are in numbered registers: first the inputs of `run`, then the constants, then the
+// results of each operation. Operations are called through PyTorch's dispatcher, as Python would
+// call them.
 #include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -16,13 +17,15 @@ namespace {
 using c10::IValue;
 using Optional = std::optional<at::Tensor>;
 
-// `value` as an argument of that type; lists come as tuples, which may be empty.
+// Converts a recorded `value` to an argument of type `type`. Lists are recorded as tuples.
 IValue as_type(const IValue& value, const c10::TypePtr& type) {
   if (const auto optional = type->cast<c10::OptionalType>())
     return value.isNone() ? value : as_type(value, optional->getElementType());
   switch (type->kind()) {
     case c10::TypeKind::TensorType:
-      if (value.isScalar()) {  // as Python's binding passes it: its dtype does not count
+      // A number in a tensor's place is passed as Python's binding passes it: as a wrapped number,
+      // which takes part in type promotion by its kind only.
+      if (value.isScalar()) {
         auto tensor = c10::scalar_to_tensor(value.toScalar());
         tensor.unsafeGetTensorImpl()->set_wrapped_number(true);
         return tensor;
@@ -74,7 +77,7 @@ IValue as_type(const IValue& value, const c10::TypePtr& type) {
   TORCH_CHECK_VALUE(false, "cannot record ", value.tagKind(), " as ", type->str());
 }
 
-// A register, several of them as a list (-1 is None), or a value.
+// An argument of a step: a register, a list of registers (where -1 stands for None), or a value.
 struct Argument {
   enum class Kind { kRegister, kList, kOptionalList, kValue } kind;
   std::vector<int64_t> registers;
@@ -86,26 +89,30 @@ struct Step {
   std::vector<Argument> arguments;
   // Where each result goes: one register, or several for a list.
   std::vector<std::vector<int64_t>> results;
-  std::vector<int64_t> last;  // registers that nobody reads after it
+  std::vector<int64_t>
+      last;  // registers that no later step reads; they are released after this one
 };
 
 class Program : public torch::CustomClassHolder {
  public:
-  // `inputs` registers come first, the others are numbered as they are written.
+  // `inputs` is the number of tensors that `run` will be given. They are in the first registers.
   explicit Program(int64_t inputs) : inputs_(inputs), registers_(inputs) {
     TORCH_CHECK_VALUE(inputs >= 0, "there cannot be ", inputs, " inputs");
   }
 
-  // A register that is always this tensor.
+  // Adds a register that always holds `value`, and returns its number.
   int64_t constant(const at::Tensor& value) {
     TORCH_CHECK_VALUE(steps_.empty(), "constants come before the steps");
     constants_.push_back(value);
     return registers_++;
   }
 
-  // One operation. Each of `arguments` is ("register", i), ("registers", (i, ...)),
-  // ("value", v) or ("default",), in the order of its schema; `results` has a tuple of new
-  // registers for each result; `last` are those that no later step reads, and `run` does not give.
+  // Adds one operation as the next step.
+  //
+  // Each of `arguments`, in the order of the operation's schema, is ("register", i),
+  // ("registers", (i, ...)), ("value", v) or ("default",). `results` has a tuple of new registers
+  // for each result of the operation. `last` are the registers that neither a later step nor the
+  // outputs of `run` need.
   void add(const std::string& name, const std::string& overload, const IValue& arguments,
            const IValue& results, const std::vector<int64_t>& last) {
     const auto operation =
@@ -138,7 +145,7 @@ class Program : public torch::CustomClassHolder {
     steps_.push_back(std::move(step));
   }
 
-  // What `run` gives.
+  // Sets the registers whose tensors `run` returns.
   void finish(std::vector<int64_t> outputs) {
     for (const auto place : outputs) check_register(place, registers_);
     outputs_ = std::move(outputs);

@@ -27,7 +27,8 @@ inline void check_like(const at::Tensor& value, const at::Tensor& x, const char*
   check_tensor(value, x.sizes(), x.scalar_type(), x.device(), name);
 }
 
-// Channels-last is kept for tensors that have it and only it; everything else is channels-first.
+// The layout of an operation's result: channels-last for a tensor that is unambiguously so, else
+// channels-first.
 inline at::MemoryFormat layout_of(const at::Tensor& x) { return x.suggest_memory_format(); }
 
 inline at::Tensor empty_like(const at::Tensor& x, at::MemoryFormat format) {
@@ -39,17 +40,17 @@ inline void bump_version(const at::Tensor& value) {
   if (!value.is_inference()) value.unsafeGetTensorImpl()->bump_version();
 }
 
-// Whether a write to `a` might be seen in `b`: whether their stretches of memory meet.
+// Whether a write to `a` might be seen in `b`: whether their ranges of addresses meet.
 inline bool overlap(const at::Tensor& a, const at::Tensor& b) {
-  const auto stretch = [](const at::Tensor& t) {
+  const auto range = [](const at::Tensor& t) {
     int64_t last = t.itemsize();
     for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d) * t.itemsize();
     const auto* first = static_cast<const char*>(t.const_data_ptr());
     return std::pair(first, first + last);
   };
   if (a.numel() == 0 || b.numel() == 0) return false;
-  const auto [a_first, a_last] = stretch(a);
-  const auto [b_first, b_last] = stretch(b);
+  const auto [a_first, a_last] = range(a);
+  const auto [b_first, b_last] = range(b);
   return a_first < b_last && b_first < a_last;
 }
 

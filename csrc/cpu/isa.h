@@ -1,14 +1,15 @@
-// Which instruction set's kernels run. Each file in csrc/cpu/kernels is compiled once for each, in
-// the namespace fastdiff::CPU_CAPABILITY, and FASTDIFF_KERNEL picks one when it is called.
+// Which instruction set's kernels run. Each file in csrc/cpu/kernels is compiled once for each
+// instruction set, in the namespace fastdiff::CPU_CAPABILITY. FASTDIFF_KERNEL picks one of them
+// when an operation is called.
 #pragma once
 
 namespace fastdiff {
 
 enum class Isa { Default, Avx2, Avx512, Avx512Bf16 };
 
-// What the processor has, as PyTorch sees it (so ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers
-// it), and beyond that AVX512_BF16, whose conversion to bfloat16 is one instruction for about ten.
-// Of the sets that the extension was built with, the last one that the processor has.
+// The last of the sets that the extension was built with and that the processor has, as PyTorch
+// sees it: ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it. PyTorch does not know of AVX512_BF16,
+// which converts to bfloat16 by one instruction instead of about ten.
 Isa isa();
 
 // As FASTDIFF_ISAS of the build and `fastdiff doctor` name it.
@@ -31,8 +32,8 @@ const char* isa_name(Isa isa);
   void name(__VA_ARGS__);           \
   }
 
-// FASTDIFF_KERNEL(name) is the kernel of the set that isa() names; sets that were not built are
-// left out, and isa() never names them.
+// FASTDIFF_KERNEL(name) is the kernel `name` of the set that isa() returns. It mentions only sets
+// that were built, since a kernel of another set would not link.
 #ifdef FASTDIFF_HAVE_AVX512_BF16
 #define FASTDIFF_IF_AVX512_BF16(name) \
   ::fastdiff::isa() == ::fastdiff::Isa::Avx512Bf16 ? AVX512_BF16::name:

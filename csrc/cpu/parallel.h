@@ -7,8 +7,8 @@
 
 namespace fastdiff {
 
-// body(unit, unit + 1) for each of 0..units-1, by whichever of PyTorch's threads is free: a core
-// that is slower than the others, or has other work besides, takes fewer of them.
+// Calls body(unit, unit + 1) for each of the units 0..units-1, on whichever of PyTorch's threads is
+// free: a core that is slower than the others, or has other work besides, takes fewer units.
 template <class Body>
 void for_each_unit(int64_t units, const Body& body) {
   std::atomic<int64_t> next{0};

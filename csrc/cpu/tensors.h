@@ -9,10 +9,11 @@
 
 namespace fastdiff {
 
-// Elements that are worth a thread of their own where an element costs a few instructions: waking
-// one takes as long as 8 microseconds of that.
+// A thread gets at least kGrain elements where an element costs a few instructions, and at least
+// kHeavyGrain where it costs a nanosecond or more: either takes about 8 microseconds, as long as it
+// takes to wake a thread.
 constexpr int64_t kGrain = 65536;
-constexpr int64_t kHeavyGrain = 8192;  // likewise, where it costs a nanosecond or more
+constexpr int64_t kHeavyGrain = 8192;
 
 inline void check_floating(const at::Tensor& x, const char* name) {
   const auto type = x.scalar_type();

@@ -4,7 +4,8 @@
 
 namespace fastdiff {
 
-// t [N], contiguous, every one of them in a table of `steps` entries.
+// Returns t [N] contiguous, after a check that each timestep is an index into a table of `steps`
+// entries.
 inline at::Tensor checked_timesteps(const at::Tensor& t, int64_t images, int64_t steps) {
   check_tensor(t, {images}, at::kLong, "t");
   const auto dense = t.contiguous();

@@ -1,8 +1,10 @@
-// Whether weights are what they were: a number that changes when a tensor of the list is another,
-// when PyTorch has counted a write to it, or when a sample of its values has changed. Writes
-// through
-// `.data`, as averaged weights are swapped in by, are not counted: for them is the sample, a
-// diagonal that meets every output and every input channel.
+// fastdiff::weights_state on CPU tensors: a number by which a caller sees that weights have
+// changed.
+//
+// The number changes when a tensor is replaced by another, when PyTorch counts a write to a tensor,
+// or when a sample of a tensor's values changes. The sample is needed because PyTorch does not
+// count writes through `.data`, by which averaged weights are swapped in. It is a diagonal of the
+// tensor, so that it has values of every output channel and of every input channel.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -25,7 +27,7 @@ template <class Bits>
 uint64_t sample(const at::Tensor& weight, uint64_t state) {
   const auto* values = static_cast<const Bits*>(weight.const_data_ptr());
   const int64_t dims = weight.dim(), k = weight.size(0), c = dims > 1 ? weight.size(1) : 1;
-  // Offsets of the taps behind the first two dimensions.
+  // Offsets of a kernel's taps: every index of the dimensions after the first two.
   std::vector<int64_t> taps{0};
   for (int64_t d = 2; d < dims; ++d) {
     const auto before = std::move(taps);
