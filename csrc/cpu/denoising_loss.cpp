@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/choose_pieces.h"
 #include "cpu/philox_normal.h"
-#include "cpu/pieces.h"
 #include "cpu/timesteps.h"
 
 namespace fastdiff {

@@ -28,9 +28,9 @@ at::Tensor channel_statistics_cpu(const at::Tensor& x) {
   const auto rows = x.reshape({n, c, pixels}).transpose(1, 2).contiguous();
   const ChannelStatistics p{x.scalar_type(), c, pixels, rows.const_data_ptr(),
                             out.mutable_data_ptr<double>()};
-  const int64_t slices = (c + kStatisticsChannels - 1) / kStatisticsChannels;
+  const int64_t units = (c + kStatisticsChannels - 1) / kStatisticsChannels;
   at::parallel_for(
-      0, n * slices, std::max<int64_t>(1, kGrain / (kStatisticsChannels * pixels)),
+      0, n * units, std::max<int64_t>(1, kGrain / (kStatisticsChannels * pixels)),
       [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(channel_statistics)(p, begin, end); });
   return out;
 }

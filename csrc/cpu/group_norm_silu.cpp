@@ -17,12 +17,12 @@ namespace {
 using Optional = std::optional<at::Tensor>;
 
 constexpr int64_t kCacheLine = 64;         // bytes
-constexpr int64_t kElements = kGrain / 4;  // for a thread; an exponential makes them dearer
+constexpr int64_t kElements = kGrain / 4;  // of a thread at least; each takes an exponential
 
 // Groups in a unit. Channels-first a group is contiguous and a unit of its own. Channels-last whole
-// pixels are read and written fastest (measured: slices of 256 bytes cost up to 2x), even if an
-// image is read from a slower cache the second time; they are cut into slices only where there are
-// fewer images than threads, and then into no less than a few cache lines.
+// pixels are read and written fastest (measured: units of 256 bytes of each cost up to 2x), even if
+// an image is read from a slower cache the second time. So a pixel is divided among units only
+// where there are fewer images than threads, and then a unit has at least a few cache lines of it.
 int64_t groups_in_unit(const at::Tensor& x, int64_t groups, bool channels_last) {
   if (!channels_last) return 1;
   const int64_t per_group = x.size(1) / groups * x.element_size(), lines = 4 * kCacheLine;
@@ -65,7 +65,7 @@ struct Call {
             .channels = channels,
             .pixels = pixels,
             .groups = groups,
-            .slice = 1,
+            .unit_groups = 1,
             .eps = eps,
             .x = x.const_data_ptr(),
             .weight = hold(weight),
@@ -73,7 +73,7 @@ struct Call {
             .add = hold(add),
             .scale = hold(scale),
             .shift = hold(shift)};
-    if (x.numel() > 0) args.slice = groups_in_unit(x, groups, last);
+    if (x.numel() > 0) args.unit_groups = groups_in_unit(x, groups, last);
   }
 
   const void* hold(const Optional& value) {
@@ -82,16 +82,13 @@ struct Call {
     return held.back().const_data_ptr();
   }
 
-  // Runs kernel(begin, end, scratch) over all units.
+  // Runs kernel(begin, end) over all units.
   template <class Kernel>
   void run(Kernel&& kernel) const {
-    const int64_t slices = (args.groups + args.slice - 1) / args.slice;
-    const int64_t width = args.slice * (args.channels / args.groups);
-    at::parallel_for(0, x.size(0) * slices, std::max<int64_t>(1, kElements / (width * args.pixels)),
-                     [&](int64_t begin, int64_t end) {
-                       std::vector<char> scratch(group_norm_silu_scratch(width));
-                       kernel(begin, end, scratch.data());
-                     });
+    const int64_t units = (args.groups + args.unit_groups - 1) / args.unit_groups;
+    const int64_t width = args.unit_groups * (args.channels / args.groups);
+    at::parallel_for(0, x.size(0) * units, std::max<int64_t>(1, kElements / (width * args.pixels)),
+                     kernel);
   }
 };
 
@@ -99,7 +96,7 @@ at::Tensor statistics(const at::Tensor& x, int64_t groups) {
   return at::empty({x.size(0), groups}, x.options().dtype(at::kDouble));
 }
 
-// x with the channels of skip behind its own.
+// The concatenation of x and skip along the channels.
 at::Tensor joined(const at::Tensor& x, const Optional& skip) {
   if (!skip) return x;
   check_floating(x, "x");
@@ -116,7 +113,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_cpu(
     const Optional& add, const Optional& scale, const Optional& shift, const Optional& residual,
     bool silu, const Optional& skip, const Optional& statistics_of_x) {
   const auto input = joined(x, skip);
-  if (statistics_of_x) {  // checked, but taken anew: a pass over memory is all that they would save
+  // The statistics are checked but not used. This kernel takes its own while the data is in cache.
+  if (statistics_of_x) {
     TORCH_CHECK_VALUE(!skip, "statistics and skip cannot both be given");
     TORCH_CHECK_VALUE(x.dim() >= 2 && statistics_of_x->dim() == 4,
                       "statistics must have shape [N, S, 4, C], got ", statistics_of_x->sizes());
@@ -135,8 +133,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_cpu(
   call.args.mean = mean.mutable_data_ptr<double>();
   call.args.rstd = rstd.mutable_data_ptr<double>();
   const auto kernel = FASTDIFF_KERNEL(group_norm_silu);
-  call.run(
-      [&](int64_t begin, int64_t end, void* scratch) { kernel(call.args, begin, end, scratch); });
+  call.run([&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
   return {out, mean, rstd};
 }
 
@@ -168,7 +165,7 @@ group_norm_silu_backward_cpu(const at::Tensor& grad, const at::Tensor& x, const 
                                      sum_du_h.mutable_data_ptr(),
                                      sum_dx.mutable_data_ptr()};
     const auto kernel = FASTDIFF_KERNEL(group_norm_silu_backward);
-    call.run([&](int64_t begin, int64_t end, void* scratch) { kernel(args, begin, end, scratch); });
+    call.run([&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
   // value = (h w + b) (1 + scale) + shift, and du is its gradient.

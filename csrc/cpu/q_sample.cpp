@@ -4,8 +4,8 @@
 
 #include <torch/library.h>
 
+#include "cpu/choose_pieces.h"
 #include "cpu/philox_normal.h"
-#include "cpu/pieces.h"
 #include "cpu/timesteps.h"
 
 namespace fastdiff {

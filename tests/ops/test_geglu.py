@@ -142,7 +142,7 @@ def test_opcheck(shape, dtype) -> None:
 def test_any_shape(shape, width, dtype, scale) -> None:
     x = make((*shape, 2 * width), dtype, scale=scale)
     a, b = x.double().chunk(2, dim=-1)
-    # csrc/cpu/kernels/vectors.h: the formula itself is off by 5e-9 of the gate.
+    # csrc/cpu/kernels/activations.h: the formula itself is off by 5e-9 of the gate.
     formula = 5e-9 * (a * b).abs().max().item() if x.numel() else 0.0
     assert_as_accurate(call, x, formula=formula)
 

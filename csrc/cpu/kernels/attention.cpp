@@ -1,10 +1,12 @@
-// Attention without its matrix (Dao et al. 2022, arXiv:2205.14135): a stretch of queries goes over
-// the keys a block at a time, and keeps the largest score, the sum of exponentials and the weighted
-// sum of values so far. Keys and values are packed once for all stretches, for gemm.h.
+// Attention without its matrix (Dao et al. 2022, arXiv:2205.14135): kQueries queries at a time go
+// over the keys a block at a time, and keep the largest score, the sum of exponentials and the
+// weighted sum of values so far. Keys and values are packed once for all queries, for gemm.h.
 #include "cpu/kernels/attention.h"
 
 #include <limits>
 
+#include "cpu/kernels/activations.h"
+#include "cpu/kernels/dtypes.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/memory.h"
 
@@ -23,7 +25,7 @@ void pack_head(const Attention& p, int64_t unit) {
   float* to = p.packed_k + unit * attention_packed(p.keys, p.width);
   for (int64_t first = 0; first < p.keys; first += kPanel) {
     const int64_t columns = std::min(kPanel, p.keys - first), packed = packed_columns(columns);
-    // A square at a time, since the rows of one lie across those of the other.
+    // In squares of kLine x kLine, since this transposes: a row of k becomes a column of the panel.
     for (int64_t d0 = 0; d0 < p.width; d0 += kLine)
       for (int64_t j = 0; j < packed; ++j) {
         const T* row = k + (first + j) * p.k_strides[2];
@@ -45,7 +47,7 @@ void pack_head(const Attention& p, int64_t unit) {
     }
 }
 
-// The lanes of values[j] that are among the first `count`; the others are `fill`.
+// The vector of values[j] and the following, where lanes past `count` values are `fill`.
 FASTDIFF_INLINE F last_lanes(const float* values, int64_t j, int64_t count, float fill) {
   F value = load_lanes(values + j);
   for (int64_t i = count - j; i < kLanes; ++i) value[i] = fill;
@@ -116,7 +118,7 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
       float* row = scores + i * scores_ld;
       const float now = largest(row, block, top[i]);
       const float shrink = now == top[i] ? 1.f : std::exp2(top[i] - now);
-      // Where all scores so far are -inf none counts.
+      // If all scores so far are -inf, subtracting their maximum would give NaN.
       sums[i] = sums[i] * shrink + exponentials(row, block, now == kNone ? 0.f : now);
       top[i] = now;
       if (k0 > 0 && shrink != 1.f)
@@ -142,27 +144,19 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
   }
 }
 
-template <class Body>
-void with_type(const Attention& p, Body&& body) {
-  if (p.dtype == c10::ScalarType::BFloat16) return body(static_cast<c10::BFloat16*>(nullptr));
-  body(static_cast<float*>(nullptr));
-}
-
 }  // namespace
 
 void attention_pack(const Attention& p, int64_t begin, int64_t end) {
-  with_type(p, [&](auto tag) {
-    for (int64_t unit = begin; unit < end; ++unit)
-      pack_head<std::remove_pointer_t<decltype(tag)>>(p, unit);
+  for_float_or_bfloat16(p.dtype, [&]<class T>() {
+    for (int64_t unit = begin; unit < end; ++unit) pack_head<T>(p, unit);
   });
 }
 
 void attention(const Attention& p, int64_t begin, int64_t end) {
-  const int64_t stretches = (p.queries + kQueries - 1) / kQueries;
-  with_type(p, [&](auto tag) {
+  const int64_t each = (p.queries + kQueries - 1) / kQueries;  // units of an image's head
+  for_float_or_bfloat16(p.dtype, [&]<class T>() {
     for (int64_t unit = begin; unit < end; ++unit)
-      attend<std::remove_pointer_t<decltype(tag)>>(p, unit / stretches,
-                                                   unit % stretches * kQueries);
+      attend<T>(p, unit / each, unit % each * kQueries);
   });
 }
 

@@ -8,8 +8,9 @@
 
 namespace fastdiff {
 
-// out = softmax(scale q k^T) v of each image and head. q is [B, H, L, D] with the given strides and
-// neighbouring D, k and v likewise; out is [B, L, H, D]. T is `dtype`, float32 or bfloat16.
+// out = softmax(scale q k^T) v of each image and head, in float32 or bfloat16. q, k and v are
+// [B, H, L, D] with the given strides; the D elements of a row lie side by side. out is [B, L, H,
+// D].
 struct Attention {
   c10::ScalarType dtype;
   int64_t batch, heads, queries, keys, width, value_width;
@@ -17,15 +18,16 @@ struct Attention {
   const void *q, *k, *v;
   void* out;
   float scale;
-  float *packed_k, *packed_v;  // attention_packed floats each image and head
+  float *packed_k, *packed_v;  // attention_packed(...) floats for each head of each image
 };
 
-// A unit of the first is an image's head; of the second also a stretch of queries, innermost.
+// Units begin..end-1. A unit of attention_pack is one head of one image; a unit of attention is
+// kQueries queries of one head, or those that are left, heads in order and queries innermost.
 FASTDIFF_DECLARE(attention_pack, const Attention&, int64_t begin, int64_t end)
 FASTDIFF_DECLARE(attention, const Attention&, int64_t begin, int64_t end)
 
 constexpr int64_t kQueries = 48;  // of a unit
-constexpr int64_t kWidest = 64;   // what packed rows are rounded up to, of any instruction set
+constexpr int64_t kWidest = 64;   // at least the lanes of a panel in any instruction set
 
 constexpr int64_t attention_packed(int64_t keys, int64_t width) {
   return (keys + kWidest) * (width + kWidest);

@@ -8,9 +8,10 @@
 
 namespace fastdiff {
 
-// How many threads there are, and how they are given work: body(context, begin, end) for ranges
-// that together are 0..units-1. PyTorch's threads, from where they are (at::parallel_for is a
-// template of a header, which kernels do without).
+// How many threads there are, and how they get work: `run` calls body(context, begin, end) for
+// ranges that together are 0..units-1. The bindings fill this in with PyTorch's threads. Kernels do
+// not call at::parallel_for themselves: it is a template, of which the linker would keep one
+// instruction set's copy.
 struct Threads {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
   int64_t count;

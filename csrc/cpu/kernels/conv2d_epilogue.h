@@ -2,11 +2,12 @@
 // what it wrote.
 //
 // Of every 32 pixels or so the sums of y - y0 and (y - y0)^2 are kept, y0 being the first of them,
-// and joined to mean and squared deviations in float64 (Chan, Golub & LeVeque 1983, eq. 2.1): so
-// neither a mean that is large beside the deviation nor a single large value costs accuracy.
+// and joined by moments.h: so a single large value costs no accuracy either.
 #pragma once
 
+#include "cpu/kernels/activations.h"
 #include "cpu/kernels/conv2d_grid.h"
+#include "cpu/kernels/moments.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 
@@ -53,7 +54,8 @@ struct Epilogue {
     }
   }
 
-  // What a stretch of pixels adds to the sums: apart from them, since y might be their memory.
+  // What a run of pixels adds to the sums. A struct of its own, which stays in registers: the
+  // compiler must assume that a write to y may change this object's members.
   struct Sums {
     F first, sum{}, squares{};
   };
@@ -68,7 +70,7 @@ struct Epilogue {
                                   Sums& sums) const {
     T* to = y + pixel * filters;
     const T* from = residual_at(pixel);
-    // Apart, so that neither is asked again of each pixel.
+    // Three calls, so that neither condition is tested again for each pixel.
     if (lanes < kLanes) {
       put_tile<m>(to, from, down, across, lanes, values, sums);
     } else if (from) {
@@ -83,7 +85,7 @@ struct Epilogue {
     squares += sums.squares;
   }
 
-  // The residual into L2 only: in L1 the lines of y have the same sets.
+  // The residual goes into L2 only: in L1 its lines would displace those of y, of the same sets.
   FASTDIFF_INLINE void prefetch(int64_t pixel) const {
     __builtin_prefetch(y + pixel * filters, 1);
     if (residual) __builtin_prefetch(residual + pixel * residual_ld, 0, 2);
@@ -104,7 +106,7 @@ struct Epilogue {
     value = finished(from, count, value);
     store_lanes(to, value, count);
     if constexpr (kStatistics) {
-      // Of the rounded values: those are what the norm will see.
+      // The statistics are of the rounded values, since the next norm reads those.
       if constexpr (!std::is_same_v<T, float>) value = load_lanes(to, count);
       const F centred = value - sums.first;
       sums.sum += centred;
@@ -126,13 +128,9 @@ struct Epilogue {
   }
 
   void join() {
-    const double n = static_cast<double>(pending), before = static_cast<double>(joined);
-    const double each = 1 / n, share = n / (before + n), weight = before * share;
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const double off = sum[i] * each, delta = first[i] + off - mean[i];
-      deviations[i] += squares[i] - sum[i] * off + delta * delta * weight;
-      mean[i] += delta * share;
-    }
+    const JoinChannels moments(joined, pending);
+    for (int64_t i = 0; i < kLanes; ++i)
+      moments.join_sums(mean[i], deviations[i], first[i], sum[i], squares[i]);
     sum = squares = F{};
     joined += pending;
     pending = 0;
@@ -222,27 +220,24 @@ struct Gated {
   }
 };
 
-// Joins what the segments' parts have, [segments, parts, 2, K], to mean and variance of each image
-// and channel. `pixels(segment)` is how many pixels each of a segment's parts has.
+// Joins the means and squared deviations of segments and phases, [segments, phases, 2, K], to the
+// mean and variance of each image and channel. `pixels(segment)` is how many pixels a segment has
+// in each phase.
 template <class Pixels>
-void join_statistics(const Conv2d& p, const Array<Segment>& segments, int64_t parts,
+void join_statistics(const Conv2d& p, const Array<Segment>& segments, int64_t phases,
                      const double* partials, Pixels&& pixels) {
   for (int64_t begin = 0, end; begin < segments.size(); begin = end) {
     const int64_t image = segments[begin].image;
     for (end = begin; end < segments.size() && segments[end].image == image;) ++end;
     double* out = p.y_statistics + image * p.filters * 2;
     for (int64_t k = 0; k < p.filters; ++k) {
-      double count = 0, mean = 0, deviations = 0;
-      for (int64_t i = begin * parts; i < end * parts; ++i) {
+      Moments moments;
+      for (int64_t i = begin * phases; i < end * phases; ++i) {
         const double* partial = partials + i * 2 * p.filters + k;
-        const double n = pixels(segments[i / parts]), delta = partial[0] - mean;
-        deviations += partial[p.filters] + delta * delta * (count * n / (count + n));
-        mean += delta * (n / (count + n));
-        count += n;
+        moments.join(pixels(segments[i / phases]), partial[0], partial[p.filters]);
       }
-      const double variance = deviations / count;
-      out[2 * k] = mean;
-      out[2 * k + 1] = variance < 0 ? 0 : variance;  // NaN stays
+      out[2 * k] = moments.mean;
+      out[2 * k + 1] = moments.m2 / moments.count;
     }
   }
 }

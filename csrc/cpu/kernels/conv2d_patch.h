@@ -5,14 +5,15 @@
 
 #include <cstring>
 
+#include "cpu/kernels/activations.h"
 #include "cpu/kernels/conv2d.h"
-#include "cpu/kernels/vectors.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 
-constexpr int64_t kPixelsAhead = 6;  // that are on their way from memory
+constexpr int64_t kPixelsAhead = 6;  // how far ahead pixels are prefetched
 
-// `count` channels of pixels first..last-1 of a line, `ld` apart, to `out`, `out_ld` apart.
+// Reads `count` channels of pixels first..last-1 of an upsampled line into `out`. Pixels are `ld`
+// elements apart in the line, and `out_ld` apart in `out`.
 template <class T, bool kNorm, bool kSilu>
 FASTDIFF_INLINE void read_line(const T* line, int64_t ld, int64_t first, int64_t last, int up,
                                const float* gain, const float* offset, int64_t count, float* out,

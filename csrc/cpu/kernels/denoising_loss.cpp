@@ -11,24 +11,26 @@
 // the sum does not depend on who computes which.
 #include "cpu/kernels/denoising_loss.h"
 
+#include "cpu/kernels/dtypes.h"
 #include "cpu/kernels/noise.h"
 
 namespace fastdiff::CPU_CAPABILITY {
+namespace {
 
 enum class Noise { None, Given, FromSeed };
 
 // What is left of the prediction, for the elements of one image from `offset` on.
 template <class T, bool kX0, Noise kNoise>
 struct Errors {
-  using B = Block<T>;
+  using X = Values<T>;
   using V = typename Lanes<T>::V;
   using Wide = typename Lanes<T>::Wide;
   V minus_p, minus_q;
   const T *prediction, *x0, *noise;
 
   Errors(const DenoisingLossArgs& a, int64_t n)
-      : minus_p(-static_cast<const Wide*>(a.of_x0)[a.t[n]]),
-        minus_q(-static_cast<const Wide*>(a.of_noise)[a.t[n]]) {
+      : minus_p(fill_lanes<V>(-static_cast<const Wide*>(a.of_x0)[a.t[n]])),
+        minus_q(fill_lanes<V>(-static_cast<const Wide*>(a.of_noise)[a.t[n]])) {
     const int64_t first = n * a.pieces.channels * a.pieces.pixels;
     prediction = static_cast<const T*>(a.prediction) + first;
     if constexpr (kX0) x0 = static_cast<const T*>(a.x0) + first;
@@ -36,17 +38,12 @@ struct Errors {
   }
 
   // The errors of elements offset..offset+count-1 of the image. z is their noise from a seed.
-  FASTDIFF_INLINE B at(int64_t offset, int64_t count, const Wide* z) const {
-    B e = B::load(prediction + offset, count);
-    if constexpr (kX0) add(e, minus_p, B::load(x0 + offset, count));
-    if constexpr (kNoise == Noise::Given) add(e, minus_q, B::load(noise + offset, count));
-    if constexpr (kNoise == Noise::FromSeed) add(e, minus_q, B::load_wide(z));
+  FASTDIFF_INLINE X at(int64_t offset, int64_t count, const Wide* z) const {
+    X e = X::load(prediction + offset, count);
+    if constexpr (kX0) e = fmadd(minus_p, X::load(x0 + offset, count), e);
+    if constexpr (kNoise == Noise::Given) e = fmadd(minus_q, X::load(noise + offset, count), e);
+    if constexpr (kNoise == Noise::FromSeed) e = fmadd(minus_q, X::load_wide(z), e);
     return e;
-  }
-
-  static FASTDIFF_INLINE void add(B& e, const V& factor, const B& value) {
-    for (int r = 0; r < Lanes<T>::parts; ++r)
-      e.part[r] = at::vec::fmadd(factor, value.part[r], e.part[r]);
   }
 };
 
@@ -61,30 +58,28 @@ FASTDIFF_INLINE const Wide* seeded_noise(const DenoisingLossArgs& a, const Piece
 // Squares added up, in vectors that do not wait for each other.
 template <class T>
 struct Squares {
-  using B = Block<T>;
-  static constexpr int kBlocks = 4 / Lanes<T>::parts;
-  B sums[kBlocks];
+  static constexpr int kChains = 4 / Lanes<T>::vectors;
+  Values<T> sums[kChains];
 
   Squares() {
-    for (auto& sum : sums) sum = B::fill(0);
+    for (auto& sum : sums) sum = Values<T>(0);
   }
 
-  FASTDIFF_INLINE void add(int b, const B& e) {
-    for (int r = 0; r < Lanes<T>::parts; ++r)
-      sums[b].part[r] = at::vec::fmadd(e.part[r], e.part[r], sums[b].part[r]);
+  FASTDIFF_INLINE void add(int chain, const Values<T>& e) {
+    sums[chain] = fmadd(e, e, sums[chain]);
   }
 
   double total() {
-    typename Lanes<T>::V all(0);
+    typename Lanes<T>::V all{};
     for (const auto& sum : sums)
-      for (const auto& part : sum.part) all = all + part;
+      for (const auto& vector : sum.vector) all += vector;
     return sum_lanes(all);
   }
 };
 
 template <class T, bool kX0, Noise kNoise>
-static void sum(const DenoisingLossArgs& a, double* sums, int64_t begin, int64_t end) {
-  constexpr int64_t size = Lanes<T>::size, step = Squares<T>::kBlocks * size;
+void sum(const DenoisingLossArgs& a, double* sums, int64_t begin, int64_t end) {
+  constexpr int64_t size = Lanes<T>::size, step = Squares<T>::kChains * size;
   NoiseBuffer<typename Lanes<T>::Wide> buffer;
   for (int64_t index = begin; index < end; ++index) {
     const Piece piece(a.pieces, index);
@@ -94,8 +89,8 @@ static void sum(const DenoisingLossArgs& a, double* sums, int64_t begin, int64_t
     piece.for_runs(a.pieces, [&](int64_t offset, int64_t length, int64_t from) FASTDIFF_HOT {
       int64_t i = 0;
       for (; i + step <= length; i += step)
-        for (int b = 0; b < Squares<T>::kBlocks; ++b)
-          squares.add(b, errors.at(offset + i + b * size, size, z + from + i + b * size));
+        for (int c = 0; c < Squares<T>::kChains; ++c)
+          squares.add(c, errors.at(offset + i + c * size, size, z + from + i + c * size));
       for (; i < length; i += size) {
         const int64_t count = length - i < size ? length - i : size;
         auto e = errors.at(offset + i, count, z + from + i);
@@ -108,8 +103,8 @@ static void sum(const DenoisingLossArgs& a, double* sums, int64_t begin, int64_t
 }
 
 template <class T, bool kX0, Noise kNoise>
-static void differentiate(const DenoisingLossArgs& a, const void* grad, void* out, int64_t begin,
-                          int64_t end) {
+void differentiate(const DenoisingLossArgs& a, const void* grad, void* out, int64_t begin,
+                   int64_t end) {
   using Wide = typename Lanes<T>::Wide;
   const int64_t image = a.pieces.channels * a.pieces.pixels;
   NoiseBuffer<Wide> buffer;
@@ -119,44 +114,44 @@ static void differentiate(const DenoisingLossArgs& a, const void* grad, void* ou
     const auto* z = seeded_noise<kNoise>(a, piece, buffer);
     const double weight = static_cast<const Wide*>(a.weight)[a.t[piece.n]];
     const double of_loss = static_cast<const Wide*>(grad)[piece.n];
-    const auto factor =
-        Block<T>::fill(static_cast<Wide>(of_loss * 2 * weight / static_cast<double>(image)));
+    const Values<T> factor(static_cast<Wide>(of_loss * 2 * weight / static_cast<double>(image)));
     T* to = static_cast<T*>(out) + piece.n * image;
     piece.for_runs(a.pieces, [&](int64_t offset, int64_t length, int64_t from) FASTDIFF_HOT {
-      for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
-        auto e = errors.at(offset + i, count, z + from + i);
-        for (int r = 0; r < Lanes<T>::parts; ++r) e.part[r] = factor.part[r] * e.part[r];
-        e.store(to + offset + i, count);
+      for_values<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+        const auto e = errors.at(offset + i, count, z + from + i);
+        (factor * e).store(to + offset + i, count);
       });
     });
   }
 }
 
-// Calls body(tag, x0, noise) with what the target consists of as constants.
+// Calls body.template operator()<T>(x0, noise) with the prediction's type and what the target
+// consists of, as constants.
 template <class Body>
 FASTDIFF_INLINE void for_target(const DenoisingLossArgs& a, Body&& body) {
-  const auto noises = [&](auto* tag, auto x0) {
-    if (a.noise) return body(tag, x0, std::integral_constant<Noise, Noise::Given>());
-    if (a.seed) return body(tag, x0, std::integral_constant<Noise, Noise::FromSeed>());
-    return body(tag, x0, std::integral_constant<Noise, Noise::None>());
+  const auto noises = [&]<class T>(auto x0) {
+    const auto call = [&](auto noise) { body.template operator()<T>(x0, noise); };
+    if (a.noise) return call(std::integral_constant<Noise, Noise::Given>());
+    if (a.seed) return call(std::integral_constant<Noise, Noise::FromSeed>());
+    return call(std::integral_constant<Noise, Noise::None>());
   };
-  for_dtype(a.dtype, [&](auto* tag) {
-    if (a.x0) return noises(tag, std::true_type());
-    return noises(tag, std::false_type());
+  for_floating(a.dtype, [&]<class T>() {
+    if (a.x0) return noises.template operator()<T>(std::true_type());
+    return noises.template operator()<T>(std::false_type());
   });
 }
 
+}  // namespace
+
 void denoising_loss(const DenoisingLossArgs& a, double* sums, int64_t begin, int64_t end) {
-  for_target(a, [&](auto* tag, auto x0, auto noise) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  for_target(a, [&]<class T>(auto x0, auto noise) {
     sum<T, decltype(x0)::value, decltype(noise)::value>(a, sums, begin, end);
   });
 }
 
 void denoising_loss_backward(const DenoisingLossArgs& a, const void* grad, void* out, int64_t begin,
                              int64_t end) {
-  for_target(a, [&](auto* tag, auto x0, auto noise) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  for_target(a, [&]<class T>(auto x0, auto noise) {
     differentiate<T, decltype(x0)::value, decltype(noise)::value>(a, grad, out, begin, end);
   });
 }

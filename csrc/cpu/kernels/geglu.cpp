@@ -1,8 +1,9 @@
 // a * gelu(b) (Shazeer 2020, arXiv:2002.05202) in float32. Reads 2 S and writes 1 S for results of
-// S bytes, which is the least; gelu(b) and its product apart read 3 S and write 2 S.
+// S bytes, the least possible. Two operations, gelu and a product, read 3 S and write 2 S.
 #include "cpu/kernels/geglu.h"
 
-#include "cpu/kernels/vectors.h"
+#include "cpu/kernels/activations.h"
+#include "cpu/kernels/dtypes.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 namespace {
@@ -25,8 +26,7 @@ void rows(const Geglu& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void geglu(const Geglu& p, int64_t begin, int64_t end) {
-  if (p.dtype == c10::ScalarType::BFloat16) return rows<c10::BFloat16>(p, begin, end);
-  rows<float>(p, begin, end);
+  for_float_or_bfloat16(p.dtype, [&]<class T>() { rows<T>(p, begin, end); });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

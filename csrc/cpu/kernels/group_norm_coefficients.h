@@ -10,8 +10,8 @@ namespace fastdiff {
 
 constexpr int64_t kStatisticsChannels = 64;  // of a unit of work
 
-// Mean and variance over the pixels of each channel of x [N, P, C]. A unit is one slice of
-// kStatisticsChannels channels of an image, fewer in its last.
+// Mean and variance over the pixels of each channel of x [N, P, C]. A unit of work is
+// kStatisticsChannels neighbouring channels of an image, or those that are left.
 struct ChannelStatistics {
   c10::ScalarType dtype;
   int64_t channels, pixels;

@@ -4,15 +4,19 @@
 // where a unit fits the second-level cache; the launcher chooses units that do. PyTorch's
 // group_norm and silu move 4 S.
 //
-// Statistics are taken in one pass as sums of x - pivot and of its square, block by block, and the
-// blocks merged with Chan's formula (Chan et al. 1983, "Algorithms for computing the sample
-// variance", eq. 2.1) in double. The pivot is the mean of what came before (at first, of the first
-// few elements), so that its distance from the block's mean is part of the variance and nothing is
-// cancelled that matters: with k elements behind the pivot and K in all, (pivot - mean)^2 <= K / k
-// variances. Channels-last it goes channel by channel and the channels of a group are merged last.
+// Statistics are taken in one pass: of each few thousand elements the sums of x - pivot and of its
+// square, which moments.h joins. The pivot is the mean of the elements before them (at first, of
+// the first few), so that its distance from their own mean is part of the variance and no digits
+// that matter are cancelled: with k elements behind the pivot and K in all, (pivot - mean)^2 <= K /
+// k variances. Channels-last the statistics are each channel's until the channels of a group are
+// joined at the end.
+#include "cpu/kernels/activations.h"
+#include "cpu/kernels/dtypes.h"
 #include "cpu/kernels/group_norm_unit.h"
+#include "cpu/kernels/moments.h"
 
 namespace fastdiff::CPU_CAPABILITY {
+namespace {
 
 constexpr int64_t kPivot = 16;  // elements, or rows, whose mean is the first pivot
 
@@ -23,69 +27,53 @@ constexpr int kColumns = 8;
 constexpr int kColumns = 4;
 #endif
 
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;  // m2: sum of squares about the mean
-
-  void merge(double n, double other_mean, double other_m2) {
-    const double delta = other_mean - mean, total = count + n;
-    mean += delta * n / total;
-    m2 += other_m2 + delta * delta * count * n / total;
-    count = total;
-  }
-
-  // n elements with the given sums of x - pivot and (x - pivot)^2.
-  void merge_sums(double n, double pivot, double sum, double squares) {
-    const double rest = squares - sum * sum / n;
-    merge(n, pivot + sum / n, rest > 0 ? rest : 0);
-  }
-
-  double rstd(double eps) const { return 1 / std::sqrt(m2 / count + eps); }
-};
+double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.m2 / m.count + eps); }
 
 // Sums of x - pivot and its square over n elements, in four chains.
 template <class T>
-static void sum_run(const T* x, int64_t n, typename Lanes<T>::Wide pivot, double& sum,
-                    double& squares) {
-  using B = Block<T>;
-  using V = typename Lanes<T>::V;
-  constexpr int64_t size = Lanes<T>::size, parts = Lanes<T>::parts, blocks = 4 / parts;
-  const V shift(pivot);
-  V s[4] = {V(0), V(0), V(0), V(0)}, q[4] = {V(0), V(0), V(0), V(0)};
-  const auto add = [&](const B& b, int first) FASTDIFF_HOT {
-    for (int r = 0; r < parts; ++r) {
-      s[first + r] = s[first + r] + b.part[r];
-      q[first + r] = at::vec::fmadd(b.part[r], b.part[r], q[first + r]);
-    }
-  };
-  const auto load = [&](int64_t i, int64_t count) FASTDIFF_HOT {
-    B b = B::load(x + i, count);
-    for (int r = 0; r < parts; ++r) b.part[r] = b.part[r] - shift;
-    return b;
+void sum_run(const T* x, int64_t n, typename Lanes<T>::Wide pivot, double& sum, double& squares) {
+  using X = Values<T>;
+  constexpr int64_t size = X::size, chains = 4 / X::vectors;
+  const X shift(pivot);
+  X s[chains], q[chains];
+  for (int64_t k = 0; k < chains; ++k) s[k] = q[k] = X(0);
+  const auto add = [&](const X& value, int64_t k) FASTDIFF_HOT {
+    s[k] = s[k] + value;
+    q[k] = fmadd(value, value, q[k]);
   };
   int64_t i = 0;
-  for (; i + blocks * size <= n; i += blocks * size)
-    for (int64_t k = 0; k < blocks; ++k) add(load(i + k * size, size), k * parts);
-  for_blocks<T>(n - i, [&](int64_t k, int64_t count) FASTDIFF_HOT {
-    B b = load(i + k, count);
-    b.keep(count);
-    add(b, 0);
+  for (; i + chains * size <= n; i += chains * size)
+    for (int64_t k = 0; k < chains; ++k) add(X::load(x + i + k * size) - shift, k);
+  for_values<T>(n - i, [&](int64_t k, int64_t count) FASTDIFF_HOT {
+    X value = X::load(x + i + k, count) - shift;
+    value.keep(count);
+    add(value, 0);
   });
-  sum = sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
-  squares = sum_lanes((q[0] + q[1]) + (q[2] + q[3]));
+  const auto total = [](const X* chain) FASTDIFF_HOT {
+    if constexpr (chains == 4) {
+      return sum_lanes((chain[0].vector[0] + chain[1].vector[0]) +
+                       (chain[2].vector[0] + chain[3].vector[0]));
+    } else {
+      return sum_lanes((chain[0].vector[0] + chain[0].vector[1]) +
+                       (chain[1].vector[0] + chain[1].vector[1]));
+    }
+  };
+  sum = total(s);
+  squares = total(q);
 }
 
 template <class T>
-static Moments moments_of_run(const T* x, int64_t length) {
+Moments moments_of_run(const T* x, int64_t length) {
   using Wide = typename Lanes<T>::Wide;
   double sum, squares;
-  const int64_t few = length < kPivot ? length : kPivot;
+  const int64_t few = std::min(length, kPivot);
   sum_run(x, few, Wide(0), sum, squares);
   Wide pivot = sum / few;
   Moments m;
-  for (int64_t i = 0; i < length; i += kBlockRun) {
-    const int64_t n = length - i < kBlockRun ? length - i : kBlockRun;
+  for (int64_t i = 0; i < length; i += kSummedElements) {
+    const int64_t n = std::min(length - i, kSummedElements);
     sum_run(x + i, n, pivot, sum, squares);
-    m.merge_sums(n, pivot, sum, squares);
+    m.join_sums(n, pivot, sum, squares);
     pivot = m.mean;
   }
   return m;
@@ -93,7 +81,7 @@ static Moments moments_of_run(const T* x, int64_t length) {
 
 // Channels-first: a group's pixels lie together, so without `add` they are one run.
 template <class T>
-static void statistics_first(const Unit<T>& u) {
+void statistics_first(const Unit<T>& u) {
   const int64_t runs = u.a.add ? u.per_group : 1;
   const int64_t length = u.a.pixels * u.per_group / runs;
   double *mean = u.statistics(u.a.mean), *rstd = u.statistics(u.a.rstd);
@@ -102,75 +90,70 @@ static void statistics_first(const Unit<T>& u) {
     for (int64_t c = 0; c < runs; ++c) {
       const int64_t channel = g * u.per_group + c;
       const Moments run = moments_of_run(u.at(u.a.x) + channel * u.stride, length);
-      m.merge(run.count, run.mean + u.of_image(u.a.add, channel, 0), run.m2);
+      m.join(run.count, run.mean + u.of_image(u.a.add, channel, 0), run.m2);
     }
     mean[g] = m.mean;
-    rstd[g] = m.rstd(u.a.eps);
+    rstd[g] = rstd_of(m, u.a.eps);
   }
 }
 
-// Sums of x - pivot and its square down kBlocks blocks of columns; `count` columns in the last.
-template <class T, int kBlocks>
+// Sums of x - pivot and its square down the rows, of kAcross Values side by side, the last of which
+// has `count` columns.
+template <class T, int kAcross>
 FASTDIFF_INLINE void sum_columns(const T* x, int64_t rows, int64_t stride, int64_t count,
                                  const typename Lanes<T>::Wide* pivot, typename Lanes<T>::Wide* sum,
                                  typename Lanes<T>::Wide* squares) {
-  using B = Block<T>;
-  constexpr int64_t size = Lanes<T>::size;
-  B p[kBlocks], s[kBlocks], q[kBlocks];
-  for (int k = 0; k < kBlocks; ++k) {
-    p[k] = B::load_wide(pivot + k * size);
-    s[k] = q[k] = B::fill(0);
+  using X = Values<T>;
+  X p[kAcross], s[kAcross], q[kAcross];
+  for (int k = 0; k < kAcross; ++k) {
+    p[k] = X::load_wide(pivot + k * X::size);
+    s[k] = q[k] = X(0);
   }
   for (int64_t row = 0; row < rows; ++row)
-    for (int k = 0; k < kBlocks; ++k) {
-      const B b = B::load(x + row * stride + k * size, k + 1 < kBlocks ? size : count);
-      for (int r = 0; r < Lanes<T>::parts; ++r) {
-        const auto d = b.part[r] - p[k].part[r];
-        s[k].part[r] = s[k].part[r] + d;
-        q[k].part[r] = at::vec::fmadd(d, d, q[k].part[r]);
-      }
+    for (int k = 0; k < kAcross; ++k) {
+      const X d = X::load(x + row * stride + k * X::size, k + 1 < kAcross ? X::size : count) - p[k];
+      s[k] = s[k] + d;
+      q[k] = fmadd(d, d, q[k]);
     }
-  for (int k = 0; k < kBlocks; ++k) {
-    s[k].store_wide(sum + k * size);
-    q[k].store_wide(squares + k * size);
+  for (int k = 0; k < kAcross; ++k) {
+    s[k].store_wide(sum + k * X::size);
+    q[k].store_wide(squares + k * X::size);
   }
 }
 
 template <class T>
-static void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t width,
-                     const typename Lanes<T>::Wide* pivot, typename Lanes<T>::Wide* sum,
-                     typename Lanes<T>::Wide* squares) {
+void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t width,
+              const typename Lanes<T>::Wide* pivot, typename Lanes<T>::Wide* sum,
+              typename Lanes<T>::Wide* squares) {
   constexpr int64_t size = Lanes<T>::size;
-  constexpr int kBlocks = kColumns / Lanes<T>::parts;
+  constexpr int kAcross = kColumns / Lanes<T>::vectors;
   int64_t i = 0;
-  for (; i + kBlocks * size <= width; i += kBlocks * size)
-    sum_columns<T, kBlocks>(x + i, rows, stride, size, pivot + i, sum + i, squares + i);
-  for_blocks<T>(width - i, [&](int64_t k, int64_t count) FASTDIFF_HOT {
+  for (; i + kAcross * size <= width; i += kAcross * size)
+    sum_columns<T, kAcross>(x + i, rows, stride, size, pivot + i, sum + i, squares + i);
+  for_values<T>(width - i, [&](int64_t k, int64_t count) FASTDIFF_HOT {
     sum_columns<T, 1>(x + i + k, rows, stride, count, pivot + i + k, sum + i + k, squares + i + k);
   });
 }
 
+// Channels-last: takes five arrays of u.padded() numbers from `memory`.
 template <class T>
-static void statistics_last(const Unit<T>& u, Scratch scratch) {
+void statistics_last(const Unit<T>& u, double* memory) {
   using Wide = typename Lanes<T>::Wide;
   const int64_t padded = u.padded(), pixels = u.a.pixels;
-  auto *mean = scratch.take<double>(padded), *m2 = scratch.take<double>(padded);
-  auto *pivot = scratch.take<Wide>(padded), *sum = scratch.take<Wide>(padded),
-       *squares = scratch.take<Wide>(padded);
+  double *mean = memory, *m2 = mean + padded;
+  auto *pivot = reinterpret_cast<Wide*>(m2 + padded), *sum = pivot + padded,
+       *squares = sum + padded;
   const T* x = u.at(u.a.x);
   for (int64_t i = 0; i < padded; ++i) pivot[i] = 0, sum[i] = 0, mean[i] = 0, m2[i] = 0;
-  const int64_t few = pixels < kPivot ? pixels : kPivot;
+  const int64_t few = std::min(pixels, kPivot);
   sum_rows(x, few, u.stride, u.width, pivot, sum, squares);
   for (int64_t i = 0; i < u.width; ++i) pivot[i] = sum[i] / few;
-  for (int64_t p = 0; p < pixels; p += kBlockRows) {
-    const int64_t rows = pixels - p < kBlockRows ? pixels - p : kBlockRows;
+  for (int64_t p = 0; p < pixels; p += kSummedRows) {
+    const int64_t rows = std::min(pixels - p, kSummedRows);
     sum_rows(x + p * u.stride, rows, u.stride, u.width, pivot, sum, squares);
-    const double inverse = 1.0 / rows, share = double(rows) / (p + rows), weight = p * share;
-    for (int64_t i = 0; i < u.width; ++i) {  // Moments::merge_sums, for all columns
-      const double s = sum[i], rest = squares[i] - s * s * inverse;
-      const double delta = pivot[i] + s * inverse - mean[i];
-      mean[i] += delta * share;
-      m2[i] += (rest > 0 ? rest : 0) + delta * delta * weight;
+    const JoinChannels moments(p, rows);
+    for (int64_t i = 0; i < u.width; ++i) {
+      moments.join_sums(mean[i], m2[i], pivot[i], sum[i], squares[i]);
       pivot[i] = mean[i];
     }
   }
@@ -178,48 +161,48 @@ static void statistics_last(const Unit<T>& u, Scratch scratch) {
   for (int64_t g = 0; g < u.groups; ++g) {
     Moments m;
     for (int64_t c = g * u.per_group; c < (g + 1) * u.per_group; ++c)
-      m.merge(pixels, mean[c] + u.of_image(u.a.add, c, 0), m2[c]);
+      m.join(pixels, mean[c] + u.of_image(u.a.add, c, 0), m2[c]);
     group_mean[g] = m.mean;
-    rstd[g] = m.rstd(u.a.eps);
+    rstd[g] = rstd_of(m, u.a.eps);
   }
 }
 
+template <class T>
+struct Coefficients {
+  Values<T> center, gain, offset;
+};
+
 // With SiLU gain and offset carry the factor -log2 e, so that t = -u log2 e comes out, and
 // silu(u) = u / (1 + e^-u) = t / (-log2 e 2^t - log2 e).
-template <class T, bool kSilu, class V>
-FASTDIFF_INLINE V activate(const V& x, const V& center, const V& gain, const V& offset) {
-  const V t = at::vec::fmadd(x - center, gain, offset);
-  if constexpr (!kSilu) return t;
-  const V factor(-kLog2e);
-  return quotient<T>(t, at::vec::fmadd(exp2_of<Lanes<T>::digits>(t), factor, factor));
+template <class T, bool kSilu>
+FASTDIFF_INLINE Values<T> activate(const Values<T>& x, const Coefficients<T>& c,
+                                   const Values<T>* residual) {
+  const Values<T> t = fmadd(x - c.center, c.gain, c.offset);
+  if constexpr (!kSilu) return residual ? t + *residual : t;
+  const Values<T> factor(static_cast<typename Lanes<T>::Wide>(-kLog2e));
+  const Values<T> denominator = fmadd(exp2_values(t), factor, factor);
+  return residual ? quotient_plus(t, denominator, *residual) : quotient(t, denominator);
 }
 
-// `length` elements, coefficient(block index) giving a channel's for each.
-template <class T, bool kSilu, bool kResidual, class Coefficient>
+// A run of `length` elements, of which coefficients(i) are those from element i on.
+template <class T, bool kSilu, bool kResidual, class OfElement>
 FASTDIFF_INLINE void apply_run(const T* x, const T* residual, T* out, int64_t length,
-                               Coefficient&& coefficient) {
-  using B = Block<T>;
-  for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
-    B v = B::load(x + i, count);
-    B add;
-    if constexpr (kResidual) add = B::load(residual + i, count);
-    for (int r = 0; r < Lanes<T>::parts; ++r) {
-      const auto [center, gain, offset] = coefficient(i, r);
-      v.part[r] = activate<T, kSilu>(v.part[r], center, gain, offset);
-      if constexpr (kResidual) v.part[r] = v.part[r] + add.part[r];
+                               OfElement&& coefficients) {
+  using X = Values<T>;
+  for_values<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+    const X value = X::load(x + i, count);
+    if constexpr (kResidual) {
+      const X add = X::load(residual + i, count);
+      activate<T, kSilu>(value, coefficients(i), &add).store(out + i, count);
+    } else {
+      activate<T, kSilu>(value, coefficients(i), nullptr).store(out + i, count);
     }
-    v.store(out + i, count);
   });
 }
 
-template <class V>
-struct Coefficients {
-  V center, gain, offset;
-};
-
 template <class T, bool kSilu, bool kResidual>
-static void apply(const Unit<T>& u, const Affine<T>& f) {
-  using V = typename Lanes<T>::V;
+void apply(const Unit<T>& u, const Affine<T>& f) {
+  using X = Values<T>;
   const T* x = u.at(u.a.x);
   const T* residual = kResidual ? u.at(u.a.residual) : nullptr;
   T* out = u.at(u.a.out);
@@ -228,31 +211,30 @@ static void apply(const Unit<T>& u, const Affine<T>& f) {
     const int64_t o = run * u.stride;
     const T* res = kResidual ? residual + o : nullptr;
     if (u.a.channels_last) {
-      apply_run<T, kSilu, kResidual>(
-          x + o, res, out + o, u.width, [&](int64_t i, int r) FASTDIFF_HOT {
-            const int64_t c = i + r * V::size();
-            return Coefficients<V>{V::loadu(f.center + c), V::loadu(f.gain + c),
-                                   V::loadu(f.offset + c)};
-          });
+      apply_run<T, kSilu, kResidual>(x + o, res, out + o, u.width, [&](int64_t c) FASTDIFF_HOT {
+        return Coefficients<T>{X::load_wide(f.center + c), X::load_wide(f.gain + c),
+                               X::load_wide(f.offset + c)};
+      });
     } else {
-      const Coefficients<V> c{V(f.center[run]), V(f.gain[run]), V(f.offset[run])};
+      const Coefficients<T> c{X(f.center[run]), X(f.gain[run]), X(f.offset[run])};
       apply_run<T, kSilu, kResidual>(x + o, res, out + o, u.a.pixels,
-                                     [&](int64_t, int) FASTDIFF_HOT { return c; });
+                                     [&](int64_t) FASTDIFF_HOT { return c; });
     }
   }
 }
 
 template <class T>
-static void run(const GroupNormSilu& a, int64_t begin, int64_t end, void* memory) {
+void units(const GroupNormSilu& a, int64_t begin, int64_t end) {
+  static thread_local Scratch scratch;
   for (int64_t index = begin; index < end; ++index) {
-    Scratch scratch{static_cast<char*>(memory)};
     const Unit<T> u(a, index);
+    double* memory = scratch.at_least<double>(5 * u.padded());
     if (a.channels_last) {
-      statistics_last(u, scratch);
+      statistics_last(u, memory);
     } else {
       statistics_first(u);
     }
-    const Affine<T> f(u, a.silu ? -kLog2e : 1, scratch);
+    const Affine<T> f(u, a.silu ? -kLog2e : 1, memory);
     if (a.silu) {
       a.residual ? apply<T, true, true>(u, f) : apply<T, true, false>(u, f);
     } else {
@@ -261,9 +243,10 @@ static void run(const GroupNormSilu& a, int64_t begin, int64_t end, void* memory
   }
 }
 
-void group_norm_silu(const GroupNormSilu& a, int64_t begin, int64_t end, void* scratch) {
-  for_dtype(a.dtype,
-            [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(a, begin, end, scratch); });
+}  // namespace
+
+void group_norm_silu(const GroupNormSilu& a, int64_t begin, int64_t end) {
+  for_floating(a.dtype, [&]<class T>() { units<T>(a, begin, end); });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

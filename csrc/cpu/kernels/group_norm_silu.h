@@ -8,13 +8,14 @@
 
 namespace fastdiff {
 
-// Pointers to dense tensors of one layout. A unit of work is `slice` neighbouring groups of one
-// image. "Wide" is float, or double for double activations; statistics are double throughout, since
-// a mean rounded to float costs accuracy where it is large beside the deviation.
+// Pointers to dense tensors of one layout. A unit of work is `unit_groups` neighbouring groups
+// of one image, or those that are left. "Wide" is float, or double for double activations;
+// statistics are double throughout, since a mean rounded to float costs accuracy where it is large
+// beside the deviation.
 struct GroupNormSilu {
   c10::ScalarType dtype;
   bool channels_last, silu;
-  int64_t channels, pixels, groups, slice;
+  int64_t channels, pixels, groups, unit_groups;
   double eps;
   const void* x;                   // [N, C, P], or [N, P, C] channels-last
   const void* weight;              // [C] or null
@@ -37,12 +38,8 @@ struct GroupNormSiluBackward {
   void* sum_dx;           // [N, C], wide: dx summed over the pixels
 };
 
-// Bytes of scratch that one thread needs for `width` channels in a unit: nine arrays.
-inline int64_t group_norm_silu_scratch(int64_t width) { return 9 * 8 * ((width + 63) / 64 * 64); }
-
-// Units begin..end-1 of N * ceil(groups / slice).
-FASTDIFF_DECLARE(group_norm_silu, const GroupNormSilu&, int64_t begin, int64_t end, void* scratch)
-FASTDIFF_DECLARE(group_norm_silu_backward, const GroupNormSiluBackward&, int64_t begin, int64_t end,
-                 void* scratch)
+// Units begin..end-1 of N * ceil(groups / unit_groups).
+FASTDIFF_DECLARE(group_norm_silu, const GroupNormSilu&, int64_t begin, int64_t end)
+FASTDIFF_DECLARE(group_norm_silu_backward, const GroupNormSiluBackward&, int64_t begin, int64_t end)
 
 }  // namespace fastdiff

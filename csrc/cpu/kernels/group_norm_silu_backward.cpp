@@ -9,110 +9,98 @@
 // per channel follows (the weights' gradients as well), and leaves du where dx will be; the second
 // turns it into dx. Reads grad and x once from memory and writes dx: 3 S where a unit fits the
 // second-level cache, and its exponentials are taken once. PyTorch's two functions move 7 S.
+#include "cpu/kernels/activations.h"
+#include "cpu/kernels/dtypes.h"
 #include "cpu/kernels/group_norm_unit.h"
 
 namespace fastdiff::CPU_CAPABILITY {
+namespace {
 
 // silu'(u) = s + u s (1 - s) with s = 1 / (1 + e^-u).
-template <class T, bool kSilu, class V>
-FASTDIFF_INLINE V before_silu(const V& grad, const V& centered, const V& gain, const V& offset) {
+template <class T, bool kSilu>
+FASTDIFF_INLINE Values<T> before_silu(const Values<T>& grad, const Values<T>& centered,
+                                      const Values<T>& gain, const Values<T>& offset) {
   if constexpr (!kSilu) return grad;
-  const V u = at::vec::fmadd(centered, gain, offset);
-  const V s = quotient<T>(V(1), V(1) + exp2_of<Lanes<T>::digits>(u * V(-kLog2e)));
-  return grad * at::vec::fmadd(u * s, V(1) - s, s);
+  using X = Values<T>;
+  const X one(1), u = fmadd(centered, gain, offset);
+  const X log2e(static_cast<typename Lanes<T>::Wide>(-kLog2e));
+  const X s = quotient(one, one + exp2_values(u * log2e));
+  return grad * fmadd(u * s, one - s, s);
 }
 
-// What the first pass adds up for a vector of elements.
-template <class V>
-struct Sums {
-  V du = V(0), du_x = V(0), x = V(0);
-};
-
 // Per-channel sums of the first pass over the pixels, and the coefficients of the second:
-// dx = du slope + (x - center) curve + base.
+// dx = du slope + (x - center) curve + base. Takes six arrays of u.padded() numbers from `memory`.
 template <class T>
 struct Plan {
   using Wide = typename Lanes<T>::Wide;
   double *du, *du_x, *x;
   Wide *slope, *curve, *base;
 
-  Plan(const Unit<T>& u, Scratch& scratch)
-      : du(scratch.take<double>(u.padded())),
-        du_x(scratch.take<double>(u.padded())),
-        x(scratch.take<double>(u.padded())),
-        slope(scratch.take<Wide>(u.padded())),
-        curve(scratch.take<Wide>(u.padded())),
-        base(scratch.take<Wide>(u.padded())) {
+  Plan(const Unit<T>& u, double* memory)
+      : du(memory),
+        du_x(du + u.padded()),
+        x(du_x + u.padded()),
+        slope(reinterpret_cast<Wide*>(x + u.padded())),
+        curve(slope + u.padded()),
+        base(curve + u.padded()) {
     for (int64_t i = 0; i < u.width; ++i) du[i] = 0, du_x[i] = 0, x[i] = 0;
   }
 };
 
 template <class T, bool kSilu>
-static void sum_first(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T>& plan) {
-  using B = Block<T>;
-  using V = typename Lanes<T>::V;
-  constexpr int parts = Lanes<T>::parts;
+void sum_first(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T>& plan) {
+  using X = Values<T>;
   const T* x = u.at(u.a.x);
   const int64_t pixels = u.a.pixels;
   for (int64_t c = 0; c < u.width; ++c) {
-    const V center(f.center[c]), gain(f.gain[c]), offset(f.offset[c]);
-    for (int64_t p = 0; p < pixels; p += kBlockRun) {
-      const int64_t n = pixels - p < kBlockRun ? pixels - p : kBlockRun, o = c * u.stride + p;
-      Sums<V> sums[parts];
-      for_blocks<T>(n, [&](int64_t i, int64_t count) FASTDIFF_HOT {
-        B a = B::load(x + o + i, count);
-        const B g = B::load(grad + o + i, count);
-        for (int r = 0; r < parts; ++r) a.part[r] = a.part[r] - center;
-        a.keep(count);  // past the end grad is zero and so is du, but x - center is not
-        B v;
-        for (int r = 0; r < parts; ++r) {
-          const V d = a.part[r];
-          v.part[r] = before_silu<T, kSilu>(g.part[r], d, gain, offset);
-          sums[r].du = sums[r].du + v.part[r];
-          sums[r].du_x = at::vec::fmadd(v.part[r], d, sums[r].du_x);
-          sums[r].x = sums[r].x + d;
-        }
-        if constexpr (kSilu) v.store(dx + o + i, count);
+    const X center(f.center[c]), gain(f.gain[c]), offset(f.offset[c]);
+    for (int64_t p = 0; p < pixels; p += kSummedElements) {
+      const int64_t n = std::min(pixels - p, kSummedElements), o = c * u.stride + p;
+      X sum_du(0), sum_du_x(0), sum_x(0);
+      for_values<T>(n, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+        const X g = X::load(grad + o + i, count);
+        X d = X::load(x + o + i, count) - center;
+        d.keep(count);  // past the end grad is zero and so is du, but x - center is not
+        const X du = before_silu<T, kSilu>(g, d, gain, offset);
+        sum_du = sum_du + du;
+        sum_du_x = fmadd(du, d, sum_du_x);
+        sum_x = sum_x + d;
+        if constexpr (kSilu) du.store(dx + o + i, count);
       });
-      for (int r = 0; r < parts; ++r) {
-        plan.du[c] += sum_lanes(sums[r].du);
-        plan.du_x[c] += sum_lanes(sums[r].du_x);
-        plan.x[c] += sum_lanes(sums[r].x);
+      for (int r = 0; r < X::vectors; ++r) {
+        plan.du[c] += sum_lanes(sum_du.vector[r]);
+        plan.du_x[c] += sum_lanes(sum_du_x.vector[r]);
+        plan.x[c] += sum_lanes(sum_x.vector[r]);
       }
     }
   }
 }
 
-// A block of rows is summed in the wide type, two rows at a time to halve the traffic of the sums
-// with the first-level cache. The second pass's coefficients lend their place to these sums.
+// A few rows are summed in the wide type, two rows at a time to halve the traffic of the sums with
+// the first-level cache. The second pass's coefficients lend their place to these sums.
 template <class T, bool kSilu>
-static void sum_last(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T>& plan) {
-  using B = Block<T>;
-  using V = typename Lanes<T>::V;
+void sum_last(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T>& plan) {
+  using X = Values<T>;
   using Wide = typename Lanes<T>::Wide;
   const T* x = u.at(u.a.x);
   Wide *sum_du = plan.slope, *sum_du_x = plan.curve, *sum_x = plan.base;
-  for (int64_t begin = 0; begin < u.a.pixels; begin += kBlockRows) {
-    const int64_t end = u.a.pixels - begin < kBlockRows ? u.a.pixels : begin + kBlockRows;
+  for (int64_t begin = 0; begin < u.a.pixels; begin += kSummedRows) {
+    const int64_t end = std::min(u.a.pixels, begin + kSummedRows);
     for (int64_t i = 0; i < u.padded(); ++i) sum_du[i] = 0, sum_du_x[i] = 0, sum_x[i] = 0;
     for (int64_t p = begin; p < end; p += 2) {
       const int64_t o = p * u.stride, rows = end - p < 2 ? 1 : 2;
-      for_blocks<T>(u.width, [&](int64_t i, int64_t count) FASTDIFF_HOT {
-        B du = B::load_wide(sum_du + i), du_x = B::load_wide(sum_du_x + i),
-          all = B::load_wide(sum_x + i);
+      for_values<T>(u.width, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+        X du = X::load_wide(sum_du + i), du_x = X::load_wide(sum_du_x + i),
+          all = X::load_wide(sum_x + i);
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t at = o + row * u.stride + i;
-          const B a = B::load(x + at, count), g = B::load(grad + at, count);
-          B v;
-          for (int r = 0; r < Lanes<T>::parts; ++r) {
-            const int64_t c = i + r * V::size();
-            const V d = a.part[r] - V::loadu(f.center + c);
-            v.part[r] =
-                before_silu<T, kSilu>(g.part[r], d, V::loadu(f.gain + c), V::loadu(f.offset + c));
-            du.part[r] = du.part[r] + v.part[r];
-            du_x.part[r] = at::vec::fmadd(v.part[r], d, du_x.part[r]);
-            all.part[r] = all.part[r] + d;
-          }
+          const X g = X::load(grad + at, count);
+          const X d = X::load(x + at, count) - X::load_wide(f.center + i);
+          const X v =
+              before_silu<T, kSilu>(g, d, X::load_wide(f.gain + i), X::load_wide(f.offset + i));
+          du = du + v;
+          du_x = fmadd(v, d, du_x);
+          all = all + d;
           if constexpr (kSilu) v.store(dx + at, count);
         }
         du.store_wide(sum_du + i);
@@ -130,8 +118,7 @@ static void sum_last(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f,
 
 // From the sums to the per-channel gradients and the coefficients of the second pass.
 template <class T>
-static void solve(const Unit<T>& u, const GroupNormSiluBackward& b, const Affine<T>& f,
-                  Plan<T>& plan) {
+void solve(const Unit<T>& u, const GroupNormSiluBackward& b, const Affine<T>& f, Plan<T>& plan) {
   const double *mean = u.statistics(u.a.mean), *rstd = u.statistics(u.a.rstd);
   auto *sum_du = u.per_channel(b.sum_du), *sum_du_h = u.per_channel(b.sum_du_h),
        *sum_dx = u.per_channel(b.sum_dx);
@@ -167,41 +154,36 @@ static void solve(const Unit<T>& u, const GroupNormSiluBackward& b, const Affine
 
 // dx from du, which may lie where dx will.
 template <class T>
-static void write(const Unit<T>& u, const T* du, T* dx, const Affine<T>& f, const Plan<T>& plan) {
-  using B = Block<T>;
-  using V = typename Lanes<T>::V;
+void write(const Unit<T>& u, const T* du, T* dx, const Affine<T>& f, const Plan<T>& plan) {
+  using X = Values<T>;
   const T* x = u.at(u.a.x);
   const auto apply = [&](int64_t o, int64_t length, auto&& coefficient) FASTDIFF_HOT {
-    for_blocks<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
-      B a = B::load(x + o + i, count);
-      const B v = B::load(du + o + i, count);
-      for (int r = 0; r < Lanes<T>::parts; ++r) {
-        const int64_t c = i + r * V::size();
-        const V curved = at::vec::fmadd(a.part[r] - coefficient(f.center, c),
-                                        coefficient(plan.curve, c), coefficient(plan.base, c));
-        a.part[r] = at::vec::fmadd(v.part[r], coefficient(plan.slope, c), curved);
-      }
-      a.store(dx + o + i, count);
+    for_values<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+      const X centered = X::load(x + o + i, count) - coefficient(f.center, i);
+      const X curved = fmadd(centered, coefficient(plan.curve, i), coefficient(plan.base, i));
+      fmadd(X::load(du + o + i, count), coefficient(plan.slope, i), curved)
+          .store(dx + o + i, count);
     });
   };
   if (u.a.channels_last) {
     for (int64_t p = 0; p < u.a.pixels; ++p)
       apply(p * u.stride, u.width,
-            [](const auto* array, int64_t c) FASTDIFF_HOT { return V::loadu(array + c); });
+            [](const auto* array, int64_t c) FASTDIFF_HOT { return X::load_wide(array + c); });
   } else {
     for (int64_t c = 0; c < u.width; ++c)
       apply(c * u.stride, u.a.pixels,
-            [c](const auto* array, int64_t) FASTDIFF_HOT { return V(array[c]); });
+            [c](const auto* array, int64_t) FASTDIFF_HOT { return X(array[c]); });
   }
 }
 
 template <class T, bool kSilu>
-static void run(const GroupNormSiluBackward& b, int64_t begin, int64_t end, void* memory) {
+void units(const GroupNormSiluBackward& b, int64_t begin, int64_t end) {
+  static thread_local Scratch scratch;
   for (int64_t index = begin; index < end; ++index) {
-    Scratch scratch{static_cast<char*>(memory)};
     const Unit<T> u(b.forward, index);
-    const Affine<T> f(u, 1, scratch);
-    Plan<T> plan(u, scratch);
+    double* memory = scratch.at_least<double>(9 * u.padded());
+    const Affine<T> f(u, 1, memory);
+    Plan<T> plan(u, memory + 3 * u.padded());
     const T* grad = u.at(b.grad);
     T* dx = u.at(b.dx);
     if (u.a.channels_last) {
@@ -214,11 +196,11 @@ static void run(const GroupNormSiluBackward& b, int64_t begin, int64_t end, void
   }
 }
 
-void group_norm_silu_backward(const GroupNormSiluBackward& b, int64_t begin, int64_t end,
-                              void* scratch) {
-  for_dtype(b.forward.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    b.forward.silu ? run<T, true>(b, begin, end, scratch) : run<T, false>(b, begin, end, scratch);
+}  // namespace
+
+void group_norm_silu_backward(const GroupNormSiluBackward& b, int64_t begin, int64_t end) {
+  for_floating(b.forward.dtype, [&]<class T>() {
+    b.forward.silu ? units<T, true>(b, begin, end) : units<T, false>(b, begin, end);
   });
 }
 

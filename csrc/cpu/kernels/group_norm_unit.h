@@ -1,38 +1,61 @@
-// What forward and backward of group_norm_silu share: the unit of work and a channel's affine form.
+// What the forward and the backward of group_norm_silu share: the unit of work, and the affine form
+// of a channel.
 //
 // With m and r a group's mean and 1 / deviation, the value that SiLU is applied to is
 //
 //   u = (x + add - m) r w (1 + scale) + b (1 + scale) + shift = (x - center) gain + offset
 //
-// where center is m - add rounded: subtracting it first is exact where x is near the mean, so that
-// a large mean costs no accuracy. What the rounding left out goes into offset.
+// where center is m - add rounded. Subtracting center first is exact where x is near the mean, so
+// that a large mean costs no accuracy. The rounding error of center goes into offset.
 #pragma once
 
 #include <cmath>
 
 #include "cpu/kernels/group_norm_silu.h"
-#include "cpu/kernels/lanes.h"
+#include "cpu/kernels/memory.h"
+#include "cpu/kernels/vectors.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 
 constexpr int64_t kPad = 64;  // arrays of coefficients are padded to this many elements
 
-// What is summed in the wide type before it is added up in double: pixels that lie together, or
-// channels-last rows of pixels.
-constexpr int64_t kBlockRun = 4096;
-constexpr int64_t kBlockRows = 128;
+// How much is summed in the wide type before it is added up in float64: elements of a run, or rows
+// of pixels channels-last.
+constexpr int64_t kSummedElements = 4096;
+constexpr int64_t kSummedRows = 128;
 
-// Hands out the arrays of one unit.
-struct Scratch {
-  char* free;
+#ifdef CPU_CAPABILITY_AVX512
+// 1 / x with a relative error of 6e-5, for types of 16 bits.
+template <class T>
+FASTDIFF_INLINE Values<T> reciprocal(const Values<T>& x) {
+  using V = typename Lanes<T>::V;
+  return Values<T>::each(
+      [](const V& v) FASTDIFF_HOT {
+        return reinterpret_cast<V>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));
+      },
+      x);
+}
+#endif
 
-  template <class U>
-  U* take(int64_t count) {
-    U* out = reinterpret_cast<U*>(free);
-    free += count * sizeof(U);
-    return out;
-  }
-};
+// a / b to about the precision of T.
+template <class T>
+FASTDIFF_INLINE Values<T> quotient(const Values<T>& a, const Values<T>& b) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (sizeof(T) == 2) return a * reciprocal(b);
+#endif
+  return a / b;
+}
+
+// a / b + c. It says itself where the product and the sum are one instruction, which a compiler
+// would else decide anew for each loop, with results that differ in the last bit.
+template <class T>
+FASTDIFF_INLINE Values<T> quotient_plus(const Values<T>& a, const Values<T>& b,
+                                        const Values<T>& c) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (sizeof(T) == 2) return fmadd(a, reciprocal(b), c);
+#endif
+  return a / b + c;
+}
 
 template <class T>
 struct Unit {
@@ -44,10 +67,10 @@ struct Unit {
   int64_t origin, stride;    // first element; from one pixel (or channel) to the next
 
   Unit(const GroupNormSilu& args, int64_t index) : a(args) {
-    const int64_t slices = (a.groups + a.slice - 1) / a.slice;
-    n = index / slices;
-    group = index % slices * a.slice;
-    groups = a.groups - group < a.slice ? a.groups - group : a.slice;
+    const int64_t units = (a.groups + a.unit_groups - 1) / a.unit_groups;
+    n = index / units;
+    group = index % units * a.unit_groups;
+    groups = std::min(a.groups - group, a.unit_groups);
     per_group = a.channels / a.groups;
     channel = group * per_group;
     width = groups * per_group;
@@ -71,16 +94,17 @@ struct Unit {
   }
 };
 
-// The affine form of every channel of a unit, as three arrays; gain and offset times `factor`.
+// The affine form of every channel of a unit, as three arrays in `memory`, of u.padded() numbers
+// each; gain and offset are multiplied by `factor`.
 template <class T>
 struct Affine {
   using Wide = typename Lanes<T>::Wide;
   Wide *center, *gain, *offset;
 
-  Affine(const Unit<T>& u, double factor, Scratch& scratch)
-      : center(scratch.take<Wide>(u.padded())),
-        gain(scratch.take<Wide>(u.padded())),
-        offset(scratch.take<Wide>(u.padded())) {
+  Affine(const Unit<T>& u, double factor, double* memory)
+      : center(reinterpret_cast<Wide*>(memory)),
+        gain(center + u.padded()),
+        offset(gain + u.padded()) {
     const double *mean = u.statistics(u.a.mean), *rstd = u.statistics(u.a.rstd);
     for (int64_t c = 0; c < u.width; ++c) {
       const double m = mean[c / u.per_group] - u.of_image(u.a.add, c, 0);

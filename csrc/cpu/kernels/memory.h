@@ -48,28 +48,33 @@ class Array {
   int64_t size_ = 0, capacity_ = 0;
 };
 
-// Floats that stay a thread's own from call to call, so that no call faults pages in; they begin at
-// a cache line.
+// Memory that a thread keeps from call to call, so that no call faults pages in. Each use of it is
+// its own `static thread_local Scratch`. It begins at a cache line.
 class Scratch {
  public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(data_); }
 
-  float* at_least(int64_t floats) {
+  // Room for that many values; what was in it before is lost.
+  template <class T = float>
+  T* at_least(int64_t count) {
     constexpr int64_t kLineBytes = 64;
-    if (floats > size_) {
+    const int64_t bytes = (count * int64_t{sizeof(T)} + kLineBytes - 1) / kLineBytes * kLineBytes;
+    if (bytes > bytes_) {
       std::free(data_);
-      size_ = 0;
-      const int64_t bytes = (floats * 4 + kLineBytes - 1) / kLineBytes * kLineBytes;
-      data_ = static_cast<float*>(std::aligned_alloc(kLineBytes, bytes));
+      bytes_ = 0;
+      data_ = std::aligned_alloc(kLineBytes, bytes);
       if (!data_) throw std::bad_alloc();
-      size_ = floats;
+      bytes_ = bytes;
     }
-    return data_;
+    return static_cast<T*>(data_);
   }
 
  private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 }  // namespace fastdiff::CPU_CAPABILITY

@@ -1,12 +1,12 @@
 // The noise of a piece of an image from a seed, in the order in which the piece lies in memory.
 #pragma once
 
+#include "cpu/kernels/image_pieces.h"
 #include "cpu/kernels/philox.h"
-#include "cpu/kernels/pieces.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 
-static_assert(kNoiseBlock % kPhiloxBlock == 0);
+static_assert(kNoisePixels % kPhiloxValues == 0);
 
 // Channels channel..channel+width-1 of pixels pixel..pixel+length-1 of image n.
 struct Piece {
@@ -20,8 +20,8 @@ struct Piece {
     length = p.pixels - pixel < p.length ? p.pixels - pixel : p.length;
   }
 
-  // Calls body(offset, count, i) for what lies together: elements from `offset` of the image on,
-  // which are those from i on of the piece.
+  // Calls body(offset, count, i) for each run: `count` elements of the image from element `offset`
+  // on, which are those of the piece from its element i on.
   template <class Body>
   FASTDIFF_INLINE void for_runs(const Pieces& p, Body&& body) const {
     if (width == p.channels) return body(pixel * p.channels, length * width, int64_t{0});
@@ -29,11 +29,11 @@ struct Piece {
   }
 };
 
-// Room for the noise of a piece, padded since blocks are written and read whole.
+// Room for the noise of a piece, padded since whole Values are written and read.
 template <class Wide>
 struct NoiseBuffer {
-  Wide line[kPiece + 2 * kPhiloxBlock];  // channel after channel, as the generator counts
-  Wide mixed[kPiece + kPhiloxBlock];     // pixel after pixel, where channels are interleaved
+  Wide line[kPiece + 2 * kPhiloxValues];  // channel after channel, as the generator counts
+  Wide mixed[kPiece + kPhiloxValues];     // pixel after pixel, where channels are interleaved
 };
 
 template <class Wide>
@@ -49,7 +49,7 @@ static __attribute__((noinline)) const Wide* noise_of(const Pieces& p, const Pie
                                                       NoiseBuffer<Wide>& to) {
   const int64_t first = at.channel * p.pixels + at.pixel;
   if (at.width == 1) return stream.fill(first, at.length, to.line);
-  const bool together = at.length == p.pixels;  // then the channels' stretches are one
+  const bool together = at.length == p.pixels;  // the piece's channels are then one run
   const Wide* line = together ? stream.fill(first, at.width * at.length, to.line) : nullptr;
   for (int64_t c = 0; c < at.width; ++c) {
     const Wide* z =

@@ -1,20 +1,21 @@
 // Philox4x32-10 (Salmon et al. 2011) and the normal values made of it (Box and Muller 1958).
 //
 // A counter (group, image, row) under a key of two words gives four words, so four normal values.
-// Sixteen counters are worked on side by side, one array a word: what follows the integers is then
-// the same operation on sixteen lanes, which the compiler makes vectors of in any instruction set.
+// Sixteen counters are computed side by side, in one array for each of the four words. Each step is
+// then the same operation on sixteen elements, which the compiler turns into vector instructions of
+// any instruction set.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/kernels/lanes.h"
+#include "cpu/kernels/vectors.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 
 constexpr int64_t kPhiloxLanes = 16;
-constexpr int64_t kPhiloxBlock = 4 * kPhiloxLanes;  // values at a time
+constexpr int64_t kPhiloxValues = 4 * kPhiloxLanes;  // made at a time
 
 // a = sqrt(-2 ln(1 - u)) cos(2 pi v) and b the sine likewise, of u and v in units of 2^-24.
 //
@@ -41,9 +42,9 @@ static FASTDIFF_INLINE void box_muller(const uint32_t (&u)[kPhiloxLanes],
     p = f * f * (f * p - 0.5f) + f;
     radius[i] = -2 * (static_cast<float>(exponent - 24) * 0.6931471805599453f + p);
   }
-  using V = Vectorized<float>;
-  for (int64_t i = 0; i < kPhiloxLanes; i += V::size())
-    V::loadu(radius + i).sqrt().store(radius + i);
+  using V = Lanes<float>::V;
+  for (int64_t i = 0; i < kPhiloxLanes; i += lanes_of<V>)
+    store_lanes(radius + i, from_torch<V>(to_torch(load_lanes<V>(radius + i)).sqrt()));
   for (int64_t i = 0; i < kPhiloxLanes; ++i) {
     const auto turn = static_cast<int32_t>(v[i]);
     const int32_t quarter = (turn + (1 << 21)) >> 22;
@@ -72,7 +73,7 @@ static FASTDIFF_INLINE void box_muller(const uint32_t (&u)[kPhiloxLanes],
 static FASTDIFF_INLINE void box_muller(const uint32_t (&u)[kPhiloxLanes],
                                        const uint32_t (&v)[kPhiloxLanes], double (&a)[kPhiloxLanes],
                                        double (&b)[kPhiloxLanes]) {
-  using V = Vectorized<double>;
+  using V = at::vec::Vectorized<double>;  // whose functions are all that is done here
   for (int64_t i = 0; i < kPhiloxLanes; ++i) {
     a[i] = 1 - static_cast<double>(static_cast<int32_t>(u[i])) * 0x1p-24;
     b[i] = static_cast<double>(static_cast<int32_t>(v[i])) * (0x1p-24 * 6.283185307179586);
@@ -84,8 +85,8 @@ static FASTDIFF_INLINE void box_muller(const uint32_t (&u)[kPhiloxLanes],
   }
 }
 
-// A word in each lane of 64 bits, which is where its products are. What stands above the word does
-// not matter and is not cleared.
+// Words of 32 bits, each in a lane of 64 bits since its products have 64. The upper half of a lane
+// is ignored, and need not be zero.
 #if defined(CPU_CAPABILITY_AVX512)
 typedef uint64_t Words __attribute__((vector_size(64)));
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -146,7 +147,7 @@ struct PhiloxStream {
     }
   }
 
-  // Values 4 group .. 4 group + kPhiloxBlock - 1 of the stream.
+  // Values 4 group .. 4 group + kPhiloxValues - 1 of the stream.
   template <class Wide>
   FASTDIFF_INLINE void normal(uint64_t group, Wide* out) const {
     uint32_t w[4][kPhiloxLanes];
@@ -161,12 +162,12 @@ struct PhiloxStream {
   }
 
   // Values begin..begin+count-1; returns where the first stands in `buffer`, which has room for
-  // count + 2 kPhiloxBlock values. Blocks begin at multiples of their size, so that a value does
-  // not depend on `begin`.
+  // count + 2 kPhiloxValues values. Every kPhiloxValues values are made together, so that
+  // none depends on `begin`.
   template <class Wide>
   FASTDIFF_INLINE Wide* fill(int64_t begin, int64_t count, Wide* buffer) const {
-    const int64_t skipped = begin % kPhiloxBlock;
-    for (int64_t i = 0; i < skipped + count; i += kPhiloxBlock)
+    const int64_t skipped = begin % kPhiloxValues;
+    for (int64_t i = 0; i < skipped + count; i += kPhiloxValues)
       normal(static_cast<uint64_t>(begin - skipped + i) / 4, buffer + i);
     return buffer + skipped;
   }

@@ -1,2 +1,2 @@
 // What every kernel includes, compiled once for each instruction set.
-#include "cpu/kernels/lanes.h"
+#include "cpu/kernels/vectors.h"

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
-#include "cpu/kernels/pieces.h"
+#include "cpu/kernels/image_pieces.h"
 
 namespace fastdiff {
 

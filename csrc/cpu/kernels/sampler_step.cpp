@@ -10,22 +10,26 @@
 // Noise from a seed is computed into a buffer on the stack, piece by piece, and never goes to
 // memory.
 //
-// Everything is walked flat, whatever the layout, except a model's output with variance channels.
-// There m and v of an image follow each other (channels-first), or of each pixel (channels-last):
-// of these a piece is copied apart first. What a row needs is asked once for four vectors, which
-// costs next to nothing beside a kernel for each of some hundred combinations.
+// Tensors are walked flat, whatever their layout, except a model's output with variance channels.
+// In it m and v follow each other, image by image (channels-first) or pixel by pixel
+// (channels-last). In the second case m and v of a piece are first copied into arrays of their own.
+// What a row needs is tested once for every four vectors, which takes no measurable time and saves
+// some hundred variants of the kernel.
 #include "cpu/kernels/sampler_step.h"
 
 #include <cmath>
 
-#include "cpu/kernels/lanes.h"
+#include "cpu/kernels/activations.h"
+#include "cpu/kernels/dtypes.h"
 #include "cpu/kernels/philox.h"
 
 namespace fastdiff::CPU_CAPABILITY {
+namespace {
 
 constexpr int64_t kPiece = 1024;
 
-// Elements begin..begin+count-1, all of one image where images differ.
+// Elements begin..begin+count-1 of x, with what the model gave for them. All are of one image, if
+// `length` is an image's.
 template <class T>
 struct Piece {
   int64_t begin, count, image;
@@ -34,16 +38,16 @@ struct Piece {
       : begin(begin), count(count), image(image), m(nullptr), conditional(nullptr), v(nullptr) {}
 };
 
-// Where the model's output is copied apart.
+// Room for a piece of m, of the conditional m and of v, where these are interleaved.
 template <class T>
 struct Apart {
   T m[kPiece], conditional[kPiece], v[kPiece];
 };
 
-// Copies count elements of channels 0..channels-1 of pixels that are 2 channels apart. kChannels is
-// their number where it is known, and the loop over them then unrolled, or 0.
+// Copies elements begin..begin+count-1 of the first half of the channels of all pixels, which have
+// 2 * channels each. kChannels is `channels` where the loop over them is to be unrolled, else 0.
 template <class T, int64_t kChannels>
-static void gather_pixels(const T* pixels, int64_t channels, int64_t begin, int64_t count, T* out) {
+void gather_pixels(const T* pixels, int64_t channels, int64_t begin, int64_t count, T* out) {
   if constexpr (kChannels > 0) channels = kChannels;
   const T* pixel = pixels + begin / channels * 2 * channels;
   const T* end = out + count;
@@ -55,7 +59,7 @@ static void gather_pixels(const T* pixels, int64_t channels, int64_t begin, int6
 }
 
 template <class T>
-static void gather(const T* pixels, int64_t channels, int64_t begin, int64_t count, T* out) {
+void gather(const T* pixels, int64_t channels, int64_t begin, int64_t count, T* out) {
   switch (channels) {
     case 1:
       return gather_pixels<T, 1>(pixels, channels, begin, count, out);
@@ -108,31 +112,8 @@ FASTDIFF_INLINE void for_pieces(const SamplerStepArgs& a, int64_t begin, int64_t
 }
 
 template <class T>
-FASTDIFF_INLINE Block<T> load_wide(const typename Lanes<T>::Wide* p, int64_t count) {
-  using V = typename Lanes<T>::V;
-  if (count == Lanes<T>::size) return Block<T>::load_wide(p);
-  Block<T> out;
-  for (int64_t r = 0; r < Lanes<T>::parts; ++r) {
-    const int64_t left = count - r * V::size();
-    out.part[r] =
-        left <= 0 ? V(0) : V::loadu(p + r * V::size(), left < V::size() ? left : V::size());
-  }
-  return out;
-}
-
-template <class T>
-FASTDIFF_INLINE void store_wide(const Block<T>& b, typename Lanes<T>::Wide* p, int64_t count) {
-  using V = typename Lanes<T>::V;
-  if (count == Lanes<T>::size) return b.store_wide(p);
-  for (int64_t r = 0; r < Lanes<T>::parts; ++r) {
-    const int64_t left = count - r * V::size();
-    if (left > 0) b.part[r].store(p + r * V::size(), left < V::size() ? left : V::size());
-  }
-}
-
-template <class T>
 struct Row {
-  using Wide = typename Lanes<T>::Wide;
+  using X = Values<T>;
   using V = typename Lanes<T>::V;
   V guidance, x0_x, x0_m, low, high, out_x, out_x0, out_m, noise;
   V logvar, logvar_v;  // halved, and as powers of 2
@@ -140,137 +121,124 @@ struct Row {
   V keep_x, keep_x0, keep_m, keep_noise;
   bool noisy, keep_noisy;
 
+  static V fill(double value) { return fill_lanes<V>(static_cast<typename Lanes<T>::Wide>(value)); }
+
   explicit Row(const double* c)
-      : guidance(c[kGuidance]),
-        x0_x(c[kX0X]),
-        x0_m(c[kX0M]),
-        low(c[kClipMin]),
-        high(c[kClipMax]),
-        out_x(c[kOutX]),
-        out_x0(c[kOutX0]),
-        out_m(c[kOutM]),
-        noise(c[kNoise]),
-        logvar(c[kLogvar] / 2 * kLog2e),
-        logvar_v(c[kLogvarV] / 2 * kLog2e),
-        amount(c[kNoise] * std::exp(c[kLogvar] / 2)),
-        keep_x(c[kKeepX]),
-        keep_x0(c[kKeepX0]),
-        keep_m(c[kKeepM]),
-        keep_noise(c[kKeepNoise]),
+      : guidance(fill(c[kGuidance])),
+        x0_x(fill(c[kX0X])),
+        x0_m(fill(c[kX0M])),
+        low(fill(c[kClipMin])),
+        high(fill(c[kClipMax])),
+        out_x(fill(c[kOutX])),
+        out_x0(fill(c[kOutX0])),
+        out_m(fill(c[kOutM])),
+        noise(fill(c[kNoise])),
+        logvar(fill(c[kLogvar] / 2 * kLog2e)),
+        logvar_v(fill(c[kLogvarV] / 2 * kLog2e)),
+        amount(fill(c[kNoise] * std::exp(c[kLogvar] / 2))),
+        keep_x(fill(c[kKeepX])),
+        keep_x0(fill(c[kKeepX0])),
+        keep_m(fill(c[kKeepM])),
+        keep_noise(fill(c[kKeepNoise])),
         noisy(c[kNoise] != 0),
         keep_noisy(c[kKeepNoise] != 0) {}
 
-  FASTDIFF_INLINE V guided(const V& m, const V& conditional) const {
-    return at::vec::fmadd(guidance, conditional - m, m);
+  FASTDIFF_INLINE X guided(const X& m, const X& conditional) const {
+    return fmadd(guidance, conditional - m, m);
   }
 
-  FASTDIFF_INLINE V free_x0(const V& x, const V& m) const {
-    return at::vec::fmadd(x0_x, x, x0_m * m);
-  }
+  FASTDIFF_INLINE X free_x0(const X& x, const X& m) const { return fmadd(x0_x, x, x0_m * m); }
 };
 
-// m of a block, guided and rescaled.
+// m of some elements of a piece, guided and rescaled.
 template <class T>
-FASTDIFF_INLINE Block<T> model(const Row<T>& row, const Piece<T>& p, const double* rescale,
-                               int64_t i, int64_t count) {
-  using V = typename Lanes<T>::V;
-  auto m = Block<T>::load(p.m + i, count);
+FASTDIFF_INLINE Values<T> model(const Row<T>& row, const Piece<T>& p, const double* rescale,
+                                int64_t i, int64_t count) {
+  using X = Values<T>;
+  X m = X::load(p.m + i, count);
   if (p.conditional) {
-    const auto c = Block<T>::load(p.conditional + i, count);
-    for (int r = 0; r < Lanes<T>::parts; ++r) m.part[r] = row.guided(m.part[r], c.part[r]);
-    if (rescale)
-      for (int r = 0; r < Lanes<T>::parts; ++r) m.part[r] = m.part[r] * V(rescale[p.image]);
+    m = row.guided(m, X::load(p.conditional + i, count));
+    if (rescale) m = m * Row<T>::fill(rescale[p.image]);
   }
   return m;
 }
 
-// Blocks i..i+kBlocks-1 of a piece, the last of `count` elements.
-template <class T, int kBlocks>
+// kTogether Values of a piece from element i on, the last with `count` elements.
+template <class T, int kTogether>
 FASTDIFF_INLINE void step(const SamplerStepArgs& a, const Row<T>& row, const Piece<T>& p,
                           const typename Lanes<T>::Wide* z_wide, int64_t i, int64_t count) {
-  using B = Block<T>;
+  using X = Values<T>;
   using V = typename Lanes<T>::V;
   using Wide = typename Lanes<T>::Wide;
-  using at::vec::fmadd;
-  constexpr int parts = Lanes<T>::parts;
   constexpr int64_t size = Lanes<T>::size;
   const T* px = static_cast<const T*>(a.x) + p.begin + i;
   const T* pz = static_cast<const T*>(a.noise);
   T* out = static_cast<T*>(a.out) + p.begin + i;
 
-  B x[kBlocks], m[kBlocks], x0[kBlocks], y[kBlocks], z[kBlocks];
-  for (int b = 0; b < kBlocks; ++b) {
-    x[b] = B::load(px + b * size, count);
+  X x[kTogether], m[kTogether], x0[kTogether], y[kTogether], z[kTogether];
+  for (int b = 0; b < kTogether; ++b) {
+    x[b] = X::load(px + b * size, count);
     m[b] = model(row, p, a.rescale, i + b * size, count);
   }
-  for (int b = 0; b < kBlocks; ++b)
-    for (int r = 0; r < parts; ++r) x0[b].part[r] = row.free_x0(x[b].part[r], m[b].part[r]);
+  for (int b = 0; b < kTogether; ++b) x0[b] = row.free_x0(x[b], m[b]);
   if (a.limit) {
-    const V high(a.limit[p.image]), low(-a.limit[p.image]);
-    for (int b = 0; b < kBlocks; ++b)
-      for (int r = 0; r < parts; ++r) {
-        const V bounded = at::vec::minimum(at::vec::maximum(x0[b].part[r], low), high);
-        x0[b].part[r] = bounded / high;
-      }
+    const V high = Row<T>::fill(a.limit[p.image]), low = -high;
+    for (int b = 0; b < kTogether; ++b) {
+      const X bounded = X::each(
+          [&](const V& value) FASTDIFF_HOT {  // NaN where value, low or high is NaN
+            return from_torch<V>(
+                at::vec::minimum(at::vec::maximum(to_torch(value), to_torch(low)), to_torch(high)));
+          },
+          x0[b]);
+      x0[b] = bounded / high;
+    }
   } else {
-    for (int b = 0; b < kBlocks; ++b)
-      for (int r = 0; r < parts; ++r)  // keeps NaN, in half the instructions of minimum and maximum
-        x0[b].part[r] = at::vec::clamp(x0[b].part[r], row.low, row.high);
+    for (int b = 0; b < kTogether; ++b)
+      x0[b] = X::each([&](const V& value)
+                          FASTDIFF_HOT { return at_most(at_least(value, row.low), row.high); },
+                      x0[b]);
   }
-  for (int b = 0; b < kBlocks; ++b)
-    for (int r = 0; r < parts; ++r)
-      y[b].part[r] = fmadd(row.out_x, x[b].part[r],
-                           fmadd(row.out_x0, x0[b].part[r], row.out_m * m[b].part[r]));
+  for (int b = 0; b < kTogether; ++b)
+    y[b] = fmadd(row.out_x, x[b], fmadd(row.out_x0, x0[b], row.out_m * m[b]));
   for (int j = 0; j < a.reads; ++j) {
     const Wide* slot = static_cast<const Wide*>(a.read[j]) + p.begin + i;
-    const V factor(a.factor[j]);
-    for (int b = 0; b < kBlocks; ++b) {
-      const B h = load_wide<T>(slot + b * size, count);
-      for (int r = 0; r < parts; ++r) y[b].part[r] = fmadd(factor, h.part[r], y[b].part[r]);
-    }
+    const V factor = Row<T>::fill(a.factor[j]);
+    for (int b = 0; b < kTogether; ++b)
+      y[b] = fmadd(factor, X::load_wide(slot + b * size, count), y[b]);
   }
   const bool noise = pz || z_wide;
   if (noise) {
-    for (int b = 0; b < kBlocks; ++b)
-      z[b] = pz ? B::load(pz + p.begin + i + b * size, count)
-                : load_wide<T>(z_wide + i + b * size, count);
+    for (int b = 0; b < kTogether; ++b)
+      z[b] = pz ? X::load(pz + p.begin + i + b * size, count)
+                : X::load_wide(z_wide + i + b * size, count);
     if (p.v) {
-      for (int b = 0; b < kBlocks; ++b) {
-        const B v = B::load(p.v + i + b * size, count);
-        for (int r = 0; r < parts; ++r) {
-          const V deviation = exp2_of<Lanes<T>::digits>(fmadd(row.logvar_v, v.part[r], row.logvar));
-          y[b].part[r] = fmadd(row.noise * deviation, z[b].part[r], y[b].part[r]);
-        }
+      for (int b = 0; b < kTogether; ++b) {
+        const X v = X::load(p.v + i + b * size, count);
+        const X deviation = exp2_values<T>(fmadd(row.logvar_v, v, row.logvar));
+        y[b] = fmadd(row.noise * deviation, z[b], y[b]);
       }
     } else if (row.noisy) {
-      for (int b = 0; b < kBlocks; ++b)
-        for (int r = 0; r < parts; ++r)
-          y[b].part[r] = fmadd(row.amount, z[b].part[r], y[b].part[r]);
+      for (int b = 0; b < kTogether; ++b) y[b] = fmadd(row.amount, z[b], y[b]);
     }
   }
   if (a.keep) {
     Wide* slot = static_cast<Wide*>(a.keep) + p.begin + i;
-    for (int b = 0; b < kBlocks; ++b) {
-      B kept;
-      for (int r = 0; r < parts; ++r) {
-        kept.part[r] = fmadd(row.keep_x, x[b].part[r],
-                             fmadd(row.keep_x0, x0[b].part[r], row.keep_m * m[b].part[r]));
-        if (noise && row.keep_noisy)
-          kept.part[r] = fmadd(row.keep_noise, z[b].part[r], kept.part[r]);
-      }
-      store_wide<T>(kept, slot + b * size, count);
+    for (int b = 0; b < kTogether; ++b) {
+      X kept = fmadd(row.keep_x, x[b], fmadd(row.keep_x0, x0[b], row.keep_m * m[b]));
+      if (noise && row.keep_noisy) kept = fmadd(row.keep_noise, z[b], kept);
+      kept.store_wide(slot + b * size, count);
     }
   }
-  for (int b = 0; b < kBlocks; ++b) y[b].store(out + b * size, count);
+  for (int b = 0; b < kTogether; ++b) y[b].store(out + b * size, count);
 }
 
 template <class T>
-static void run(const SamplerStepArgs& a, int64_t begin, int64_t end) {
+void elements(const SamplerStepArgs& a, int64_t begin, int64_t end) {
   using Wide = typename Lanes<T>::Wide;
   constexpr int64_t size = Lanes<T>::size;
-  constexpr int kBlocks = 4 / Lanes<T>::parts;
+  constexpr int kTogether = 4 / Lanes<T>::vectors;
   const Row<T> row(a.row);
-  Wide buffer[kPiece + 2 * kPhiloxBlock];
+  Wide buffer[kPiece + 2 * kPhiloxValues];
   Apart<T> apart;
   for_pieces<T>(a, begin, end, apart, [&](const Piece<T>& p) {
     const Wide* z = nullptr;
@@ -281,22 +249,19 @@ static void run(const SamplerStepArgs& a, int64_t begin, int64_t end) {
       z = static_cast<const Wide*>(a.wide_noise) + p.begin;
     }
     int64_t i = 0;
-    for (; i + kBlocks * size <= p.count; i += kBlocks * size)
-      step<T, kBlocks>(a, row, p, z, i, size);
+    for (; i + kTogether * size <= p.count; i += kTogether * size)
+      step<T, kTogether>(a, row, p, z, i, size);
     for (; i + size <= p.count; i += size) step<T, 1>(a, row, p, z, i, size);
     if (i < p.count) step<T, 1>(a, row, p, z, i, p.count - i);
   });
 }
 
-void sampler_step(const SamplerStepArgs& a, int64_t begin, int64_t end) {
-  for_dtype(a.dtype, [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(a, begin, end); });
-}
-
-// Two passes, and everything less the image's first value: a shift costs no digits then, and a
-// constant image has a deviation of exactly 0. A piece is summed in vectors, the pieces in double.
+// The factor by which an image's guided m is rescaled. Deviations are taken in two passes over m
+// less its first value: a large mean then costs no digits, and a constant image has a deviation of
+// exactly 0. A piece is summed in vectors, the sums of pieces in float64.
 template <class T>
-static double rescale_factor(const SamplerStepArgs& a, int64_t image) {
-  using B = Block<T>;
+double rescale_factor(const SamplerStepArgs& a, int64_t image) {
+  using X = Values<T>;
   using V = typename Lanes<T>::V;
   using Wide = typename Lanes<T>::Wide;
   const Row<T> row(a.row);
@@ -310,22 +275,20 @@ static double rescale_factor(const SamplerStepArgs& a, int64_t image) {
     for_pieces<T>(a, begin, end, apart, [&](const Piece<T>& p) {
       if (pass == 0 && p.begin == begin) {
         Wide first[Lanes<T>::size];
-        B::load(p.conditional, 1).store_wide(first);
+        X::load(p.conditional, 1).store_wide(first);
         origin[0] = first[0];
         model<T>(row, p, nullptr, 0, 1).store_wide(first);
         origin[1] = first[0];
       }
-      V sum[2] = {V(0), V(0)};
-      for_blocks<T>(p.count, [&](int64_t i, int64_t count) FASTDIFF_HOT {
-        B value[2] = {B::load(p.conditional + i, count), model<T>(row, p, nullptr, i, count)};
+      V sum[2] = {};
+      for_values<T>(p.count, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+        X value[2] = {X::load(p.conditional + i, count), model<T>(row, p, nullptr, i, count)};
         for (int which = 0; which < 2; ++which) {
-          for (int r = 0; r < Lanes<T>::parts; ++r) {
-            auto& part = value[which].part[r];
-            part = part - V(origin[which]) - V(static_cast<Wide>(mean[which]));
-            if (pass == 1) part = part * part;
-          }
-          value[which].keep(count);
-          for (int r = 0; r < Lanes<T>::parts; ++r) sum[which] = sum[which] + value[which].part[r];
+          X& from_mean = value[which];
+          from_mean = from_mean - X(origin[which]) - X(static_cast<Wide>(mean[which]));
+          if (pass == 1) from_mean = from_mean * from_mean;
+          from_mean.keep(count);
+          for (const V& vector : from_mean.vector) sum[which] += vector;
         }
       });
       for (int which = 0; which < 2; ++which) total[which] += sum_lanes(sum[which]);
@@ -337,33 +300,36 @@ static double rescale_factor(const SamplerStepArgs& a, int64_t image) {
   return 1 - a.row[kRescale] + a.row[kRescale] * ratio;
 }
 
-void sampler_step_rescale(const SamplerStepArgs& a, int64_t image, double* factor) {
-  for_dtype(a.dtype, [&](auto* tag) {
-    *factor = rescale_factor<std::remove_pointer_t<decltype(tag)>>(a, image);
-  });
-}
-
 template <class T>
-static void magnitudes(const SamplerStepArgs& a, int64_t image, void* out) {
-  using B = Block<T>;
+void magnitudes(const SamplerStepArgs& a, int64_t image, void* out) {
+  using X = Values<T>;
+  using V = typename Lanes<T>::V;
   const Row<T> row(a.row);
   Apart<T> apart;
   const int64_t begin = image * a.length;
   for_pieces<T>(a, begin, begin + a.length, apart, [&](const Piece<T>& p) {
     const T* x = static_cast<const T*>(a.x) + p.begin;
     auto* to = static_cast<typename Lanes<T>::Wide*>(out) + p.begin - begin;
-    for_blocks<T>(p.count, [&](int64_t i, int64_t count) FASTDIFF_HOT {
-      B b = B::load(x + i, count);
-      const B m = model<T>(row, p, a.rescale, i, count);
-      for (int r = 0; r < Lanes<T>::parts; ++r) b.part[r] = row.free_x0(b.part[r], m.part[r]).abs();
-      store_wide<T>(b, to + i, count);
+    for_values<T>(p.count, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+      const X x0 = row.free_x0(X::load(x + i, count), model<T>(row, p, a.rescale, i, count));
+      X::each([](const V& value) FASTDIFF_HOT { return from_torch<V>(to_torch(value).abs()); }, x0)
+          .store_wide(to + i, count);
     });
   });
 }
 
+}  // namespace
+
+void sampler_step(const SamplerStepArgs& a, int64_t begin, int64_t end) {
+  for_floating(a.dtype, [&]<class T>() { elements<T>(a, begin, end); });
+}
+
+void sampler_step_rescale(const SamplerStepArgs& a, int64_t image, double* factor) {
+  for_floating(a.dtype, [&]<class T>() { *factor = rescale_factor<T>(a, image); });
+}
+
 void sampler_step_magnitudes(const SamplerStepArgs& a, int64_t image, void* out) {
-  for_dtype(a.dtype,
-            [&](auto* tag) { magnitudes<std::remove_pointer_t<decltype(tag)>>(a, image, out); });
+  for_floating(a.dtype, [&]<class T>() { magnitudes<T>(a, image, out); });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

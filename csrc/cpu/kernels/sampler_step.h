@@ -15,23 +15,24 @@ struct SamplerStepArgs {
   const double* row;  // kSamplerColumns coefficients, each exact in the wide type
 
   int64_t total;      // elements of x
-  int64_t length;     // elements walked together: an image's, or all where no image is special
-  int64_t channels;   // where interleaved
-  bool guided;        // model_out has `total` more entries, the conditional ones
-  bool learned;       // the variance channels are there and wanted
-  bool has_variance;  // the variance channels are there: `length` is an image's
-  bool interleaved;   // they follow each pixel's channels (channels-last), not the image's
+  int64_t length;     // elements of an image, or of all images where none needs its own treatment
+  int64_t channels;   // of x; used only where interleaved
+  bool guided;        // model_out has twice the images: the second half is the conditional one
+  bool learned;       // model_out has variance channels, and this row uses them
+  bool has_variance;  // model_out has variance channels, so `length` is an image's
+  bool interleaved;   // variance channels follow each pixel's channels (channels-last), not each
+                      // image
 
   const void* x;
   const void* model_out;
   const void* noise;       // or null
   const void* wide_noise;  // or null: noise in the wide type
-  const int64_t* seed;     // or null: (seed, image) of each image, which then is in channels-first
-  uint32_t step;           // for the noise
+  const int64_t* seed;     // or null: (seed, image) of each image; x is then channels-first
+  uint32_t step;           // the row of noise that a seed gives
 
-  int reads;                        // slots of the history that are read,
-  const void* read[kSamplerDepth];  // each in the wide type,
-  double factor[kSamplerDepth];     // and its coefficient
+  int reads;                        // how many slots of the history are read
+  const void* read[kSamplerDepth];  // those slots, in the wide type
+  double factor[kSamplerDepth];     // their coefficients
   void* keep;                       // the slot that is written, or null
 
   const double* rescale;  // factors on m, one an image, or null
