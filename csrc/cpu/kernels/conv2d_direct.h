@@ -1,6 +1,6 @@
-// A convolution of any kernel and stride as one product: the rows of A are the pixels' windows,
-// whose R stretches of S * C neighbouring floats lie in the patch (conv2d_patch.h); no window is
-// ever copied. A 1x1 convolution of plain float32 pixels reads them where they are.
+// A convolution of any kernel and stride as one product. The rows of A are the pixels' windows. A
+// window is R runs of S * C floats in the patch (conv2d_patch.h), and is never copied. A 1x1
+// convolution of float32 pixels that nothing is applied to reads them where they are.
 //
 // `Product` multiplies: Windows here, or Sevenths of conv2d_strassen.cpp.
 #pragma once
@@ -8,6 +8,7 @@
 #include "cpu/kernels/conv2d_epilogue.h"
 #include "cpu/kernels/conv2d_grid.h"
 #include "cpu/kernels/conv2d_patch.h"
+#include "cpu/kernels/dtypes.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/memory.h"
 
@@ -27,7 +28,7 @@ inline Conv2d in_lines(Conv2d p) {
   return p;
 }
 
-// Rows of A are windows of r stretches, `row` apart.
+// Rows of A are windows, each of several runs that are `row` floats apart.
 struct Windows {
   static constexpr int64_t kColumns = kPanel;
 
@@ -35,18 +36,18 @@ struct Windows {
 
   static int64_t packed(int64_t depth, int64_t filters) { return depth * packed_columns(filters); }
 
-  const int64_t stretches, stretch;
+  const int64_t runs, run;
 
-  explicit Windows(const Conv2d& p) : stretches(p.kernel_h), stretch(p.kernel_w * p.channels) {}
+  explicit Windows(const Conv2d& p) : runs(p.kernel_h), run(p.kernel_w * p.channels) {}
 
   void complete(Array<const float*>&) const {}
 
   void multiply(const Array<const float*>& rows, int64_t row, const float* packed, int64_t k,
                 int64_t columns, float* c, int64_t ld) const {
-    const float* b = packed + k * stretches * stretch;
-    for (int64_t r = 0; r < stretches; ++r)
-      for (int64_t d = 0; d < stretch; d += kDepth) {
-        const int64_t deep = std::min(kDepth, stretch - d);
+    const float* b = packed + k * runs * run;
+    for (int64_t r = 0; r < runs; ++r)
+      for (int64_t d = 0; d < run; d += kDepth) {
+        const int64_t deep = std::min(kDepth, run - d);
         const float* next = b + deep * packed_columns(columns);
         multiply_panel(rows.size(), rows.data(), r * row + d, deep, b, columns, {next},
                        Into{c, ld, r + d > 0});
@@ -100,14 +101,14 @@ struct Direct {
     }
     if (p.statistics)
       join_statistics(p, grid.segments, 1, partials.data(),
-                      [](const Segment& segment) { return static_cast<double>(segment.units()); });
+                      [](const Segment& segment) { return static_cast<double>(segment.tiles()); });
   }
 
   int64_t patch_width(const Segment& segment) const {
     return (segment.width() - 1) * p.stride_w + p.kernel_w;
   }
 
-  // Where each pixel's window begins.
+  // Reads a block's patches, and returns where the window of each of its pixels begins.
   Array<const float*> read(int64_t block) const {
     static thread_local Scratch scratch;
     Array<const float*> rows(2 * grid.largest);
@@ -148,8 +149,8 @@ struct Direct {
     const auto* packed = static_cast<const float*>(p.packed);
     const int64_t first = grid.blocks[block];
     const int64_t row = patch_width(grid.segments[first]) * p.channels;
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t k0 = part * chunk, k1 = std::min(outputs, k0 + chunk);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t k0 = index * chunk, k1 = std::min(outputs, k0 + chunk);
       for (int64_t gate = 0; gate < gates; ++gate)
         for (int64_t k = k0; k < k1; k += Product::kColumns)
           product.multiply(rows, row, packed, gate * outputs + k,
@@ -172,8 +173,8 @@ struct Direct {
     }
   }
 
-  // A chunk of a segment: all of a run's channels before the next run's, since each pixel is in
-  // pages of its own where filters are many.
+  // Writes a chunk of a segment. All channels of a run of pixels are written before the next run's,
+  // since where filters are many each pixel is in pages of its own.
   template <class Epilogues>
   void write(const Segment& segment, const float* products, Epilogues& epilogues) {
     const float* from = products + segment.first * chunk_ld;
@@ -191,11 +192,7 @@ struct Direct {
 
 template <class Product>
 void direct(const Conv2d& p) {
-  if (p.dtype == c10::ScalarType::BFloat16) {
-    Direct<c10::BFloat16, Product>(p).run();
-  } else {
-    Direct<float, Product>(p).run();
-  }
+  for_float_or_bfloat16(p.dtype, [&]<class T>() { Direct<T, Product>(p).run(); });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

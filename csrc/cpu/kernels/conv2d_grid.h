@@ -1,5 +1,6 @@
-// How a convolution's units (pixels, or Winograd tiles) are divided into blocks, and the blocks or
-// a block's channels among the threads.
+// How a convolution's tiles are divided into blocks, and the blocks or a block's channels among the
+// threads. A tile is the outputs that are computed together: m x m pixels, or one pixel where the
+// convolution is direct.
 #pragma once
 
 #include "cpu/kernels/conv2d.h"
@@ -8,42 +9,41 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-// A rectangle of one image's units (pixels, or tiles of a Winograd convolution), whose numbers
-// within their block begin at `first`.
+// A rectangle of one image's tiles. Within their block they are numbered from `first` on.
 struct Segment {
   int64_t image, top, bottom, left, right, first;
 
   int64_t width() const { return right - left; }
-  int64_t units() const { return (bottom - top) * width(); }
+  int64_t tiles() const { return (bottom - top) * width(); }
 };
 
-// A batch's units in blocks, each the segments blocks[i] up to blocks[i + 1] of the list.
+// A batch's tiles. Block i has the segments blocks[i] up to blocks[i + 1] - 1.
 struct Grid {
   Array<Segment> segments;
   Array<int64_t> blocks;
-  int64_t largest = 0;  // units of a block at most
+  int64_t largest = 0;  // tiles of a block at most
 
   int64_t count() const { return blocks.size() - 1; }
 };
 
-// Blocks of about `target` units: several whole images, rows of one image, or part of a row.
+// Blocks of about `target` tiles: several whole images, rows of one image, or part of a row.
 inline Grid make_grid(int64_t images, int64_t rows, int64_t columns, int64_t target) {
   Grid grid;
-  int64_t units = 0;
+  int64_t tiles = 0;
   const auto add = [&](Segment segment) {
-    segment.first = units;
-    units += segment.units();
+    segment.first = tiles;
+    tiles += segment.tiles();
     grid.segments.add(segment);
   };
   const auto close = [&] {
-    grid.largest = std::max(grid.largest, units);
+    grid.largest = std::max(grid.largest, tiles);
     grid.blocks.add(grid.segments.size());
-    units = 0;
+    tiles = 0;
   };
-  const auto pieces = [&](int64_t length, int64_t most) { return (length + most - 1) / most; };
+  const auto segments = [&](int64_t length, int64_t most) { return (length + most - 1) / most; };
   grid.blocks.add(0);
   if (rows * columns * 2 <= target) {
-    const int64_t count = pieces(images, target / (rows * columns));
+    const int64_t count = segments(images, target / (rows * columns));
     for (int64_t b = 0; b < count; ++b) {
       for (int64_t n = images * b / count; n < images * (b + 1) / count; ++n)
         add({n, 0, rows, 0, columns, 0});
@@ -51,8 +51,8 @@ inline Grid make_grid(int64_t images, int64_t rows, int64_t columns, int64_t tar
     }
     return grid;
   }
-  const int64_t across = pieces(columns, target);
-  const int64_t down = pieces(rows, std::max<int64_t>(1, target / columns));
+  const int64_t across = segments(columns, target);
+  const int64_t down = segments(rows, std::max<int64_t>(1, target / columns));
   for (int64_t n = 0; n < images; ++n)
     for (int64_t i = 0; i < down; ++i)
       for (int64_t j = 0; j < across; ++j) {
@@ -63,29 +63,29 @@ inline Grid make_grid(int64_t images, int64_t rows, int64_t columns, int64_t tar
   return grid;
 }
 
-// How the work is divided: whole blocks for each thread, or the filters of each block among all of
-// them. The latter reads the weight once for all threads, which counts where the blocks are few and
-// where the weight does not stay in the cache that the threads share.
+// How the work is divided: each thread computes whole blocks, or all threads compute chunks of the
+// same block. The second way reads the weight once for all threads, which counts where blocks are
+// few, and where the weight does not stay in the cache that the threads share.
 struct Division {
   bool by_block;
-  int64_t chunk;  // filters at a time, whole panels, at most largest_chunk(panel)
+  int64_t chunk;  // filters of a chunk: whole panels, at most largest_chunk(panel)
 };
 
 constexpr int64_t kChunk = 64;
 constexpr int64_t largest_chunk(int64_t panel) { return std::max(panel, kChunk); }
-constexpr int64_t kShared = 8 << 20;    // floats of that cache, more or less
-constexpr int64_t kPrivate = 96 << 10;  // likewise, of a core's own
+constexpr int64_t kShared = 8 << 20;    // floats of the cache that threads share, more or less
+constexpr int64_t kPrivate = 96 << 10;  // floats of a core's own cache, more or less
 
-// `block_floats` is what each chunk of a block's filters reads.
+// `block_floats` is how much of its block each chunk reads.
 inline Division divide(const Grid& grid, int64_t filters, int64_t weight_floats,
                        int64_t block_floats, int64_t threads, int64_t panel) {
   const int64_t blocks = grid.count();
   const bool even = blocks % threads == 0 || blocks >= 4 * threads;
   if (threads == 1 || (even && (weight_floats <= kShared || blocks >= 16 * threads)))
     return {true, largest_chunk(panel)};
-  // Where reading the block again is cheap small ones, since threads then end together.
+  // Where rereading a block is cheap, use small chunks: threads then finish together.
   if (block_floats <= kPrivate) return {false, std::max(panel, kLine)};
-  // Else the chunk that leaves the busiest thread the least, the largest of equals.
+  // Else the chunk that gives the busiest thread the fewest filters, the largest if several do.
   int64_t best = panel, least = filters + panel;
   for (int64_t chunk = largest_chunk(panel); chunk >= panel; chunk -= panel) {
     const int64_t chunks = (filters + chunk - 1) / chunk;

@@ -22,6 +22,7 @@
 #include "cpu/kernels/conv2d_epilogue.h"
 #include "cpu/kernels/conv2d_grid.h"
 #include "cpu/kernels/conv2d_patch.h"
+#include "cpu/kernels/dtypes.h"
 #include "cpu/kernels/gemm.h"
 
 namespace fastdiff::CPU_CAPABILITY {
@@ -194,12 +195,12 @@ struct Winograd {
     } else {
       static thread_local Scratch scratch;
       float* v = scratch.at_least(kPlanes * plane);
-      // Two parts a thread: neighbouring lines of a pixel come to a core together.
-      const int64_t parts = std::min(channel_chunks, 2 * p.threads.count);
+      // Two units a thread: a core then reads neighbouring cache lines of a pixel together.
+      const int64_t units = std::min(channel_chunks, 2 * p.threads.count);
       for (int64_t block = 0; block < grid.count(); ++block)
         for (int64_t i = 0; i < kPhases; ++i) {
-          share(p.threads, parts, [&](int64_t begin, int64_t end) {
-            read(block, phase(i), channel_chunks * begin / parts, channel_chunks * end / parts, v);
+          share(p.threads, units, [&](int64_t begin, int64_t end) {
+            read(block, phase(i), channel_chunks * begin / units, channel_chunks * end / units, v);
           });
           share(p.threads, filter_chunks,
                 [&](int64_t begin, int64_t end) { multiply(block, phase(i), begin, end, v); });
@@ -220,8 +221,8 @@ struct Winograd {
       const int64_t rows = (segment.bottom - segment.top) * m + r - 1,
                     columns = segment.width() * m + r - 1;
       float* patch = scratch.at_least(rows * columns * kChannels);
-      for (int64_t part = begin; part < end; ++part) {
-        const int64_t c0 = part * kChannels, c1 = std::min(p.channels, c0 + kChannels);
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t c0 = index * kChannels, c1 = std::min(p.channels, c0 + kChannels);
         read_patch<T>(p, segment.image, segment.top * m + phase.top, segment.left * m + phase.left,
                       rows, columns, c0, c1, patch, kChannels);
         if (c1 % kLanes != 0)
@@ -240,8 +241,8 @@ struct Winograd {
     }
   }
 
-  // `tiles` neighbours in a row, at most kRow: down each column of pixels, of which neighbours
-  // share r - 1, then across.
+  // Transforms `tiles` neighbours in a row, at most kRow: first down each column of pixels, of
+  // which two neighbours share r - 1, then across.
   FASTDIFF_INLINE void transform_input(const float* from, int64_t row, int64_t tiles,
                                        float* to) const {
     constexpr int64_t kMost = kRow * m + r - 1;
@@ -269,16 +270,17 @@ struct Winograd {
            (k * kPlanes + a * packed_columns(std::min(kPanel, p.filters - k))) * depth;
   }
 
-  // Chunks begin..end of the filters of a block: products of the planes, and what they make of y.
+  // Computes and writes chunks begin..end-1 of a block's filters: the products of the planes, then
+  // their transform back.
   void multiply(int64_t block, const Phase& phase, int64_t begin, int64_t end, const float* v) {
     static thread_local Scratch scratch;
     float* products = scratch.at_least(kPlanes * product_plane);
     const Segment& last = grid.segments[grid.blocks[block + 1] - 1];
-    const int64_t tiles = last.first + last.units();
+    const int64_t tiles = last.first + last.tiles();
     Array<const float*> rows(tiles);
     for (int64_t t = 0; t < tiles; ++t) rows.add(v + t * ld);
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t k0 = part * chunk, k1 = std::min(p.filters, k0 + chunk);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t k0 = index * chunk, k1 = std::min(p.filters, k0 + chunk);
       for (int64_t a = 0; a < kPlanes; ++a) {
         const float* following = v + (a + 1) % kPlanes * plane;
         for (int64_t k = k0; k < k1; k += kPanel) {
@@ -290,9 +292,9 @@ struct Winograd {
           float* c = products + a * product_plane + k - k0;
           for (int64_t d = 0; d < depth; d += kDepth) {
             const int64_t deep = std::min(kDepth, depth - d);
-            const float* piece = b + d * packed;
-            multiply_panel(tiles, rows.data(), a * plane + d, deep, piece, columns,
-                           {d + deep < depth ? piece + deep * packed : next, following},
+            const float* from = b + d * packed;
+            multiply_panel(tiles, rows.data(), a * plane + d, deep, from, columns,
+                           {d + deep < depth ? from + deep * packed : next, following},
                            Into{c, chunk_ld, d > 0});
             following += deep * packed;
           }
@@ -362,11 +364,7 @@ struct Winograd {
 
 template <int m, int r>
 void winograd(const Conv2d& p) {
-  if (p.dtype == c10::ScalarType::BFloat16) {
-    Winograd<c10::BFloat16, m, r>(p).run();
-  } else {
-    Winograd<float, m, r>(p).run();
-  }
+  for_float_or_bfloat16(p.dtype, [&]<class T>() { Winograd<T, m, r>(p).run(); });
 }
 
 // The taps of a 3x3 kernel that a phase's kernel has in place of each of its r.

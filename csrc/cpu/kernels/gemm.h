@@ -1,18 +1,19 @@
 // C = A B for rows of A that lie anywhere and B packed in panels: what every convolution here comes
 // down to. float32.
 //
-// A tile of C, kRows x kPanel, is kept in registers while k runs. Per k it takes kVectors loads of
-// B and kRows broadcasts of A for kRows * kVectors multiply-adds, so that the multiply-add units
-// and not the loads are the limit; the rows' addresses fit the 16 general registers of x86-64. B
-// streams through L1, once for each kRows rows: a piece of kDepth by kPanel stays in L2 meanwhile.
+// The sums of a band of A with a panel of B, kRows x kPanel, are kept in registers while k runs.
+// Each k takes kVectors loads of B and kRows broadcasts of A for kRows * kVectors multiply-adds, so
+// that multiply-adds and not loads are the limit; the addresses of a band's rows fit the 16 general
+// registers of x86-64. B streams through L1 once for each band; kDepth rows of a panel stay in L2
+// meanwhile.
 //
-// Weights come from memory at every call: all of a U-Net's are more than any cache holds. So while
-// a piece is multiplied the next one is fetched, evenly: were it fetched by the rows that need it
-// first, they would wait for the memory, which all others leave idle.
+// Weights come from memory at every call, since all of a U-Net's are more than any cache holds. So
+// while kDepth rows of a panel are multiplied, the next kDepth are prefetched a little at a time:
+// if the first band fetched them, it would wait for the memory, which all other bands leave idle.
 //
-// Instructions count as well: where another thread has its share of the core, the decoder gives
-// three a cycle, and 24 of them for 12 multiply-adds of AVX2 then take 8 cycles in the place of 6.
-// So k is unrolled, and no more is fetched than is new.
+// Instructions count as well. Where two threads share a core, its decoder gives three instructions
+// a cycle to each, and 24 of them for 12 multiply-adds of AVX2 then take 8 cycles instead of 6. So
+// k is unrolled, and nothing is prefetched twice.
 #pragma once
 
 #include <type_traits>
@@ -28,17 +29,18 @@ constexpr int kVectors = 4, kMostVectors = 4;
 constexpr int kVectors = 2, kMostVectors = 3;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;  // columns of a panel of B
-constexpr int64_t kDepth = 384;                // of k at a time
+constexpr int64_t kDepth = 384;                // rows of a panel that are multiplied at a time
 
-// Of k between two looks at how far it is; where all registers are taken, more would spill them.
+// How many k are unrolled. Where the sums take all registers, more than two would spill them.
 constexpr int steps(int vectors) { return vectors <= kVectors ? 4 : 2; }
 
 constexpr int64_t rounded_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-// Columns of the next panel where `left` are left and panels may differ: a last vector alone would
-// leave units idle, so it goes with the panel before where registers allow it.
+// Columns of the next panel where `left` columns are left and panels may differ in width. A single
+// last vector would not keep the multiply-adds busy, so it joins the panel before it where there
+// are registers for that.
 inline int64_t panel_columns(int64_t left) {
   return std::min(left, left > kMostVectors * kLanes ? kPanel : kMostVectors * kLanes);
 }
@@ -47,7 +49,7 @@ inline int64_t panel_columns(int64_t left) {
 // depth * packed_columns(columns) floats; panel p begins at p * kPanel * depth.
 constexpr int64_t packed_columns(int64_t columns) { return rounded_up(columns, kLanes); }
 
-// Where a tile's sums go: into c, or to what is there.
+// Where a band's sums go: they replace the values in c, or are added to them.
 struct Into {
   float* c;
   int64_t ld;
@@ -57,18 +59,19 @@ struct Into {
 
   FASTDIFF_INLINE void write(int m, int v, F sum) const {
     float* out = c + m * ld + v * kLanes;
-    // Added at the end: a sum in pieces rounds less than one long chain.
+    // Added at the end, since sums of kDepth products each round less than one long chain.
     store_lanes(out, accumulate ? load_lanes(out) + sum : sum);
   }
 };
 
-// What will be read next, and is brought into L2 meanwhile: as much of B as the present piece, and
-// as much of A, or null.
+// What will be multiplied next, and is prefetched into L2 meanwhile: rows of a panel of B, as many
+// as are multiplied now, and as many floats of A, or null.
 struct Next {
   const float *b, *a = nullptr;
 };
 
-// Fetches kFetch cache lines from `next` on for each steps(V) of k.
+// A band of M rows times V vectors of a panel. Prefetches kFetch cache lines from `next` on for
+// each steps(V) of k.
 template <int M, int V, int kFetch, class Out>
 FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int64_t depth,
                                   const float* b, const float* next, const Out out) {
@@ -107,7 +110,7 @@ FASTDIFF_INLINE void micro_kernel(const float* const* rows, int64_t offset, int6
 }
 
 template <int V, int kFetch, class Out>
-inline void multiply_rows(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
+inline void multiply_band(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
                           const float* b, const float* next, const Out& out) {
   switch (m) {
     case 1:
@@ -126,24 +129,24 @@ inline void multiply_rows(int64_t m, const float* const* rows, int64_t offset, i
   }
 }
 
-// Blocks of nearly the same height: 8 rows as 4 and 4, since 6 and 2 would leave units idle. Four
-// of them, if there are as many, fetch a quarter each of what follows in B, and four of what
-// follows in A.
+// Divides m rows into bands of nearly the same height: 8 rows as 4 and 4, since a band of 2 would
+// not keep the multiply-adds busy. If there are enough bands, four of them prefetch a quarter each
+// of what is next in B, and four more of what is next in A.
 template <int V, class Out>
-inline void multiply_blocks(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
-                            const float* b, const Next& next, const Out& out) {
+inline void multiply_bands(int64_t m, const float* const* rows, int64_t offset, int64_t depth,
+                           const float* b, const Next& next, const Out& out) {
   constexpr int64_t most = V > kVectors ? kRows * kVectors / kMostVectors : kRows;
   constexpr int kLines = static_cast<int>(steps(V) * V * kLanes / kLine);  // of B, for each step
   constexpr int kQuarter = kLines / std::min(kLines, 4), kHalf = kLines / std::min(kLines, 2);
-  const int64_t blocks = (m + most - 1) / most, least = m / blocks, larger = m % blocks;
-  const int64_t lines = blocks * kQuarter >= kLines ? kQuarter : blocks > 1 ? kHalf : kLines;
+  const int64_t bands = (m + most - 1) / most, least = m / bands, larger = m % bands;
+  const int64_t lines = bands * kQuarter >= kLines ? kQuarter : bands > 1 ? kHalf : kLines;
   const int64_t shares = kLines / lines, share = depth / steps(V) * lines * kLine;
-  for (int64_t block = 0, at = 0, count; block < blocks; ++block, at += count) {
-    count = least + (block < larger);
-    const float* from = block < shares ? next.b : block < 2 * shares ? next.a : nullptr;
-    if (from) from += block % shares * share;
+  for (int64_t band = 0, at = 0, count; band < bands; ++band, at += count) {
+    count = least + (band < larger);
+    const float* from = band < shares ? next.b : band < 2 * shares ? next.a : nullptr;
+    if (from) from += band % shares * share;
     const auto multiply = [&](auto fetch) {
-      multiply_rows<V, decltype(fetch)::value>(count, rows + at, offset, depth, b, from,
+      multiply_band<V, decltype(fetch)::value>(count, rows + at, offset, depth, b, from,
                                                out.below(at));
     };
     if (!from) {
@@ -165,14 +168,14 @@ inline void multiply_panel(int64_t m, const float* const* rows, int64_t offset, 
                            const float* b, int64_t columns, const Next& next, const Out& out) {
   switch ((columns + kLanes - 1) / kLanes) {
     case 1:
-      return multiply_blocks<1>(m, rows, offset, depth, b, next, out);
+      return multiply_bands<1>(m, rows, offset, depth, b, next, out);
     case 2:
-      return multiply_blocks<2>(m, rows, offset, depth, b, next, out);
+      return multiply_bands<2>(m, rows, offset, depth, b, next, out);
     case 3:
-      return multiply_blocks<3>(m, rows, offset, depth, b, next, out);
+      return multiply_bands<3>(m, rows, offset, depth, b, next, out);
     default:
       if constexpr (kMostVectors > 3)
-        return multiply_blocks<4>(m, rows, offset, depth, b, next, out);
+        return multiply_bands<4>(m, rows, offset, depth, b, next, out);
   }
 }
 

@@ -1,6 +1,6 @@
 // C = A B in seven products of quarters (Strassen 1969, Numerische Mathematik 13, p. 354): an
 // eighth fewer multiplications than gemm.h alone. The sums of B are packed, those of A are taken
-// once a block of rows, and each product is added where it belongs as it leaves the registers.
+// once for each block, and each product is added where it belongs as it leaves the registers.
 //
 // Quarters: A's upper and lower rows and its left and right half of k; of B's columns always
 // two panels, the left and the right one.
@@ -17,7 +17,8 @@ namespace fastdiff::CPU_CAPABILITY {
 
 constexpr int64_t kPair = 2 * kPanel;  // columns of B at a time
 
-// A tile's sums go to two places: c += or -= them, d += them; or, where nothing is to be kept, =.
+// Where a band's sums go if two quarters of C need them: c += or -= sums, and d += sums. What is
+// not to be kept is replaced.
 template <int sign, bool kKeepFirst, bool kKeepSecond>
 struct IntoBoth {
   float *c, *d;
@@ -67,9 +68,9 @@ inline void multiply_strassen(const Quarters& a, const float* b, float* c, int64
       const int64_t deep = std::min(kDepth, depth - k);
       const Next next{b + deep * kPanel};
       if (k == 0) {
-        multiply_blocks<kVectors>(a.half, rows, offset, deep, b, next, first);
+        multiply_bands<kVectors>(a.half, rows, offset, deep, b, next, first);
       } else {
-        multiply_blocks<kVectors>(a.half, rows, offset + k, deep, b, next, further);
+        multiply_bands<kVectors>(a.half, rows, offset + k, deep, b, next, further);
       }
       b = next.b;
     }
