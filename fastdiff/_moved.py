@@ -14,7 +14,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
-    "backend": "ops.backend",
     "checkpoint": "checkpoints.checkpoint",
     "classifier": "checkpoints.classifier_checkpoint",
     "classifier_training": "training.classifier_trainer",
@@ -77,11 +76,17 @@ class _Finder(MetaPathFinder, Loader):
         module.__spec__ = spec.loader_state
 
 
-def install() -> None:
-    """Make the old names importable.
+# These old names are also those of a class and of functions, which an import of a module of that
+# name must not replace. A module that is in ``sys.modules`` already replaces nothing.
+SHADOWED = {
+    "backend": "ops.backend",
+    "ops.denoising_loss_from_seed": "ops.denoising_loss",
+    "ops.q_sample_from_seed": "ops.q_sample",
+}
 
-    ``fastdiff.backend`` is also a class. Importing a module of that name would replace the
-    attribute; an import that finds the module in ``sys.modules`` already does not.
-    """
+
+def install() -> None:
+    """Make the old names importable."""
     sys.meta_path.append(_Finder())
-    sys.modules["fastdiff.backend"] = importlib.import_module("fastdiff.ops.backend")
+    for old, new in SHADOWED.items():
+        sys.modules[f"fastdiff.{old}"] = importlib.import_module(f"fastdiff.{new}")

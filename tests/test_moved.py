@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastdiff._moved import MOVED
+from fastdiff._moved import MOVED, SHADOWED
 
 # Names that a module of version 0.1.0 had, where others now hold them.
 NAMES = {
@@ -51,8 +51,14 @@ def test_a_module_has_the_names_that_it_had(module) -> None:
     assert [name for name in NAMES[module] if name not in there] == []
 
 
-def test_the_class_named_like_a_module_stays() -> None:
-    code = "import fastdiff, fastdiff.backend as b; assert isinstance(fastdiff.backend, type), b"
+@pytest.mark.parametrize("old", SHADOWED)
+def test_a_class_or_function_named_like_a_module_stays(old) -> None:
+    """In a new process: what is imported once replaces nothing later."""
+    code = (
+        f"import fastdiff, fastdiff.{old} as module, sys\n"
+        f"assert callable(fastdiff.{old}) and callable(module), module\n"
+        f"assert sys.modules['fastdiff.{old}'] is sys.modules['fastdiff.{SHADOWED[old]}']"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
