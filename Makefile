@@ -43,6 +43,7 @@ test: $(VENV)/.test  ## the whole test suite
 test-slow: $(VENV)/.test  ## the tests that `make test` leaves out for their time: 15 minutes
 	$(PYTEST) -m slow
 
+# pythonpath is without the root, whose fastdiff has an extension without sanitizers.
 asan: $(VENV)/.test  ## the operations' tests, their C++ under the address and undefined behaviour sanitizers
 	rm -rf build/asan
 	FASTDIFF_SANITIZE=$(ISA) FASTDIFF_CPU=1 FASTDIFF_CUDA=0 \

@@ -43,7 +43,9 @@ def fastdiff(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clean")
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
-    subprocess.run([python, *PIP, wheel], check=True)
+    # PYTHONPATH may name the checkout, and pip would take fastdiff for installed.
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([python, *PIP, wheel], cwd=folder, env=clean, check=True)
     empty = folder / "empty"
     empty.mkdir()
 
