@@ -1,4 +1,4 @@
-"""The fused operations. Each checks its arguments, then runs on the backend that is set."""
+"""The fused operations; each checks its arguments and runs on the chosen backend."""
 
 from __future__ import annotations
 

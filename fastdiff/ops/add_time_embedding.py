@@ -1,4 +1,4 @@
-"""x + emb[:, :, None, None]: the time embedding added to a U-Net's activations."""
+"""Add the time embedding to a U-Net's activations: x + emb[:, :, None, None]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Softmax attention that never writes its matrix. Inference on a CPU, for ``fastdiff.compiler``."""
+"""Softmax attention that never stores the attention matrix.
+
+It is for inference on a CPU, and is used by ``fastdiff.compiler``.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """softmax(scale q k^T) v for each image and head, after Dao et al. 2022 (arXiv:2205.14135).
 
     Args:
-        q: [B, H, L, D], float32 or bfloat16 (others are computed by the reference).
+        q: [B, H, L, D], float32 or bfloat16 (other dtypes are computed by the reference).
         k: [B, H, S, D], S at least 1.
         v: [B, H, S, D'].
-        scale: of the scores, 1 / sqrt(D) for None.
+        scale: factor of the scores q k^T; None for 1 / sqrt(D).
 
     Returns:
-        [B, H, L, D'], which lies in memory as [B, L, H, D']; sums are taken in float32 or better.
+        [B, H, L, D'], in memory as [B, L, H, D']; sums are taken in float32 or better.
 
     Raises:
-        RuntimeError: a gradient is wanted, which there is none of.
+        RuntimeError: autograd would record the call, which has no gradient formula.
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit.
     """
@@ -47,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         check_same_kind(value, q, name, "q")
     if k.shape[2] < 1:
-        raise ValueError(f"there must be one key at least, got k of {tuple(k.shape)}")
+        raise ValueError(f"there must be at least one key, got k of shape {tuple(k.shape)}")
     if scale is None:
         scale = d**-0.5 if d else 1.0
     with span("attention"):

@@ -1,10 +1,10 @@
-"""Which implementation of the operations runs where.
+"""The backends, and which of them computes an operation.
 
-``reference`` is plain PyTorch and runs everywhere. ``cpu`` is the C++ extension ``fastdiff._C``,
-for CPU tensors. For CUDA tensors there are the Triton kernels, ``triton``, and those in CUDA C++,
-``cuda``, the extension ``fastdiff._cuda``. Operations for CPUs alone (``fastdiff.ops.gpu`` knows
-which are not) run on the reference there. The default, ``auto``, takes what can run for the tensors
-at hand, Triton before CUDA C++.
+``reference`` is plain PyTorch and runs everywhere. ``cpu`` is the C++ extension ``fastdiff._C`` and
+runs on CPU tensors. ``triton``, the Triton kernels, and ``cuda``, the CUDA C++ extension
+``fastdiff._cuda``, run on CUDA tensors; an operation that has no such kernel (those that have are
+in ``fastdiff.ops.gpu.operations``) runs on the reference there. The default, ``auto``, takes the
+kernels that can run on the given tensors, and Triton rather than CUDA C++.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KERNEL_DTYPES = GPU_DTYPES | {torch.float64}
 
 
 def _load_extension(module: str, title: str) -> tuple[Any, str | None]:
-    """An extension module and None, or None and the reason why it is not there."""
+    """An extension module and None, or None and the reason why there is none."""
     try:
         extension = importlib.import_module(f"fastdiff.{module}")
     except ModuleNotFoundError as error:
@@ -35,7 +35,7 @@ def _load_extension(module: str, title: str) -> tuple[Any, str | None]:
             raise
         return None, _why_not_built(module, title)
     except ImportError as error:
-        # Typically an extension built for another torch: unresolved symbols.
+        # Usually the extension was built for another torch and has unresolved symbols.
         return None, _warned(f"the {title} extension cannot be loaded: {error}", module)
     if extension.torch_version != torch.__version__:
         return None, _warned(
@@ -47,13 +47,16 @@ def _load_extension(module: str, title: str) -> tuple[Any, str | None]:
 
 
 def _why_not_built(module: str, title: str) -> str:
-    """What setup.py left beside a missing extension; warns of the CPU's unless that was wanted."""
+    """The reason that setup.py left in a file in place of the extension.
+
+    Warns if the C++ extension is missing, unless FASTDIFF_CPU=0 asked for that.
+    """
     note = Path(__file__).parents[1] / f"{module}.not_built"
     text = "reinstall fastdiff to build it"
     if note.is_file():
         text = note.read_text(encoding="utf-8").strip()
     reason = f"the {title} extension was not built: {text}"
-    # Without the CUDA extension Triton computes, and on a machine without a GPU nothing is missed.
+    # A missing CUDA extension is no reason to warn: Triton takes its place, or there is no GPU.
     quiet = module == "_cuda" or text.startswith("FASTDIFF_CPU=0")
     return reason if quiet else _warned(reason, module)
 
@@ -82,7 +85,7 @@ _AUTO_ON_CUDA = (
 
 
 class _Choice:
-    """What a name of ``NAMES`` means on this machine; two of one name are not the same choice."""
+    """A backend set by name, and what it means on this machine; each ``backend`` call makes one."""
 
     def __init__(self, name: str) -> None:
         if name not in NAMES:
@@ -95,18 +98,19 @@ class _Choice:
         self.on_cuda: str | None = {"reference": None, "triton": "triton", "cuda": "cuda"}.get(
             name, _AUTO_ON_CUDA
         )
-        self.instead: _Choice | None = None  # what holds again, once this one was withdrawn
+        self.instead: _Choice | None = None  # the choice that replaced this one when it was undone
 
 
 _innermost: ContextVar[_Setting] = ContextVar("innermost")
 
 
 class _Setting:
-    """Where a choice is kept: by the process, or by an open block of ``owner``."""
+    """A place that holds a choice: the process's, or that of an open block of ``owner``."""
 
-    # ``_process.here`` is read on every call of an operation: the setting of the innermost block
-    # that this context has open, else ``_process``, which is ``get``'s default. A property in C,
-    # since Dynamo evaluates one, and guards on it, where it cannot trace ``ContextVar.get``.
+    # ``_process.here`` is read on every call of an operation. It is the setting of the innermost
+    # block that is open in this context, else ``_process``, which is passed as the default of
+    # ``get``. It is a property implemented in C, since Dynamo evaluates such a property and guards
+    # on its value, but cannot trace ``ContextVar.get``.
     here = property(_innermost.get)
 
     def __init__(self, choice: _Choice, owner: backend | None = None) -> None:
@@ -114,21 +118,22 @@ class _Setting:
 
 
 _blocks: ContextVar[tuple[_Setting, ...]] = ContextVar("blocks", default=())  # innermost last
-_lock = threading.Lock()  # for changes of a setting's choice
+_lock = threading.Lock()  # held while a setting's choice changes
 
 
 class backend:  # noqa: N801 - used as a function and as a context manager
-    """Set the backend, for good or for a ``with`` block.
+    """Set the backend, permanently or for a ``with`` block.
 
-    For good it is the whole process's setting. A block's belongs to the thread, or the asyncio
-    task, that entered it, and to the threads on which autograd computes gradients for CUDA tensors
-    while that thread waits in ``backward``; others keep theirs. What is set for good inside a block
-    ends with the block. An object is for good until its block is entered: one that is made ahead of
-    its ``with`` statement is the process's setting so long.
+    A permanent setting, ``backend(name)``, is that of the whole process. The setting of a block is
+    that of the thread, or the asyncio task, that entered it, and of the threads on which autograd
+    computes gradients for CUDA tensors while that thread waits in ``backward``; other threads keep
+    theirs. A permanent setting made inside a block ends with the block. An object that is made
+    ahead of its ``with`` statement is a permanent setting until the block is entered.
 
     Args:
-        name: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``. Each of the last three is
-            about the tensors it can take; other tensors are computed as in ``auto``.
+        name: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``. ``cpu``, ``triton`` and
+            ``cuda`` concern only the tensors that they can take; other tensors are computed as in
+            ``auto``.
 
     Raises:
         ValueError: unknown name.
@@ -141,19 +146,19 @@ class backend:  # noqa: N801 - used as a function and as a context manager
 
     def __init__(self, name: str) -> None:
         self.name, self._choice = name, _Choice(name)
-        # Whether a block follows is not known here: until then it is for good.
+        # Whether a block will be entered is not known yet: until then the setting is permanent.
         with nullcontext() if torch.compiler.is_compiling() else _lock:
             self._setting: _Setting = _process.here
             self._before = self._setting.choice
             self._setting.choice = self._choice
 
     def __enter__(self) -> backend:
-        if torch.compiler.is_compiling():  # seen by the graph that is traced, and taken back in it
+        if torch.compiler.is_compiling():  # __exit__ undoes this within the traced graph
             self._setting.choice = self._choice
             return self
         with _lock:
             before = self._before
-            while before.instead is not None:  # by a block of another thread
+            while before.instead is not None:  # a block of another thread has undone this choice
                 before = before.instead
             self._choice.instead = before
             if self._setting.choice is self._choice:
@@ -177,7 +182,7 @@ class backend:  # noqa: N801 - used as a function and as a context manager
 
 
 def _open(blocks: tuple[_Setting, ...]) -> None:
-    """Have this context be inside of ``blocks``."""
+    """Make ``blocks`` the open blocks of this context."""
     _blocks.set(blocks)
     _innermost.set(blocks[-1] if blocks else _process)
 
@@ -197,30 +202,31 @@ def missing() -> dict[str, str | None]:
 
 
 def current() -> str:
-    """The name that was set: ``auto`` unless someone changed it."""
+    """The name of the backend that is set, ``auto`` by default."""
     return _chosen().name
 
 
 def on_cuda() -> str | None:
-    """What computes an operation on CUDA tensors: ``triton``, ``cuda``, or None, the reference."""
+    """The backend for CUDA tensors: ``triton``, ``cuda``, or None for the reference."""
     return _chosen().on_cuda
 
 
 def kernels_on_cuda() -> str | None:
-    """As ``on_cuda``, but what can run in the place of the reference.
+    """As ``on_cuda``, but ``triton`` or ``cuda`` in place of the reference if one of them can run.
 
-    For what needs a kernel whatever is chosen: the gradient of a kernel's result, which may be
-    computed after the block that chose the kernel.
+    It is for calls that need a kernel whatever is set, such as the gradient of a kernel's result,
+    which may be computed after the block in which the kernel ran.
     """
     return on_cuda() or _AUTO_ON_CUDA
 
 
 def _chosen() -> _Choice:
-    """The choice for this context, or for the one that waits in ``backward`` for this thread."""
+    """The choice of this context, or of the context that waits in ``backward`` for this thread."""
     here: _Setting = _process.here
     if torch.compiler.is_compiling():
         return here.choice
-    if here is _process and torch._C._is_key_in_tls("context"):  # where PyTorch leaves a copy of it
+    # On the threads of ``backward`` PyTorch stores a copy of the waiting thread's context.
+    if here is _process and torch._C._is_key_in_tls("context"):
         here = torch._C._get_obj_in_tls("context").get(_innermost, here)
     return here.choice
 
@@ -238,7 +244,7 @@ def isa() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """What an operation on CPU tensors runs on now: backend, instruction set, threads."""
+    """What computes an operation on CPU tensors now: backend, instruction set, threads."""
     kernels = _chosen().on_cpu
     return {
         "backend": "cpu" if kernels else "reference",

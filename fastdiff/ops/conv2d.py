@@ -1,7 +1,8 @@
-"""A convolution with what stands around it in a U-Net: the norm and activation that it reads
-through, the additions that it writes through, and the statistics that the next norm wants.
+"""A convolution fused with its neighbours in a U-Net: the norm and activation of its input, the
+additions to its output, and the statistics of the output for the next norm.
 
-Inference on a CPU, for ``fastdiff.compiler``. Channels-last inside, whatever comes in.
+It is for inference on a CPU, and is used by ``fastdiff.compiler``. It computes in channels-last
+format, whatever the format of its input.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from fastdiff.ops.profiling import span
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
-# Algorithms go by their number in the list of csrc/cpu/conv2d_algorithms.cpp, since a profiler
-# keeps the numbers among an operator's arguments but no text.
+# An algorithm is given by its number in the list of csrc/cpu/conv2d_algorithms.cpp: a profiler
+# records numbers among an operator's arguments, but no strings.
 torch.library.define("fastdiff::conv2d_pack", "(Tensor weight, int algorithm) -> Tensor")
 torch.library.define(
     "fastdiff::conv2d",
@@ -57,42 +58,42 @@ def conv2d(
 ) -> tuple[Tensor, Tensor | None]:
     """y = (conv(up(act(norm(cat(x, skip))))) + bias + emb + residual) * scale, in one pass.
 
-    Neither the concatenation, the normalised tensor nor the upsampled one is written to memory.
+    The concatenation, the normalised tensor and the upsampled tensor are never written to memory.
 
     Args:
-        x: [N, C, H, W], float32 or bfloat16 (others are computed by the reference).
+        x: [N, C, H, W], float32 or bfloat16 (other dtypes are computed by the reference).
         weight: [K, C + C', R, S], of x's dtype.
         bias: [K], or None.
-        stride: down and across.
-        padding: zeros above, below, left and right of what the convolution reads.
-        upsample: the convolution reads each pixel twice in both directions (nearest, 2x).
-        skip: [N, C', H, W], channels behind those of x.
+        stride: vertical and horizontal.
+        padding: rows and columns of zeros above, below, left and right of the convolution's input.
+        upsample: the convolution's input is upsampled 2x (nearest neighbour).
+        skip: [N, C', H, W], channels to concatenate after those of x.
         norm: float32 [N, 2, C + C'], a gain and an offset for each image and channel
-            (``group_norm_coefficients``), or None for neither.
-        silu: x * sigmoid(x) after them.
+            (``group_norm_coefficients``), or None for no norm.
+        silu: apply x * sigmoid(x) after the norm.
         emb: [N, K], added to every pixel.
-        residual: like y.
-        scale: multiplies the sum.
-        statistics: take those of y on the way.
+        residual: added to the result, of its shape.
+        scale: factor of the sum.
+        statistics: also return the statistics of y.
         gated: y = a * gelu(b), [a, b] being the halves of conv(...) + bias: GEGLU of Shazeer 2020
-            (arXiv:2002.05202). By ``direct`` or ``strassen``, whose K is then a multiple of 256,
+            (arXiv:2002.05202). Only by ``direct`` or ``strassen``, with K a multiple of 256,
             without emb, residual, scale and statistics.
-        packed: what ``conv2d_pack(weight, algorithm)`` gave; None packs for this call alone.
-        algorithm: ``direct``; for stride 1 and R = S = 3 ``winograd2`` or ``winograd4``, F(2x2) or
-            F(4x4) of Lavin & Gray 2016 (arXiv:1509.09308), which take 1/2.25 and 1/4 of the
-            multiplications; where such a convolution upsamples, with an even sum of paddings in
-            each direction, ``phases4``: four 2x2 convolutions of the image as it is by F(4x4),
-            1/5.76 of them; for R = S = 1 and channels in multiples of 32 ``strassen`` (Strassen
-            1969, Numerische Mathematik 13), 7/8 of them. What they cost in accuracy is in
-            csrc/cpu/kernels/conv2d_winograd.h and strassen.h. Without the C++ extension there is
-            no algorithm to choose, and any name will do.
+        packed: the result of ``conv2d_pack(weight, algorithm)``; None packs for this call alone.
+        algorithm: ``direct`` computes every convolution. For stride 1 and R = S = 3 ``winograd2``
+            and ``winograd4``, F(2x2) and F(4x4) of Lavin & Gray 2016 (arXiv:1509.09308), take
+            1/2.25 and 1/4 of its multiplications. If such a convolution also upsamples, with an
+            even sum of paddings in each direction, ``phases4``, four 2x2 convolutions of the
+            smaller image by F(4x4), takes 1/5.76. For R = S = 1 and channels in multiples of 32
+            ``strassen`` (Strassen 1969, Numerische Mathematik 13) takes 7/8. Their accuracy is
+            stated in csrc/cpu/kernels/conv2d_winograd.h and strassen.h. Without the C++ extension
+            the name is ignored.
 
     Returns:
-        y [N, K, H', W'], or gated [N, K / 2, H', W'], channels-last, and None or its statistics:
+        y [N, K, H', W'], or gated [N, K / 2, H', W'], channels-last; and its statistics or None:
         float64 [N, K, 2], mean and variance over each channel's pixels.
 
     Raises:
-        RuntimeError: a gradient is wanted, which there is none of.
+        RuntimeError: autograd would record the call, which has no gradient formula.
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit, or the algorithm does not suit the convolution.
     """
@@ -121,19 +122,19 @@ def conv2d(
 
 
 def conv2d_pack(weight: Tensor, algorithm: str) -> Tensor:
-    """A weight as the C++ kernel reads it.
+    """A weight in the layout that an algorithm of the C++ kernel reads.
 
     Args:
         weight: [K, C, R, S], float32 or bfloat16, on the CPU.
-        algorithm: one that ``conv2d`` takes.
+        algorithm: a name as in ``conv2d``.
 
     Returns:
-        A flat tensor that ``conv2d`` takes as ``packed`` together with the same algorithm.
+        A flat tensor, to be passed to ``conv2d`` as ``packed`` with the same algorithm.
 
     Raises:
-        RuntimeError: the C++ extension is not here.
+        RuntimeError: there is no C++ extension.
         TypeError: another dtype.
-        ValueError: an unknown algorithm, or one that is not for such a weight.
+        ValueError: an unknown algorithm, or an algorithm that is not for such a weight.
     """
     return torch.ops.fastdiff.conv2d_pack(weight, conv2d_algorithms.named(algorithm).number)
 
@@ -144,7 +145,7 @@ def kernel_runs(x: Tensor) -> bool:
 
 
 def _check_input(x: Tensor, weight: Tensor, skip: Tensor | None) -> None:
-    """Raise what ``conv2d`` says it raises where what it reads does not fit the weight."""
+    """Raise the errors of ``conv2d`` for an input, x and skip, that does not fit the weight."""
     check_floating(x, "x")
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
@@ -170,7 +171,7 @@ def _check_input(x: Tensor, weight: Tensor, skip: Tensor | None) -> None:
 
 
 def _check_algorithm(name: str, spec: ConvSpec, dtype: torch.dtype | None) -> int | None:
-    """The algorithm's number, or None where only the reference can compute such a convolution."""
+    """The algorithm's number, or None if only the reference can compute such a convolution."""
     if not ALGORITHMS:
         return None
     algorithm = conv2d_algorithms.named(name)
@@ -191,7 +192,7 @@ def _check_output(
     residual: Tensor | None,
     scale: float,
 ) -> None:
-    """Raise what ``conv2d`` says it raises where what it reads and writes through does not fit."""
+    """Raise the errors of ``conv2d`` for a norm or an addition that does not fit the sizes."""
     added = emb is not None or residual is not None or scale != 1 or spec.statistics
     if spec.gated and added:
         raise ValueError("a gated convolution has no emb, residual, scale or statistics")

@@ -1,8 +1,8 @@
-"""The algorithms of the C++ kernel of conv2d, of which this module keeps no list of its own.
+"""The algorithms of the C++ kernel of conv2d.
 
-What they are called, what each is for, and what it costs, is told by the extension's list
-(csrc/cpu/conv2d_algorithms.cpp). Without the extension the list is empty, and the reference
-computes every convolution.
+Their names, the convolutions that each can compute, and their costs come from the extension's list
+(csrc/cpu/conv2d_algorithms.cpp); this module has no copy. Without the extension the list is empty,
+and the reference computes every convolution.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Algorithm:
     """A row of the list.
 
     Attributes:
-        number: its place, by which the operators know it.
-        name: by which Python knows it.
-        dtypes: of the images that it can read.
-        packed_dtype: of the weight as ``conv2d_pack`` gives it.
-        strict: whether it rounds no more than float32 sums of all products do.
-        share: about the time that it takes, in times that PyTorch's convolution takes.
-        narrow, narrow_share: the same with fewer filters or input channels than ``narrow``.
-        small, small_share: else the same with fewer output pixels than ``small``.
-        handicap: what its time is divided by wherever it is compared, 1 or less.
+        number: place in the list, by which the C++ operators know the algorithm.
+        name: by which Python knows the algorithm.
+        dtypes: dtypes of images that it can read.
+        packed_dtype: dtype of the result of ``conv2d_pack``.
+        strict: whether its rounding error is at most that of float32 sums of all products.
+        share: estimate of its time, as a share of the time of PyTorch's convolution.
+        narrow, narrow_share: the share if filters or input channels are fewer than ``narrow``.
+        small, small_share: else the share if output pixels are fewer than ``small``.
+        handicap: its time is divided by this number, 1 or less, before it is compared.
     """
 
     number: int
@@ -46,7 +46,7 @@ class Algorithm:
     handicap: float
 
     def time(self, spec: ConvSpec, pixels: int) -> float:
-        """About its time for a result of ``pixels`` in all, in times that PyTorch's takes."""
+        """Estimated time for a result of ``pixels`` in all, as a share of PyTorch's time."""
         if min(spec.filters, spec.channels) < self.narrow:
             return self.narrow_share
         return self.small_share if pixels < self.small else self.share
@@ -59,7 +59,7 @@ def _algorithm(number: int, row: dict[str, Any]) -> Algorithm:
 
 
 _kernel = backend.extension
-# By name, in the list's order: those that are usually the quickest last.
+# By name, in the order of the list, in which the usually fastest algorithms are last.
 ALGORITHMS: dict[str, Algorithm] = {
     row["name"]: _algorithm(number, row)
     for number, row in enumerate(_kernel.conv2d_algorithms() if _kernel is not None else ())
@@ -70,7 +70,7 @@ def named(name: str) -> Algorithm:
     """The algorithm of that name.
 
     Raises:
-        RuntimeError: there is none without the C++ extension, which is not here.
+        RuntimeError: there is no C++ extension.
         ValueError: unknown name.
     """
     algorithm = ALGORITHMS.get(name)
@@ -93,8 +93,8 @@ def refusal(algorithm: Algorithm, spec: ConvSpec, dtype: torch.dtype | None = No
 
     Args:
         algorithm: of the list.
-        spec: within the kernel's limits.
-        dtype: of the images; None does not ask.
+        spec: the convolution, within the kernel's limits.
+        dtype: of the images; None skips the check of the dtype.
     """
     if dtype is not None and dtype not in algorithm.dtypes:
         return f"{algorithm.name} is not for {dtype}"
@@ -107,27 +107,27 @@ def suits(name: str, spec: ConvSpec, dtype: torch.dtype | None = None) -> bool:
 
 
 def computable(spec: ConvSpec) -> bool:
-    """Whether some algorithm suits, or the reference, which suits all, is the only one here."""
+    """Whether an algorithm can compute a convolution; True without the C++ extension."""
     return not ALGORITHMS or any(suits(name, spec) for name in ALGORITHMS)
 
 
 def within_limits(spec: ConvSpec) -> bool:
-    """Whether the C++ kernel takes sizes and distances so large; without it none is too large."""
+    """Whether sizes and paddings are within the C++ kernel's limits; True without the extension."""
     return _kernel is None or _within_limits(spec.encode())
 
 
 def packed_count(algorithm: Algorithm, weight: Sequence[int]) -> int:
-    """How many elements ``conv2d_pack`` gives for a weight [K, C, R, S]."""
+    """Number of elements of ``conv2d_pack``'s result for a weight [K, C, R, S]."""
     return int(_kernel.conv2d_packed_count(algorithm.number, tuple(map(int, weight))))
 
 
 def packed_bytes(name: str, weight: Sequence[int]) -> int:
-    """How much memory the result of ``conv2d_pack`` takes for a weight [K, C, R, S]."""
+    """Bytes of ``conv2d_pack``'s result for a weight [K, C, R, S]."""
     algorithm = named(name)
     return algorithm.packed_dtype.itemsize * packed_count(algorithm, weight)
 
 
-# Dynamo cannot trace the extension's functions. What they tell of given numbers never changes.
+# Dynamo cannot trace the extension's functions. Their results depend on their arguments alone.
 
 
 @torch.compiler.assume_constant_result

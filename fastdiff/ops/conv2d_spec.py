@@ -1,30 +1,30 @@
-"""What a convolution is, apart from the tensors that it reads."""
+"""The description of a convolution, apart from its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-_MOST = 2**63 - 1  # what an operator's schema can carry
+_MOST = 2**63 - 1  # the largest integer in the arguments of an operator
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """A convolution with what it reads and writes through; the same for images of any size.
+    """A convolution with the operations fused into it, for images of any size.
 
     Attributes:
         filters: K of the weight [K, C, R, S].
         channels: C of the weight.
-        kernel: R and S, its height and width.
-        stride: down and across.
-        padding: zeros above, below, left and right of what the convolution reads.
-        upsample: each pixel is read twice in both directions (nearest, 2x).
-        silu: what is read goes through SiLU, behind a norm if there is one.
+        kernel: R and S, the weight's height and width.
+        stride: vertical and horizontal.
+        padding: rows and columns of zeros above, below, left and right of the convolution's input.
+        upsample: the convolution's input is upsampled 2x (nearest neighbour).
+        silu: SiLU is applied to the input, after the norm if there is one.
         gated: the result is a * gelu(b), [a, b] being the halves of the K channels.
-        statistics: mean and variance of the result are wanted too.
+        statistics: the mean and variance of the result are computed too.
 
     Raises:
-        ValueError: a size or a distance that no convolution has.
+        ValueError: a size or a stride below 1, or a negative padding.
     """
 
     filters: int
@@ -60,13 +60,13 @@ class ConvSpec:
 
     @property
     def pointwise(self) -> bool:
-        """Whether each pixel of the result is computed from the one pixel in its place."""
+        """Whether each pixel of the result depends on the one input pixel at its place."""
         plain = self.stride == (1, 1) and not any(self.padding) and not self.upsample
         return self.kernel == (1, 1) and plain
 
     @property
     def bare(self) -> ConvSpec:
-        """The convolution alone, without what it reads and writes through but the upsampling."""
+        """The convolution and its upsampling alone, without activation, gate and statistics."""
         return replace(self, silu=False, gated=False, statistics=False)
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
@@ -84,7 +84,7 @@ class ConvSpec:
 
     @classmethod
     def decode(cls, numbers: Sequence[int]) -> ConvSpec:
-        """What ``numbers`` encode."""
+        """The convolution that :meth:`encode` made ``numbers`` of."""
         k, c, r, s, down, across, top, bottom, left, right, *flags = numbers
         padding = (top, bottom, left, right)
         return cls(k, c, (r, s), (down, across), padding, *map(bool, flags))

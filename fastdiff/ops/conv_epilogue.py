@@ -1,4 +1,4 @@
-"""What follows a convolution: additions, and the statistics that the next norm wants."""
+"""The additions after a convolution, and the statistics of the result for the next norm."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastdiff.ops import reference
 from fastdiff.ops.dispatch import differentiable, dispatch, fake_like
 from fastdiff.ops.gpu import on_gpu
 
-SPANS = (256, 128, 64, 32)  # pixels that a GPU's block takes the statistics of
-BLOCKS = 264  # that keep a GPU busy: two for each multiprocessor of an H100
+SPANS = (256, 128, 64, 32)  # lengths of a span, in pixels, of which a GPU block takes statistics
+BLOCKS = 264  # number of blocks that keeps a GPU busy: two for each multiprocessor of an H100
 
 torch.library.define(
     "fastdiff::conv_epilogue",
@@ -31,35 +31,38 @@ def conv_epilogue(
     *,
     statistics: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x + bias + emb + residual, with what the next ``group_norm_silu`` has to know of y.
+    """y = x + bias + emb + residual, with the statistics of y for the next ``group_norm_silu``.
 
     Args:
-        x: what a convolution without a bias gave, [N, C, *spatial], floating point, channels-first
+        x: result of a convolution without a bias, [N, C, *spatial], floating point, channels-first
             or channels-last.
         bias: the convolution's bias [C].
         emb: projected time embedding [N, C].
         residual: like x.
-        statistics: take the statistics of y on the way.
+        statistics: also compute the statistics of y.
 
     Returns:
-        y like x, summed in float32 or better and rounded once; and None, or its statistics for
-        ``group_norm_silu``: float32 [N, S, 4, C], for each of S spans of an image's pixels and each
-        channel the count of values, their mean, what rounding took from the mean, and the sum of
-        squared deviations from it. Differentiable in every tensor but for the statistics.
+        y like x, summed in float32 or better and rounded once; and its statistics for
+        ``group_norm_silu`` or None. Statistics are float32 [N, S, 4, C]: for each of S spans of an
+        image's pixels and each channel the number of values, their mean, the rounding error of that
+        float32 mean, and the sum of squared deviations from the mean. y is differentiable in every
+        argument; the statistics are not.
 
     Raises:
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit.
     """
     spans = _spans(x) if statistics and x.ndim > 1 else 0
-    y, found = dispatch(x, _kernel, reference.conv_epilogue, _check, x, bias, emb, residual, spans)
-    return y, found if statistics else None
+    args = (x, bias, emb, residual, spans)
+    y, of_y = dispatch(x, _kernel, reference.conv_epilogue, _check, *args)
+    return y, of_y if statistics else None
 
 
 def _spans(x: Tensor) -> int:
-    """How many spans: the longest that give enough blocks, which take 128 bytes of channels each.
+    """Number of spans of an image: of the longest length that gives at least BLOCKS blocks.
 
-    By shape alone, so that results are the same on any device.
+    A block takes one span of 128 bytes of channels. The number depends on the shape alone, so that
+    results are the same on any device.
     """
     pixels, across = math.prod(x.shape[2:]), math.ceil(x.shape[1] * x.element_size() / 128)
     for length in SPANS:
@@ -95,7 +98,7 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor]:
     _check(x, bias, emb, residual, spans)
     y, statistics = reference.conv_epilogue(x, bias, emb, residual, spans)
-    return y.clone() if y is x else y, statistics  # an operation's output is memory of its own
+    return y.clone() if y is x else y, statistics  # an operation must not return its input
 
 
 @torch.library.register_fake("fastdiff::conv_epilogue")

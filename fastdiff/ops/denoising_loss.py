@@ -1,7 +1,7 @@
-"""The weighted squared error of a prediction against p x_0 + q noise, which is never stored.
+"""The weighted squared error of a prediction against p x_0 + q noise; the target is never stored.
 
-``denoising_loss`` takes the noise as a tensor. ``denoising_loss_from_seed`` computes it from a seed
-where it is needed, so the noise is never in memory.
+``denoising_loss`` takes the noise as a tensor. ``denoising_loss_from_seed`` computes the noise from
+a seed while it computes the loss, so the noise is never in memory.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ def denoising_loss(
 
     Args:
         prediction: [N, ...], floating point, any memory format.
-        x0: clean images, like ``prediction``; None where p is 0 and they need not be read.
-        noise: like ``prediction``; None where q is 0.
+        x0: clean images, like ``prediction``; None if p is 0, which saves reading them.
+        noise: like ``prediction``; None if q is 0.
         t: timesteps [N], int64, in 0..T-1.
         target_x0: p [T], float32 (float64 for a float64 prediction).
-        target_noise: q [T], likewise.
-        weight: [T], likewise.
+        target_noise: q [T], of the dtype of ``target_x0``.
+        weight: [T], of the dtype of ``target_x0``.
 
     Returns:
-        [N] in the tables' dtype, which errors and their mean are taken in. Differentiable in
+        [N] in the tables' dtype, in which errors and their mean are computed. Differentiable in
         ``prediction``, ``x0`` and ``noise``, once.
 
     Raises:
@@ -104,20 +104,20 @@ def denoising_loss_from_seed(
 ) -> Tensor:
     """weight_t mean((prediction - p_t x_0 - q_t noise)^2) of each image, with the noise of a seed.
 
-    The loss is that of :func:`denoising_loss`. Its noise is that of :func:`philox_normal` for
-    ``seed`` and ``row``, not rounded, the same that :func:`q_sample_from_seed` puts into x_t.
-    Forward and backward each compute it again.
+    The loss is :func:`denoising_loss`. The noise is that of :func:`philox_normal` for ``seed`` and
+    ``row``, not rounded, which :func:`q_sample_from_seed` also puts into x_t. Forward and backward
+    each compute it anew.
 
     Args:
         prediction: [N, ...], floating point, channels-first or channels-last.
-        x0: clean images, like ``prediction``; None where p is 0 and they need not be read.
+        x0: clean images, like ``prediction``; None if p is 0, which saves reading them.
         seed: int64 [N, 2], for each image its seed and its number.
-        row: which noise of that seed, an int64 tensor of one element on the device of
-            ``prediction``; its lowest 32 bits count.
+        row: ``row`` of :func:`philox_normal`, an int64 tensor of one element on the device of
+            ``prediction``; its lowest 32 bits are used.
         t: timesteps [N], int64, in 0..T-1.
         target_x0: p [T], float32 (float64 for a float64 prediction).
-        target_noise: q [T], likewise.
-        weight: [T], likewise.
+        target_noise: q [T], of the dtype of ``target_x0``.
+        weight: [T], of the dtype of ``target_x0``.
 
     Returns:
         [N] in the tables' dtype. Differentiable in ``prediction`` and ``x0``, once.
@@ -136,14 +136,14 @@ def denoising_loss_from_seed(
 def _check_all_but_noise(
     prediction: Tensor, x0: Tensor | None, t: Tensor, p: Tensor, q: Tensor, weight: Tensor
 ) -> None:
-    """Raise unless both operations can take these arguments, which they share."""
+    """Raise unless the arguments that both operations share fit together."""
     check_floating(prediction, "prediction")
     if x0 is not None:
         check_like(x0, prediction, "x0", "prediction")
     wide = wide_dtype(prediction.dtype)
     for name, table in (("target_x0", p), ("target_noise", q), ("weight", weight)):
         if table.ndim != 1 or table.shape != p.shape:
-            wanted = "[T]" if table is p else f"({p.numel()},), that of target_x0"
+            wanted = "[T]" if table is p else f"({p.numel()},), the shape of target_x0"
             raise ValueError(f"{name} must have shape {wanted}, got {tuple(table.shape)}")
         if table.dtype != wide:
             raise TypeError(
@@ -154,7 +154,7 @@ def _check_all_but_noise(
 
 
 def _check_grad(grad: Tensor, prediction: Tensor) -> None:
-    """Raise unless ``grad`` is the gradient of a loss [N] of ``prediction``."""
+    """Raise unless ``grad`` can be the gradient of the loss [N] of ``prediction``."""
     if grad.shape != prediction.shape[:1]:
         raise ValueError(
             f"grad must have shape {tuple(prediction.shape[:1])}, got {tuple(grad.shape)}"
@@ -249,13 +249,16 @@ def _backward_from_seed(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 def _of_target(factor: Tensor, t: Tensor, dprediction: Tensor) -> Tensor:
-    """The gradient of x0 or of the noise, of which the target has ``factor``[t]."""
+    """The gradient of x0 or of the noise, whose factor in the target is ``factor``[t]."""
     shape = (-1, *[1] * (dprediction.ndim - 1))
     return (-factor[t].view(shape) * dprediction).to(dprediction.dtype)
 
 
 def _refuse_second_gradient(ctx, *grads: Tensor) -> NoReturn:  # type: ignore[no-untyped-def]
-    """A backward kernel has no derivative. Unless this refuses, PyTorch takes it for a constant."""
+    """The gradient formula of a backward kernel, which has none.
+
+    Without this error PyTorch would treat the backward kernel's result as a constant.
+    """
     raise NotImplementedError(
         "the denoising loss can be differentiated once; for a second time use "
         'fastdiff.backend("reference")'

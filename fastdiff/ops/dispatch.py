@@ -1,4 +1,4 @@
-"""Who computes an operation, a kernel or the reference, and what a fake of it gives."""
+"""Run an operation by a kernel or by the reference; helpers for the operations' fakes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def dispatch(
     check: Callable[..., None],
     *args: Any,
 ) -> Any:
-    """kernel(*args) where a kernel can run on ``x``, else reference(*args), which names the range.
+    """kernel(*args) if a kernel can run on ``x``, else reference(*args).
 
-    Bad arguments raise what check(*args) raises. A kernel refuses them by itself, so there the
-    check runs only afterwards, to say it better: it would take as long as a small kernel does.
+    Bad arguments raise what check(*args) raises. The check takes as long as a small kernel, and
+    kernels refuse bad arguments themselves; so with a kernel it runs only after an error, for its
+    better text. The profiler's range has the name of ``reference``.
     """
     if profiling.depth:
         check(*args)
@@ -32,7 +33,7 @@ def dispatch(
     if not kernel_runs(x):
         check(*args)
         return reference(*args)
-    if torch.compiler.is_compiling():  # traced: the check costs nothing when it runs
+    if torch.compiler.is_compiling():  # the check runs while tracing, not in the compiled code
         check(*args)
         return kernel(*args)
     try:
@@ -43,7 +44,7 @@ def dispatch(
 
 
 def differentiable(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel with a Python autograd formula, without the 4 us of it where nothing needs it."""
+    """A kernel that skips its Python autograd formula, 4 us, if no argument needs a gradient."""
 
     def call(*args: Any) -> Any:
         needed = torch.is_grad_enabled() and _requires_grad(args)
@@ -68,7 +69,7 @@ def fake_like(x: Tensor, *others: Tensor | None) -> Tensor:
 def check_devices(x: Tensor, *others: Tensor | None) -> None:
     """ValueError for a fake if another tensor is on another device than ``x``.
 
-    Beside a meta tensor the dispatcher would have the fake answer for a kernel.
+    If one argument is on the meta device, the dispatcher runs the fake in place of a kernel.
     """
     for value in others:
         if value is not None and value.device != x.device:

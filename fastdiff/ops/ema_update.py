@@ -1,4 +1,4 @@
-"""The running average of a model's weights, all of them in one call."""
+"""The running average of a model's weights, all weights in one call."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ def ema_update(
 ) -> None:
     """a += weight (p - a) for each average a and its parameter p, in place.
 
-    With weight = 1 - decay this is the exponential moving average of the weights that samples are
-    drawn with (Ho et al. 2020, arXiv:2006.11239, appendix B). On a GPU it is one launch, whatever
-    the number of parameters. It cannot be captured in a CUDA graph before it has run once.
+    With weight = 1 - decay this is the exponential moving average of the weights that images are
+    generated with (Ho et al. 2020, arXiv:2006.11239, appendix B). On a GPU it is one launch for any
+    number of parameters. It cannot be captured in a CUDA graph before it has run once.
 
     Args:
         averages: floating point tensors, all on one device; computed in float32 or better.
-        parameters: as many, of the same shapes and on the same device; dtypes may differ from
-            those of the averages.
-        weight: in 0..1, or a tensor of one float32 element on that device, for a captured step
-            whose weight changes.
+        parameters: one for each average, of its shape and device; dtypes may differ.
+        weight: in 0..1; or a float32 tensor of one element on the averages' device, so that the
+            weight can change between replays of a captured CUDA graph.
 
     Raises:
-        TypeError: dtypes are not floating point.
-        ValueError: numbers, shapes or devices do not fit, or tensors are not dense.
+        TypeError: dtypes are not floating point, or tensors are not dense.
+        ValueError: numbers, shapes or devices do not fit, or ``weight`` is outside 0..1.
     """
     if not averages:
         if parameters:

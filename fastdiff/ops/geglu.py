@@ -1,5 +1,6 @@
-"""The gated linear unit of a transformer block's feed-forward layer. Inference on a CPU, for
-``fastdiff.compiler``.
+"""The gated linear unit of a transformer block's feed-forward layer.
+
+It is for inference on a CPU, and is used by ``fastdiff.compiler``.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ def geglu(x: Tensor) -> Tensor:
     b (1 + erf(b / sqrt(2))) / 2.
 
     Args:
-        x: [..., 2D], float32 or bfloat16 (others are computed by the reference).
+        x: [..., 2D], float32 or bfloat16 (other dtypes are computed by the reference).
 
     Returns:
         [..., D], contiguous; computed in float32 at least and rounded once.
 
     Raises:
-        RuntimeError: a gradient is wanted, which there is none of.
+        RuntimeError: autograd would record the call, which has no gradient formula.
         TypeError: x is not floating point or not dense.
         ValueError: x has no dimension, or the last one is odd.
     """

@@ -1,4 +1,4 @@
-"""How operations reach the kernels for CUDA tensors, in Triton or in CUDA C++.
+"""Connect operations to their kernels for CUDA tensors, in Triton or in CUDA C++.
 
 A kernel's launcher takes its operation's own arguments. torch.compile sees the Triton kernels
 behind the operation, as it sees those behind a ``torch.library.triton_op``. That function itself
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdiff.ops.backend import kernels_on_cuda, missing, on_cuda
 
-operations: dict[str, str] = {}  # those with kernels for CUDA tensors, each with its family
+operations: dict[str, str] = {}  # the family of each operation that has kernels for CUDA tensors
 
 
 def on_gpu(
@@ -29,7 +29,7 @@ def on_gpu(
 
     Args:
         name: an operation of the namespace fastdiff, already defined.
-        check: called with the operation's arguments, raises if a kernel must not have them.
+        check: is called with the operation's arguments, and raises if they do not fit.
         family: the family that the operation is a variant of; None where the family has its name.
             The Triton launcher is in ``kernels/<family>.py``.
         traced: whether torch.compile may look at the Triton kernels. It may not where they are
@@ -58,7 +58,7 @@ def on_gpu(
 
 @cache
 def eager_kernel(name: str, where: str | None) -> Callable[..., Any]:
-    """What ``gpu_kernel`` gives, made to tell autograd which tensors it has written."""
+    """The function of ``gpu_kernel``, which also tells autograd which tensors it has written."""
     kernel = gpu_kernel(name, where)
     arguments = getattr(torch.ops.fastdiff, name).default._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]

@@ -1,8 +1,8 @@
 """Group normalisation as a gain and an offset for each image and channel.
 
-The operation that reads the tensor next applies them, so the normalised tensor is never stored.
-They are computed from the mean and variance of each channel. Both operations are for inference on a
-CPU, and serve ``fastdiff.compiler``.
+Gain and offset are computed from the mean and variance of each channel. The operation that reads
+the tensor next applies them, so the normalised tensor is never stored. Both operations here are for
+inference on a CPU, and are used by ``fastdiff.compiler``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ torch.library.define(
 def channel_statistics(x: Tensor) -> Tensor:
     """Mean and variance over the pixels of each channel of x [N, C, *spatial]: float64 [N, C, 2].
 
-    ``conv2d`` can take these statistics of its result as it writes it. This operation takes them of
-    a tensor that another operation has written.
+    ``conv2d`` can compute these statistics of its result itself. This operation is for a tensor
+    that another operation has written.
 
     Raises:
-        RuntimeError: a gradient is wanted, which there is none of.
+        RuntimeError: autograd would record the call, which has no gradient formula.
         TypeError: x is not floating point or not dense.
         ValueError: x has fewer than two dimensions.
     """
@@ -58,8 +58,9 @@ def group_norm_coefficients(
     GroupNorm(x) * (1 + scale) + shift.
 
     Args:
-        statistics: float64 [N, C_i, 2] of each of the tensors whose concatenation along the
-            channels is normalised, of the same number of pixels; C is the sum of C_i.
+        statistics: the results of :func:`channel_statistics`, float64 [N, C_i, 2], for tensors of
+            the same number of pixels, whose concatenation along the channels is normalised. C is
+            the sum of C_i.
         num_groups: groups that share statistics; must divide C.
         weight: gain [C], or None for 1.
         bias: offset [C], or None for 0.
@@ -68,7 +69,7 @@ def group_norm_coefficients(
         shift: [N, C], or None for 0.
 
     Raises:
-        RuntimeError: a gradient is wanted, which there is none of.
+        RuntimeError: autograd would record the call, which has no gradient formula.
         TypeError: the statistics are not float64.
         ValueError: shapes do not fit, or num_groups does not divide C.
     """
@@ -95,7 +96,7 @@ def _check(
     shift: Tensor | None,
 ) -> None:
     if not statistics:
-        raise ValueError("statistics must be given for one tensor at least")
+        raise ValueError("statistics must be given for at least one tensor")
     for value in statistics:
         if value.ndim != 3 or value.shape != (statistics[0].shape[0], value.shape[1], 2):
             raise ValueError(f"statistics must have shape [N, C, 2], got {tuple(value.shape)}")

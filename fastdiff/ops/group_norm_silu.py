@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU with what stands around them in a U-Net's residual block, in one operation."""
+"""GroupNorm and SiLU, with the additions around them in a U-Net's residual block, in one call."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def group_norm_silu(
         scale: [N, C], the normalised value is multiplied by 1 + scale.
         shift: [N, C], added after the scale.
         residual: like y, added to the result.
-        silu: False leaves the activation out (the norm before attention).
-        skip: [N, C', *spatial]; the operation then works on the concatenation of x and skip along
-            the channels, C + C' of them, which a GPU kernel never writes to memory.
-        statistics: those of x (without ``add``) that ``conv_epilogue`` collected, float32
-            [N, S, 4, C]. A GPU kernel takes them in place of a pass over x; a CPU makes the pass.
+        silu: apply SiLU; False for the norm before attention.
+        skip: [N, C', *spatial]; the operation then normalises the concatenation of x and skip along
+            the channels, of C + C' channels, which a GPU kernel never writes to memory.
+        statistics: the statistics of x (without ``add``) from ``conv_epilogue``, float32
+            [N, S, 4, C]. They save a GPU kernel a pass over x; a CPU kernel ignores them.
 
     Returns:
         y in the shape of x (of the concatenation), with x's dtype and memory format. Statistics are

@@ -1,4 +1,4 @@
-"""Normal noise that depends on nothing but a seed, an image's number, a row and the element."""
+"""Normal noise that depends only on a seed, an image's number, a row and the element."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def philox_normal(
 
     Returns:
         Noise of that shape, contiguous, on the device of ``seed``. ``ops.sampler_step`` with the
-        same seed draws the same at step ``row``.
+        same seed computes the same noise at step ``row``.
 
     Raises:
         TypeError: dtypes do not fit.
@@ -63,7 +63,7 @@ def check_seed(seed: Tensor, x: Tensor) -> None:
 
 
 def check_row(row: Tensor, x: Tensor) -> None:
-    """TypeError or ValueError unless ``row`` is one int64 number on the device of x."""
+    """TypeError or ValueError unless ``row`` is an int64 tensor of one element on x's device."""
     if row.dtype != torch.int64 or row.numel() != 1:
         raise TypeError(
             f"row must be an int64 tensor of one element, got {row.dtype} {tuple(row.shape)}"

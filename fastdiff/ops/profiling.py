@@ -1,8 +1,8 @@
 """Named ranges for profilers: NVTX for Nsight, ``record_function`` for torch.profiler.
 
-``profile`` switches them on, or FASTDIFF_NVTX=1 for a whole process. Off, they cost nothing: loops
-that are set up then hold the plain functions, and what is left is one look at a global in each
-operation. Compiled code has no ranges inside, and a replayed CUDA graph is one range a step.
+``profile`` switches the ranges on, or FASTDIFF_NVTX=1 for a whole process. Switched off, they cost
+almost nothing: each operation reads one global variable, and a loop that is set up then calls the
+plain functions. Compiled code has no ranges inside; a replayed CUDA graph is one range per step.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import Any, TypeVar
 
 import torch
 
-DOMAIN = "fastdiff"  # of the NVTX ranges
+DOMAIN = "fastdiff"  # name of the NVTX domain
 Call = TypeVar("Call", bound=Callable[..., Any])
 
-depth = 0  # how many ``profile`` blocks are open; read on every call of an operation
-_lock = threading.Lock()  # for its changes
+depth = 0  # number of open ``profile`` blocks; read on every call of an operation
+_lock = threading.Lock()  # held while ``depth`` changes
 _off = nullcontext()
 
 
 @contextmanager
 def profile() -> Iterator[None]:
-    """Within the block, fastdiff's work is in named ranges, in every thread; blocks may be nested.
+    """For a ``with`` block, put fastdiff's work into named ranges, in every thread.
 
-    The ranges are ``sample``, ``step 0`` and so on (one an evaluation of the model), ``model``,
-    each fused operation by its name, ``train step`` and its phases ``data``, ``forward``,
-    ``backward``, ``optimizer`` and ``ema``. Nsight Systems and Nsight Compute see them in the NVTX
-    domain ``fastdiff`` (the package nvtx), torch.profiler under the same names with ``fastdiff::``
-    before them.
+    The ranges are ``sample``, ``step 0`` and so on (one for each evaluation of the model),
+    ``model``, each fused operation by its name, and ``train step`` with its phases ``data``,
+    ``forward``, ``backward``, ``optimizer`` and ``ema``. Nsight Systems and Nsight Compute show
+    them in the NVTX domain ``fastdiff`` (this needs the package nvtx); torch.profiler shows them
+    with the prefix ``fastdiff::``. Blocks may be nested.
 
     Example:
-        >>> with torch.profiler.profile() as seen, fastdiff.profile():
+        >>> with torch.profiler.profile() as profiler, fastdiff.profile():
         ...     fastdiff.sample(model, sampler, (4, 3, 32, 32))
-        >>> print(seen.key_averages().table())
+        >>> print(profiler.key_averages().table())
     """
     global depth
     _nvtx()
@@ -53,12 +53,12 @@ def profile() -> Iterator[None]:
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """A range around a block, if ranges are on."""
+    """For a ``with`` block, a range around it if ranges are switched on."""
     return _range(name) if depth and not torch.compiler.is_compiling() else _off
 
 
 def ranged(name: str, call: Call) -> Call:
-    """The function with a range around each call; itself if ranges are off now."""
+    """``call`` with a range around each call; ``call`` itself if ranges are now switched off."""
     if not depth:
         return call
 

@@ -1,7 +1,7 @@
-"""x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise: one draw of the forward process.
+"""x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise: a sample of the forward process.
 
-``q_sample`` takes the noise as a tensor. ``q_sample_from_seed`` computes it from a seed on the way,
-so the noise is never in memory.
+``q_sample`` takes the noise as a tensor. ``q_sample_from_seed`` computes the noise from a seed as
+it computes x_t, so the noise is never in memory.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def q_sample(
         t: timesteps [N], int64, in 0..T-1.
         noise: like x0.
         sqrt_alphas_cumprod: sqrt(abar) [T], float32 (float64 for float64 images).
-        sqrt_one_minus_alphas_cumprod: sqrt(1 - abar) [T], likewise.
+        sqrt_one_minus_alphas_cumprod: sqrt(1 - abar) [T], of the same dtype.
 
     Returns:
-        x_t in x0's dtype and memory format; products and sum are taken in the tables' dtype.
+        x_t in x0's dtype and memory format; products and sum are computed in the tables' dtype.
 
     Raises:
         TypeError: dtypes do not fit.
@@ -78,14 +78,14 @@ def q_sample_from_seed(
         x0: clean images [N, C, ...], floating point, channels-first or channels-last.
         t: timesteps [N], int64, in 0..T-1.
         seed: int64 [N, 2], for each image its seed and its number.
-        row: which noise of that seed, an int64 tensor of one element on x0's device (so that a
-            captured training step can raise it there); its lowest 32 bits count.
+        row: ``row`` of :func:`philox_normal`, an int64 tensor of one element on x0's device (so
+            that a captured training step can increment it there); its lowest 32 bits are used.
         sqrt_alphas_cumprod: sqrt(abar) [T], float32 (float64 for float64 images).
-        sqrt_one_minus_alphas_cumprod: sqrt(1 - abar) [T], likewise.
+        sqrt_one_minus_alphas_cumprod: sqrt(1 - abar) [T], of the same dtype.
 
     Returns:
-        x_t like x0, rounded once. Its noise is that of :func:`philox_normal` for ``seed`` and
-        ``row`` in the tables' dtype, so that function gives the same noise. Differentiable in x0.
+        x_t like x0, rounded once. Its noise is the result of :func:`philox_normal` for ``seed`` and
+        ``row`` in the tables' dtype. Differentiable in x0.
 
     Raises:
         TypeError: dtypes do not fit.

@@ -1,8 +1,8 @@
-"""Every operation in plain PyTorch: what the kernels are checked against, and the fallback.
+"""Every operation in plain PyTorch: the reference for tests of the kernels, and the fallback.
 
-Written for clarity; statistics and sums are taken in float32 or better and the result is stored in
-the input's dtype, which is also what the kernels promise. Arguments are those of ``fastdiff.ops``,
-already checked.
+The code is written for clarity. Like the kernels, it computes statistics and sums in float32 or
+better and returns the result in the input's dtype. Arguments are those of the operation in
+``fastdiff.ops``, already checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch._prims_common import suggest_memory_format
 
 from fastdiff.ops.conv2d_spec import ConvSpec
 
-_WORD = 0xFFFFFFFF  # the bits of a word of Philox
+_WORD = 0xFFFFFFFF  # mask of a Philox word, 32 bits
 
 
 def group_norm_silu(
@@ -36,7 +36,7 @@ def group_norm_silu(
 ) -> Tensor:
     """y = silu(group_norm(cat(x, skip) + add) * (1 + scale) + shift) + residual.
 
-    What ``statistics`` would tell is computed, since PyTorch has no use for it.
+    ``statistics`` are ignored, since torch.group_norm computes them itself.
     """
     if skip is not None:
         x = torch.cat((x, skip), dim=1).contiguous(memory_format=suggest_memory_format(x))
@@ -124,7 +124,7 @@ def denoising_loss_from_seed(
 
 
 def _noise(seed: Tensor, row: Tensor, x: Tensor) -> Tensor:
-    """Noise for images like x, in the dtype that coefficients for them have."""
+    """Noise like x, not rounded: float32, or float64 for float64 images."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return _normal(seed, row.reshape(1, 1), math.prod(x.shape[1:]), wide).view(x.shape)
 
@@ -147,7 +147,9 @@ def conv_epilogue(
 
 
 def _channel_statistics(y: Tensor, spans: int) -> Tensor:
-    """Count, mean, the mean's remainder and squared deviations, float32 [N, S, 4, C]."""
+    """For each span the number of values, their mean, the rounding error of the float32 mean, and
+    the sum of squared deviations: float32 [N, S, 4, C].
+    """
     n, c = y.shape[:2]
     values = y.double().reshape(n, c, math.prod(y.shape[2:]))
     length = -(-values.shape[2] // spans)
@@ -162,15 +164,15 @@ def _channel_statistics(y: Tensor, spans: int) -> Tensor:
 
 
 def upsample_nearest2x(x: Tensor) -> Tensor:
-    """Each pixel four times, in a square."""
-    if x.numel() == 0:  # which F.interpolate refuses
+    """Nearest-neighbour upsampling by a factor of 2."""
+    if x.numel() == 0:  # F.interpolate refuses empty tensors
         return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def upsample_nearest2x_backward(grad: Tensor) -> Tensor:
     """The sum of each square of four pixels."""
-    if grad.numel() == 0:  # which F.avg_pool2d refuses
+    if grad.numel() == 0:  # F.avg_pool2d refuses empty tensors
         return grad[:, :, ::2, ::2].clone()
     return F.avg_pool2d(grad, 2, divisor_override=1)
 
@@ -225,8 +227,8 @@ def conv2d(
     residual: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """(conv(up(act(norm(cat(x, skip))))) + bias + emb + residual) * scale, and its statistics; or
-    that gated.
+    """(conv(up(act(norm(cat(x, skip))))) + bias + emb + residual) * scale, gated if the spec says
+    so, and the statistics of the result or None.
     """
     h = x if skip is None else torch.cat((x, skip), dim=1)
     if norm is not None:
@@ -238,7 +240,7 @@ def conv2d(
     if spec.upsample:
         h = F.interpolate(h, scale_factor=2.0, mode="nearest")
     top, bottom, left, right = spec.padding
-    if (top, left) != (bottom, right):  # a convolution of PyTorch's pads both sides alike
+    if (top, left) != (bottom, right):  # F.conv2d pads both sides equally
         h, top, left = F.pad(h, (left, right, top, bottom)), 0, 0
     y = F.conv2d(h, weight, bias, spec.stride, (top, left))
     if emb is not None:
@@ -275,7 +277,7 @@ def ema_update(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight:
     ):
         torch._foreach_lerp_(list(averages), list(parameters), weight.item())
         return
-    for a, p in zip(averages, parameters, strict=True):  # a GPU's weight is not read by the host
+    for a, p in zip(averages, parameters, strict=True):  # no .item(), which would wait for the GPU
         wide = torch.promote_types(a.dtype, torch.float32)
         a.copy_(torch.lerp(a.to(wide), p.to(wide), weight.to(wide)))
 
@@ -291,12 +293,13 @@ def sampler_step(
     seed: Tensor | None,
     out: Tensor,
 ) -> None:
-    """One row of the coefficient table (see ``fastdiff.samplers.table``).
+    """Apply one row of the coefficient table (see ``fastdiff.samplers.table``).
 
-    What depends on the row is chosen by torch.where, never by the host: reading it there would wait
-    for a GPU, and could not be captured in a graph. A CPU is asked before costly work for nothing.
+    Choices that depend on the row are made by torch.where: if the host read the row, it would wait
+    for a GPU, and the step could not be captured in a CUDA graph. On a CPU the row is read to skip
+    costly work whose coefficient is 0.
     """
-    # table[step] would wait for a GPU to tell the step, and take -1 for the last row.
+    # table[step] would wait for a GPU, and would accept -1.
     row = table.index_select(0, step.reshape(1)).squeeze(0)
     if x.numel() == 0:
         return
@@ -345,7 +348,7 @@ def sampler_step(
 
 
 def _may_act(coefficient: Tensor) -> bool:
-    """Whether a coefficient may be other than 0; certain only where reading it is no wait."""
+    """Whether a coefficient may differ from 0; True, unread, if reading it would wait for a GPU."""
     if coefficient.device.type != "cpu" or torch.compiler.is_compiling():
         return True
     return bool(coefficient != 0)
@@ -353,7 +356,7 @@ def _may_act(coefficient: Tensor) -> bool:
 
 @torch.no_grad()
 def philox_normal(seed: Tensor, row: int, out: Tensor) -> None:
-    """Standard normal noise from a counter, for each image's row of ``seed``."""
+    """Standard normal noise from a counter, written to ``out``; see ``ops.philox_normal``."""
     wide = torch.promote_types(out.dtype, torch.float32)
     out.copy_(_normal(seed, row, out[:1].numel(), wide).view(out.shape))
 
@@ -370,7 +373,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ..
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a * b, through 16 bits of a at a time: int64 holds no 64-bit product."""
+    """High and low word of a * b, from 16 bits of a at a time, so that products fit into int64."""
     low = (a & 0xFFFF) * b
     middle = (a >> 16) * b + (low >> 16)
     return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
@@ -379,8 +382,8 @@ def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 def _normal(seed: Tensor, row: Tensor | int, elements: int, wide: torch.dtype) -> Tensor:
     """Normal values [N, elements] for ``seed`` [N, 2]; see ``ops.philox_normal``.
 
-    Computed in float64: in float32 the angle would be rounded, which near the zeros of the sine and
-    the cosine leaves few digits.
+    Computed in float64: an angle rounded to float32 would leave few correct digits near the zeros
+    of sine and cosine.
     """
     group = torch.arange(-(-elements // 4), device=seed.device)
     key, image = seed[:, :1], seed[:, 1:]

@@ -1,4 +1,4 @@
-"""One step of any fixed-grid sampler: one row of its coefficient table, applied in one call."""
+"""One step of any fixed-grid sampler: apply one row of its coefficient table, in one call."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fastdiff.ops.gpu import on_gpu
 from fastdiff.ops.philox_normal import check_seed
 from fastdiff.ops.profiling import ranged
 
-# The coefficients of a row, in their order. Those of the history's slots follow. What each means is
-# said in fastdiff/samplers/table.py. Kernels know them by csrc/sampler_table.h and by the constants
-# of kernels/sampler_step.py.
+# The coefficients of a row, in their order; the coefficients of the history's slots follow.
+# fastdiff/samplers/table.py defines each of them. Kernels know their order from
+# csrc/sampler_table.h and from the constants of kernels/sampler_step.py.
 COLUMNS = (
     "guidance", "rescale",
     "x0_x", "x0_m", "clip_min", "clip_max", "quantile",
     "out_x", "out_x0", "out_m", "noise", "logvar", "logvar_v",
     "keep_x", "keep_x0", "keep_m", "keep_noise", "slot",
 )  # fmt: skip
-MAX_HISTORY = 8  # slots
+MAX_HISTORY = 8  # largest number of slots
 
 torch.library.define(
     "fastdiff::sampler_step",
@@ -54,29 +54,31 @@ def sampler_step(
 ) -> Tensor:
     """Step from x_t to the sampler's next x, by row ``step`` of its table.
 
-    The row's meaning stands in ``fastdiff.samplers.table``: guidance (arXiv:2207.12598), its
-    rescaling (arXiv:2305.08891, section 3.4), clipping of x0 or dynamic thresholding
-    (arXiv:2205.11487, section 2.3), and the linear combination of x, x0, the model's output,
-    earlier values and noise. Runs without gradients.
+    ``fastdiff.samplers.table`` defines what a row does: guidance (arXiv:2207.12598), its rescaling
+    (arXiv:2305.08891, section 3.4), clipping of x0 or dynamic thresholding (arXiv:2205.11487,
+    section 2.3), and the linear combination of x, x0, the model's output, earlier values and noise.
+    The step is not differentiable.
 
     Args:
         x: current images [N, C, ...], floating point.
-        model_out: the network's output in x's dtype, [N, C, ...]; with 2 N images the first N are
-            the unconditional and the others the conditional ones; with 2 C channels the second half
-            gives the variance.
-        history: None for a table without history (K = 0), or [K, N, C, ...] in the table's dtype,
-            of which the row's slot is written; see :func:`new_history`. A slot whose coefficient is
-            0 is not read.
-        noise: standard normal noise like x; None takes that of ``seed``, or, without it, no noise.
+        model_out: the network's output in x's dtype, [N, C, ...]. Of 2 N images the first N are
+            unconditional and the last N conditional. Of 2 C channels the second half gives the
+            variance.
+        history: [K, N, C, ...] in the table's dtype, in which the row's slot is written; see
+            :func:`new_history`. A slot whose coefficient is 0 is not read. None for a table without
+            history (K = 0).
+        noise: standard normal noise like x; None for noise from ``seed``, or for no noise if
+            ``seed`` is None too.
         table: coefficients [R, 18 + K], float32 (float64 for float64 images), on x's device.
         step: the row, an int64 tensor of one element on x's device (so that a captured loop can
             advance it there).
-        seed: int64 [N, 2], for each image its seed and its number: noise is that of
-            :func:`philox_normal` with ``step`` as its row, computed on the way.
-        out: where the result goes, like x, and may be x itself; None makes a new tensor.
+        seed: int64 [N, 2], for each image its seed and its number. The noise is then that of
+            :func:`philox_normal` with ``step`` as its row, computed within the step.
+        out: a tensor like x for the result, which may be x itself; None for a new tensor.
 
     Returns:
-        The next x: ``out``, or a tensor of x's dtype and strides; the arithmetic is the table's.
+        The next x: ``out``, or a new tensor of x's dtype and strides. It is computed in the table's
+        dtype.
 
     Raises:
         TypeError: dtypes do not fit.
@@ -97,15 +99,15 @@ def sampler_step_for(x: Tensor) -> Callable[..., None]:
     """The function that :func:`sampler_step` runs on tensors like ``x``, without its checks.
 
     Returns:
-        A function of x, model_out, history, noise, table, step, seed and out, in this order, on
-        the backend that is set now. It is for a loop that has checked its tensors once; a kernel
+        A function of x, model_out, history, noise, table, step, seed and out, in this order, for
+        the backend that is set now. It is for a loop that has checked its tensors once. A kernel
         still refuses tensors that do not fit.
     """
     return ranged("sampler_step", _kernel if kernel_runs(x) else reference.sampler_step)
 
 
 def new_history(x: Tensor, depth: int) -> Tensor:
-    """A history for images like ``x``, zeros [depth, *x.shape] in the dtype that it is kept in.
+    """An empty history for images like ``x``: zeros [depth, *x.shape], float32, or float64 for it.
 
     Each slot has the memory format of ``x``, which is the fast path of :func:`sampler_step`.
 

@@ -1,7 +1,7 @@
-"""A check of every operation, in a second, on the backend that is set: what ``doctor`` prints.
+"""A quick check of every operation on the backend that is set, for ``fastdiff doctor``.
 
-Each operation computes one case of odd sizes, so that vector tails and groups that straddle vectors
-occur, and is held against the reference in float64 on the same rounded inputs.
+Each operation computes one case, whose odd sizes cover vector tails and groups that end within a
+vector. The result is compared with the reference's in float64 for the same rounded inputs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Values = dict[str, Tensor]
 
 GROUPS = 4
 SHAPE = (2, 40, 17, 13)  # N, C, H, W
-TIMESTEPS = 7  # of the tables
-REPEATS = 5  # timed calls, of which the fastest counts
-ALLOWED = 8  # tolerance, in units in the last place of the largest value
+TIMESTEPS = 7  # length of the tables
+REPEATS = 5  # number of timed calls, of which the fastest is reported
+ALLOWED = 8  # largest error, in units in the last place of the largest value
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16)
 TABLES = (
@@ -41,19 +41,19 @@ DIFFERENTIATED = ("x", "weight", "bias", "add", "scale", "shift", "residual")
 
 @dataclass(frozen=True)
 class Record:
-    """How one operation did.
+    """The result of checking one operation.
 
     Attributes:
-        operation: its name in ``fastdiff.ops``, or that and ``_backward``.
+        operation: its name in ``fastdiff.ops``, with ``_backward`` appended for its gradient.
         layout: NCHW or NHWC.
         dtype: float32 or bfloat16.
-        backend: what computed it.
+        backend: the backend that computed the operation.
         max_error: largest absolute difference from float64 over all outputs, each divided by its
             largest value; None if the operation raised or gave values that are not finite.
         tolerance: the largest ``max_error`` allowed.
-        ok: whether it was kept.
-        microseconds: time of the fastest call; None if it raised.
-        reason: what it raised, or empty.
+        ok: whether the operation kept the tolerance.
+        microseconds: time of the fastest call; None if the operation raised.
+        reason: the text of the error that the operation raised, or empty.
     """
 
     operation: str
@@ -102,7 +102,7 @@ def _check(
             call(values)
             _wait_for(values["x"])
             seconds = min(seconds, time.perf_counter() - begin)
-    except Exception as raised:  # whatever it is, doctor reports it beside the others
+    except Exception as raised:  # any error is reported together with the other results
         reason = f"{type(raised).__name__}: {raised}"
     tolerance = ALLOWED * torch.finfo(dtype).eps
     return Record(
@@ -130,8 +130,8 @@ def _wait_for(x: Tensor) -> None:
 
 
 def _values() -> Values:
-    """The inputs of all operations, float64 but for timesteps, step and seed."""
-    cpu = torch.device("cpu")  # whatever the default device is: values are the same on each
+    """The inputs of all operations; all except timesteps, steps and seeds are float64."""
+    cpu = torch.device("cpu")  # so that values are the same for every device
     generator = torch.Generator(cpu).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -139,7 +139,8 @@ def _values() -> Values:
 
     n, c = SHAPE[:2]
     abar = torch.linspace(0.95, 0.05, TIMESTEPS, dtype=torch.float64, device=cpu)
-    # Guided and rescaled, a learned variance, a history: with clipping and with thresholding.
+    # Two rows with guidance, its rescaling, a learned variance and a history: the first clips, the
+    # second thresholds.
     guidance, x0, out, noise = [2.0, 0.6], [0.9, -0.4], [0.3, 0.6, 0.1], [1.0, -2.0, 0.5]
     keep, factors = [0.2, 0.5, -0.3, 0.4, 1.0], [0.0, 0.7]
     rows = [
@@ -147,7 +148,7 @@ def _values() -> Values:
         for limits in ([-1.0, 1.0, 0.0], [0.0, 3.0, 0.9])
     ]
     return {
-        "x": normal(*SHAPE) + 1,  # off centre: a careless variance loses digits
+        "x": normal(*SHAPE) + 1,  # with a mean other than 0, so that a naive variance loses digits
         "weight": normal(c),
         "bias": normal(c),
         "add": normal(n, c),
@@ -180,7 +181,7 @@ def _narrow(key: str, value: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
 
 
 def _distance(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference, as a share of the largest wanted value; infinite if not finite."""
+    """Largest difference as a share of the largest wanted value; inf for a result not finite."""
     if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
         return math.inf
     got, wanted = got.detach().double(), wanted.detach()
@@ -233,7 +234,7 @@ def _philox_normal(v: Values) -> Sequence[Tensor]:
 def _conv_epilogue(v: Values) -> Sequence[Tensor]:
     y, statistics = ops.conv_epilogue(v["x"], v["bias"], v["add"], v["residual"], statistics=True)
     assert statistics is not None
-    # The remainder of the mean is what float32 has no room for: with it, not beside it.
+    # Column 1 is the mean in float32 and column 2 its rounding error, so their sum is compared.
     return y, statistics[:, :, 1] + statistics[:, :, 2], statistics[:, :, 3]
 
 
@@ -264,12 +265,13 @@ def _channel_statistics(v: Values) -> Sequence[Tensor]:
 def _group_norm_coefficients(v: Values) -> Sequence[Tensor]:
     statistics = [ops.channel_statistics(x) for x in v["x"].split((13, SHAPE[1] - 13), dim=1)]
     options: dict[str, Any] = {key: v[key] for key in ("scale", "shift")}
-    found = ops.group_norm_coefficients(statistics, GROUPS, v["weight"], v["bias"], **options)
-    return found.unbind(1)
+    return ops.group_norm_coefficients(
+        statistics, GROUPS, v["weight"], v["bias"], **options
+    ).unbind(1)
 
 
 def _conv2d(v: Values) -> Sequence[Tensor]:
-    """F(4x4) is left out: it has a bound of its own."""
+    """Convolution by two algorithms; Winograd F(4x4) has another error bound and is left out."""
     statistics = [ops.channel_statistics(v["x"])]
     options: dict[str, Any] = {
         "padding": (1, 1, 1, 1), "silu": True, "emb": v["add"], "residual": v["residual"],

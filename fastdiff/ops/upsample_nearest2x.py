@@ -1,4 +1,4 @@
-"""Twice the resolution by the nearest neighbour: what a U-Net's way up begins a level with."""
+"""Nearest-neighbour upsampling by a factor of 2, with which a U-Net's way up starts a level."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _backward_op = torch.ops.fastdiff.upsample_nearest2x_backward.default
 
 
 def upsample_nearest2x(x: Tensor) -> Tensor:
-    """Each pixel four times, in a square.
+    """Nearest-neighbour upsampling by a factor of 2: each pixel becomes a square of four.
 
     Args:
         x: [N, C, H, W], floating point, channels-first or channels-last.
@@ -29,7 +29,7 @@ def upsample_nearest2x(x: Tensor) -> Tensor:
 
     Raises:
         TypeError: x is not floating point.
-        ValueError: x has not four dimensions.
+        ValueError: x does not have four dimensions.
     """
     return dispatch(x, _kernel, reference.upsample_nearest2x, _check, x)
 

@@ -1,4 +1,4 @@
-"""Whether weights are what they were when something was made of them."""
+"""A number by which a change of weights is noticed after something was computed from them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ torch.library.define("fastdiff::weights_state", "(Tensor[] weights) -> int")
 
 
 def weights_state(weights: Sequence[Tensor]) -> int:
-    """A number that changes, but for a chance of 2^-64, with the tensors or their values.
+    """A hash of the tensors, which differs for other tensors or values except by chance (2^-64).
 
-    It is made of which tensors they are, of how many writes PyTorch has counted to each, and of a
-    sample of their values that meets every output and every input channel; this for writes that
-    are not counted, through ``.data``. A write through ``.data`` to a few elements of some
-    channels may go unseen.
+    It covers the identity of the tensors, the number of writes that PyTorch has counted for each,
+    and a sample of their values that includes every output and every input channel. The sample is
+    for writes through ``.data``, which PyTorch does not count; such a write to a few elements may
+    go unnoticed.
 
     Args:
         weights: dense floating-point tensors [K, C, ...] on a CPU.
@@ -42,5 +42,5 @@ def _sample(weight: Tensor) -> bytes:
         return b""
     values = weight.detach().flatten(2) if weight.ndim > 2 else weight.detach().unsqueeze(2)
     i = torch.arange(max(values.shape[:2]), device=values.device)
-    found = values[tuple(i % size for size in values.shape)]
-    return found.view(torch.uint8).numpy().tobytes()
+    sample = values[tuple(i % size for size in values.shape)]
+    return sample.view(torch.uint8).numpy().tobytes()

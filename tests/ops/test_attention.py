@@ -271,7 +271,7 @@ REFUSED = [
     ("values elsewhere", lambda: ops.attention(Q, K, V.to("meta")), ValueError,
      "v must be on the device of q, cpu, got meta"),
     ("no keys", lambda: ops.attention(Q, K[:, :, :0], V[:, :, :0]), ValueError,
-     r"one key at least, got k of \(2, 3, 0, 6\)"),
+     r"at least one key, got k of shape \(2, 3, 0, 6\)"),
 ]  # fmt: skip
 
 

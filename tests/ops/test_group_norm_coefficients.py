@@ -324,7 +324,7 @@ REFUSED = [
      "dense tensor"),
     ("statistics of a vector", lambda: ops.channel_statistics(S[0, 0]), ValueError,
      r"x must be \[N, C, ...\], got \(2,\)"),
-    ("nothing", lambda: ops.group_norm_coefficients([], 2), ValueError, "one tensor at least"),
+    ("nothing", lambda: ops.group_norm_coefficients([], 2), ValueError, "at least one tensor"),
     ("float32", lambda: ops.group_norm_coefficients([S.float()], 2), TypeError,
      "statistics must be float64, got torch.float32"),
     ("two dimensions", lambda: ops.group_norm_coefficients([S[0]], 2), ValueError,
