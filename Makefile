@@ -65,7 +65,7 @@ theory: $(VENV)/.plot  ## train every objective on the digits and measure it: ta
 	$(RUN) -m benchmarks.objectives --out benchmarks/results --runs runs/objectives
 	$(RUN) -m benchmarks.adaptive_steps --checkpoint runs/objectives/dsm-vp --out benchmarks/results
 
-gpu:  ## on a machine with a GPU, with the packages of $(PYTHON): test and time all kernels, 10 minutes
+gpu:  ## on a machine with a GPU and a PyTorch of its own: test and time all kernels, 10 minutes
 	$(PYTHON) -m tools.gpu $(GPU)
 
 gpu-audit: $(VENV)/.test  ## compile every GPU kernel for sm_80, 90 and 100: registers, spills, access widths, bytes
