@@ -1,18 +1,20 @@
-"""What adaptive steps are worth: on a trained model of the digits, and where the truth is known.
+"""Adaptive against fixed steps: on a trained model of the digits, and on a known distribution.
 
     python -m benchmarks.adaptive_steps --checkpoint runs/objectives/dsm-vp \\
         --out benchmarks/results
 
-writes adaptive_steps.json (every figure, after each of the digits; those that are there for as many
-images are not measured again) and .png, prints the tables, and renders those of the documentation:
+writes adaptive_steps.json and .png, prints the tables, and renders the tables of the documentation.
+The .json is written after each figure of the digits; figures in it for the same number of images
+are not measured again. Measured are
 
     Frechet distance against evaluations of the network, for the reverse-time SDE of a model of
-    continuous time: Euler-Maruyama in steps of one length, and the adaptive solver with its two
-    schemes, from one seed. The table says how many evaluations each needs to come as near to the
-    digits as Euler-Maruyama does with a number of steps.
+    continuous time: Euler-Maruyama with steps of equal length, and the adaptive solver with its two
+    schemes, all from one seed. The table says how many evaluations each scheme needs for the
+    distance that Euler-Maruyama reaches with a number of steps.
 
-    the error of the probability-flow ODE against its tolerance, and against evaluations beside
-    fixed grids, on a mixture of two Gaussians whose score is known, in float64.
+    the error of the probability-flow ODE against its tolerance, and the error of the ODE and of
+    samplers on fixed grids against evaluations, on a mixture of two Gaussians whose score is known,
+    in float64.
 """
 
 from __future__ import annotations
@@ -48,21 +50,23 @@ def main() -> None:
         "--checkpoint", type=Path, required=True, help="a model of the digits and of an SDE"
     )
     options.add_argument("--out", type=Path, required=True, help="folder for both files")
-    options.add_argument("--images", type=int, default=1428, help="digits a figure, at least 100")
+    options.add_argument(
+        "--images", type=int, default=1428, help="generated digits for each figure, at least 100"
+    )
     options.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of Euler-Maruyama")
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "adaptive_steps.json"
-    found: dict[str, Any] = {"images": args.images, "digits": [], "mixture": errors_of_ode()}
+    results: dict[str, Any] = {"images": args.images, "digits": [], "mixture": errors_of_ode()}
     earlier: list[dict[str, Any]] = []
     if kept.exists() and (old := json.loads(kept.read_text("utf-8")))["images"] == args.images:
-        found["digits"], earlier = old["digits"], old["machines"]
-    found["machines"] = machine.with_this_one(earlier, torch.get_num_threads())
-    for row in distances(args.checkpoint, args.steps, args.images, found["digits"]):
-        found["digits"].append(row)
-        kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    plot(found["digits"], found["mixture"], args.out / "adaptive_steps.png")
-    for table in (rows.adaptive_steps(found), rows.ode_errors(found)):
+        results["digits"], earlier = old["digits"], old["machines"]
+    results["machines"] = machine.with_this_one(earlier, torch.get_num_threads())
+    for row in distances(args.checkpoint, args.steps, args.images, results["digits"]):
+        results["digits"].append(row)
+        kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    plot(results["digits"], results["mixture"], args.out / "adaptive_steps.png")
+    for table in (rows.adaptive_steps(results), rows.ode_errors(results)):
         print(tables.markdown(table))
     tables.publish(args.out)
 
@@ -70,9 +74,12 @@ def main() -> None:
 def distances(
     path: Path, steps: Sequence[int], images: int, known: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Frechet distance and evaluations of each way to solve the reverse-time SDE, but the known."""
-    found = checkpoint.load(path)
-    process = sde.continuous(found.forward)
+    """Frechet distance and evaluations of each solver of the reverse-time SDE.
+
+    Solvers whose figures are in ``known`` are skipped.
+    """
+    trained = checkpoint.load(path)
+    process = sde.continuous(trained.forward)
     ways: list[tuple[str, str, sde.Solver]] = [
         (EULER, f"{count} steps", sde.Solver(process, EULER, count)) for count in steps
     ]
@@ -86,7 +93,7 @@ def distances(
     for name, setting, solver in ways:
         if (name, setting) in there:
             continue
-        measured = evaluate(found, solver, samples=images, progress=False)
+        measured = evaluate(trained, solver, samples=images, progress=False)
         kept = ("evaluations", "frechet", "frechet_real", "accuracy")
         figures = {key: measured.as_dict()[key] for key in kept}
         print(
@@ -126,8 +133,8 @@ def errors_of_ode() -> list[dict[str, Any]]:
     for pair in PAIRS:
         for tolerance in TOLERANCES:
             solver = sde.Solver(process, "ode", pair=pair, rtol=tolerance, atol=tolerance)
-            found = solver.sample(score, x, progress=False)
-            note(pair, tolerance, found.x, found.evaluations)
+            solved = solver.sample(score, x, progress=False)
+            note(pair, tolerance, solved.x, solved.evaluations)
     path = sde.discretize(process)
     network = Network(lambda x, t: score(x, t.double() / 999), process, "score", False)
     for name in FIXED:

@@ -1,7 +1,8 @@
-"""conv2d by each of its algorithms against PyTorch's channels_last convolution, and what the norm,
-the activation and the residual around it cost when they are part of the call.
+"""conv2d by each of its algorithms against PyTorch's channels_last convolution, alone and fused
+with a norm, an activation and a residual.
 
-Weights are packed before, as the compiler does it once for a model. All convolutions are 3x3.
+Weights are packed beforehand, as the compiler packs them once for a model. All convolutions are
+3x3.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ GROUPS = 32
 PADDING = (1, 1, 1, 1)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of the result's largest value
 
-# PyTorch has no convolution in bfloat16 worth comparing with where oneDNN has none.
+# Without oneDNN's bfloat16 convolution, PyTorch's is too slow for a comparison.
 bfloat16 = pytest.param(
     torch.bfloat16,
     marks=pytest.mark.skipif(
@@ -41,16 +42,16 @@ def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     return x.to(dtype, memory_format=nhwc), weight.to(dtype), torch.randn(outputs).to(dtype)
 
 
-def check(found: Tensor, expected: Tensor) -> None:
-    difference = (found.float() - expected.float()).abs().max()
-    assert difference <= TOLERANCE[found.dtype] * expected.abs().max()
+def check(result: Tensor, expected: Tensor) -> None:
+    difference = (result.float() - expected.float()).abs().max()
+    assert difference <= TOLERANCE[result.dtype] * expected.abs().max()
 
 
 def rate(shape: tuple[int, ...]):
-    """Notes: GFLOP/s as if computed directly."""
+    """Notes: GFLOP/s, counting the operations of the direct algorithm."""
     n, channels, outputs, size = shape
     flops = 2 * 9 * n * channels * outputs * size**2
-    return lambda found: {"GFLOP/s": f"{flops / found.ours / 1e9:.0f}"}
+    return lambda comparison: {"GFLOP/s": f"{flops / comparison.ours / 1e9:.0f}"}
 
 
 @every_algorithm
@@ -75,7 +76,7 @@ def bench_plain(versus, shape, dtype, algorithm) -> None:
 @every_dtype
 @convolutions
 def bench_fused(versus, shape, dtype, algorithm) -> None:
-    """Norm and SiLU before, residual and statistics behind; "bare" is the convolution alone."""
+    """Norm, SiLU, convolution, residual and statistics; "bare" is the convolution alone."""
     x, weight, bias = make(shape, dtype)
     packed = ops.conv2d_pack(weight, algorithm)
     nhwc = weight.to(memory_format=torch.channels_last)
@@ -92,8 +93,9 @@ def bench_fused(versus, shape, dtype, algorithm) -> None:
     def torchs() -> Tensor:
         return F.conv2d(F.silu(torch.addcmul(offset, x, gain)), nhwc, bias, padding=1) + residual
 
-    def notes(found: Comparison) -> dict[str, str]:
-        return rate(shape)(found) | {"to bare": f"{found.ours / found.peers['bare'] - 1:+.0%}"}
+    def notes(comparison: Comparison) -> dict[str, str]:
+        more = comparison.ours / comparison.peers["bare"] - 1
+        return rate(shape)(comparison) | {"to bare": f"{more:+.0%}"}
 
     with torch.no_grad():
         check(ours(), torchs())

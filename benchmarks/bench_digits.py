@@ -1,7 +1,7 @@
 """Training and sampling on the digits, fastdiff's operations against plain PyTorch's.
 
-The model, the data and every other line of code are the same; only the backend differs. So these
-ratios say what the four operations are worth inside a real model, convolutions included.
+Only the backend differs; the model, the data and all other code are the same. The ratios are for a
+whole model, its convolutions included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def bench_training_step(versus) -> None:
         trainer.step,
         {"reference": on_reference(trainer.step)},
         seconds=20,
-        notes=lambda found: {"steps/s": f"{1 / found.ours:.2f}"},
+        notes=lambda comparison: {"steps/s": f"{1 / comparison.ours:.2f}"},
     )
 
 
@@ -35,15 +35,15 @@ def bench_sampling(versus, batch) -> None:
     sampler = samplers.DDIM(digits.forward, 10, prediction=digits.prediction)
     labels = [i % 10 for i in range(batch)]
 
-    def draw():
+    def generate():
         return digits.sample(
             sampler, labels=labels, generator=torch.Generator().manual_seed(0), progress=False
         )
 
-    torch.testing.assert_close(draw(), on_reference(draw)(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(generate(), on_reference(generate)(), atol=1e-3, rtol=0)
     versus(
-        draw,
-        {"reference": on_reference(draw)},
+        generate,
+        {"reference": on_reference(generate)},
         seconds=20,
-        notes=lambda found: {"images/s": f"{batch / found.ours:.1f}"},
+        notes=lambda comparison: {"images/s": f"{batch / comparison.ours:.1f}"},
     )

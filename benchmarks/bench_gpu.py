@@ -1,8 +1,8 @@
 """The GPU kernels against eager PyTorch and Inductor, in GB/s and as a fraction of a copy's speed.
 
-Every call is captured in a CUDA graph, ours and the peers', so that what is timed is the device's
-work and not the host's. They take turns, the L2 cache is emptied before each, and medians count.
-GB/s are those of the least that the operation has to move, whatever a kernel does move.
+Every call, of fastdiff and of the peers, is captured in a CUDA graph, so that only the device's
+work is timed. The calls take turns, the L2 cache is emptied before each, and medians are reported.
+GB/s are computed from the least number of bytes that the operation must move.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Clock:
     """Device times of captured calls.
 
     Attributes:
-        copied: bytes a second that a copy of a large tensor reads and writes.
+        copied: bytes per second that a copy of a large tensor reads and writes.
     """
 
     def __init__(self) -> None:
@@ -79,10 +79,10 @@ def clock() -> Clock:
 
 @pytest.fixture
 def on_device(clock, benchmark, request, capsys) -> Callable[..., None]:
-    """on_device(call, tensors, ideal bytes): every backend and peer of call(*tensors), compared.
+    """on_device(call, tensors, ideal) compares every backend and peer of call(*tensors).
 
-    ``compiled`` is Inductor's, where it is not the compiled call. The peers run ``peer``, if given,
-    which does the same task in another way.
+    ``ideal`` is the least number of bytes to move. The peers run ``peer`` in place of ``call``, if
+    it is given. Inductor runs ``compiled`` in place of the compiled call, if it is given.
     """
 
     def compare(
@@ -102,9 +102,9 @@ def on_device(clock, benchmark, request, capsys) -> Callable[..., None]:
         for name, theirs in zip(("eager", "inductor"), peers, strict=True):
             calls[name] = on_reference(lambda theirs=theirs: theirs(*tensors))
         with torch.no_grad():
-            found = clock.medians(calls)
+            medians = clock.medians(calls)
         parts = [f"{request.node.name:<60}"]
-        for name, seconds in found.items():
+        for name, seconds in medians.items():
             rate = ideal / seconds
             parts.append(
                 f"{name} {seconds * 1e6:.1f} us, {rate / 1e9:.0f} GB/s, "
@@ -132,8 +132,8 @@ def _on(name: str, call: Callable[..., Any], tensors: tuple[Any, ...]) -> Callab
 
 
 def _agree(calls: dict[str, Callable[[], Any]], plain: Callable[[], Any]) -> None:
-    def tensors(found: Any) -> list[Tensor]:
-        return [found] if isinstance(found, Tensor) else list(found)
+    def tensors(result: Any) -> list[Tensor]:
+        return [result] if isinstance(result, Tensor) else list(result)
 
     for call in calls.values():
         for ours, theirs in zip(tensors(call()), tensors(plain()), strict=True):
@@ -213,7 +213,7 @@ def bench_add_time_embedding(on_device, shape, dtype, layout) -> None:
 @every_dtype
 @every_shape(*LATENTS)
 def bench_philox_normal(on_device, shape, dtype) -> None:
-    """The peers draw numbers of the same law from PyTorch's generator."""
+    """The peer is torch.randn on the device."""
     seed = torch.randint(2**62, (shape[0], 2), device="cuda")
     on_device(
         lambda seed: ops.philox_normal(seed, 3, shape, dtype),
@@ -236,7 +236,7 @@ def bench_q_sample(on_device, shape, dtype) -> None:
 @every_shape(*IMAGES)
 @pytest.mark.parametrize("seeded", [False, True], ids=["", "seeded"])
 def bench_denoising_loss(on_device, shape, dtype, seeded) -> None:
-    """The loss for v and its gradient. Ours may compute the noise from seeds, the peers never."""
+    """The loss for v and its gradient; "seeded" fastdiff computes the noise, peers read it."""
     prediction, x0, noise = _normal((3, *shape), dtype)
     t = torch.randint(1000, shape[:1], device="cuda")
     seed = torch.randint(2**62, (shape[0], 2), device="cuda")

@@ -40,9 +40,9 @@ def in_turns(benchmark, request, capsys) -> Callable[..., None]:
         times: dict[str, list[float]] = {name: [] for name in calls}
         expected = next(iter(calls.values()))()
         for call in calls.values():
-            found = call()
-            allowed = TOLERANCE[found.dtype] * float(expected.abs().max())
-            torch.testing.assert_close(found, expected, atol=allowed, rtol=0)
+            result = call()
+            allowed = TOLERANCE[result.dtype] * float(expected.abs().max())
+            torch.testing.assert_close(result, expected, atol=allowed, rtol=0)
         for _ in range(ROUNDS):
             for name, call in calls.items():
                 torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""group_norm_silu in eager mode against F.silu(F.group_norm(x)), the same layout and dtype."""
+"""group_norm_silu in eager mode against F.silu(F.group_norm(x)) of the same layout and dtype."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def peer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def copies(passes: int, size: int):
-    """Notes: bytes of the least traffic a second, and that as a share of what a copy reaches."""
+    """Notes: GB/s of the least possible traffic, and its share of the GB/s of a copy."""
 
-    def notes(found: Comparison) -> dict[str, str]:
-        copy = found.peers.pop("copy")
-        rate, of_copy = passes * size / found.ours, 2 * size / copy
+    def notes(comparison: Comparison) -> dict[str, str]:
+        copy = comparison.peers.pop("copy")
+        rate, of_copy = passes * size / comparison.ours, 2 * size / copy
         return {"GB/s": f"{rate / 1e9:.1f}", "of a copy's": f"{rate / of_copy:.0%}"}
 
     return notes

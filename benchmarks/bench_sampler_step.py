@@ -11,7 +11,7 @@ from fastdiff import ops, samplers, schedules
 STEPS, STEP = 50, 20
 GUIDED = {"guidance": 3.0}
 RESCALED = {**GUIDED, "rescale": 0.7}
-# Each a sampler, its options, and columns that are set on top of its table.
+# For each case a sampler, its options, and columns of its table to overwrite.
 CASES = {
     "ddim": ("ddim", {}, {}),
     "ddpm": ("ddpm", {}, {}),
@@ -24,7 +24,7 @@ CASES = {
 
 
 def plain(x, model_out, history, z, row):
-    """The row in PyTorch, as one would write it for a sampler that one knows: no needless term."""
+    """The row in PyTorch, as for a single known sampler: terms whose factor is 0 are left out."""
     c = dict(zip(samplers.COLUMNS, row, strict=False))
     factors = row[len(samplers.COLUMNS) :]
     n, channels = x.shape[:2]
@@ -88,7 +88,7 @@ def bench_sampler_step(versus, shape, dtype, case) -> None:
         return ops.sampler_step(x, model_out, history, noise, ours, step, out=out)
 
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    for _ in range(4):  # until what the history keeps is read
+    for _ in range(4):  # so that slots of the history are read that an earlier call has written
         torch.testing.assert_close(
             fused(), plain(x, model_out, theirs, noise, row), atol=tolerance, rtol=tolerance
         )
@@ -97,13 +97,16 @@ def bench_sampler_step(versus, shape, dtype, case) -> None:
 
 @every_shape((16, 3, 32, 32), (8, 4, 64, 64))
 def bench_noise_of_a_seed(versus, shape) -> None:
-    """Against torch.randn and then the step: the same law, other numbers."""
+    """Noise from a seed within the step, against torch.randn followed by the step.
+
+    Both noises are standard normal; their values differ.
+    """
     table = samplers.make("ddpm", schedules.cosine(), steps=STEPS).table.values.float()
     x, model_out, step = torch.randn(shape), torch.randn(shape), torch.tensor(STEP)
     seed = torch.stack([torch.full((shape[0],), 7), torch.arange(shape[0])], dim=1)
     noise, out = ops.philox_normal(seed, STEP, shape), torch.empty_like(x)
 
-    def drawn():
+    def from_seed():
         return ops.sampler_step(x, model_out, None, None, table, step, seed=seed, out=out)
 
     def randn():
@@ -111,5 +114,5 @@ def bench_noise_of_a_seed(versus, shape) -> None:
         return ops.sampler_step(x, model_out, None, z, table, step, out=out)
 
     given = ops.sampler_step(x, model_out, None, noise, table, step)
-    torch.testing.assert_close(drawn(), given)
-    versus(drawn, {"randn": randn})
+    torch.testing.assert_close(from_seed(), given)
+    versus(from_seed, {"randn": randn})

@@ -1,9 +1,9 @@
-"""The cost of sampling beside the model: fastdiff.sample and diffusers' scheduler loop.
+"""The cost of sampling apart from the model: fastdiff.sample against diffusers' scheduler loop.
 
-The model is free (it returns its input), so what is timed is everything else that a step costs.
-Both loops take the same steps on the same images; the calls that reach PyTorch's dispatcher in one
-step are printed for both. Our loop is so short that its first steps, which find the caches full of
-the peer's code and data, are a good part of 50; 250 steps show what a step costs by itself.
+The model returns its input at no cost, so all that is timed is the rest of each step. Both loops
+take the same steps on the same images; for both, the number of calls that reach PyTorch's
+dispatcher in one step is printed. In fastdiff's loop the first steps are slower, since the caches
+hold the peer's code and data; they are a large share of 50 steps, and a small share of 250.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def bench_sampling_loop(versus, name, steps) -> None:
 
     def theirs(count=steps):
         seeded = torch.Generator().manual_seed(0)
-        scheduler.set_timesteps(steps)  # which begins anew
+        scheduler.set_timesteps(steps)  # also resets the scheduler's state
         x = x_T * scheduler.init_noise_sigma
         extra = {} if name in ("dpmpp-2m", "unipc-2") else {"generator": seeded}
         for t in scheduler.timesteps[:count]:
@@ -59,15 +59,15 @@ def bench_sampling_loop(versus, name, steps) -> None:
 
     torch.testing.assert_close(ours(), theirs(), rtol=1e-3, atol=1e-3)
     ten, twenty = (sampler.starting_at(steps - count) for count in (10, 20))
-    calls = {  # of twenty steps less those of ten, whatever comes before and after
+    calls = {  # calls of twenty steps minus calls of ten, without those before and after the loop
         "fastdiff": (_calls(ours, twenty) - _calls(ours, ten)) / 10,
         "diffusers": (_calls(theirs, 20) - _calls(theirs, 10)) / 10,
     }
     versus(
         ours,
         {"diffusers": theirs},
-        notes=lambda found: {
-            "us a step": f"{found.ours / steps * 1e6:.1f}",
+        notes=lambda comparison: {
+            "us a step": f"{comparison.ours / steps * 1e6:.1f}",
             "dispatcher calls": f"{calls['fastdiff']:g} and {calls['diffusers']:g}",
         },
     )

@@ -1,10 +1,10 @@
 """The training objective: noising, target and weighted error, alone and around a whole U-Net.
 
-The peer is the objective as one writes it in PyTorch, in its best eager form (addcmul, one
-mse_loss where nothing is weighted; in half precision the error is taken in float32, as trainers
-do), and the same compiled by Inductor. Where noise is drawn, theirs is torch.randn_like and ours
-that of seeds, which are drawn in the time too: the same law, other numbers. Untimed, nothing is
-compiled by Inductor and the network is a tiny one.
+The peers are the objective in plain PyTorch, in its fastest eager form (addcmul, one mse_loss
+without weights; in half precision the error is taken in float32, as trainers do), and the same code
+compiled by Inductor. In the cases "drawn" generating the noise is timed too: by torch.randn_like
+for the peers, from random seeds for fastdiff; both are standard normal, with other values. With
+--benchmark-disable nothing is compiled by Inductor and the network is tiny.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastdiff import losses, ops, schedules
 from fastdiff.nn.image_unet import make_unet
 
 SCHEDULE = schedules.cosine(1000)
-KINDS = {"eps": "none", "v": "min_snr"}  # and how the loss is weighted
+KINDS = {"eps": "none", "v": "min_snr"}  # kinds of prediction, each with its loss weighting
 EMA = 1e-4
 BATCH = 16
 SIZE = {"image_size": 32, "widths": (128, 256, 256, 256), "attention": (1,)}  # DDPM on CIFAR-10
@@ -113,11 +113,11 @@ def bench_objective(versus, timed, shape, dtype, kind, noise_is) -> None:
         peers["inductor"] = peer(torch.compile(forward, fullgraph=True))
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     for z in (noise, seed):
-        found, found_x_t = ours(z), seen[0]
+        gradient, x_t = ours(z), seen[0]
         for run in peers.values():
             wanted = run(noise)
-            torch.testing.assert_close(found_x_t, seen[0], rtol=tolerance, atol=tolerance)
-            assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+            torch.testing.assert_close(x_t, seen[0], rtol=tolerance, atol=tolerance)
+            assert (gradient - wanted).abs().max() <= tolerance * wanted.abs().max()
     given = noise if noise_is == "given" else None
     versus(
         (lambda: ours(noise)) if given is not None else (lambda: ours(seeds(shape[0]))),
@@ -173,5 +173,5 @@ def bench_training_step(versus, timed, kind) -> None:
         step,
         peers,
         seconds=60,
-        notes=lambda found: {"images/s": f"{shape[0] / found.ours:.2f}"},
+        notes=lambda comparison: {"images/s": f"{shape[0] / comparison.ours:.2f}"},
     )

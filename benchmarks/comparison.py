@@ -1,11 +1,11 @@
-"""What the benchmarks share: their cases, a comparison's figures, and the reference as a peer.
+"""Shared by the benchmarks of operations: cases, a comparison's figures, the reference as a peer.
 
-``operations.json`` holds the figures of all comparisons that were saved, each as
+``operations.json`` holds the figures of all saved comparisons. Each has the entries
 
     benchmark, part, case   bench_<benchmark>.py, its function bench_<part>, the other parameters
-    shape, dtype, layout    the parameters of these names, "" where the benchmark has none
+    shape, dtype, layout    the parameters of these names, "" if the benchmark has none
     ours, peers             median seconds of fastdiff, and of each peer by its name
-    notes                   what else was found, by its name
+    notes                   other results, by their names
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def every_shape(*shapes: tuple[int, ...]) -> pytest.MarkDecorator:
 
 @dataclass
 class Comparison:
-    """Median seconds of fastdiff and of each peer, and what else is worth a column.
+    """Median seconds of fastdiff and of each peer, and other results of a benchmark.
 
     Attributes:
-        key: the figures' place in operations.json, from ``benchmark`` to ``layout``.
-        ours, peers, notes: as there.
+        key: the entries of operations.json that identify the comparison, ``benchmark`` to
+            ``layout``.
+        ours, peers, notes: the entries of these names in operations.json.
     """
 
     key: dict[str, str]
@@ -50,7 +51,7 @@ class Comparison:
 
     @classmethod
     def of(cls, node: pytest.Item, ours: float, peers: dict[str, float]) -> Comparison:
-        """The comparison that a benchmark's function, with its parameters, has made."""
+        """The comparison made by a benchmark's function with its parameters."""
         given = dict(node.callspec.params) if hasattr(node, "callspec") else {}
         case = node.callspec.id if given else ""
         key = {
@@ -85,7 +86,7 @@ class Comparison:
 
 
 def save(made: list[Comparison], path: Path) -> None:
-    """Put comparisons into operations.json, in place of earlier ones of the same key."""
+    """Put comparisons into operations.json; they replace earlier comparisons of the same key."""
     results: dict[str, Any] = {"machines": [], "comparisons": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -99,7 +100,7 @@ def save(made: list[Comparison], path: Path) -> None:
 
 
 def on_reference(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The same call on plain PyTorch."""
+    """A function that makes the same call on the reference backend, plain PyTorch."""
 
     def run() -> Any:
         with fastdiff.backend("reference"):

@@ -1,11 +1,11 @@
-"""Honest comparisons: ours and its peers in turns, in one process, warmed up, medians, ratios.
+"""Compare fastdiff with its peers: in turns, in one process, after a warm-up, by medians.
 
-``pytest benchmarks --benchmark-only`` prints pytest-benchmark's table of our own times and, below,
-one line a comparison; with ``--figures FOLDER`` all figures go to operations.json in that folder,
-and from benchmarks/results into the documentation's tables. Every peer gets the same inputs,
-layout, dtype and threads, and nothing is timed before its result agrees with ours. The heap keeps
-what is freed: otherwise fresh pages from the kernel, which differ from call to call, cost more than
-what is measured.
+``pytest benchmarks --benchmark-only`` prints pytest-benchmark's table of fastdiff's times, and
+below it one line per comparison. With ``--figures FOLDER`` all figures go to operations.json in
+that folder, and from benchmarks/results into the documentation's tables. Every peer gets the same
+inputs, layout, dtype and threads, and is timed only after its result agrees with fastdiff's. Freed
+memory stays with the process: otherwise the system's fresh pages, whose cost varies from call to
+call, would cost more than the measured operation.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from comparison import Comparison, save
 from benchmarks import machine, tables
 from fastdiff.ops.backend import describe
 
-SECONDS = 1.5  # that one comparison may take, roughly
+SECONDS = 1.5  # approximate duration of one comparison
 OURS = "fastdiff"
-ROUNDS = (9, 400)  # at least and at most
+ROUNDS = (9, 400)  # least and largest number of rounds
 
 _done: list[Comparison] = []
 
@@ -35,14 +35,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def versus(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """versus(ours, peers={name: call}) times them in turns, for a line of the summary."""
+    """versus(ours, peers={name: call}) times the calls in turns, for a line of the summary."""
 
     def compare(
         ours: Callable[[], Any],
         peers: dict[str, Callable[[], Any]],
         *,
         seconds: float = SECONDS,
-        notes: Callable[[Comparison], dict[str, str]] = lambda found: {},
+        notes: Callable[[Comparison], dict[str, str]] = lambda comparison: {},
     ) -> None:
         calls = {OURS: ours, **peers}
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -63,10 +63,10 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
         if benchmark.disabled:
             return
         medians = {name: statistics.median(taken) for name, taken in times.items()}
-        found = Comparison.of(request.node, medians.pop(OURS), medians)
-        found.notes = notes(found)
-        benchmark.extra_info.update({name: t / found.ours for name, t in found.peers.items()})
-        _done.append(found)
+        made = Comparison.of(request.node, medians.pop(OURS), medians)
+        made.notes = notes(made)
+        benchmark.extra_info.update({name: t / made.ours for name, t in made.peers.items()})
+        _done.append(made)
 
     return compare
 
@@ -81,8 +81,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     facts = ", ".join(f"{key} {value}" for key, value in describe().items())
     terminalreporter.section(f"ours, then each peer and its time over ours ({facts})")
-    for found in _done:
-        terminalreporter.line(found.line())
+    for comparison in _done:
+        terminalreporter.line(comparison.line())
     folder = config.getoption("figures")
     if folder:
         save(_done, folder / "operations.json")

@@ -1,4 +1,4 @@
-"""What figures were measured on: processor, cores, date and versions."""
+"""Facts of this machine and process: processor, versions and date of figures; memory and time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -40,26 +40,26 @@ def facts(threads: int) -> dict[str, Any]:
 
 
 def with_this_one(machines: list[dict[str, Any]], threads: int) -> list[dict[str, Any]]:
-    """The machines of earlier figures and this one, which is listed once."""
+    """The list of machines of earlier figures, with this machine appended unless it is in it."""
     here = facts(threads)
     return machines if here in machines else [*machines, here]
 
 
-def line(found: dict[str, Any]) -> str:
-    """The facts in one line."""
+def line(measured_on: dict[str, Any]) -> str:
+    """The result of :func:`facts` in one line of text."""
     versions = ", ".join(
-        f"{name} {number}" for name, number in found["versions"].items() if number != ABSENT
+        f"{name} {number}" for name, number in measured_on["versions"].items() if number != ABSENT
     )
-    bfloat16 = "" if found["native_bfloat16"] else " (no native bfloat16)"
-    threads = f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+    bfloat16 = "" if measured_on["native_bfloat16"] else " (no native bfloat16)"
+    threads = f"{measured_on['threads']} thread{'' if measured_on['threads'] == 1 else 's'}"
     return (
-        f"{found['cpu']}, {', '.join(found['isa']) or platform.machine()}{bfloat16}, "
-        f"{threads} of {found['cores']} cores, {found['date']}; {versions}"
+        f"{measured_on['cpu']}, {', '.join(measured_on['isa']) or platform.machine()}{bfloat16}, "
+        f"{threads} of {measured_on['cores']} cores, {measured_on['date']}; {versions}"
     )
 
 
 def peak_memory() -> float | None:
-    """MiB, the most this process has held in memory since it began or since ``reset_peak``."""
+    """Largest resident memory of this process in MiB, since its start or ``reset_peak``."""
     for entry in _status():
         if entry.startswith("VmHWM:"):
             return int(entry.split()[1]) / 1024
@@ -67,7 +67,7 @@ def peak_memory() -> float | None:
 
 
 def reset_peak() -> bool:
-    """Begin ``peak_memory`` anew; False where the system cannot."""
+    """Restart the measurement of ``peak_memory``; False if the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -76,7 +76,7 @@ def reset_peak() -> bool:
 
 
 def keep_heap() -> None:
-    """Freed memory stays with the process from now on, where the C library is glibc."""
+    """From now on keep freed memory in the process; does nothing without glibc."""
     with contextlib.suppress(AttributeError):
         if sys.platform == "linux":
             for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
@@ -84,19 +84,19 @@ def keep_heap() -> None:
 
 
 def give_back_freed() -> None:
-    """Freed memory goes back to the system once."""
+    """Return freed memory to the system once; does nothing without glibc."""
     with contextlib.suppress(AttributeError):
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of all threads of a process; 0 where the system does not tell."""
+    """Processor time of all threads of a process, in seconds; 0 on systems other than Linux."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return 0.0
-    fields = stat.rpartition(")")[2].split()  # from the third on: the second is the name
+    fields = stat.rpartition(")")[2].split()  # proc(5)'s fields from the third on, after the name
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -117,10 +117,10 @@ def _cpu_info() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = ABSENT
-    return found
+            versions[package] = ABSENT
+    return versions

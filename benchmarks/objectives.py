@@ -1,17 +1,18 @@
-"""Every objective trained on the 8x8 digits: how it samples, what it codes, how it is guided.
+"""Every objective trained on the 8x8 digits: quality of samples, bits per value, guidance.
 
     python -m benchmarks.objectives --out benchmarks/results --runs runs/objectives
 
-trains, samples and measures through the command line, so that every figure is one command that
-anybody can give. It writes, prints as tables, and renders in the documentation
+trains, samples and measures through the command line, so that anybody can repeat every figure by
+one command. It writes, prints as tables, and renders in the documentation
 
     objectives.json, .png   each objective by several samplers: Frechet distance, class accuracy,
-                            bits per value of held-out digits; a row of samples each
-    guidance.json, .png     the same against the scale of guidance, by a classifier and without
+                            bits per value of held-out digits; the .png has a row of samples of each
+    guidance.json, .png     distance and accuracy against the scale of guidance, by a classifier
+                            and classifier-free
 
-A .json holds what ``fastdiff eval`` found, by its command, and the rows of the table, which name
-those commands. It is written after every figure. What is there, trained models included, is not
-made again, and a training that was interrupted goes on: delete a file to have it made anew.
+A .json holds the results of ``fastdiff eval`` by its command ("found"), and the rows of the table,
+which name those commands ("rows"). It is written after every figure. Existing figures and trained
+models are kept, and an interrupted training is resumed; delete a file to have it made anew.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ SIZE = 8
 TRAIN = f"train --data digits --image-size {SIZE} --label-dropout 0.1 --seed 0"
 ADAPTIVE = "--sampler adaptive"
 TO_A_TOLERANCE = "--sampler ode --option rtol=1e-3 --option atol=1e-3"
-# What each is trained with, and the ways to sample from it; "" is its default. No two of the 8x8
-# digits are further apart than 16, which is then enough noise (Song & Ermon 2020, technique 1).
+# For each model the options of its training, and options of the samplers to measure; "" is the
+# default sampler. No two of the 8x8 digits are further apart than 16, so sigma_max = 16 is enough
+# noise (Song & Ermon 2020, technique 1).
 OBJECTIVES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ddpm": ("--objective ddpm", ("", "--sampler unipc-2 --steps 20", TO_A_TOLERANCE)),
     "hybrid": ("--objective hybrid", ("", "--sampler ddim --steps 50")),
@@ -75,18 +77,22 @@ def main() -> None:
     )
     options.add_argument("--out", type=Path, required=True, help="folder of the four files")
     options.add_argument("--runs", type=Path, required=True, help="folder of the trained models")
-    options.add_argument("--steps", type=int, default=2000, help="of training a model")
+    options.add_argument("--steps", type=int, default=2000, help="training steps of a model")
     options.add_argument(
-        "--classifier-steps", type=int, default=1000, help="likewise, a classifier"
+        "--classifier-steps", type=int, default=1000, help="training steps of a classifier"
     )
-    options.add_argument("--images", type=int, default=714, help="digits a figure, at least 100")
+    options.add_argument(
+        "--images", type=int, default=714, help="generated digits for each figure, at least 100"
+    )
     options.add_argument("--bits", type=int, default=100, help="held-out digits to code")
     options.add_argument("--scales", type=float, nargs="+", default=(0, 1, 2, 4), metavar="S")
     options.add_argument(
         "--sampling-steps", type=int, metavar="N",
-        help="of every sampler that has steps: a multiple of 5 from 10 on suits them all",
+        help="for every sampler that has steps; multiples of 5 of at least 10 suit all samplers",
     )  # fmt: skip
-    options.add_argument("--only", nargs="+", choices=OBJECTIVES, metavar="NAME", help="of these")
+    options.add_argument(
+        "--only", nargs="+", choices=OBJECTIVES, metavar="NAME", help="measure these models alone"
+    )
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     models = {name: trained(name, args) for name in args.only or OBJECTIVES}
@@ -96,7 +102,7 @@ def main() -> None:
 
 
 def trained(name: str, args: argparse.Namespace) -> Path:
-    """The last checkpoint of an objective's training, which is begun or resumed if need be."""
+    """The last checkpoint of an objective's training, which is started or resumed if necessary."""
     run = args.runs / name
     last, newest = checkpoint.step_folder(run, args.steps), checkpoint.newest(run)
     if last.exists():
@@ -113,7 +119,10 @@ def trained(name: str, args: argparse.Namespace) -> Path:
 
 
 def trained_classifier(name: str, model: Path, args: argparse.Namespace) -> Path:
-    """The classifier that guides a model; one whose training is interrupted is not kept."""
+    """The classifier that guides a model, trained if necessary.
+
+    If its training is interrupted, it is not kept.
+    """
     folder: Path = args.runs / f"{name}-classifier" / f"step-{args.classifier_steps:08d}"
     if not folder.exists():
         print(f"training the classifier of {name}", flush=True)
@@ -130,7 +139,7 @@ def trained_classifier(name: str, model: Path, args: argparse.Namespace) -> Path
 
 
 def command(words: Sequence[str]) -> str:
-    """What a ``fastdiff`` command prints; if it fails, so does this program."""
+    """Run a ``fastdiff`` command and return what it prints; exit if it fails."""
     with redirect_stdout(io.StringIO()) as out:
         code = cli.main(words)
     if code:
@@ -139,7 +148,7 @@ def command(words: Sequence[str]) -> str:
 
 
 class Figures:
-    """What ``fastdiff eval`` found, by its command, in a file."""
+    """The results of ``fastdiff eval`` by its command, in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,32 +157,32 @@ class Figures:
             self.results = json.loads(path.read_text(encoding="utf-8"))
 
     def of(self, words: str) -> str:
-        """``fastdiff eval`` with these arguments, whose figures are measured unless they are there.
+        """Run ``fastdiff eval`` with these arguments, unless its figures are in the file.
 
         Returns:
-            The command, by which ``results["found"]`` has the figures.
+            The command, the key of the figures in ``results["found"]``.
         """
         asked = " ".join(f"fastdiff eval {words}".split())
-        found = self.results["found"]
-        if asked not in found:
-            facts = found[asked] = json.loads(command(["eval", *words.split(), "--json"]))
+        known = self.results["found"]
+        if asked not in known:
+            facts = known[asked] = json.loads(command(["eval", *words.split(), "--json"]))
             machines = machine.with_this_one(self.results["machines"], facts["threads"])
             self.results["machines"] = machines
             self.save()
         print(
-            f"{found[asked]['frechet']:8.3f} {found[asked]['accuracy']:6.1%}  {asked}", flush=True
+            f"{known[asked]['frechet']:8.3f} {known[asked]['accuracy']:6.1%}  {asked}", flush=True
         )
         return asked
 
     def save(self) -> None:
-        """Write the file whole or not at all."""
+        """Write the file; if that is interrupted, the earlier file stays."""
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
         os.replace(partial, self.path)
 
 
 def with_steps(way: str, steps: int | None) -> str:
-    """A way to sample, with another number of steps if it does not choose its own."""
+    """The sampler options ``way``, with a number of steps unless the sampler chooses its steps."""
     return way if steps is None or way.startswith(OWN_STEPS) else f"{way} --steps {steps}"
 
 
@@ -181,11 +190,14 @@ def compare_objectives(models: dict[str, Path], args: argparse.Namespace) -> Non
     """Measure each model's samples and bits, and write objectives.json and .png."""
     figures, lines, pictures = Figures(args.out / "objectives.json"), [], []
     for name, model in models.items():
-        found, bits = checkpoint.load(model), f"--bits {args.bits}"  # once, with the default
+        trained_model, bits = (
+            checkpoint.load(model),
+            f"--bits {args.bits}",
+        )  # once, with the default
         for way in OBJECTIVES[name][1]:
             way = with_steps(way, args.sampling_steps)
             asked = cli.parser().parse_args(["eval", *way.split()])
-            sampler = make_sampler(asked, found)
+            sampler = make_sampler(asked, trained_model)
             words = f"--checkpoint {model} --samples {args.images} {bits} {way}"
             lines.append(
                 {
@@ -195,7 +207,7 @@ def compare_objectives(models: dict[str, Path], args: argparse.Namespace) -> Non
                 }
             )
             if bits:
-                pictures.append(one_of_each(found, sampler))
+                pictures.append(one_of_each(trained_model, sampler))
             bits = ""
     figures.results["rows"] = lines
     figures.save()
@@ -207,15 +219,15 @@ def compare_objectives(models: dict[str, Path], args: argparse.Namespace) -> Non
     save(grid(torch.cat(pictures), 10, labels=labels), args.out / "objectives.png")
 
 
-def one_of_each(found: checkpoint.Checkpoint, sampler: Sampler | Solver) -> torch.Tensor:
-    """A sample of each digit, [10, 1, S, S]."""
-    return found.sample(
+def one_of_each(model: checkpoint.Checkpoint, sampler: Sampler | Solver) -> torch.Tensor:
+    """One generated image of each digit, [10, 1, S, S]."""
+    return model.sample(
         sampler, labels=range(10), generator=torch.Generator().manual_seed(0), progress=False
     )
 
 
 def sampler_text(sampler: Sampler | Solver) -> str:
-    """A sampler's name, steps and, of a solver, options."""
+    """A sampler's name and steps, and a solver's options."""
     name, steps = sampler_facts(sampler).values()
     options = sampler.options if isinstance(sampler, Solver) else {}
     told = [f"{option}={value}" for option, value in options.items()]
@@ -241,11 +253,11 @@ def compare_guidance(models: dict[str, Path], args: argparse.Namespace) -> None:
         figures.results |= {"scales": list(args.scales), "rows": lines}
         figures.save()
         print(tables.markdown(rows.guidance(figures.results)))
-        found = {
+        guided = {
             name: [figures.results["found"][asked] for asked in every]
             for name, every in commands.items()
         }
-        plot_guidance(found, args.scales, args.out / "guidance.png")
+        plot_guidance(guided, args.scales, args.out / "guidance.png")
 
 
 def plot_guidance(
@@ -265,9 +277,11 @@ def plot_guidance(
         ("Fréchet distance to the training digits", "taken for the right digit"),
         strict=True,
     ):
-        for (name, found), mark in zip(lines.items(), "osD^", strict=False):
-            panel.plot(places, [facts[key] for facts in found], marker=mark, label=name)
-        panel.axhline(found[0][f"{key}_real"], color="black", linestyle="--", label="held-out real")
+        for (name, figures), mark in zip(lines.items(), "osD^", strict=False):
+            panel.plot(places, [facts[key] for facts in figures], marker=mark, label=name)
+        panel.axhline(
+            figures[0][f"{key}_real"], color="black", linestyle="--", label="held-out real"
+        )
         panel.set(title=title, xlabel="scale of guidance")
         panel.set_xticks(places, [f"{scale:g}" for scale in scales])
         panel.grid(alpha=0.3)

@@ -92,8 +92,8 @@ def _records(results: Results, kind: str, network: str) -> list[Results]:
 
 
 def _record(results: Results, kind: str, network: str, batch: int) -> Results:
-    found = _records(results, kind, network)
-    return next(r for r in found if (r["batch"], r["dtype"]) == (batch, "float32"))
+    records = _records(results, kind, network)
+    return next(r for r in records if (r["batch"], r["dtype"]) == (batch, "float32"))
 
 
 def by_peer(records: list[Results], scale: float) -> list[Row]:
@@ -181,8 +181,8 @@ def sampling_loop(results: Results) -> list[Row]:
 
 
 def _of(results: Results, benchmark: str, part: str) -> list[Results]:
-    found = results["comparisons"]
-    return [one for one in found if (one["benchmark"], one["part"]) == (benchmark, part)]
+    comparisons = results["comparisons"]
+    return [one for one in comparisons if (one["benchmark"], one["part"]) == (benchmark, part)]
 
 
 def _layout(one: Results) -> str:
@@ -205,13 +205,13 @@ def _peer(one: Results, name: str) -> str:
 
 def sampler_quality(results: Results) -> list[Row]:
     """Frechet distance of every sampler: one row a sampler, one column a number of evaluations."""
-    found = results["rows"]
-    budgets = list(dict.fromkeys(row["budget"] for row in found))
+    figures = results["rows"]
+    budgets = list(dict.fromkeys(row["budget"] for row in figures))
     table = [["sampler", *(f"{budget} evaluations" for budget in budgets)]]
-    for name in dict.fromkeys(row["sampler"] for row in found):
-        at = {row["budget"]: f"{row['frechet']:.2f}" for row in found if row["sampler"] == name}
+    for name in dict.fromkeys(row["sampler"] for row in figures):
+        at = {row["budget"]: f"{row['frechet']:.2f}" for row in figures if row["sampler"] == name}
         table.append([f"`{name}`", *(at.get(budget, "") for budget in budgets)])
-    real = f"{found[0]['frechet_real']:.2f}"
+    real = f"{figures[0]['frechet_real']:.2f}"
     return [*table, ["held-out real digits", *[real] * len(budgets)]]
 
 
@@ -253,9 +253,9 @@ def guidance(results: Results) -> list[Row]:
     """Frechet distance and accuracy, one row a model and kind of guidance, one column a scale."""
     table = [["model, guidance", "sampler", *(f"scale {scale:g}" for scale in results["scales"])]]
     for one in results["rows"]:
-        found = [results["found"][command] for command in one["commands"]]
-        cells = (f"{facts['frechet']:.2f}, {facts['accuracy']:.1%}" for facts in found)
-        table.append([one["name"], found[0]["sampler"], *cells])
+        figures = [results["found"][command] for command in one["commands"]]
+        cells = (f"{facts['frechet']:.2f}, {facts['accuracy']:.1%}" for facts in figures)
+        table.append([one["name"], figures[0]["sampler"], *cells])
     return table
 
 
@@ -264,19 +264,19 @@ def guidance(results: Results) -> list[Row]:
 
 def adaptive_steps(results: Results) -> list[Row]:
     """The fewest evaluations at which adaptive steps come as near as Euler-Maruyama's."""
-    found = results["digits"]
-    schemes = [s for s in dict.fromkeys(row["method"] for row in found) if s != EULER]
+    figures = results["digits"]
+    schemes = [s for s in dict.fromkeys(row["method"] for row in figures) if s != EULER]
     table = [["evaluations of Euler-Maruyama", "Fréchet distance", *map("`{}`".format, schemes)]]
-    for row in (row for row in found if row["method"] == EULER):
+    for row in (row for row in figures if row["method"] == EULER):
         spent, distance = row["evaluations"], row["frechet"]
-        cells = (_evaluations(cheapest(found, scheme, distance), spent) for scheme in schemes)
+        cells = (_evaluations(cheapest(figures, scheme, distance), spent) for scheme in schemes)
         table.append([f"{spent:.0f}", f"{distance:.2f}", *cells])
     return table
 
 
-def cheapest(found: Iterable[Results], method: str, distance: float) -> Results | None:
+def cheapest(figures: Iterable[Results], method: str, distance: float) -> Results | None:
     """The figure of a method with the fewest evaluations of those that are at least as near."""
-    good = [row for row in found if row["method"] == method and row["frechet"] <= distance]
+    good = [row for row in figures if row["method"] == method and row["frechet"] <= distance]
     return min(good, key=lambda row: row["evaluations"], default=None)
 
 

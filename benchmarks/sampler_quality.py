@@ -4,9 +4,9 @@
 
 writes sampler_quality.json (every figure) and .png (the plot), prints the table, and renders the
 tables of the documentation. All samplers get the same seeds, the same grid and the same number of
-images; a sampler with several evaluations a step takes as many steps as the budget allows. The line
-to beat is the best of DDIM on three grids at 50 evaluations. With the defaults this takes about 40
-minutes on two cores.
+images. A sampler with several evaluations per step takes as many steps as the budget of evaluations
+allows. The baseline is the best of DDIM on three grids at 50 evaluations. With the defaults this
+takes about 40 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.evaluation import evaluate
 
 BUDGETS = (5, 10, 20, 50)
-LEFT_OUT = ("ddim-inverse",)  # leads from images to noise
-NOT_DISTILLED = ("lcm", "consistency")  # want a model that was trained for them
+LEFT_OUT = ("ddim-inverse",)  # samplers that lead from images to noise
+NOT_DISTILLED = ("lcm", "consistency")  # samplers for models that were distilled for them
 GRID = {"grid": "logsnr", "sigma_max": 80.0}
 TO_BEAT = {f"ddim, {grid}": {"grid": grid} for grid in ("leading", "trailing")}
 TO_BEAT_EVALUATIONS = 50
-LIMIT = 10  # of the plot: what is worse than this is noise, and stands in the table
+LIMIT = 10  # upper end of the plot; larger distances, of images that are noise, are in the table
 
 
 def main() -> None:
@@ -37,7 +37,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--out", type=Path, required=True, help="folder for both files")
-    options.add_argument("--images", type=int, default=714, help="digits a figure, at least 100")
+    options.add_argument(
+        "--images", type=int, default=714, help="generated digits for each figure, at least 100"
+    )
     options.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="evaluations")
     options.add_argument("--samplers", nargs="+", choices=samplers.names(), metavar="NAME")
     args = options.parse_args()
@@ -56,17 +58,17 @@ def main() -> None:
         sampler = within(budget, name, digits, grid)
         if sampler is None:
             continue
-        found = evaluate(digits, sampler, samples=args.images, progress=False)
+        measured = evaluate(digits, sampler, samples=args.images, progress=False)
         results["rows"].append(
             {
                 "sampler": label,
                 "budget": budget,
                 "steps": sampler.steps,
                 "evaluations": sampler.table.rows,
-                **found.as_dict(),
+                **measured.as_dict(),
             }
         )
-        print(f"{label:<16} {sampler.table.rows:>3} {found.frechet:8.3f}", flush=True)
+        print(f"{label:<16} {sampler.table.rows:>3} {measured.frechet:8.3f}", flush=True)
         text = json.dumps(results, indent=1)
         (args.out / "sampler_quality.json").write_text(text, encoding="utf-8")
     plot(results["rows"], args.out / "sampler_quality.png")
@@ -89,7 +91,7 @@ def within(budget: int, name: str, digits: Any, grid: dict[str, Any]) -> sampler
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Distance against evaluations, both logarithmic, a panel a family of samplers."""
+    """Plot distance against evaluations, both logarithmic, with a panel per family of samplers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,14 +104,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "multistep": ("plms", "lms", "deis-2", "deis-3", "dpmpp-2m", "dpmpp-3m", "dpmpp-2m-sde"),
         "predictor-corrector": ("unipc-1", "unipc-2", "unipc-3"),
     }
-    drawn = [name for name in families if any(r["sampler"] in families[name] for r in rows)]
+    shown = [name for name in families if any(r["sampler"] in families[name] for r in rows)]
     figure, panels = pyplot.subplots(
-        1, len(drawn), figsize=(4.2 * len(drawn), 4.2), sharey=True, squeeze=False, dpi=110
+        1, len(shown), figsize=(4.2 * len(shown), 4.2), sharey=True, squeeze=False, dpi=110
     )
     ddim = [r["frechet"] for r in rows if r["sampler"].startswith("ddim")
             and r["budget"] == TO_BEAT_EVALUATIONS]  # fmt: skip
     budgets = sorted({row["budget"] for row in rows})
-    for panel, family in zip(panels[0], drawn, strict=True):
+    for panel, family in zip(panels[0], shown, strict=True):
         for name, mark in zip(families[family], "osD^vP*", strict=False):
             line = [(r["evaluations"], r["frechet"]) for r in rows if r["sampler"] == name]
             if line:

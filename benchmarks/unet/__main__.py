@@ -3,13 +3,13 @@
     python -m benchmarks.unet                             every peer, the CIFAR-10 U-Net
     python -m benchmarks.unet --sampling --breakdown      with 50 steps of DDIM, and where time goes
     python -m benchmarks.unet --models sd15 vae           other networks
-    python -m benchmarks.unet --models tiny --out /tmp/x  does it run at all?
+    python -m benchmarks.unet --models tiny --out /tmp/x  a quick test of the benchmark itself
 
-Run from the repository's root, on a machine that does nothing else. Each peer lives in a process
-of its own; before anything is timed its output is checked against eager float64. What is missing,
-fails or takes too long says so in its row. unet.json and unet.md are saved in --out after every
-new figure, beside what earlier runs put there about other networks, batch sizes and dtypes.
-Progress goes to standard error, the tables to standard output at the end.
+Run it from the repository's root, on a machine that does nothing else. Each peer runs in its own
+process; its output is checked against eager float64 before it is timed. The row of a peer that is
+missing, fails or takes too long says so. unet.json and unet.md are saved in --out after every new
+figure; figures of earlier runs for other networks, batch sizes and dtypes stay in them. Progress
+goes to standard error, the tables to standard output at the end.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from benchmarks.unet.peers import OURS, PEERS
 from benchmarks.unet.report import Report
 from benchmarks.unet.turns import Run, Settings, say
 
-BUSY = 0.5  # load beyond which other work is likely to disturb the figures
+BUSY = 0.5  # load average above which other work is likely to disturb the figures
 SAMPLING_STEPS = 50
 
 
 def main() -> None:
     args = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: workers must end too
+    # SIGTERM raises SystemExit, so that the workers are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load = os.getloadavg()[0]
     if load > BUSY:
         say(f"this machine is busy: a load of {load:.2f}, at most {BUSY} is wanted for figures")
@@ -67,11 +68,11 @@ def _arguments() -> argparse.Namespace:
     )  # fmt: skip
     options.add_argument(
         "--models", nargs="+", choices=NETWORKS, default=["cifar10"],
-        help="networks; sd15 is held by one process at a time and wants 16 GiB; default cifar10",
+        help="networks; sd15 is run by one process at a time and needs 16 GiB; default cifar10",
     )  # fmt: skip
     options.add_argument(
         "--peers", nargs="+", choices=PEERS, metavar="PEER",
-        help="of the list below; default all that the network is meant for",
+        help="peers from the list below; default all peers of the network",
     )  # fmt: skip
     options.add_argument(
         "--batches", nargs="+", type=_positive, metavar="N", help="default the network's own"
@@ -97,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     )  # fmt: skip
     options.add_argument(
         "--limit", type=float, default=1200, metavar="SECONDS",
-        help="after which a peer that does not answer is given up; default %(default)s",
+        help="longest time to wait for a peer's answer; default %(default)s",
     )  # fmt: skip
     options.add_argument(
         "--logs",
@@ -107,8 +108,8 @@ def _arguments() -> argparse.Namespace:
     )
     options.add_argument(
         "--plain-heap", action="store_true",
-        help="freed memory goes back to the system at glibc's leave; by default it is kept, which "
-        "makes every peer faster that allocates as it runs",
+        help="let glibc return freed memory to the system; by default the process keeps it, which "
+        "makes every peer faster that allocates memory in its calls",
     )  # fmt: skip
     return options.parse_args()
 

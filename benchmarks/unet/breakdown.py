@@ -1,9 +1,9 @@
-"""Where a call's milliseconds go, and how close each convolution comes to the machine's peak.
+"""The time of each part of a call, and how close each convolution comes to the machine's peak.
 
-torch.profiler records a few calls. Every operation belongs to a part of the network by its name,
-with all that it calls; what belongs to none is the rest, and the time between the operations is
-Python's. So the parts sum to the call, the median one. Beside them stands the time of calls that
-nobody recorded.
+torch.profiler records a few calls, of which the median call is reported. Every operation, with all
+that it calls, belongs to a part of the network by its name. Other operations are "rest", and the
+time between the operations is Python's; so the parts sum to the call. The time of calls without the
+profiler is reported too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.unet.peers import Prepared
 
 CALL = "benchmarks.unet call"
 LAYERS = "convolutions and linear layers"
-PARTS = {  # beginnings of names
+PARTS = {  # for each part the beginnings of its operations' names
     LAYERS: (
         "fastdiff::conv2d",
         "aten::conv",
@@ -48,23 +48,23 @@ PARTS = {  # beginnings of names
     ),
     "attention": ("aten::scaled_dot_product", "aten::_scaled_dot_product"),
 }
-LISTED = 12  # operations of the rest
+LISTED = 12  # number of operations of the rest that are listed
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """What makes convolutions the same. Linear layers are 1x1 convolutions of an L x 1 image."""
+    """The key by which convolutions are grouped; a linear layer is a 1x1 convolution of L x 1."""
 
-    input: tuple[int, ...]  # [N, C, H, W], both inputs of a concatenation together
+    input: tuple[int, ...]  # [N, C, H, W], of the concatenation if there are two inputs
     weight: tuple[int, ...]  # [K, C, R, S]
     stride: tuple[int, ...]
     upsample: bool
     algorithm: str
-    outputs: int  # pixels
+    outputs: int  # pixels of the result
 
     @property
     def flops(self) -> int:
-        """Of the direct algorithm, whatever algorithm computed it."""
+        """Floating-point operations of the direct algorithm, even if another one computed it."""
         k, c, r, s = self.weight
         return 2 * self.input[0] * self.outputs * k * c * r * s
 
@@ -79,12 +79,12 @@ class Convolution:
 
 
 def measure(prepared: Prepared, inputs: tuple[Tensor, ...], calls: int) -> dict[str, Any]:
-    """Milliseconds of each part of a call, each convolution's rate, and the peak beside it.
+    """Milliseconds of each part of a call, the rate of each convolution, and the peak rate.
 
     Args:
         prepared: a PyTorch peer.
-        inputs: fitted to it.
-        calls: how many are recorded.
+        inputs: of the network, fitted to the peer.
+        calls: number of recorded calls.
     """
     peak, where = peak_rate(prepared.dtype)
 
@@ -96,11 +96,11 @@ def measure(prepared: Prepared, inputs: tuple[Tensor, ...], calls: int) -> dict[
     call()
     unrecorded = statistics.median(call() for _ in range(calls))
     recorded = []  # whole, parts and rest of each call, in microseconds
-    for root in _record(prepared, inputs, calls, shapes=False):  # which cost time to record
+    for root in _record(prepared, inputs, calls, shapes=False):  # recording shapes takes time
         parts, rest = Counter[str](), Counter[str]()
         _add(root, parts, rest)
         recorded.append((root.time_range.elapsed_us(), parts, rest))
-    recorded.sort(key=lambda found: found[0])
+    recorded.sort(key=lambda call: call[0])
     whole, parts, rest = recorded[len(recorded) // 2]
     return {
         "unrecorded": unrecorded,
@@ -114,24 +114,24 @@ def measure(prepared: Prepared, inputs: tuple[Tensor, ...], calls: int) -> dict[
 
 
 def peak_rate(dtype: torch.dtype) -> tuple[float, str]:
-    """GFLOP/s of the best of some large products and convolutions, and which that is.
+    """GFLOP/s of the fastest of some large products and convolutions, and its name.
 
-    In ``dtype``, and in float32 too: where the processor has no other arithmetic, that is what a
-    kernel computes with.
+    They are computed in ``dtype`` and in float32, since without native arithmetic for ``dtype``
+    kernels compute in float32.
     """
     rates: dict[str, float] = {}
     for kind in dict.fromkeys((torch.float32, dtype)):
         for name, flops, call in _large(kind):
             rate = _rate(flops, call)
             rates[f"{name} in {str(kind).removeprefix('torch.')}"] = rate
-            if rate < max(rates.values()) / 4:  # emulated, and the larger ones take minutes
+            if rate < max(rates.values()) / 4:  # emulated; larger sizes would take minutes
                 break
     best = max(rates, key=rates.__getitem__)
     return rates[best], best
 
 
 def _large(dtype: torch.dtype) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Name, operations and call of what should come close to the peak; the smallest first."""
+    """Name, number of operations and call of large products and convolutions, smallest first."""
     for n in (512, 1024, 2048):
         a, b = torch.randn(2, n, n).to(dtype)
         yield f"{n} x {n} matrix product", 2 * n**3, partial(torch.mm, a, b)
@@ -159,7 +159,7 @@ def _rate(flops: int, call: Callable[[], Tensor]) -> float:
 def _record(
     prepared: Prepared, inputs: tuple[Tensor, ...], calls: int, *, shapes: bool
 ) -> list[Any]:
-    """The profiler's event of each call; what it contains hangs below it."""
+    """The profiler's event of each call, with the events inside the call as its children."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=shapes) as recorded:
         for _ in range(calls + 1):
             with record_function(CALL):
@@ -171,7 +171,7 @@ def _record(
 
 
 def _add(event: Any, parts: Counter[str], rest: Counter[str]) -> None:
-    """Give an event's microseconds to the parts, its own or those of what it calls."""
+    """Add an event's microseconds to its part; if it has none, its children's to their parts."""
     elapsed = event.time_range.elapsed_us()
     part = _part(event)
     if part is not None:
@@ -192,8 +192,11 @@ def _part(event: Any) -> str | None:
 
 
 def _convolutions(calls: list[Any]) -> list[dict[str, Any]]:
-    """How often a call computes each, milliseconds together (median), and the rate."""
-    found: dict[Convolution, list[list[float]]] = defaultdict(lambda: [[] for _ in calls])
+    """For each kind of convolution its number in a call, its total milliseconds and its rate.
+
+    Milliseconds are the median over the calls.
+    """
+    taken_by: dict[Convolution, list[list[float]]] = defaultdict(lambda: [[] for _ in calls])
     for number, call in enumerate(calls):
         events = [call]
         while events:
@@ -201,9 +204,9 @@ def _convolutions(calls: list[Any]) -> list[dict[str, Any]]:
             if _part(event) is None:
                 events += event.cpu_children
             elif _part(event) == LAYERS and (shape := _convolution(event)) is not None:
-                found[shape][number].append(event.time_range.elapsed_us())
+                taken_by[shape][number].append(event.time_range.elapsed_us())
     rows = []
-    for shape, taken in found.items():
+    for shape, taken in taken_by.items():
         times, us = len(taken[0]), statistics.median(map(sum, taken))
         rows.append(
             shape.as_dict()
@@ -213,7 +216,7 @@ def _convolutions(calls: list[Any]) -> list[dict[str, Any]]:
 
 
 def _convolution(event: Any) -> Convolution | None:
-    """Its sizes, from the arguments that the profiler kept; None if they do not tell."""
+    """The convolution of an event, from its recorded arguments; None if they do not suffice."""
     try:
         given = _arguments(event)
         if event.name.startswith("fastdiff::"):

@@ -1,4 +1,4 @@
-"""The networks: diffusers' own classes, weights random but seeded, no layer without effect."""
+"""The networks: diffusers' classes with seeded random weights; no layer's output is constant 0."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SD15: dict[str, Any] = {  # the U-Net of stable-diffusion-v1-5
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-SD_VAE: dict[str, Any] = {  # that of Stable Diffusion 1 and 2
+SD_VAE: dict[str, Any] = {  # the VAE of Stable Diffusion 1 and 2
     "in_channels": 3,
     "out_channels": 3,
     "latent_channels": 4,
@@ -56,7 +56,7 @@ SD_VAE: dict[str, Any] = {  # that of Stable Diffusion 1 and 2
 
 
 class Decoder(nn.Module):
-    """An autoencoder's way back: latents to images."""
+    """An autoencoder's decoder: latents to images."""
 
     def __init__(self, autoencoder: Any) -> None:
         super().__init__()
@@ -90,16 +90,16 @@ class Network:
     """A network to time.
 
     Attributes:
-        title: what the report calls it.
-        build: makes it.
-        config: of what ``build`` makes.
-        parameters: how many it has, in millions: a check of the configuration.
+        title: name in the report.
+        build: makes the network from ``config``.
+        config: argument of ``build``.
+        parameters: number of parameters in millions, to check the configuration.
         shape: of one image or latent.
-        context: of one image's text embedding, for networks that take one.
-        takes_time: it takes a timestep for each image.
-        batches, dtypes: timed unless the command line says otherwise.
-        heavy: only one process at a time may hold it.
-        peers: those timed unless the command line says otherwise; None for all.
+        context: shape of one image's text embedding; None if the network takes none.
+        takes_time: whether the network takes a timestep for each image.
+        batches, dtypes: defaults of the command line.
+        heavy: whether only one process at a time may hold the network.
+        peers: default peers of the command line; None for all.
     """
 
     title: str
@@ -115,17 +115,17 @@ class Network:
     peers: tuple[str, ...] | None = None
 
     def make(self) -> nn.Module:
-        """The network in float32, in eval mode, the same one in every process."""
+        """The network in float32 and eval mode, with the same weights in every process."""
         torch.manual_seed(0)
         module: nn.Module = self.build(self.config).eval().requires_grad_(False)
         for part in module.modules():
             if isinstance(part, (nn.GroupNorm, nn.LayerNorm)):
                 part.weight.uniform_(0.5, 1.5)
                 part.bias.normal_(0.0, 0.1)
-        found = sum(p.numel() for p in module.parameters()) / 1e6
-        if abs(found - self.parameters) > 0.01 * self.parameters:
+        millions = sum(p.numel() for p in module.parameters()) / 1e6
+        if abs(millions - self.parameters) > 0.01 * self.parameters:
             raise ValueError(
-                f"{self.title} must have {self.parameters} M parameters, built with {found:.2f} M"
+                f"{self.title} must have {self.parameters} M parameters, got {millions:.2f} M"
             )
         return module
 
@@ -140,7 +140,7 @@ class Network:
         return tuple(given)
 
     def call(self, module: Callable[..., Any], *inputs: Tensor) -> Tensor:
-        """The network's output, whatever ``module`` compiled of it."""
+        """The output of ``module``, the network itself or its compiled form."""
         if self.build is _decoder:
             return module(*inputs)
         return module(*inputs, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""How each peer prepares a network: what a user of it would write, at its best settings."""
+"""How each peer prepares a network: as its users would, with its fastest settings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ OURS = "fastdiff"
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to prepare.
+    """The task of a worker: one network, prepared by one peer.
 
     Attributes:
         network: a key of ``models.NETWORKS``.
         peer: a key of ``PEERS``, or ``worker.REFERENCE``.
-        batch, dtype, threads: how it is called.
-        folder: for whatever the peer writes, empty at its first start.
-        expected: file with the inputs and what eager float64 makes of them.
-        keep_heap: freed memory stays with the process.
+        batch, dtype, threads: of the calls.
+        folder: for the peer's files, empty at its first start.
+        expected: file of the inputs and of the output of eager float64.
+        keep_heap: keep freed memory in the process.
     """
 
     network: str
@@ -45,9 +45,9 @@ class Prepared:
 
     Attributes:
         call: the network as a function of its inputs.
-        dtype: that the inputs must have.
+        dtype: of floating-point inputs.
         layout: memory format of four-dimensional inputs.
-        notes: what a reader should know of it.
+        notes: remarks for the report.
     """
 
     call: Callable[..., Tensor]
@@ -56,7 +56,7 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
     def fit(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs in that dtype and layout; int64 stays."""
+        """Inputs in ``dtype`` and ``layout``; int64 inputs stay int64."""
         return tuple(
             value.to(
                 self.dtype if value.is_floating_point() else value.dtype,
@@ -75,15 +75,15 @@ class Peer:
     """One way to run a network.
 
     Attributes:
-        summary: whose rows are summed up by the best of them.
-        dtypes: those it is timed with.
+        summary: the kind of peer; tables show the fastest peer of each kind.
+        dtypes: dtypes that the peer is timed with.
     """
 
     def __init__(self, summary: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> None:
         self.summary, self.dtypes = summary, dtypes
 
     def prepare(self, job: Job, network: Network, module: nn.Module) -> Prepared:
-        """What is to be timed, of a module that belongs to the peer from now on."""
+        """Prepare a module for the calls to time; the peer may change the module."""
         raise NotImplementedError
 
 
@@ -94,7 +94,7 @@ class Torch(Peer):
         summary, dtypes: see ``Peer``.
         backend: of torch.compile; None is eager.
         channels_last: of the weights and the inputs.
-        frozen: Inductor takes the weights for constants and packs them.
+        frozen: Inductor treats the weights as constants and packs them.
         mode, options: of torch.compile.
     """
 

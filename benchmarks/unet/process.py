@@ -1,4 +1,4 @@
-"""A worker as its owner sees it: start, ask, close. One that fails, dies or hangs says why."""
+"""A worker's process: start it, send it requests, end it; errors say why there is no answer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from benchmarks.unet.peers import Job
 
 
 class WorkerError(Exception):
-    """Why there is no answer."""
+    """A worker gave no answer; the text says why."""
 
 
 class Process:
-    """A process for one job, alone in its environment's caches.
+    """A process for one job, with compiler caches of its own.
 
     Args:
-        job: what it prepares.
-        limit: seconds that a request may take.
+        job: the worker's task.
+        limit: longest time for a request, in seconds.
     """
 
     def __init__(self, job: Job, limit: float) -> None:
@@ -31,7 +31,7 @@ class Process:
         self.job, self.limit = job, limit
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        # Cold caches: a first call is then the first one that a user sees.
+        # The caches are empty, so that the first call takes as long as a user's first call.
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": str(job.folder / "inductor"),
             "XDG_CACHE_HOME": str(job.folder / "cache"),
@@ -46,10 +46,13 @@ class Process:
         theirs.close()
 
     def ask(self, *request: Any) -> Any:
-        """What the worker's method returns.
+        """Call a method of the worker, and return its result.
+
+        Args:
+            request: the method's name and arguments.
 
         Raises:
-            WorkerError: it raised, the process died, or it took longer than the limit.
+            WorkerError: the method raised, the process died, or it took longer than the limit.
         """
         try:
             self._connection.send(request)
@@ -65,11 +68,11 @@ class Process:
         return value
 
     def cpu_seconds(self) -> float:
-        """Processor time that its threads have taken."""
+        """Processor time of all threads of the process, in seconds."""
         return machine.cpu_seconds(self._process.pid) if self._process.pid else 0.0
 
     def close(self) -> None:
-        """End the process and what it has started."""
+        """End the process and all processes that it has started."""
         self._connection.close()
         self._process.join(5)
         if self._process.pid is not None:
@@ -91,7 +94,10 @@ class Process:
 
 
 def idle_share(others: list[Process], before: list[float], start: float) -> float:
-    """Cores that processes took which should have been idle since ``start``."""
+    """Number of cores that processes, which should have been idle, used since ``start``.
+
+    ``before`` holds the processor time of each of them at ``start``.
+    """
     taken = sum(p.cpu_seconds() - b for p, b in zip(others, before, strict=True))
     return taken / max(time.perf_counter() - start, 1e-9)
 

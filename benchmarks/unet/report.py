@@ -24,7 +24,7 @@ class Report:
     """Records of runs, in a folder.
 
     Args:
-        folder: for both files; a unet.json that is there already is read.
+        folder: of both files; an existing unet.json is read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,8 +34,8 @@ class Report:
             self.records = json.loads(self.json.read_text(encoding="utf-8"))["records"]
 
     def put(self, record: Record) -> None:
-        """Add a record, in place of the one of the same run, and save."""
-        # Through JSON, so that a table does not depend on whether its record was just read.
+        """Add a record, which replaces an earlier record of the same run, and save both files."""
+        # Converted to JSON and back, so that a new record is the same as one read from the file.
         record = json.loads(json.dumps(record))
         self.records = [r for r in self.records if _key(r) != _key(record)] + [record]
         self.records.sort(key=_order)
@@ -68,7 +68,7 @@ class Report:
 
 
 def _details(record: Record) -> str:
-    """All that is known of each peer in one run."""
+    """A table of all figures of each peer in one run."""
     ours = _ours(record)
     rows = []
     for r in record["rows"]:
@@ -112,20 +112,20 @@ def _ours(record: Record) -> float | None:
 
 
 def _facts(records: list[Record]) -> str:
-    """What the figures were taken on, and which ones on what, should they differ."""
-    found: dict[str, list[str]] = {}
+    """The machine of the figures; with several machines, each with its figures."""
+    titles_of: dict[str, list[str]] = {}
     for r in records:
         title = f"{r['kind']} at batch {r['batch']}, {r['dtype']}"
-        found.setdefault(machine.line(r["machine"]) + ".", []).append(title)
-    if len(found) == 1:
-        return next(iter(found)) + "\n"
-    return "\n".join(f"- {'; '.join(titles)}: {line}" for line, titles in found.items()) + "\n"
+        titles_of.setdefault(machine.line(r["machine"]) + ".", []).append(title)
+    if len(titles_of) == 1:
+        return next(iter(titles_of)) + "\n"
+    return "\n".join(f"- {'; '.join(titles)}: {line}" for line, titles in titles_of.items()) + "\n"
 
 
 def _errors(record: Record) -> str:
     timed = (r for r in record["rows"] if r["error"] is not None)
-    found = ", ".join(f"{r['peer']} {r['error']:.1e}" for r in timed)
-    return f"batch {record['batch']}, {record['dtype']}: {found}"
+    errors = ", ".join(f"{r['peer']} {r['error']:.1e}" for r in timed)
+    return f"batch {record['batch']}, {record['dtype']}: {errors}"
 
 
 def _key(record: Record) -> tuple[Any, ...]:
@@ -138,7 +138,7 @@ def _order(record: Record) -> tuple[Any, ...]:
 
 
 def _write(path: Path, text: str) -> None:
-    """All of it or nothing: an interrupted run leaves the last whole file."""
+    """Write a file; if the run is interrupted, the earlier file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")

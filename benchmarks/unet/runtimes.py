@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.unet.models import DTYPES, Network, Plain
 from benchmarks.unet.peers import Job, Prepared
 
-NAMES = ("x", "t", "context")  # of inputs
+NAMES = ("x", "t", "context")  # names of the inputs
 
 
 def onnxruntime(job: Job, network: Network, module: nn.Module) -> Prepared:
@@ -28,7 +28,7 @@ def onnxruntime(job: Job, network: Network, module: nn.Module) -> Prepared:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = job.threads
     options.inter_op_num_threads = 1
-    # Threads that spin for work after a call would take the processor from whoever is next.
+    # Threads that spin for work after a call would slow down the next peer.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
@@ -41,7 +41,7 @@ def onnxruntime(job: Job, network: Network, module: nn.Module) -> Prepared:
 
 
 def export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> str:
-    """Write ONNX, by the newer of torch's two exporters if what it needs is there; say which."""
+    """Write ONNX, by torch's newer exporter if onnxscript is installed; return which one ran."""
     dynamo = importlib.util.find_spec("onnxscript") is not None
     names = list(NAMES[: len(inputs)])
     with torch.no_grad(), warnings.catch_warnings():
@@ -53,28 +53,28 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> str:
 
 
 def openvino(job: Job, network: Network, module: nn.Module) -> Prepared:
-    """A request of a model compiled for latency; float32 in and out, whatever it computes in."""
+    """A model compiled for latency; inputs and outputs are float32 for any dtype of computation."""
     import openvino as ov
 
     inputs = network.inputs(job.batch)
     shapes = [list(value.shape) for value in inputs]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = ov.convert_model(Plain(network, module), example_input=inputs, input=shapes)
+        converted = ov.convert_model(Plain(network, module), example_input=inputs, input=shapes)
     wanted = {"float32": "f32", "bfloat16": "bf16"}[job.dtype]
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": job.threads,
         "INFERENCE_PRECISION_HINT": wanted,
     }
-    compiled = ov.Core().compile_model(found, "CPU", settings)
+    compiled = ov.Core().compile_model(converted, "CPU", settings)
     request = compiled.create_infer_request()
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     notes = [] if precision == wanted else [f"computes in {precision}, {wanted} is not native"]
 
     def call(*inputs: Tensor) -> Tensor:
         arrays = [value.numpy() for value in inputs]
-        found = request.infer(arrays, share_inputs=True, share_outputs=True)
-        return torch.from_numpy(found[0])
+        outputs = request.infer(arrays, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(outputs[0])
 
     return Prepared(call, torch.float32, notes=notes)

@@ -1,8 +1,8 @@
 """Whole sampling loops: DDIM as diffusers' users write it, and ``fastdiff.sample``.
 
-Both take the same steps from the same noise. Images are float32 between the steps, whatever the
-network computes in. Nothing is clipped: with random weights a clipped loop is chaotic, rounding
-errors grow to the size of the images within 50 steps, and no result could be checked.
+Both take the same steps from the same noise. Between the steps images are float32 for any dtype of
+the network. Nothing is clipped: with random weights a clipped loop is chaotic, so that rounding
+errors would grow to the size of the images within 50 steps, and no result could be checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BETAS = (1e-4, 0.02)
 
 
 def with_diffusers(prepared: Prepared, x_T: Tensor, steps: int) -> Tensor:
-    """A loop over diffusers' scheduler. The network gets the shapes and strides that it knows."""
+    """A loop over diffusers' scheduler, with inputs in the network's dtype and strides."""
     from diffusers import DDIMScheduler
 
     scheduler: Any = DDIMScheduler(TRAIN_STEPS, *BETAS, "linear", clip_sample=False)
@@ -32,7 +32,7 @@ def with_diffusers(prepared: Prepared, x_T: Tensor, steps: int) -> Tensor:
 
 
 def with_fastdiff(prepared: Prepared, x_T: Tensor, steps: int) -> Tensor:
-    """The same through ``fastdiff.sample``."""
+    """The same steps through ``fastdiff.sample``."""
     import fastdiff
 
     sampler = fastdiff.samplers.DDIM(

@@ -1,9 +1,9 @@
-"""The order of things: expectations first, every peer made ready and checked, then turn by turn.
+"""The order of a run: compute expected outputs, prepare and check every peer, then time in turns.
 
-All peers of a run live at once, each in a process of its own, and all but one wait. A pause before
-each turn lets the last one's threads go to sleep; the processor time that waiting processes take
-in spite of it is measured and reported. Networks too large for that are held by one process at a
-time, which is started, made ready and timed once a round.
+All peers of a run are alive at once, each in its own process; while one is timed the others wait. A
+pause before each turn lets the threads of the previous peer go to sleep; the processor time that
+waiting processes take nevertheless is measured and reported. Networks too large for that are held
+by one process at a time, which is started, prepared and timed once per round.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from benchmarks.unet.peers import INDUCTOR, OURS, PEERS, Job
 from benchmarks.unet.process import Process, WorkerError, idle_share
 from benchmarks.unet.worker import REFERENCE, SLOW
 
-PAUSE = 0.05  # seconds before a turn; libgomp's threads spin for about 5 ms, ONNX Runtime's for 1
-SLOW_ROUNDS = 3  # of peers that take longer than SLOW
-HEAVY_ROUNDS, HEAVY_TURNS = 2, 3  # of networks that one process at a time holds
+PAUSE = 0.05  # seconds before a turn; libgomp's threads spin for 5 ms, ONNX Runtime's for 1 ms
+SLOW_ROUNDS = 3  # rounds of peers whose call takes longer than SLOW
+HEAVY_ROUNDS, HEAVY_TURNS = 2, 3  # rounds, and turns per round, of heavy networks
 SAMPLING_ROUNDS = 3
 BREAKDOWN_CALLS = 10
-NOT_SAMPLED = ("eager", "fastdiff strict")  # the others of their kind are enough
+NOT_SAMPLED = ("eager", "fastdiff strict")  # peers without sampling loops, being like another peer
 
 Store = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says of every run.
+    """Options of the command line for every run.
 
     Attributes:
         threads: of every peer.
-        rounds: turns of each peer.
-        limit: seconds that any answer may take, compilation included.
-        keep_heap: freed memory stays with the process.
+        rounds: number of turns of each peer.
+        limit: longest time for an answer, compilation included, in seconds.
+        keep_heap: keep freed memory in the process.
         sampling: steps of a sampling loop; None for no loops.
-        breakdown: the peer to take apart; None for none.
-        folder: for what the processes write.
+        breakdown: the peer whose calls are broken down; None for none.
+        folder: for the files and logs of the processes.
     """
 
     threads: int
@@ -61,9 +61,10 @@ class Row:
 
     Attributes:
         peer: a key of ``PEERS``.
-        failed: why there are no figures, or no more of them.
+        failed: the reason why figures are missing, or None.
         times: of each call, or of each sampling loop.
-        error: see ``worker.Readiness``, as the other attributes.
+        error, first_call, call, notes: see ``worker.Readiness``.
+        peak_memory, running_memory: see ``Worker.memory``.
     """
 
     peer: str
@@ -83,7 +84,7 @@ class Row:
 
 
 def say(text: str) -> None:
-    """Progress, on standard error."""
+    """Print a line of progress on standard error."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
@@ -91,10 +92,10 @@ class Run:
     """One network at one batch size and dtype, all peers.
 
     Args:
-        network, batch, dtype: what is run.
-        peers: keys of ``PEERS``; those that are not for the dtype are left out.
-        settings: see there.
-        store: takes the record after whatever changes it.
+        network, batch, dtype: of the run; ``network`` is a key of ``NETWORKS``.
+        peers: keys of ``PEERS``; peers that do not support the dtype are left out.
+        settings: options of the command line.
+        store: called with the record after every change of it.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Run:
         say(f"{self.title}: {name} gets ready")
         process = Process(self._job(name), self.settings.limit)
         try:
-            found = process.ask("prepare")
+            readiness = process.ask("prepare")
         except BaseException as error:
             process.close()
             if not isinstance(error, WorkerError):
@@ -171,12 +172,13 @@ class Run:
             say(f"{self.title}: {name} failed: {error}")
             self._save()
             return None
-        row.call = found.call
+        row.call = readiness.call
         if row.error is None:  # else a later round of a heavy network, with warm caches
-            row.error, row.first_call, row.notes = found.error, found.first_call, found.notes
+            row.error, row.first_call = readiness.error, readiness.first_call
+            row.notes = readiness.notes
         say(
-            f"{self.title}: {name}: first call {found.first_call:.1f} s, "
-            f"then {1e3 * found.call:.1f} ms, error {found.error:.1e}"
+            f"{self.title}: {name}: first call {readiness.first_call:.1f} s, "
+            f"then {1e3 * readiness.call:.1f} ms, error {readiness.error:.1e}"
         )
         self._save()
         return process
@@ -256,8 +258,8 @@ class Run:
                 except WorkerError as error:
                     row.failed = str(error)
                     alive.pop(name).close()
-                found = f"{row.times[-1]:.2f} s" if row.times else f"error {row.error}"
-                say(f"{self.title}: {steps} steps, {name}: {row.failed or found}")
+                outcome = f"{row.times[-1]:.2f} s" if row.times else f"error {row.error}"
+                say(f"{self.title}: {steps} steps, {name}: {row.failed or outcome}")
             self._put("sampling", steps=steps, rows=[row.as_dict() for row in rows.values()])
 
     def _is_sampled(self, name: str) -> bool:
@@ -271,11 +273,11 @@ class Run:
     def _breakdown(self, process: Process, name: str) -> None:
         say(f"{self.title}: where the time of {name} goes")
         try:
-            found = process.ask("profile", BREAKDOWN_CALLS)
+            profile = process.ask("profile", BREAKDOWN_CALLS)
         except WorkerError as error:
             say(f"{self.title}: no breakdown: {error}")
             return
-        self._put("breakdown", peer=name, **found)
+        self._put("breakdown", peer=name, **profile)
 
     def _save(self) -> None:
         self._put(

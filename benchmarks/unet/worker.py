@@ -1,7 +1,7 @@
-"""The process that one peer lives in: it prepares the network, checks it, and waits for its turns.
+"""The program of the process in which one peer runs: prepare and check a network, answer requests.
 
-A request is a tuple that begins with the name of one of ``Worker``'s methods; the reply is
-("done", what it returned) or ("failed", why).
+A request is a tuple of the name of a method of ``Worker`` and its arguments; the reply is
+("done", result) or ("failed", reason).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from benchmarks.unet.models import NETWORKS
 from benchmarks.unet.peers import PEERS, Job, Prepared, in_layout
 
 REFERENCE = "reference"  # the job that computes what is expected
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of the output's largest value; beyond is wrong
-SLOW = 3.0  # seconds a call from which on none is spent on warming up
-TURN = 0.25  # seconds that a turn takes at least
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # largest error, as a share of the largest output
+SLOW = 3.0  # seconds of a call, from which on there are no warm-up calls
+TURN = 0.25  # approximate least duration of a turn, in seconds
 
 
 @dataclass
 class Readiness:
-    """What a peer's preparation took and gave.
+    """The result of a peer's preparation.
 
     Attributes:
         first_call: seconds from the eager module to the first result.
@@ -56,24 +56,24 @@ class Worker:
         self.whole_peak: float | None = None
 
     def expect(self) -> None:
-        """Write what the others are checked against: the inputs, and eager float64's output."""
+        """Write the file that all peers are checked with: inputs, and eager float64's output."""
         inputs = self.network.inputs(self.job.batch)
         module = self.network.make().double()
         fitted = Prepared(module, torch.float64).fit(inputs)
         torch.save((inputs, self.network.call(module, *fitted)), self.job.expected)
 
     def expect_samples(self, steps: int) -> None:
-        """Write what sampling loops are checked against: the images of eager float32."""
+        """Write the file for the check of sampling loops: the images of eager float32."""
         module = in_layout(self.network.make(), torch.channels_last)
         prepared = Prepared(lambda *inputs: self.network.call(module, *inputs), torch.float32)
         x_T = self.network.inputs(self.job.batch)[0]
         torch.save(sampling.with_diffusers(prepared, x_T, steps), self._samples(steps))
 
     def prepare(self) -> Readiness:
-        """Prepare the network and hold its first output to what is expected.
+        """Prepare the network and check its first output.
 
         Raises:
-            ArithmeticError: it is something else.
+            ArithmeticError: the output differs by more than the tolerance.
         """
         module = self.network.make()
         inputs, expected = torch.load(self.job.expected)
@@ -95,15 +95,15 @@ class Worker:
         return Readiness(first_call, call, error, self.prepared.notes)
 
     def turn(self, call: float) -> list[float]:
-        """Seconds of each call of a turn, for a peer that takes about ``call``."""
+        """Seconds of each call of a turn, for a peer whose call takes about ``call`` seconds."""
         if call < SLOW:
-            self._timed()  # back into the caches
+            self._timed()  # fills the caches again
         return [self._timed() for _ in range(max(1, min(50, round(TURN / call))))]
 
     def memory(self) -> tuple[float | None, float | None]:
-        """MiB at most: with the preparation, and while running, since then."""
+        """Peak memory in MiB: with the preparation, and since the preparation."""
         running = machine.peak_memory()
-        if self.whole_peak is None or running is None:  # the peak could not be begun anew
+        if self.whole_peak is None or running is None:  # the peak could not be reset
             return running, None
         return max(self.whole_peak, running), running
 
@@ -111,7 +111,7 @@ class Worker:
         """Seconds of a sampling run, and with ``check`` the deviation of its images.
 
         Raises:
-            ArithmeticError: they are others than expected.
+            ArithmeticError: the images differ by more than the tolerance.
         """
         assert self.prepared is not None
         x_T = self.network.inputs(self.job.batch)[0]
@@ -125,13 +125,16 @@ class Worker:
         return seconds, self._checked(images, torch.load(self._samples(steps)), "float32")
 
     def profile(self, calls: int) -> dict[str, Any]:
-        """Where the time of a call goes: ``breakdown.measure``."""
+        """The time of each part of a call, see ``breakdown.measure``."""
         assert self.prepared is not None
         return breakdown.measure(self.prepared, self.inputs, calls)
 
-    def _checked(self, found: torch.Tensor, expected: torch.Tensor, of: str) -> float:
-        """The deviation, if rounding explains it; raises ArithmeticError if not."""
-        error, tolerance = deviation(found, expected), TOLERANCE[self.job.dtype]
+    def _checked(self, output: torch.Tensor, expected: torch.Tensor, of: str) -> float:
+        """The deviation of ``output``; ArithmeticError if it exceeds the tolerance.
+
+        ``of`` is the dtype of the eager network that computed ``expected``, for the error.
+        """
+        error, tolerance = deviation(output, expected), TOLERANCE[self.job.dtype]
         if not error <= tolerance:
             raise ArithmeticError(
                 f"wrong result: {error:.1e} of the output's scale from eager {of}, "
@@ -149,15 +152,15 @@ class Worker:
         return time.perf_counter() - start
 
 
-def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest expected value; NaN for one that is NaN."""
-    difference = (found.double() - expected.double()).abs().max()
+def deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference as a share of the largest expected value; NaN if any value is NaN."""
+    difference = (output.double() - expected.double()).abs().max()
     return (difference / expected.abs().max()).item()
 
 
 def main(connection: Connection, job: Job, log: str) -> None:
-    """Answer requests until there are no more; what the libraries print goes into ``log``."""
-    os.setsid()  # whatever a compiler starts ends with this process
+    """Answer requests until the connection closes; all output goes into the file ``log``."""
+    os.setsid()  # a process group of its own, so that compilers' processes end with this one
     with open(log, "a", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
