@@ -301,6 +301,8 @@ def test_where_the_file_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert timings.path().parent == tmp_path / ".cache" / "fastdiff"
+    monkeypatch.setenv("FASTDIFF_CACHE", "~/measured")
+    assert timings.path().parent == tmp_path / "measured"
 
 
 def test_what_others_have_measured_meanwhile_stays(clock):

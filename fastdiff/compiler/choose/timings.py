@@ -123,17 +123,18 @@ def _lacks(table: Table, sizes: Sizes, names: Sequence[str]) -> bool:
 
 def path() -> Path | None:
     """The file of this machine; None where the user has no directory for it."""
-    folder = os.environ.get("FASTDIFF_CACHE")
-    if not folder:
-        home = os.environ.get("XDG_CACHE_HOME", "")
-        try:
+    given, xdg = os.environ.get("FASTDIFF_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        if given:
+            folder = Path(given).expanduser()
+        else:
             # The XDG specification: a relative path is to be ignored.
-            root = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-        except RuntimeError:
-            return None
-        folder = str(root / "fastdiff")
+            root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+            folder = root / "fastdiff"
+    except RuntimeError:  # the user has no home
+        return None
     name = f"{_processor()}-{isa()}-torch-{torch.__version__}".lower()
-    return Path(folder) / f"convolutions-{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    return folder / f"convolutions-{''.join(c if c.isalnum() else '-' for c in name)}.json"
 
 
 def _processor() -> str:
