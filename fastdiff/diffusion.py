@@ -145,6 +145,7 @@ class Diffusion:
         steps: int | None = None,
         cond: ModelArguments | None = None,
         generator: torch.Generator | None = None,
+        mode: str = "auto",
         progress: bool | str = True,
         **options: Any,
     ) -> Tensor:
@@ -156,6 +157,7 @@ class Diffusion:
             steps: see :meth:`sampler`.
             cond: keyword arguments of the model, see :func:`fastdiff.generation.generate`.
             generator: source of all noise, None for PyTorch's global one.
+            mode: of ``fastdiff.sample``; for a solver "auto" or "eager".
             progress: show a progress bar.
             options: of ``fastdiff.sample``, or of the solver.
 
@@ -166,7 +168,7 @@ class Diffusion:
         solver = method in SOLVERS or (method is None and isinstance(self.forward, sde.SDE))
         sampler = self.sampler(method, steps, **(options if solver else {}))
         return self.generate(
-            sampler, shape, cond=cond, generator=generator, progress=progress,
+            sampler, shape, cond=cond, generator=generator, mode=mode, progress=progress,
             **({} if solver else options),
         ).images  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastdiff.losses.prediction import predict
 from fastdiff.objectives import Forward
 from fastdiff.samplers import Sampler
 from fastdiff.sampling import sample
+from fastdiff.sampling.quick import quick
 from fastdiff.sampling.terminal_snr import warn_of_image_at_the_beginning, warn_of_image_at_the_end
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde.discretization import DiscretizedSDE
@@ -181,6 +182,7 @@ def generate(
     guidance: float | Sequence[float] = 1.0,
     guide: Guide | None = None,
     generator: torch.Generator | None = None,
+    mode: str = "auto",
     max_batch: int | None = None,
     progress: bool | str = True,
     **options: Any,
@@ -201,6 +203,7 @@ def generate(
             number with a solver.
         guide: classifier guidance, or None.
         generator: source of all noise, None for PyTorch's global one.
+        mode: of ``fastdiff.sample``; for a solver "auto" or "eager".
         max_batch: most images at a time; None for all at once.
         progress: show a progress bar; a string is its title.
         options: further options of ``fastdiff.sample``; a solver has none.
@@ -210,6 +213,8 @@ def generate(
             and :meth:`Network.for_sampler` do.
     """
     shape, cond = tuple(shape), dict(cond or {})
+    if mode == "auto":
+        network = replace(network, model=quick(network.model))
     if isinstance(sampler, Sampler):
         if x_T is not None and not options.get("start"):  # without x_T, ``sample`` warns itself
             warn_of_image_at_the_beginning(sampler)
@@ -217,12 +222,14 @@ def generate(
         images: Any = sample(
             network.for_sampler(sampler, guide), sampler, shape, x_T=x_T, cond=cond | labels,
             uncond=None if uncond is None else {**uncond, **labels}, guidance=guidance,
-            generator=generator, max_batch=max_batch, progress=progress, **options,
+            generator=generator, mode=mode, max_batch=max_batch, progress=progress, **options,
         )  # fmt: skip
         evaluations = torch.full(shape[:1], sampler.table.rows, dtype=torch.int64, device="cpu")
         return Samples(images, evaluations)
     if options:
         raise TypeError(f"a solver has no option {', '.join(map(repr, options))}")
+    if mode not in ("auto", "eager"):
+        raise ValueError(f"a solver's mode must be auto or eager, got {mode!r}")
     if not isinstance(guidance, (int, float)):
         raise ValueError(f"a solver takes one number for its guidance, got {guidance!r}")
     check_max_batch(max_batch)

@@ -132,6 +132,8 @@ class Checkpoint:
         classifier: Classifier | None = None,
         classifier_scale: float = 1.0,
         generator: torch.Generator | None = None,
+        mode: str = "auto",
+        memory_format: torch.memory_format = torch.channels_last,
         batch_size: int = 256,
         progress: bool | str = True,
     ) -> Samples:
@@ -148,6 +150,8 @@ class Checkpoint:
                 classes, ``labels`` are classes of the classifier.
             classifier_scale: factor of the gradient of the classifier's log-probabilities.
             generator: source of all noise; None for PyTorch's global one.
+            mode: of ``fastdiff.sample``; for a solver "auto" or "eager".
+            memory_format: of the images in the loop; results agree to rounding.
             batch_size: images in one pass. It changes which noise an image gets after x_T.
             progress: show a progress bar.
 
@@ -190,12 +194,13 @@ class Checkpoint:
             samples = self.diffusion().generate(
                 sampler,
                 shape,
-                x_T=noise.to(device, memory_format=torch.channels_last),
+                x_T=noise.to(device, memory_format=memory_format),
                 cond=cond,
                 uncond=uncond,
                 guidance=guidance,
                 guide=guide,
                 generator=generator,
+                mode=mode,
                 max_batch=batch_size,
                 progress=progress,
             )

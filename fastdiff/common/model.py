@@ -7,12 +7,13 @@ loop its embeddings for all steps at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 Model = Callable[..., Any]
 
@@ -50,6 +51,47 @@ class Precomputing(Protocol):
         self, timesteps: Tensor, class_labels: Tensor | None = None, batch: int = 1
     ) -> PrecomputedRows:
         """The embeddings of timesteps [S] and of the labels of a batch, for all steps."""
+
+
+class Layered(Precomputing, Protocol):
+    """A network that is embeddings, and layers that take rows of them with the images."""
+
+    training: bool
+
+    def may_fuse(self) -> bool:
+        """Whether it cannot be told from outside that a graph of the layers is called instead."""
+
+    def layers(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The layers, of images [N, C, H, W] and a step of :meth:`precompute`, [N or 1, P]."""
+
+    def through(
+        self, layers: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """What the network gives for these arguments, its layers computed by ``layers``."""
+
+    def named_parameters(self, *, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
+        """As that of ``nn.Module``."""
+
+    def parameters(self) -> Iterator[Any]:
+        """Likewise."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The network's output."""
+
+
+def layered(model: Any) -> Layered | None:
+    """The network that a model is, if a graph of its layers may be called instead, or None.
+
+    ``torch.optim.swa_utils.AveragedModel`` around it, as an average of weights is kept in,
+    changes nothing.
+    """
+    network = model
+    if type(model) is AveragedModel:
+        if has_hooks(model) or "forward" in vars(model):
+            return None
+        network = model.module
+    may = getattr(type(network), "may_fuse", None)
+    return network if may is not None and may(network) else None
 
 
 def precomputing(model: Any) -> Precomputing | None:

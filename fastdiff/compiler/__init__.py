@@ -1,5 +1,7 @@
 """``torch.compile(model, backend="fastdiff")``: any U-Net's graph, fused for inference on a CPU.
 
+The U-Nets of ``fastdiff.nn`` take the same way when they are sampled from, without torch.compile.
+
 A residual block, as Dynamo hands it over (left out: parameters, which are inputs of the graph):
 
     group_norm = group_norm(x, 32, norm1.weight, norm1.bias, 1e-5)
@@ -30,7 +32,9 @@ and as it is run:
 
 Neither a normalised nor an activated tensor is written to memory. Which folder does what:
 
-    pipeline.py  the backend: decides which way a graph goes, and calls the stages in their order
+    pipeline.py  the backend: decides which way a graph goes
+    inference.py calls the stages in their order
+    trace.py, network.py   the U-Nets of fastdiff.nn, whose graph needs no Dynamo
     graph/       nodes: what a node is; effects: what it writes, shares and draws; canonical: the
                  one spelling that matchers read; reshapes: where channels are after a view;
                  regions: graphs within the graph; edit: how a graph is changed
@@ -44,7 +48,7 @@ Neither a normalised nor an activated tensor is written to memory. Which folder 
                  expects
     run/         calls: what the nodes call; packing: weights, never stale; recording and replay:
                  the calls as a list that C++ runs
-    reasons.py, report.py, explain.py   why a graph is not on the fast path, and what became of it
+    reasons.py, report.py, explanation.py   why a graph is not on the fast path, what became of it
     dynamo.py    what is asked of Dynamo beyond what it gives a backend
 
 What is not recognised runs as it is. An algorithm is chosen by the clock: the first time that a
@@ -54,13 +58,38 @@ which takes seconds; the measurements are kept for later processes.
 Environment:
     FASTDIFF_PLAN: ``measured``, the default, or ``heuristic``, which chooses by the sizes alone,
         so that results are the same bits in every process, and neither reads nor writes a file.
+        For sampling in mode "auto", which needs no Dynamo, ``heuristic`` is the default.
     FASTDIFF_CACHE: the directory that measurements are kept in, by default ``fastdiff`` in
         XDG_CACHE_HOME or ``~/.cache``.
 """
 
 from __future__ import annotations
 
-from fastdiff.compiler.explain import Explanation, explain
-from fastdiff.compiler.pipeline import backend
+import importlib
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdiff.compiler.explanation import Explanation, explain
+    from fastdiff.compiler.pipeline import backend
 
 __all__ = ["Explanation", "backend", "explain"]
+
+# Dynamo takes seconds to import, which those who sample with fastdiff's own U-Nets do not need.
+_HOMES = {
+    "Explanation": "explanation",
+    "explain": "explanation",
+    "backend": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastdiff.compiler' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastdiff.compiler.{_HOMES[name]}"), name)
+
+
+try:
+    distribution("fastdiff")
+except PackageNotFoundError:  # without its entry point Dynamo must be told of the backend
+    importlib.import_module("fastdiff.compiler.pipeline")

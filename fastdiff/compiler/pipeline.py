@@ -14,27 +14,19 @@ from torch import Tensor
 from torch._dynamo.backends import registry
 from torch.fx import GraphModule
 
-from fastdiff import ops
 from fastdiff.compiler import dynamo
 from fastdiff.compiler.choose import timings
 from fastdiff.compiler.choose.algorithms import PRECISIONS
-from fastdiff.compiler.choose.plan import plan
-from fastdiff.compiler.graph.canonical import canonicalise, mark_parameters
-from fastdiff.compiler.graph.edit import remove_unused
-from fastdiff.compiler.graph.effects import changes_modes, pinned_nodes
-from fastdiff.compiler.graph.nodes import is_weight, value
+from fastdiff.compiler.graph.canonical import mark_parameters
+from fastdiff.compiler.graph.effects import changes_modes
+from fastdiff.compiler.graph.nodes import value
 from fastdiff.compiler.graph.regions import open_regions
-from fastdiff.compiler.match.anchors import find
+from fastdiff.compiler.inference import Compiled, fused
 from fastdiff.compiler.reasons import Reason, wants_gradients, why_slow
 from fastdiff.compiler.report import GraphReport
 from fastdiff.compiler.rewrite import composed
-from fastdiff.compiler.rewrite.fuse import fuse
-from fastdiff.compiler.rewrite.gated import gated
-from fastdiff.compiler.rewrite.strides import restore_strides
-from fastdiff.compiler.run.replay import Replay
 
 log = logging.getLogger("fastdiff.compiler")
-Compiled = Callable[..., Any]
 InnerCompiler = Callable[[GraphModule, Sequence[Any]], Compiled]
 _told: set[Reason] = set()  # of which a warning has been given in this process
 
@@ -163,7 +155,13 @@ def compile_graph(
         dynamo.set_guards()
     report.reason = why_slow(gm, values, devices)
     if report.reason is None:
-        return _fuse(gm, options, report)
+        return fused(
+            gm,
+            report,
+            measured=timings.measured(),
+            precision=options.precision,
+            packed_bytes=options.packed_bytes,
+        )
     if devices == ["cuda"]:
         report.composed = composed.gpu(gm)
         report.leave(gm.graph)
@@ -178,30 +176,6 @@ def compile_graph(
 
 def _values(gm: GraphModule) -> list[Tensor]:
     return [v for n in gm.graph.nodes if (v := value(n)) is not None]
-
-
-def _fuse(gm: GraphModule, options: Options, report: GraphReport) -> Compiled:
-    graph = gm.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    remove_unused(graph)
-    canonicalise(gm)
-    remove_unused(graph)
-    pinned = pinned_nodes(graph)
-    gated(graph, pinned)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    matches = find(graph, pinned)
-    fusion = fuse(gm, plan(matches, order, pinned, options.precision, options.packed_bytes), pinned)
-    report.emitted = fusion.emitted
-    report.composed = composed.norms(graph, pinned, alone=True)
-    report.composed += sum(node.target is ops.geglu for node in graph.nodes)
-    restore_strides(graph, pinned)
-    report.leave(graph, pinned)
-    graph.lint()
-    gm.recompile()
-    if fusion.weights is None:
-        return gm.forward
-    varying = [i for i, node in enumerate(placeholders) if not is_weight(node)]
-    return Replay(gm, fusion.weights, varying)
 
 
 def _inductor(mode: str, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:

@@ -1,8 +1,9 @@
-"""Whether a U-Net's embeddings may be computed before a sampling loop, for all its steps.
+"""Whether a U-Net's embeddings, or its layers, may be computed in another way than by its calls.
 
-``fastdiff.nn.UNet2DModel.precompute`` skips calls that the plain model makes at every step. The
-result is the same only if the library's own code alone sees or answers these calls. Where other
-code might, such as a hook, the embeddings are computed at every step.
+``fastdiff.nn.UNet2DModel.precompute`` skips calls that the plain model makes at every step, and a
+graph of the layers stands for all others. The result is the same only if the library's own code
+alone sees or answers these calls. Where other code might, such as a hook, the model is called
+plainly.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from fastdiff.common.model import has_hooks
+from fastdiff.nn.blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D
 from fastdiff.nn.embeddings import FourierProjection, SinusoidalProjection, TimestepEmbedding
+from fastdiff.nn.norm import GroupNormSiLU
+from fastdiff.nn.resample import Downsample2D, NearestUpsample2x, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
+from fastdiff.nn.self_attention import Attention
 
 # Modules that compute each row independently of the others, and the same at every call.
 _BY_ROW = (
@@ -28,6 +34,24 @@ _BY_ROW = (
     nn.Identity,
     nn.Linear,
 )
+
+# All others that a U-Net is made of.
+_LAYERS = (
+    Attention,
+    Downsample2D,
+    DownBlock2D,
+    GroupNormSiLU,
+    NearestUpsample2x,
+    ResnetBlock2D,
+    UNetMidBlock2D,
+    UpBlock2D,
+    Upsample2D,
+    nn.AvgPool2d,
+    nn.Conv2d,
+    nn.Dropout,
+    nn.ModuleList,
+)
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
@@ -50,10 +74,39 @@ def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
         return False
     if not vars(unet).keys().isdisjoint(methods):
         return False
-    return all(
-        type(part) in _BY_ROW and not has_hooks(part) and "forward" not in vars(part)
-        for part in _skipped(unet)
+    return all(type(part) in _BY_ROW and _is_plain(part) for part in _skipped(unet))
+
+
+def only_own_layers_run(unet: nn.Module, original: type[nn.Module]) -> bool:
+    """Whether, besides, nothing else sees or answers the calls of any module.
+
+    A part that is compiled, in training mode or of two dtypes, or weights that are no plain
+    parameters on a CPU, in float32 or bfloat16, count as something else.
+
+    Args:
+        unet: an instance of ``original``.
+        original: the class whose ``layers`` calls the modules, ``UNet2DModel``.
+    """
+    if not only_own_code_runs(unet, original) or unet._compiled_call_impl is not None:
+        return False
+    parts = unet.modules()
+    next(parts)  # the U-Net itself
+    for part in parts:
+        if type(part) not in _BY_ROW and type(part) not in _LAYERS:
+            return False
+        if not _is_plain(part) or part.training or part._compiled_call_impl is not None:
+            return False
+    weights = list(unet.parameters())
+    dtype = weights[0].dtype
+    return dtype in _DTYPES and all(
+        type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == dtype
+        for weight in weights
     )
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether a module's calls are seen and answered by its class alone."""
+    return not has_hooks(part) and "forward" not in vars(part)
 
 
 @cache

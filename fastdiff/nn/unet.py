@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fastdiff.nn.input_checks import (
     check_sample,
 )
 from fastdiff.nn.norm import GroupNormSiLU
-from fastdiff.nn.precomputable import only_own_code_runs
+from fastdiff.nn.precomputable import only_own_code_runs, only_own_layers_run
 
 
 class UNet2DModel(nn.Module):
@@ -112,7 +112,9 @@ class UNet2DModel(nn.Module):
         with torch.device("meta"), pretrained.NoInitialisation():
             model = cls(**config.to_dict())
         pretrained.check_names_and_shapes(tensors, model.state_dict())
-        model.to_empty(device="cpu").load_state_dict(tensors)
+        # As to_empty does; that computes empty_like in Python, which imports sympy for it.
+        model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
+        model.load_state_dict(tensors)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -207,18 +209,58 @@ class UNet2DModel(nn.Module):
         """
         check_sample(sample, self.config)
         embs = self._embeddings(sample.shape[0], timestep, class_labels, precomputed)
+        return self._over_time(self._layers(sample, embs), timestep)
+
+    def may_fuse(self) -> bool:
+        """Whether a graph of :meth:`layers` may be called in their place and nobody could tell."""
+        return not self.training and only_own_layers_run(self, UNet2DModel)
+
+    def layers(self, x: Tensor, rows: Tensor) -> Tensor:
+        """All that ``forward`` computes from images and embeddings, for a fixed size of image.
+
+        Args:
+            x: [N, in_channels, H, W].
+            rows: [N, P] or [1, P], a step of :meth:`precompute`.
+
+        Returns:
+            [N, out_channels, H, W].
+        """
+        return self._layers(x, rows.split(self._all_channels, dim=1))
+
+    def through(
+        self,
+        layers: Callable[[Tensor, Tensor], Tensor],
+        sample: Tensor,
+        timestep: Tensor | float | None = None,
+        class_labels: Tensor | None = None,
+        *,
+        precomputed: Tensor | None = None,
+    ) -> Tensor:
+        """``forward``, with ``layers`` computed by something that gives the same."""
+        check_sample(sample, self.config)
+        embs = self._embeddings(sample.shape[0], timestep, class_labels, precomputed)
+        rows = torch.cat(tuple(embs), dim=1) if precomputed is None else precomputed
+        return self._over_time(layers(sample, rows), timestep)
+
+    def _layers(self, sample: Tensor, embs: Sequence[Tensor]) -> Tensor:
+        """``layers``, of one tensor of embeddings for each residual block."""
+        rest = iter(embs)
+        of_levels = iter([list(islice(rest, len(level))) for level in self._emb_channels])
         x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
         skips = [x]
         for block in self.down_blocks:
-            x, kept = self._run(block, x, next(embs))
+            x, kept = self._run(block, x, next(of_levels))
             skips += kept
         if self.mid_block is not None:
-            x = self._run(self.mid_block, x, next(embs))
+            x = self._run(self.mid_block, x, next(of_levels))
         count = self.config.layers_per_block + 1
         for block in self.up_blocks:
-            x = self._run(block, x, skips[-count:], next(embs))
+            x = self._run(block, x, skips[-count:], next(of_levels))
             del skips[-count:]
-        out = self.conv_out(self.conv_norm_out(x))
+        return self.conv_out(self.conv_norm_out(x))
+
+    def _over_time(self, out: Tensor, timestep: Tensor | float | None) -> Tensor:
+        """The output of a model with fourier embeddings, over its timestep."""
         if self.config.time_embedding_type == "fourier" and timestep is not None:
             out = (out / self._timesteps(timestep).view(-1, 1, 1, 1)).to(out.dtype)
         return out
@@ -229,16 +271,18 @@ class UNet2DModel(nn.Module):
         timestep: Tensor | float | None,
         class_labels: Tensor | None,
         precomputed: Tensor | None,
-    ) -> Iterator[list[Tensor]]:
-        """For each level the embedding [N or 1, C] of each of its residual blocks."""
-        channels = [width for level in self._emb_channels for width in level]
+    ) -> Sequence[Tensor]:
+        """The embedding [N or 1, C] of each residual block."""
+        channels = self._all_channels
         check_conditioning(batch, timestep, class_labels, precomputed, sum(channels), self.config)
         if precomputed is not None:
-            embs = iter(precomputed.split(channels, dim=1))
-        else:
-            assert timestep is not None
-            embs = iter(self._project(self._embed_time(timestep), class_labels))
-        return iter([list(islice(embs, len(level))) for level in self._emb_channels])
+            return precomputed.split(channels, dim=1)
+        assert timestep is not None
+        return self._project(self._embed_time(timestep), class_labels)
+
+    @property
+    def _all_channels(self) -> list[int]:
+        return [width for level in self._emb_channels for width in level]
 
     def _project(self, emb: Tensor, class_labels: Tensor | None) -> list[Tensor]:
         """The input [..., C] of each residual block: time embedding [..., D] and labels, projected.

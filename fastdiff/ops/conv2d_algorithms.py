@@ -7,7 +7,7 @@ and the reference computes every convolution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,14 +127,20 @@ def packed_bytes(name: str, weight: Sequence[int]) -> int:
     return algorithm.packed_dtype.itemsize * packed_count(algorithm, weight)
 
 
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result``, which imports Dynamo: seconds for every user."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Dynamo cannot trace the extension's functions. Their results depend on their arguments alone.
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _refusal(number: int, numbers: tuple[int, ...]) -> str | None:
     return _kernel.conv2d_refusal(number, numbers)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _within_limits(numbers: tuple[int, ...]) -> bool:
     return _kernel.conv2d_within_limits(numbers)

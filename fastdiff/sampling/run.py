@@ -44,6 +44,7 @@ from fastdiff.sampling.classifier_free import is_guided, per_step
 from fastdiff.sampling.device_loop import Buffers, compiled
 from fastdiff.sampling.inpainting import JUMP_ROW, KNOWN_ROW, Known, Plan, noised, resampled
 from fastdiff.sampling.loop import Advance, State, eager, model_arguments
+from fastdiff.sampling.quick import quick
 from fastdiff.sampling.terminal_snr import warn_of_image_at_the_beginning
 from fastdiff.sampling.watching import Callback, Watch
 
@@ -133,9 +134,16 @@ def sample(
         mode: "eager" calls the model; "compile" compiles it with the step (Inductor), once for
             each shape; "cudagraph" captures the two in a CUDA graph, once for each shape and as
             long as the weights stay in place, and replays it. "auto" is "cudagraph" for an
-            nn.Module and CUDA images, and "eager" else. What cannot be captured runs eagerly,
-            after a warning. Compiled or captured, ``model`` is not called again, so its Python
-            code must not do anything that changes from step to step.
+            nn.Module and CUDA images. On a CPU it calls a ``fastdiff.nn.UNet2DModel`` in eval mode,
+            in float32 or bfloat16, through a fused graph of its layers: about twice as fast, ready
+            within a second, to the accuracy of the compiler (1e-4 of the output's scale in
+            float32), and the same bits in every process. That holds for a model that is unchanged:
+            without hooks, subclasses or other modules. New values of its weights are seen at every
+            step, other changes in the next call. Everywhere else "auto" is "eager"; a model from
+            elsewhere is compiled by torch.compile(model, backend="fastdiff"). What cannot be
+            captured runs eagerly, after a warning. Compiled by Inductor or captured, ``model`` is
+            not called again, so its Python code must not do anything that changes from step to
+            step.
         max_batch: the largest number of images in a model call; x_T is still sampled from
             ``generator`` for all images at once.
         progress: show a progress bar on standard error; a string is its label.
@@ -165,6 +173,8 @@ def sample(
     shape, device, dtype = target(model, shape, device, dtype, (x_T, image))
     wide, images = wide_dtype(dtype), shape[0]
     check_mode(mode, device)
+    if mode == "auto":
+        model = quick(model)
     check_generator(generator, device)
     check_max_batch(max_batch)
     check_callbacks(callback, preview, every)

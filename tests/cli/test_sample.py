@@ -44,7 +44,7 @@ def test_prints_what_ran_and_the_times(run: Callable, digits_run: Path, tmp_path
     first, where, setup, sampling = ran.out.splitlines()
     assert first == f"{out} 80 images, ddim, 2 steps, 2 evaluations an image, seed 0"
     assert where.startswith("ran on      reference backend, ")
-    assert where.endswith(", 1 threads")
+    assert where.endswith(", 1 threads, eager mode")
     assert setup.startswith("set-up ")
     assert sampling.startswith("sampling ")
     assert sampling.endswith(" images/s")
@@ -68,7 +68,9 @@ def test_json_is_all_there_is_on_standard_output(
     assert facts["setup_seconds"] == pytest.approx(parts)
     assert facts["images_per_second"] == pytest.approx(16 / facts["sampling_seconds"])
     assert facts["evaluations"] == 2
+    assert facts["mode"] == ("compiled" if facts["backend"] == "cpu" else "eager mode")
     assert facts["reference_images_per_second"] is None
+    assert facts["reference_layout"] is None
     assert facts["speedup"] is None
 
 
@@ -128,7 +130,8 @@ def test_comparison_calls_both_backends_in_turns(
     generate = Checkpoint.generate
 
     def recorded(self: Checkpoint, sampler: samplers.Sampler, **options: Any) -> Samples:
-        calls.append((current(), sampler.steps))
+        assert options.get("mode") == ("eager" if current() == "reference" else None)
+        calls.append((current(), sampler.steps, options.get("memory_format")))
         return generate(self, sampler, **options)
 
     monkeypatch.setattr(Checkpoint, "generate", recorded)
@@ -136,14 +139,34 @@ def test_comparison_calls_both_backends_in_turns(
     monkeypatch.setattr(sample, "machine_facts", lambda device: fast)
     words = ("sample", "--checkpoint", digits_run, "--out", tmp_path / "grid.png", *QUICK)
     facts = run(*words, "--compare", "--json").json
-    one_step, both = [("auto", 1), ("reference", 1)], [("auto", 2), ("reference", 2)]
-    assert calls == one_step + both + both
+    # Ready first: our own step, and two of PyTorch's in each memory format. Then three turns.
+    formats = [torch.channels_last, torch.channels_last, *[torch.contiguous_format] * 2]
+    ready = [("auto", 1, None), *[("reference", 1, each) for each in formats]]
+    best = dict(zip(("channels-last", "contiguous"), formats[1:3], strict=True))
+    both = [("auto", 2, None), ("reference", 2, best[facts["reference_layout"]])]
+    assert calls == ready + 3 * both
     assert current() == "auto"
     ratio = facts["images_per_second"] / facts["reference_images_per_second"]
     assert facts["speedup"] == pytest.approx(ratio)
-    last = run(*words, "--compare").out.splitlines()[-1]
-    assert last.startswith("reference ")
-    assert "images/s (ratio " in last
+    *_, last, other, own, rest = run(*words, "--compare").out.splitlines()
+    assert last.startswith("PyTorch ")
+    assert "images/s in eager mode, " in last
+    assert "(ratio " in last
+    assert "fastdiff sample --sampler" in other
+    assert "fastdiff train --data" in own
+    assert "docs/" in rest
+
+
+def test_the_layout_that_suits_pytorch_best_is_compared_with() -> None:
+    def generate(mode: str, memory_format: torch.memory_format) -> tuple[None, float]:
+        calls.append(memory_format)
+        return None, next(seconds)
+
+    for times, wanted in (((9, 2, 1, 3), "channels-last"), ((1, 3, 9, 2), "contiguous")):
+        calls: list[torch.memory_format] = []
+        seconds = iter(times)  # the first call of each makes ready
+        assert sample._best_layout(generate) == wanted
+        assert len(calls) == 4
 
 
 def test_comparing_the_reference_with_itself_is_said_and_left_out(

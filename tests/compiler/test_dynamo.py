@@ -95,7 +95,7 @@ def test_default_device(monkeypatch, tmp_path):
     model, case = small_net(), small_inputs()
     net = compiled(model)
     with torch.device("meta"):
-        assert Budget("fast", None).measured == Budget("fast", 0).measured is True
+        assert Budget("fast", None, True).measured == Budget("fast", 0, True).measured is True
         first = settled(net, case)
     assert_as_eager(first, model, case)
     assert torch.equal(settled(net, case), first)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastdiff.compiler.choose import timings
 from fastdiff.compiler.choose.algorithms import PRECISIONS, PRODUCT, cost, estimates, packed_bytes
 from fastdiff.compiler.choose.timings import Sizes
 from fastdiff.compiler.graph.nodes import value
@@ -54,14 +53,12 @@ class Budget:
     Args:
         precision: of ``plan.PRECISIONS``.
         bound: of the bytes that the graph's weights may be packed and copied into; None for any.
-
-    Attributes:
-        measured: whether choices are made by the clock.
+        measured: choose by the clock where kernels run, else by the sizes alone.
     """
 
-    def __init__(self, precision: str, bound: int | None) -> None:
+    def __init__(self, precision: str, bound: int | None, measured: bool) -> None:
         self.names, self.bound = PRECISIONS[precision], bound
-        self.measured = timings.measured() and kernel_runs(torch.empty(0, device="cpu"))
+        self.measured = measured and kernel_runs(torch.empty(0, device="cpu"))
         self._allowed: dict[tuple[Node, ...], tuple[str, ...]] = {}
 
     def allowed(self, weights: Sequence[Node]) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ def plan(
     pinned: set[Node],
     precision: str,
     packed_bytes: int | None,
+    measured: bool,
 ) -> Plan:
     """Decide what becomes of ``matches``.
 
@@ -52,8 +53,9 @@ def plan(
         pinned: nodes that must stay as they are.
         precision: ``fast`` or ``strict``.
         packed_bytes: bound of the memory that packed weights take; None for any.
+        measured: choose algorithms by the clock; else by the sizes alone.
     """
-    budget = Budget(precision, packed_bytes)
+    budget = Budget(precision, packed_bytes, measured)
     heads: list[SingleHead] = []
     # Products of weights are rounded once more than the weights, and their memory is in no bound.
     if precision == "fast" and packed_bytes is None:

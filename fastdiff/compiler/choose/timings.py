@@ -78,9 +78,13 @@ class Sizes:
         return [name for name in names if name == "plain" or suits(name, self.spec, self.dtype)]
 
 
-def measured() -> bool:
-    """Whether choices are made from measurements; ValueError for an unknown FASTDIFF_PLAN."""
-    value = os.environ.get("FASTDIFF_PLAN", "measured")
+def measured(otherwise: str = "measured") -> bool:
+    """Whether choices are made from measurements; ValueError for an unknown FASTDIFF_PLAN.
+
+    Args:
+        otherwise: the plan where the variable is not set.
+    """
+    value = os.environ.get("FASTDIFF_PLAN", otherwise)
     if value not in ("measured", "heuristic"):
         raise ValueError(f"FASTDIFF_PLAN must be measured or heuristic, got {value!r}")
     return value == "measured"

@@ -66,7 +66,7 @@ def _swish(graph: Graph, node: Node) -> None:
     for x, gate in ((a, b), (b, a)):
         if op(gate) == "sigmoid" and argument(gate, "input") is x:
             with graph.inserting_before(node):
-                replace(node, call(graph, F.silu, x))
+                replace(node, call(graph, F.silu, x, like=x))
             if not gate.users:
                 graph.erase_node(gate)
             return
@@ -90,17 +90,18 @@ def _group_norm_silu(graph: Graph, node: Node) -> None:
             x = call(graph, torch.cat, [x, skip], dim=1)
         assert isinstance(x, Node)
         if add is not None:
-            x = call(graph, operator.add, x, _per_pixel(graph, add, x))
-        h = call(graph, F.group_norm, x, groups, weight, bias, eps)
+            x = call(graph, operator.add, x, _per_pixel(graph, add, x), like=x)
+        h = call(graph, F.group_norm, x, groups, weight, bias, eps, like=x)
         if scale is not None:
-            factor = call(graph, operator.add, _per_pixel(graph, scale, h), 1)
-            h = call(graph, operator.mul, h, factor)
+            factor = _per_pixel(graph, scale, h)
+            factor = call(graph, operator.add, factor, 1, like=factor)
+            h = call(graph, operator.mul, h, factor, like=x)
         if shift is not None:
-            h = call(graph, operator.add, h, _per_pixel(graph, shift, h))
+            h = call(graph, operator.add, h, _per_pixel(graph, shift, h), like=x)
         if silu:
-            h = call(graph, F.silu, h)
+            h = call(graph, F.silu, h, like=x)
         if residual is not None:
-            h = call(graph, operator.add, h, residual)
+            h = call(graph, operator.add, h, residual, like=x)
     for user in users:
         replace(user, h)
     graph.erase_node(node)
@@ -110,12 +111,13 @@ def _add_time_embedding(graph: Graph, node: Node) -> None:
     x, emb = node.args
     assert isinstance(x, Node)
     with graph.inserting_before(node):
-        replace(node, call(graph, operator.add, x, _per_pixel(graph, emb, x)))
+        replace(node, call(graph, operator.add, x, _per_pixel(graph, emb, x), like=x))
 
 
 def _upsample_nearest2x(graph: Graph, node: Node) -> None:
     with graph.inserting_before(node):
-        replace(node, call(graph, F.interpolate, node.args[0], scale_factor=2.0, mode="nearest"))
+        x = node.args[0]
+        replace(node, call(graph, F.interpolate, x, scale_factor=2.0, mode="nearest", like=node))
 
 
 _DECOMPOSITIONS: dict[Any, Callable[[Graph, Node], None]] = {

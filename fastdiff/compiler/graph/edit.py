@@ -18,13 +18,23 @@ from fastdiff.compiler.graph.nodes import value
 OURS = "fastdiff"  # marks, in a node's meta, the nodes that the compiler puts in
 
 
-def call(graph: Graph, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
-    """A new node of an operation, or of a method's name, with an example of its value."""
+def call(
+    graph: Graph,
+    target: Callable[..., Any] | str,
+    *args: Any,
+    like: Node | None = None,
+    **kwargs: Any,
+) -> Node:
+    """A new node of an operation, or of a method's name, with an example of its value.
+
+    The example is that of ``like``, a node of the same shape and dtype, or is computed. On the
+    device meta PyTorch computes some operations in Python, which imports much of its compiler.
+    """
     if isinstance(target, str):
         node = graph.call_method(target, args, kwargs)
     else:
         node = graph.call_function(target, args, kwargs)
-    node.meta["example_value"] = _example(node)
+    node.meta["example_value"] = _example(node) if like is None else value(like)
     return node
 
 
@@ -68,7 +78,8 @@ def _example(node: Node) -> Any:
     mode = next((x.fake_mode for x in map(value, node.all_input_nodes)
                  if isinstance(x, FakeTensor)), None)  # fmt: skip
     # Through Python, or operations made of others would fix the sizes that are to stay symbols.
-    with torch.no_grad(), mode or nullcontext(), enable_python_dispatcher():
+    dispatcher = nullcontext if mode is None else enable_python_dispatcher
+    with torch.no_grad(), mode or nullcontext(), dispatcher():
         if isinstance(node.target, str):
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)

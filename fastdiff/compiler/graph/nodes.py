@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.conv1d: "conv1d", F.conv1d: "conv1d", torch.conv2d: "conv2d", F.conv2d: "conv2d",
@@ -129,7 +128,13 @@ def dtype_of(node: Any) -> torch.dtype | None:
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, for all sizes that the graph is for."""
-    return bool(a is b or statically_known_true(a == b))
+    same = a is b or a == b
+    if isinstance(same, bool):
+        return same
+    # Of sizes that are symbols; the module takes half a second to import, and others need it not.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(same))
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:

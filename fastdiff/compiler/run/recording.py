@@ -67,6 +67,11 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True  # those run as they are, and there is no list
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: it runs where Dynamo is off already, and this would import Dynamo, for seconds."""
+        return False
+
     def __init__(
         self, names: Iterable[tuple[Tensor, Source]], numbers: Sequence[Tensor] = ()
     ) -> None:

@@ -1,0 +1,65 @@
+"""A graph without gradients on a CPU, fused: the stages in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import GraphModule
+
+from fastdiff import ops
+from fastdiff.compiler.choose.plan import plan
+from fastdiff.compiler.graph.canonical import canonicalise
+from fastdiff.compiler.graph.edit import remove_unused
+from fastdiff.compiler.graph.effects import pinned_nodes
+from fastdiff.compiler.graph.nodes import is_weight
+from fastdiff.compiler.match.anchors import find
+from fastdiff.compiler.report import GraphReport
+from fastdiff.compiler.rewrite import composed
+from fastdiff.compiler.rewrite.fuse import fuse
+from fastdiff.compiler.rewrite.gated import gated
+from fastdiff.compiler.rewrite.strides import restore_strides
+from fastdiff.compiler.run.replay import Replay
+
+Compiled = Callable[..., Any]
+
+
+def fused(
+    gm: GraphModule,
+    report: GraphReport,
+    *,
+    measured: bool,
+    precision: str = "fast",
+    packed_bytes: int | None = None,
+) -> Compiled:
+    """The graph as a function of its inputs, parameters among them.
+
+    Args:
+        gm: in the names of ``torch`` and ``torch.nn.functional``, with examples of all values and a
+            mark on each placeholder that is a parameter; rewritten in place.
+        report: is told what was fused and what was left.
+        measured: choose algorithms by the clock; else by the sizes alone.
+        precision: see ``fastdiff.compiler.backend``.
+        packed_bytes: see ``fastdiff.compiler.backend``.
+    """
+    graph = gm.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    remove_unused(graph)
+    canonicalise(gm)
+    remove_unused(graph)
+    pinned = pinned_nodes(graph)
+    gated(graph, pinned)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    chosen = plan(find(graph, pinned), order, pinned, precision, packed_bytes, measured)
+    fusion = fuse(gm, chosen, pinned)
+    report.emitted = fusion.emitted
+    report.composed = composed.norms(graph, pinned, alone=True)
+    report.composed += sum(node.target is ops.geglu for node in graph.nodes)
+    restore_strides(graph, pinned)
+    report.leave(graph, pinned)
+    graph.lint()
+    gm.recompile()
+    if fusion.weights is None:
+        return gm.forward
+    varying = [i for i, node in enumerate(placeholders) if not is_weight(node)]
+    return Replay(gm, fusion.weights, varying)
