@@ -1,9 +1,9 @@
 """y = x + emb, an embedding [N, C] added to every pixel of x [N, C, P].
 
-Reads 1 S and writes 1 S for an activation of S bytes, which is the least there is, plus the
-embedding, read through the caches by every tile that needs it. Contiguous, x is rows of a
-channel's pixels, each with one number to add; channels-last, rows of a pixel's channels, each with
-its image's embedding. The sum is in float32 and rounded once.
+Reads 1 S and writes 1 S for an activation of S bytes, the minimum, plus the embedding, which every
+tile reads through the caches. In contiguous memory a row of x is the pixels of a channel, to which
+one number is added. Channels-last, a row is the channels of a pixel, to which the embedding of the
+image is added. The sum is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def add_time_embedding(x: Tensor, emb: Tensor) -> Tensor:
         return out
     images, channels = x.shape[:2]
     pixels = x.numel() // (images * channels)
-    # A channel of one pixel is the same in both layouts, and longer channels-last.
+    # With one pixel both layouts are the same memory; channels-last gives longer rows.
     channels_last = pixels == 1 or memory_format != torch.contiguous_format
     rows, columns = (images * pixels, channels) if channels_last else (images * channels, pixels)
     tiles = tile(rows, columns, x.element_size())

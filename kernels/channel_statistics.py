@@ -1,23 +1,23 @@
-"""Statistics of channels over spans of pixels: device functions for the kernels that take them.
+"""Statistics of channels over spans of pixels: device functions for kernels that compute them.
 
 For a channel and a span of pixels: their count n, the mean and M2, the sum of squared deviations
 from the mean. In memory they are float32 [N, S, 4, C]: span s of S holds the pixels s L to
 min((s + 1) L, P) - 1 with L = ceil(P / S), and its planes are
 
     0   n
-    1   the mean, as float32 has it
-    2   what plane 1 lacks: the mean is plane 1 + plane 2, to about twice float32's digits
+    1   the mean, rounded to float32
+    2   the remainder: the mean is plane 1 + plane 2, to about twice float32's digits
     3   M2
 
-A span without pixels is all zeros. Channels lie together, so that neighbouring lanes write
+A span without pixels is all zeros. Channels are contiguous, so that neighbouring lanes write
 neighbouring words in either layout of the activation.
 
-A tile is taken in two passes over its registers, which cost no memory access: the mean, then the
-deviations from it. Their sum, which would be zero but for rounding, gives the remainder and
-corrects M2 (Chan et al. 1983, "Algorithms for computing the sample variance", eq. 1.7). So data of
-mean 10,000 and deviation 0.1 keeps its digits. Tiles are merged by eq. 2.1 of the same paper in the
-order of the loop, with the first tile's mean as the number that the others are compared with:
-nothing depends on which program is faster, and nothing is added atomically.
+The statistics of a tile are computed in two passes over registers, without a memory access: the
+mean, then the deviations from it. The sum of the deviations, which would be zero without rounding,
+gives the remainder and corrects M2 (Chan et al. 1983, "Algorithms for computing the sample
+variance", eq. 1.7). So data of mean 10,000 and deviation 0.1 keeps its digits. Tiles are merged by
+eq. 2.1 of the same paper in the order of the loop, with the first tile's mean as the pivot: nothing
+depends on which program is faster, and nothing is added atomically.
 
 How to use them, in a kernel that walks over the pixels of a span, tile by tile [channels, pixels]:
 
@@ -39,10 +39,10 @@ def span_statistics(tile, mask, count, axis: tl.constexpr):
     """Count, mean, remainder and M2 of a tile along an axis, one value for each channel.
 
     Args:
-        tile: of any dtype; the statistics are those of its values as they are.
-        mask: which elements count; broadcasts to the tile. The others may hold anything.
-        count: how many those are in each channel, a scalar; 0 gives all zeros.
-        axis: that of the pixels.
+        tile: values of any dtype.
+        mask: which elements count; broadcasts to the tile. Other elements may have any value.
+        count: how many elements of each channel count, a scalar; 0 gives all zeros.
+        axis: the axis of the pixels.
     """
     tile = tile.to(tl.float32)
     count = count + 0.0
@@ -57,14 +57,14 @@ def span_statistics(tile, mask, count, axis: tl.constexpr):
 
 @triton.jit
 def no_statistics(CHANNELS: tl.constexpr):
-    """Those of no pixels: what a loop begins with."""
+    """The statistics of no pixels, with which a loop begins."""
     zero = tl.zeros([CHANNELS], tl.float32)
     return zero, zero, zero, zero
 
 
 @triton.jit
 def merge(count, mean, remainder, m2, other_count, other_mean, other_remainder, other_m2):
-    """Statistics of two sets of pixels together. The mean that the first has is kept as a pivot."""
+    """Statistics of two sets of pixels together. The mean of the first set is kept as a pivot."""
     mean = tl.where(count == 0.0, other_mean, mean)
     remainder = tl.where(count == 0.0, other_remainder, remainder)
     total = count + other_count
@@ -76,7 +76,7 @@ def merge(count, mean, remainder, m2, other_count, other_mean, other_remainder, 
 
 @triton.jit
 def two_sum(a, b):
-    """a + b as float32 has it, and what that lacks, exactly (Knuth)."""
+    """a + b rounded to float32, and the exact rounding error (Knuth's two-sum)."""
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)

@@ -1,14 +1,14 @@
 """Tiles [channels, pixels] of activations in either layout, of one tensor or of two side by side.
 
-An activation is [N, C, P] with P = pixels; channels-first a channel's pixels lie together,
-channels-last (NHWC) a pixel's channels. A tile starts at a channel and a pixel of an image; ``j``
-[CHANNELS] and ``i`` [PIXELS] count from there. Its sides are powers of two, so that a mask cuts off
-what is too much. Starts are 64-bit numbers and so are steps over the slow dimension: tensors may
-have more than 2^31 elements.
+An activation is [N, C, P] with P = pixels. Channels-first, the pixels of a channel are contiguous;
+channels-last (NHWC), the channels of a pixel. A tile starts at a channel and a pixel of an image;
+``j`` [CHANNELS] and ``i`` [PIXELS] count from there. Its sides are powers of two, and a mask
+excludes elements outside the activation. Starts, and steps over the slow dimension, are 64-bit
+numbers: tensors may have more than 2^31 elements.
 
-Triton makes accesses as wide as it can prove to be aligned: the runs along the fast dimension must
-be seen to be whole vectors, also where their length is no multiple of 16 (then Triton finds out by
-itself). ``whole_vectors`` says so of a size.
+Triton makes accesses as wide as it can prove to be aligned. So it must know that the runs along the
+fast dimension are whole vectors. It finds out by itself where their length is a multiple of 16;
+``whole_vectors`` tells it so for other lengths.
 
 Two inputs, x [N, C1, P] and skip [N, C2, P], stand for their concatenation along the channels,
 which is never made: each lane reads one of the two, with a mask.
@@ -27,7 +27,7 @@ from torch._prims_common import suggest_memory_format
 
 
 class Activation(NamedTuple):
-    """What a launch depends on: sizes and layout of x with the channels of skip behind its own."""
+    """Sizes and layout of x and skip, on which a launch depends."""
 
     images: int
     channels: int  # of x
@@ -49,7 +49,7 @@ class Activation(NamedTuple):
     def vector(self, *starts: int) -> int:
         """The largest power of two up to 16 that divides every run along the fast dimension.
 
-        ``starts`` are the channels at which tiles begin, or what these are multiples of.
+        ``starts`` are the channels at which tiles begin, or divisors of all these channels.
         """
         runs = (self.channels, self.skip_channels, *starts) if self.nhwc else (self.pixels,)
         return gcd(16, *runs)
@@ -67,13 +67,13 @@ def activation(x: Tensor, skip: Tensor | None) -> Activation:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last for a tensor that has it and only it, else contiguous."""
+    """Channels-last for a tensor that is so and is not contiguous too; else contiguous."""
     found = suggest_memory_format(x)
     return found if found == torch.channels_last else torch.contiguous_format
 
 
 def rows(value: Tensor | None) -> tuple[Tensor | None, int]:
-    """A tensor [N, C] with its channels side by side, and the distance between its rows."""
+    """A tensor [N, C] whose channels are contiguous, and the distance between its rows."""
     if value is None:
         return None, 0
     if int(value.shape[1]) > 1 and value.stride(1) != 1:
@@ -88,7 +88,7 @@ def power_of_two(value: int) -> int:
 
 @triton.jit
 def whole_vectors(size, VECTOR: tl.constexpr):
-    """``size``, said to be a multiple of VECTOR."""
+    """``size``, a multiple of VECTOR, in a form that lets Triton know this."""
     return size // VECTOR * VECTOR
 
 
@@ -96,7 +96,7 @@ def whole_vectors(size, VECTOR: tl.constexpr):
 def addresses(
     base, image, channels, pixels, first_channel, first_pixel, j, i, NHWC: tl.constexpr
 ):  # fmt: skip
-    """Pointers [CHANNELS, PIXELS] into a tensor of so many channels; ``image`` is int64."""
+    """Pointers [CHANNELS, PIXELS] into a tensor [N, channels, pixels]; ``image`` is int64."""
     if NHWC:
         start = base + ((image * pixels + first_pixel) * channels + first_channel)
         return (start + i.to(tl.int64) * channels)[None, :] + j[:, None]
@@ -110,7 +110,7 @@ def load_tile(
     x, skip, image, channels, skip_channels, pixels, first_channel, first_pixel, j, i, mask,
     NHWC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x and skip (or None) as it is stored, 0 outside the mask."""
+    """A tile of x and skip (or None) in the dtype of x, 0 outside the mask."""
     at = addresses(x, image, channels, pixels, first_channel, first_pixel, j, i, NHWC)
     if skip is None:
         return tl.load(at, mask=mask, other=0.0)
@@ -156,8 +156,8 @@ def load_row(pointer, start, c, mask, DEFAULT: tl.constexpr):
 def centred(tile, low, lower, x):
     """x - mean in float32, for channels whose mean is ``low`` + ``lower``.
 
-    The second number is for float32. In data of 16 bits a deviation is no smaller than the data's
-    own steps, and beside these what float32 cuts off a mean is nothing.
+    ``lower`` is used for float32 data alone. In 16-bit data the deviations are no smaller than the
+    rounding steps of the data, beside which the rounding of the mean to float32 is negligible.
     """
     tile = tile.to(tl.float32) - low[:, None]
     if x.dtype.element_ty == tl.float32:

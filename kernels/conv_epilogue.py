@@ -1,14 +1,14 @@
-"""y = x + bias[c] + emb[n, c] + residual, and on the way the statistics of y that a norm needs.
+"""y = x + bias[c] + emb[n, c] + residual, and the statistics of y that a norm needs.
 
-What follows a convolution in a U-Net, in one pass: reads 1 S (2 S with a residual) and writes 1 S
-for an activation of S bytes, which is the least there is; the statistics, 16 bytes for a channel
-of a span, spare the norm that comes next its own reading of y. The sum is in float32 and rounded
-once, and the statistics are those of the rounded values (format: kernels/channel_statistics.py).
+The additions after a convolution of a U-Net in one pass: reads 1 S (2 S with a residual) and writes
+1 S for an activation of S bytes, the minimum. The statistics, 16 bytes per channel and span, save
+the next norm from reading y. The sum is computed in float32 and rounded once, and the statistics
+are those of the rounded values (format: kernels/channel_statistics.py).
 
-Without statistics, x is streamed as rows, of a channel's pixels or, channels-last, of a pixel's
-channels. With them, a program has a span of pixels of a few channels of an image to itself, which
-it walks over in tiles that stay in its registers while their mean and deviations are taken: no sum
-crosses programs, so the result is the same every time.
+Without statistics, x is streamed as rows: a row is the pixels of a channel or, channels-last, the
+channels of a pixel. With statistics, a program takes a span of pixels of a few channels of an
+image, and walks over it in tiles that stay in registers while their mean and deviations are
+computed. No sum crosses programs, so the result is deterministic.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastdiff.kernels.tiles import ceil_power, dense, tile, tile_at, unit
 
 @triton.jit
 def _added(x, bias, emb, residual, offset, inside, channel, of_image, known):
-    """The sum, float32; `channel` numbers channels, `of_image` those of all images."""
+    """The sum, float32. `channel` is c, and `of_image` is n C + c, the index in emb."""
     y = tl.load(x + offset, inside, other=0).to(tl.float32)
     if bias is not None:
         y += tl.load(bias + channel, known, other=0).to(tl.float32)
@@ -129,7 +129,7 @@ def _conv_epilogue_statistics(
 
 
 class Plan(NamedTuple):
-    """The tile of a program that takes statistics, and its warps."""
+    """The tile of a program that computes statistics, and its warps."""
 
     channels: int
     pixels: int
@@ -139,14 +139,14 @@ class Plan(NamedTuple):
 def plan(
     images: int, channels: int, length: int, spans: int, itemsize: int, channels_last: bool
 ) -> Plan:
-    """For spans of ``length`` pixels.
+    """The plan for spans of ``length`` pixels.
 
-    A tile is at most 8 warps of four vectors of 16 bytes a thread, few enough registers for two
-    programs an SM. Channels-last it is 128 bytes of channels wide, a cache line, or the power of
-    two that divides the channels; otherwise it is as much of a span as fits, and the channels that
-    there is room for. Where that makes fewer programs than 264 it has fewer channels, as long as a
-    warp has a vector for each thread, and channels-last down to 32 bytes, which is what memory
-    gives at least.
+    A tile is at most 8 warps of four vectors of 16 bytes a thread: few enough registers for two
+    programs per SM. Channels-last, it is 128 bytes of channels wide (a cache line), or the largest
+    power of two that divides the channels. Channels-first, it is as many pixels of a span as fit,
+    and as many channels as there is room for. If that gives fewer than 264 programs, a tile gets
+    fewer channels, down to one vector for each thread of a warp and, channels-last, to 32 bytes,
+    the smallest memory access.
     """
     vector = 16 // itemsize
     size = 1024 * vector
@@ -181,7 +181,7 @@ def conv_epilogue(
         None if emb is None else emb.contiguous(),
         None if residual is None else residual.contiguous(memory_format=memory_format),
     )
-    # A channel of one pixel is the same in both layouts, and longer channels-last.
+    # With one pixel both layouts are the same memory; channels-last gives longer rows.
     channels_last = pixels == 1 or memory_format != torch.contiguous_format
     if spans:
         length = -(-pixels // spans)

@@ -1,18 +1,18 @@
-"""w_n mean((prediction - p_n x0 - q_n z)^2) of each image, and its gradient in the prediction.
+"""w_n mean((prediction - p_n x0 - q_n z)^2) of each image n, and its gradient in the prediction.
 
-The images are walked flat, whatever their layout, all in the same one. With x0 and z given, forward
-reads 3 S for an activation of S bytes, backward reads 3 S and writes 1 S: the least there is. A
-tensor that is not given is not read, which saves 1 S. Noise z from a seed is never in memory, which
-saves 1 S too and costs the arithmetic of kernels/philox.py in each pass.
+All tensors have the same memory layout, and are walked flat. With x0 and z given, forward reads 3 S
+for an activation of S bytes, backward reads 3 S and writes 1 S: the minimum. A tensor that is not
+given is not read, which saves 1 S. Noise z from a seed is never in memory, which also saves 1 S and
+costs the arithmetic of kernels/philox.py in each pass.
 
-Forward is one kernel where an image is little beside what a program reads while another kernel
-starts, or where there are enough images for all SMs: then a program has whole images, one or
-several. Otherwise an image is cut into pieces whose sums of squares, 4 bytes each, a second kernel
-adds up. Squares are added lane by lane and the lanes in a tree, all in float32; which are added in
-which order follows from the shape alone.
+Forward is one kernel, whose programs take one or several whole images, where a program reads an
+image in less time than another kernel takes to start, or where there are enough images for all SMs.
+Otherwise an image is cut into pieces, and a second kernel adds up their sums of squares, 4 bytes
+each. Squares are added lane by lane and the lanes in a tree, all in float32. The order of additions
+depends on the shape alone.
 
-A timestep is read and judged by the program that needs it: one outside the tables reads nothing and
-makes its image's loss and gradient NaN.
+Each program checks the timesteps that it reads. With a timestep outside the tables, no table entry
+is read, and the image's loss and gradient are NaN.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def _difference(
     CHANNELS_LAST: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """prediction - p x0 - q z of images `image` [R, 1] from element `first` on: float32.
+    """prediction - p x0 - q z of COLUMNS elements, from `first` on, of images `image` [R, 1].
 
-    At `offset` [R, COLUMNS] in memory, and 0 where not `inside`. Without x0 p counts as 0, and
-    without noise and seed so does q.
+    Float32 [R, COLUMNS], 0 where not `inside`; `offset` is the elements' place in memory. Without
+    x0, p counts as 0; without noise and seed, q counts as 0.
     """
     difference = tl.load(prediction + offset, inside, other=0).to(tl.float32)
     if x0 is not None:
@@ -100,7 +100,7 @@ def _denoising_loss(
     WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """The loss [N] where a program has whole images, else the pieces' sums of squares [N, P]."""
+    """Writes the losses [N] if WHOLE, else the sums of squares [N, P] of P pieces."""
     elements = units * UNIT
     group = tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
@@ -130,7 +130,7 @@ def _denoising_loss(
 
 @triton.jit
 def _combine(sums, t, weight, out, elements, steps, pieces, PIECES: tl.constexpr):
-    """The loss of an image of the sums of squares of its pieces."""
+    """The loss of an image from the sums of squares of its pieces."""
     image = tl.program_id(0).to(tl.int64)
     piece = tl.arange(0, PIECES)
     total = tl.sum(tl.load(sums + image * pieces + piece, piece < pieces, other=0), 0)
@@ -177,7 +177,7 @@ def _denoising_loss_backward(
 
 
 class _Inputs(NamedTuple):
-    """Without gaps, images in one layout; in the order of the kernels' arguments."""
+    """Dense tensors, all images in one layout, in the order of the kernels' arguments."""
 
     prediction: Tensor
     x0: Tensor | None
@@ -195,11 +195,11 @@ class _Inputs(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of an image."""
+        """Number of elements of an image."""
         return math.prod(int(length) for length in self.prediction.shape[1:])
 
     def layout(self, memory_format: torch.memory_format) -> dict[str, int]:
-        """CHANNELS and CHANNELS_LAST, which noise from a seed depends on."""
+        """The constants CHANNELS and CHANNELS_LAST, on which noise from a seed depends."""
         last = memory_format != torch.contiguous_format and self.seed is not None
         return {"CHANNELS": self.prediction.shape[1] if last else 1, "CHANNELS_LAST": last}
 
@@ -286,7 +286,7 @@ def _backward(grad: Tensor, *arguments: Any) -> Tensor:
         return out
     itemsize = out.element_size()
     tiles = tile(images, elements, itemsize, narrowest=1 if inputs.seed is None else 4)
-    if inputs.seed is not None:  # which takes registers: one vector of 16 bytes a thread
+    if inputs.seed is not None:  # noise takes registers, so a thread has one vector of 16 bytes
         tiles = tiles._replace(warps=max(1, tiles.rows * tiles.columns * itemsize // 512))
     layout = inputs.layout(memory_format)
     launch(
@@ -329,7 +329,7 @@ def denoising_loss_backward(
     target_noise: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """Its gradient in ``prediction``, given that of the loss."""
+    """The gradient of ``denoising_loss`` in ``prediction``, given ``grad`` of the loss [N]."""
     tables = (target_x0, target_noise, weight)
     return _backward(grad, prediction, x0, noise, None, None, t, *tables)
 
@@ -344,7 +344,7 @@ def denoising_loss_from_seed(
     target_noise: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """The same with the noise of ``fastdiff.ops.philox_normal`` at ``row``, in float32."""
+    """``denoising_loss`` with the noise of ``ops.philox_normal`` at ``row``, in float32."""
     tables = (target_x0, target_noise, weight)
     return _forward(prediction, x0, None, seed, row, t, *tables)
 
@@ -360,6 +360,6 @@ def denoising_loss_from_seed_backward(
     target_noise: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """Its gradient in ``prediction``, with the noise computed again."""
+    """The gradient of ``denoising_loss_from_seed``; the noise is computed again."""
     tables = (target_x0, target_noise, weight)
     return _backward(grad, prediction, x0, None, seed, row, t, *tables)

@@ -1,4 +1,4 @@
-"""How denoising_loss is cut into programs: a pure function of shapes, so not of the card."""
+"""How denoising_loss is cut into programs: a function of shapes alone, never of the device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import NamedTuple
 from fastdiff.kernels.group_norm_plan import CARD, LAUNCH, SM, SMS
 from fastdiff.kernels.tiles import ceil_power, tile
 
-NOISE = 8  # bytes that the card moves while it computes an element's noise from a seed
-THREADS = 512  # of the largest program
+NOISE = 8  # bytes that memory moves in the time of computing one element's noise from a seed
+THREADS = 512  # threads of the largest program
 
 
 class Plan(NamedTuple):
-    """How the sums of squares are taken.
+    """How the sums of squares are computed.
 
-    A program takes ``loops`` tiles [rows, columns], of powers of two, one after the other: so much
-    of ``rows`` images, all of it where ``pieces`` is 1.
+    A program takes ``loops`` tiles [rows, columns], whose sides are powers of two, one after the
+    other. They are one of the ``pieces`` of ``rows`` images.
     """
 
     rows: int
@@ -28,12 +28,13 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan(images: int, elements: int, itemsize: int, read: int, seeded: bool) -> Plan:
-    """Whole images or pieces, whichever is quicker by the estimates of ``group_norm_plan``.
+    """Whole images or pieces, whichever is faster by the estimates of ``group_norm_plan``.
 
     Args:
-        images, elements: how many, and how many each has.
+        images: number of images.
+        elements: number of elements of an image.
         itemsize: bytes of an element.
-        read: activations that are read.
+        read: number of activations that are read.
         seeded: whether the noise is computed from a seed.
     """
     whole = _whole(images, elements, itemsize, seeded)
@@ -46,9 +47,11 @@ def plan(images: int, elements: int, itemsize: int, read: int, seeded: bool) -> 
 
 
 def _whole(images: int, elements: int, itemsize: int, seeded: bool) -> Plan:
-    """One image in tiles of up to 512 threads, 8 to 16 elements each, or several images that are
-    smaller than a tile of ``tiles.tile``. Noise from a seed takes registers: then 8 elements at
-    most.
+    """The plan for whole images.
+
+    A program takes one image in tiles of up to 512 threads with 8 to 16 elements each (8 at most
+    with noise from a seed, which takes registers), or several images that are smaller than a tile
+    of ``tiles.tile``.
     """
     columns = max(min(ceil_power(elements), THREADS * (8 if seeded else 16)), 4)
     rows = tile(images, columns, itemsize).rows if elements <= columns else 1
@@ -57,8 +60,10 @@ def _whole(images: int, elements: int, itemsize: int, seeded: bool) -> Plan:
 
 
 def _split(images: int, elements: int, itemsize: int, seeded: bool) -> Plan:
-    """Pieces of an image, four programs an SM. A thread has at most two vectors of 16 bytes of a
-    tile, or one where the noise is computed from a seed.
+    """The plan for pieces of images: four programs per SM.
+
+    A thread has at most two vectors of 16 bytes of a tile, or one where the noise is computed from
+    a seed.
     """
     vector = 16 // itemsize
     largest = 128 * vector * (1 if seeded else 2)

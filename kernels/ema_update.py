@@ -1,14 +1,14 @@
 """a += weight (p - a) for all averages a and parameters p of a model, in one launch.
 
-Reads 2 S and writes 1 S for parameters of S bytes, the least there is; a launch for each pair would
-be hundreds of launches of a few microseconds. The program finds its piece of a pair in a table on
-the device, 24 bytes for each piece of 2048 elements. The sum is torch.lerp's, in float32, rounded
-once. weight is read from the device, so that a captured graph follows it.
+Reads 2 S and writes 1 S for parameters of S bytes, the minimum. A launch for each pair would be
+hundreds of launches of a few microseconds. A program finds its piece of a pair in a table on the
+device, 24 bytes for each piece of 2048 elements. The arithmetic is that of torch.lerp, in float32,
+rounded once. weight is read from the device, so that a captured graph uses its present value.
 
-The table of a list of tensors is made and copied to the device once, and kept for the next call
-with the same memory. While a CUDA graph is captured nothing can be copied, so a list has to have
-been met before; a table that a graph was captured with is kept for as long as the process lives,
-since the graph reads it at every replay.
+The table of a list of tensors is made and copied to the device once, and kept for later calls with
+the same memory. Nothing can be copied while a CUDA graph is captured, so the list must have been
+used before. A table that a captured graph reads is kept as long as the process lives, since the
+graph reads it at every replay.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from fastdiff.kernels.launch import launch
 
-PIECE = 2048
-_KEPT = 64  # tables that no graph reads
+PIECE = 2048  # elements of a row of the table, at most
+_KEPT = 64  # how many tables that no captured graph reads are kept
 
-# Addresses of an average and of its parameter, their shape, the strides of both.
+# Addresses of an average and of its parameter, their shape, the strides of each.
 Pair = tuple[int, int, torch.Size, tuple[int, ...], tuple[int, ...]]
 Key = tuple[tuple[Pair, ...], torch.dtype, torch.dtype, torch.device]
 
@@ -74,7 +74,7 @@ def _ema_update(
     if ALIGNED:
         average = tl.multiple_of(average, 16)
         parameter = tl.multiple_of(parameter, 16)
-    # Whole vectors first; the last elements of a tensor, where they are fewer, by themselves.
+    # First all multiples of 16 elements, then the remainder at the end of a tensor.
     whole = count // 16 * 16
     offset = tl.arange(0, SIZE)
     _update(average, parameter, weight, offset, offset < whole)
@@ -84,11 +84,11 @@ def _ema_update(
 
 
 def ema_update(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:
-    """Move each average towards its parameter in place; the two are walked flat together.
+    """Move each average towards its parameter in place, in the order of their common memory.
 
     Raises:
-        ValueError: an average and its parameter lie differently in memory, or have gaps in it.
-        RuntimeError: a CUDA graph is being captured and these tensors were never seen before.
+        ValueError: an average and its parameter have different strides, or gaps in memory.
+        RuntimeError: a CUDA graph is being captured and these tensors were never used before.
     """
     pairs: dict[tuple[torch.dtype, torch.dtype], list[Pair]] = {}
     for a, p in zip(averages, parameters, strict=True):
@@ -130,16 +130,16 @@ def _table(
     if capturing:
         _captured[key] = table
         return table
-    if table.rows.is_cuda:  # it may have been made in another stream, and be dropped while in use
+    if table.rows.is_cuda:  # it may be of another stream, and dropped from the cache while in use
         table.rows.record_stream(torch.cuda.current_stream(device))
-    _tables[key] = table  # the last in order
+    _tables[key] = table  # the most recently used is last
     if len(_tables) > _KEPT:
         _tables.popitem(last=False)
     return table
 
 
 def _pieces(pairs: Sequence[Pair], average: int, parameter: int) -> Iterator[tuple[int, int, int]]:
-    """Rows of the table, for items of these sizes in bytes."""
+    """Rows of the table. ``average`` and ``parameter`` are the bytes of an element."""
     for a, p, shape, strides, others in pairs:
         if strides != others or not _without_gaps(shape, strides):
             raise ValueError(

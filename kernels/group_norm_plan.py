@@ -1,7 +1,7 @@
 """How group_norm_silu and its backward are cut into programs: pure functions of shape and layout.
 
-Nothing here looks at the device, so that results do not depend on the card: the numbers below stand
-for one of 132 SMs (Hopper; 108 to 148 in its neighbours) and are only as good as that.
+Plans never depend on the device, so that results do not either. The constants below are rough
+estimates for a card of 132 SMs (Hopper; Ampere and Blackwell have 108 to 148).
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import NamedTuple
 from fastdiff.kernels.channel_tiles import Activation, power_of_two
 
 SMS = 132
-CARD = 3_000_000  # bytes that the card moves in a microsecond
-SM = 50_000  # bytes that one program alone gets from and to memory in a microsecond
-LAUNCH = 2  # microseconds that a further kernel costs: it starts, and the card runs empty before
+CARD = 3_000_000  # bytes per microsecond that the whole card reads and writes
+SM = 50_000  # bytes per microsecond that a single program reads and writes
+LAUNCH = 2  # microseconds that another kernel costs: the previous one drains, and it starts
 
-THREADS = 512  # of the largest program: 128 registers are left for each
+THREADS = 512  # threads of the largest program: each has 128 registers
 
 
 class Plan(NamedTuple):
     """Tiles [channels, pixels] for a program, powers of two, and its warps.
 
-    ``groups`` > 0: one pass. A program has so many whole groups and walks over all their pixels in
-    ``steps`` tiles; a single one stays in the registers.
-    ``groups`` = 0: split. Statistics are those of spans of ``steps`` tiles, ``spans`` of them.
+    ``groups`` > 0: one pass. A program has ``groups`` whole groups and walks over all their pixels
+    in ``steps`` tiles; if there is one tile, it stays in registers.
+    ``groups`` = 0: split. Statistics are taken of ``spans`` spans of ``steps`` tiles each.
     """
 
     groups: int
@@ -37,17 +37,17 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan(a: Activation, num_groups: int, tensors: int) -> Plan:
-    """The quicker of the two ways, by the estimates above.
+    """The faster of the two plans, by the estimates above.
+
+    In one pass, memory is read once and written once, and each program computes whole groups.
+    Groups that do not fit in registers are read again, usually from the first-level cache. Few
+    large groups would leave most of the card idle: then the plan is split, all SMs compute
+    statistics, and everything is read a second time.
 
     Args:
         a: sizes and layout.
-        num_groups: groups of all channels together.
+        num_groups: number of groups of all channels.
         tensors: how many activations are read and kept: 1 forward, 2 backward (x and grad).
-
-    In one pass, memory is read once and written once, by programs that are alone with their groups;
-    if these do not fit in the registers they are read again, from the first-level cache as a rule.
-    Where there are few groups, and large ones, that leaves most of the card idle: then all SMs take
-    statistics, and read everything a second time.
     """
     whole = one_pass(a, num_groups, tensors)
     programs = a.images * -(-num_groups // whole.groups)
@@ -61,12 +61,12 @@ def plan(a: Activation, num_groups: int, tensors: int) -> Plan:
 
 
 def one_pass(a: Activation, num_groups: int, tensors: int) -> Plan:
-    """Whole groups a program.
+    """The plan in which each program computes whole groups.
 
-    Channels-first a group is contiguous: one group. Channels-last a program reads a slice of every
-    pixel: the fewest groups whose channels are whole vectors of 16 bytes and at least a sector of
-    32 bytes, and doubled up to 64 bytes, which memory delivers at a time, as long as the tile stays
-    small and there are two programs an SM all the same.
+    Channels-first a group is contiguous, so a program has one group. Channels-last a program reads
+    a slice of every pixel, so it has the fewest groups whose channels are whole vectors of 16 bytes
+    and at least a sector of 32 bytes. These are doubled up to the 64 bytes that memory delivers at
+    a time, as long as the tile stays small and there are still two programs per SM.
     """
     group_size = a.all_channels // num_groups
     groups = 1
@@ -88,24 +88,24 @@ def one_pass(a: Activation, num_groups: int, tensors: int) -> Plan:
     pixels = power_of_two(a.pixels)
     held, threads = _held(tensors), THREADS
     if tensors > 1 and not a.nhwc and channels * pixels <= 2 * held * threads:
-        held *= 2  # without a loop, and with few channels a thread, there are registers for that
+        held *= 2  # registers suffice without a loop and with few channels per thread
     if channels * pixels > held * threads:
         held = min(held, 64 // a.itemsize)  # in a loop, addresses take registers too
         if tensors > 1 and a.nhwc and a.itemsize == 2:
-            threads //= 2  # so do sums of 8 channels, and their coefficients
+            threads //= 2  # sums of 8 channels, and their coefficients, take registers too
         pixels = max(held * threads // channels, 1)
     steps = -(-a.pixels // pixels)
     return Plan(groups, channels, pixels, steps, 0, _warps(channels * pixels, held))
 
 
 def split(a: Activation, tensors: int) -> Plan:
-    """Tiles of any channels.
+    """The plan in which statistics are computed per span of pixels, in tiles of any channels.
 
-    Rows of 128 bytes channels-last, of up to 1024 pixels channels-first: long enough for whole
-    cache lines, short enough that little of a last tile is cut off. Small tensors get smaller
-    tiles, until every SM has two programs; in large ones a span is several tiles, which leaves four
-    programs an SM, and less statistics to write and read. Channels-last a span is at least so long
-    that these are a twentieth of all that is moved.
+    Rows of a tile are 128 bytes channels-last, and up to 1024 pixels channels-first: long enough
+    for whole cache lines, short enough that the last tile wastes little. Small tensors get smaller
+    tiles, until every SM has two programs. In large tensors a span is several tiles: four programs
+    per SM remain, and fewer statistics are written and read. Channels-last a span is at least so
+    long that the statistics are a twentieth of all bytes moved.
     """
     held = _held(tensors)
     largest = 256 * held
@@ -130,11 +130,11 @@ def split(a: Activation, tensors: int) -> Plan:
 
 
 def _held(tensors: int) -> int:
-    """Elements of an activation for a thread.
+    """How many elements of an activation a thread holds.
 
-    Forward as many as keep enough bytes on their way to memory. Backward each is four numbers: of
-    two activations, and of what comes next or is summed; channels-last a thread has the
-    coefficients of 8 channels besides.
+    Forward: as many as keep enough bytes in flight. Backward an element takes four numbers: those
+    of two activations, and those of the next tile or of the sums. Channels-last a thread also has
+    the coefficients of 8 channels.
     """
     return 32 if tensors == 1 else 8
 

@@ -1,25 +1,26 @@
 """y = silu(GroupNorm(v) (1 + scale) + shift) + residual, where v = cat(x, skip) + add.
 
-Layout: [N, C, P] channels-first or channels-last, y like x; the two inputs are never joined, and
-``add`` enters only where means do. S is the bytes of x and skip together:
+Layout: [N, C, P] channels-first or channels-last, y like x. The concatenation of x and skip is
+never written, and ``add`` is added to the means instead of the values. S is the bytes of x and
+skip:
 
     one pass    reads S, writes S: the ideal, 2 S          (3 S with a residual)
     split       reads 2 S, writes S                        (4 S with a residual)
     statistics  given: reads S, writes S                   (3 S with a residual)
 
-PyTorch's group_norm and silu move 5 S: statistics, normalise, activate. In one pass a program has
-whole groups, in its registers where they fit; otherwise it reads them again, from a cache as a rule
-(``group_norm_plan`` says when). Split, three kernels: statistics of channels over spans of pixels;
-per group, their combination in float64, which leaves four coefficients for a channel; and a
-streaming kernel that applies them. That one takes the tiles in the opposite order, for the last
-ones read are still in the second-level cache.
+PyTorch's group_norm and silu move 5 S: statistics, normalise, activate. In one pass, a program
+computes whole groups. It keeps them in registers where they fit; otherwise it reads them again,
+usually from a cache (``group_norm_plan`` decides). Split, there are three kernels: statistics of
+channels over spans of pixels; for each group their combination in float64, which gives four
+coefficients per channel; and a streaming kernel that applies the coefficients. The streaming kernel
+takes the tiles in reverse order, because the last ones read are still in the second-level cache.
 
-Tiles are runs of channels, not groups: any number of channels a group (10, 20, 40 in Stable
-Diffusion) is read in vectors of 16 bytes. Statistics are those of channels, and channels find their
-groups by comparison: [GROUPS, CHANNELS], compare and sum.
+Tiles are runs of channels, not groups: so groups of any number of channels (10, 20, 40 in Stable
+Diffusion) are read in vectors of 16 bytes. Statistics are computed per channel, and summed over the
+channels of a group with a mask [GROUPS, CHANNELS].
 
-Means are kept as two numbers of float32 and subtracted one after the other: v - mean has all its
-digits with a mean of 10,000 beside a deviation of 0.1.
+A mean is kept as two numbers of float32, subtracted one after the other: so v - mean keeps all its
+digits for a mean of 10,000 and a deviation of 0.1.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _one_pass(
     c = first_channel + j
     inside = (j < width) & (c < total)
 
-    # All loads come first: what waits for them must not keep others waiting.
+    # All loads come first, so that no load waits for a computation.
     if RESIDENT:
         mask = inside[:, None] & (i < pixels)[None, :]
         tile = load_tile(
@@ -120,7 +121,7 @@ def _one_pass(
             n, a, b, d = span_statistics(tile, mask, some, axis=1)
             count, mean, remainder, m2 = merge(count, mean, remainder, m2, n, a, b, d)
 
-    # Statistics of its groups, around the mean of the channels' means as a pivot.
+    # Statistics of the tile's groups; the pivot is the mean of the channels' means.
     mean, rest = two_sum(mean, added)
     remainder += rest
     g = tl.arange(0, GROUPS)
@@ -138,7 +139,7 @@ def _one_pass(
     tl.store(mean_out + at, pivot.to(tl.float64) + rest.to(tl.float64), mask=mine)
     tl.store(rstd_out + at, rstd.to(tl.float64), mask=mine)
 
-    # Coefficients of its channels.
+    # Coefficients of the tile's channels.
     low, lower = two_sum(tl.sum(tl.where(member, pivot[:, None], 0.0), 0), -added)
     lower += tl.sum(tl.where(member, rest[:, None], 0.0), 0)
     gain *= tl.sum(tl.where(member, rstd[:, None], 0.0), 0)
@@ -166,7 +167,7 @@ def _statistics(
     x, skip, statistics, channels, skip_channels, pixels, spans, steps,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr, NHWC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel over spans of ``steps`` tiles of pixels: [N, S, 4, C] in float32."""
+    """Statistics of each channel over spans of ``steps`` tiles of pixels: float32 [N, S, 4, C]."""
     if NHWC:
         channels = whole_vectors(channels, VECTOR)
         skip_channels = whole_vectors(skip_channels, VECTOR)
@@ -204,8 +205,8 @@ def _combine(
 ):  # fmt: skip
     """Statistics of one group from those of its channels' spans, and its channels' coefficients.
 
-    Chan et al.'s formula (see channel_statistics) with the first channel's first mean as a pivot,
-    in float64, in an order that shapes alone decide.
+    Chan et al.'s formula (see channel_statistics) in float64, with the mean of the first channel's
+    first span as the pivot, in an order that depends on the shapes alone.
     """
     program = tl.program_id(0)
     image = (program // groups).to(tl.int64)
@@ -299,7 +300,7 @@ def group_norm_silu(
     skip: Tensor | None = None,
     statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and rstd of the groups, float64 [N, num_groups]; see ``fastdiff.ops``."""
+    """``fastdiff.ops.group_norm_silu``: y, mean and rstd (both float64 [N, num_groups])."""
     layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
     if skip is not None:

@@ -12,18 +12,19 @@ ds = sum gain B / D:
     dshift = A        dscale = weight B + bias A
     dbias = sum over images of (1 + scale) A            dweight = sum over images of (1 + scale) B
 
-Layout: [N, C, P] channels-first or channels-last, grad like x with skip's channels behind. S is the
-bytes of x and skip together:
+Layout: [N, C, P] channels-first or channels-last; grad has the channels of x and then those of
+skip. S is the bytes of x and skip together:
 
     one pass    reads x and grad, writes dx: the ideal, 3 S
     split       reads x and grad twice, writes dx: 5 S
 
-In one pass a program has whole groups, in its registers where they fit; otherwise it reads them
-again, from a cache as a rule (``group_norm_plan`` says when). Split, three kernels: the sums A, B
-and X of channels over spans of pixels; per group, their totals and all that is small; and dx, over
-the tiles in the opposite order, for the last ones read are still in the second-level cache. Either
-way a small kernel adds up the parameters' gradients over the images. All sums are taken in an order
-that shapes alone decide: none is atomic. Tiles are runs of channels, as in the forward pass.
+In one pass, a program computes whole groups. It keeps them in registers where they fit; otherwise
+it reads them again, usually from a cache (``group_norm_plan`` decides). Split, there are three
+kernels: the sums A, B and X of channels over spans of pixels; for each group their totals and all
+gradients but dx; and dx, over the tiles in reverse order, because the last ones read are still in
+the second-level cache. In both cases a small kernel adds up the parameters' gradients over the
+images. The order of all sums depends on the shapes alone, and none is atomic. Tiles are runs of
+channels, as in the forward pass.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _load(
     grad, x, skip, image, channels, skip_channels, pixels, first_channel, first, end, j, i, inside,
     NHWC: tl.constexpr,
 ):  # fmt: skip
-    """Mask, x and grad of a tile as they are stored, up to the pixel ``end``."""
+    """The mask of a tile up to the pixel ``end``, and x and grad of the tile in their dtypes."""
     mask = inside[:, None] & ((first + i < pixels) & (first + i < end))[None, :]
     tile = load_tile(
         x, skip, image, channels, skip_channels, pixels, first_channel, first, j, i, mask, NHWC
@@ -70,7 +71,7 @@ def _coefficients(
     mean, rstd, weight, bias, add, scale, shift, image, c, inside, groups, group_size, add_row,
     scale_row, shift_row,
 ):  # fmt: skip
-    """Of channels: the mean in two numbers, and z = (v - mean) gain + offset."""
+    """The mean of channels as two numbers, and gain and offset of z = (v - mean) gain + offset."""
     at = image * groups + c // group_size
     m = tl.load(mean + at, mask=inside, other=0.0)
     m -= load_row(add, image * add_row, c, inside, 0.0).to(tl.float64)
@@ -98,10 +99,10 @@ def _walk(
     end, j, i, inside, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, NHWC: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz, dz (v - mean) and v - mean over pixels begin to end, in tiles.
+    """Sums of dz, dz (v - mean) and v - mean over the pixels from begin to end, in tiles.
 
-    Each lane keeps its own sums, so that the loop waits for no other warp, and the next tile is on
-    its way while one is worked on.
+    Each lane keeps its own sums, so that the loop waits for no other warp. The next tile is loaded
+    while the present one is processed.
     """
     sum_dz = tl.zeros([CHANNELS, PIXELS], tl.float32)
     sum_dz_u = tl.zeros([CHANNELS, PIXELS], tl.float32)
@@ -127,7 +128,7 @@ def _write(
     u, dz, gain, fixed, slope, dx, dskip, image, channels, skip_channels, pixels, first_channel,
     first, j, i, mask, NHWC: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile, of whose channels ``fixed`` is rstd db and ``slope`` rstd^2 ds."""
+    """Write dx of a tile. For each channel, ``fixed`` is rstd db and ``slope`` is rstd^2 ds."""
     tile = dz * gain[:, None] - fixed[:, None] - u * slope[:, None]
     store_tile(
         dx, dskip, tile, image, channels, skip_channels, pixels, first_channel, first, j, i, mask,
@@ -140,7 +141,7 @@ def _small(
     dadd, dscale, dshift, shares, a, b, x, db, ds, r, w, factor, bias, image, c, inside, channels,
     values,
 ):  # fmt: skip
-    """Write what is one number for each channel of an image, and its share of the parameters'."""
+    """Write dadd, dscale and dshift of channels, and an image's share of dweight and dbias."""
     at = image * channels + c
     small = dadd.dtype.element_ty
     offset = load_row(bias, 0, c, inside, 0.0)
@@ -272,7 +273,7 @@ def _combine(
     spans, groups, group_size, scale_row,
     CHANNELS: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """One group's sums over its spans, in float64: rstd db and rstd^2 ds, and all that is small."""
+    """Sum one group's spans in float64; write rstd db, rstd^2 ds, and all gradients but dx."""
     program = tl.program_id(0)
     image = (program // groups).to(tl.int64)
     group = program % groups
@@ -351,7 +352,7 @@ def _apply(
 def _parameters(
     shares, dweight, dbias, images, channels, IMAGES: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """Sums over the images of [N, 2, C]."""
+    """dweight and dbias, the sums over the images of ``shares`` [N, 2, C]."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     dw = tl.zeros([IMAGES, CHANNELS], tl.float32)
     db = tl.zeros([IMAGES, CHANNELS], tl.float32)

@@ -1,7 +1,7 @@
-"""The one way in which the launchers start a kernel.
+"""``launch``, the only function by which the launchers start a kernel.
 
-Eagerly a launch is a launch. While torch.compile traces, the kernel is wrapped, so that the
-compiler sees it and not an opaque call; and the audit records what would have been launched.
+In eager mode the kernel is launched. While torch.compile traces, the kernel is wrapped, so that the
+compiler sees it and not an opaque call. ``recording`` records launches instead, for the audit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class Launch(NamedTuple):
-    """A kernel that was to be launched: its grid, its arguments in order, constants by name."""
+    """A recorded launch: a kernel, its grid, its arguments in order, and its constants by name."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -28,12 +28,12 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants): constexprs, num_warps, and maxnreg, registers at most."""
+    """kernel[grid](*args, **constants); constants are constexprs, num_warps and maxnreg."""
     found = _recorded.get()
     if found is not None:
         found.append(Launch(kernel, grid, args, constants))
     elif _tracing.get():
-        constants.pop("maxnreg", None)  # torch.compile knows no such limit
+        constants.pop("maxnreg", None)  # torch.compile does not support it
         torch.library.wrap_triton(kernel)[grid](*args, **constants)
     elif 0 not in grid:
         kernel[grid](*args, **constants)
@@ -41,7 +41,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Within the block, launches are traced, not done."""
+    """Within the ``with`` block, launches are traced by torch.compile, not executed."""
     token = _tracing.set(True)
     try:
         yield
@@ -51,7 +51,7 @@ def tracing() -> Iterator[None]:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within the block, launches are added to the list that it gives, not done."""
+    """Within the ``with`` block, launches are appended to the yielded list, not executed."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:

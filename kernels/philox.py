@@ -1,14 +1,14 @@
-"""Philox4x32-10 (Salmon et al. 2011) and the normal values made of it (Box and Muller 1958).
+"""Philox4x32-10 (Salmon et al. 2011) and normal noise made of it (Box and Muller 1958).
 
-Device functions for the kernels that draw noise. A counter (group, image, row) under a key of two
-words gives four words, so four normal values: elements 4 group .. 4 group + 3 of an image, counted
-in the contiguous order of its [C, ...] dimensions whatever its layout in memory is.
+Device functions for the kernels that compute noise. A counter (group, image, row) under a key of
+two words gives four words, so four normal values: elements 4 group .. 4 group + 3 of an image,
+counted in the contiguous order of its [C, ...] dimensions whatever its layout in memory is.
 
-`normal_run` is for elements that stand in that order: it works out each counter once, and its four
-values lie side by side in the thread that made them, a vector of float32 to store; 16-bit values
-are exchanged once between threads, to be stored eight at a time. `normal_at` is for elements in
-any other order, such as that of channels-last memory: it works out a counter for each element, and
-only the half of it that it needs. `normal_tile` chooses between them.
+`normal_run` is for elements in that order: it computes each counter once, and a thread holds its
+four values as one vector of float32 to store; 16-bit values are exchanged once between threads, to
+be stored eight at a time. `normal_at` is for elements in any other order, such as channels-last
+memory: it computes a counter for each element, and only the half of it that it needs. `normal_tile`
+chooses between the two.
 
 The polynomials are those of csrc/cpu/kernels/philox.h: minimax in the relative error, which is
 below 3.2e-8 for the logarithm between sqrt(1/2) and sqrt(2) and below 3.3e-9 for sine and cosine
@@ -22,9 +22,9 @@ import triton.language as tl
 
 @triton.jit
 def stream(seed, image, mask=None):
-    """The streams of rows `image` of `seed` [N, 2] (int64): two words of key, the image's number.
+    """The streams of rows `image` of `seed` [N, 2] (int64): key (two words) and image number.
 
-    `image` is a scalar or a block; what comes back has its shape. `mask` is that of a load.
+    `image` is a scalar or a block, and the results have its shape. `mask` is the mask of the load.
     """
     key = tl.load(seed + 2 * image, mask)
     number = tl.load(seed + 2 * image + 1, mask)
@@ -33,7 +33,7 @@ def stream(seed, image, mask=None):
 
 @triton.jit
 def words(group, key_low, key_high, image, row):
-    """The four words, uint32, of counters `group` (int64); the others broadcast against it."""
+    """The four words, uint32, of counters `group` (int64). All arguments broadcast to `group`."""
     c0 = group.to(tl.uint32)
     c1 = (group >> 32).to(tl.uint32)
     c2 = image.to(tl.uint32)
@@ -54,7 +54,7 @@ def words(group, key_low, key_high, image, row):
 
 @triton.jit
 def radius(word):
-    """sqrt(-2 ln(1 - u)) of u, the upper 24 bits of a word in units of 2^-24."""
+    """sqrt(-2 ln(1 - u)), where u is the upper 24 bits of a word in units of 2^-24."""
     x = (0x1000000 - (word >> 8).to(tl.int32)).to(tl.float32)  # 2^24 (1 - u), which is exact
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # x = 2^exponent (1 + f)
@@ -71,9 +71,10 @@ def radius(word):
 
 @triton.jit
 def turn(word):
-    """The sine and the cosine of 2 pi v before their signs and exchange, and v's quarter turn.
+    """Sine and cosine of the distance of v from the nearest quarter turn, and that quarter, 0..4.
 
-    v is the upper 24 bits of a word in units of 2^-24; its distance from the quarter is exact.
+    v is the upper 24 bits of a word in units of 2^-24, a fraction of a turn. The distance is exact.
+    The quarter tells how sine and cosine of 2 pi v follow: by exchange and signs.
     """
     v = (word >> 8).to(tl.int32)
     quarter = (v + 0x200000) >> 22
@@ -98,11 +99,11 @@ def _negated(value, bit_one):
 
 @triton.jit
 def box_muller(word_u, word_v):
-    """Two normal values, float32, of two words: the radius of one, the turn of the other."""
+    """Two normal values, float32, from two words: one gives the radius, the other the angle."""
     r = radius(word_u)
     sine, cosine, quarter = turn(word_v)
-    odd = (quarter & 1) != 0  # odd quarters exchange the two
-    # The cosine is below 0 in quarters 1 and 2, the sine in 2 and 3.
+    odd = (quarter & 1) != 0  # odd quarters exchange sine and cosine
+    # The cosine is negative in quarters 1 and 2, the sine in quarters 2 and 3.
     a = _negated(tl.where(odd, sine, cosine), quarter + 1) * r
     b = _negated(tl.where(odd, cosine, sine), quarter) * r
     return a, b
@@ -119,10 +120,10 @@ def normals(group, key_low, key_high, image, row):
 
 @triton.jit
 def normal_run(group, key_low, key_high, image, row):
-    """Those of consecutive counters [..., B] in the elements' order: float32 [..., 4 B].
+    """The normal values of counters [..., B] in the elements' order: float32 [..., 4 B].
 
-    The last dimension of `group` must be one of consecutive numbers for the values to be those of
-    consecutive elements. The stream's words are scalars or broadcast against `group`.
+    The values are those of consecutive elements if the last dimension of `group` is consecutive
+    numbers. The stream's words are scalars or broadcast to `group`.
     """
     z0, z1, z2, z3 = normals(group, key_low, key_high, image, row)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
@@ -130,12 +131,12 @@ def normal_run(group, key_low, key_high, image, row):
 
 @triton.jit
 def normal_at(element, key_low, key_high, image, row):
-    """The normal values, float32, of the elements with these numbers (int64), in any order."""
+    """The normal values, float32, of the elements with indices `element` (int64), in any order."""
     w0, w1, w2, w3 = words(element >> 2, key_low, key_high, image, row)
     second = (element & 2) != 0
     r = radius(tl.where(second, w2, w0))
     sine, cosine, quarter = turn(tl.where(second, w3, w1))
-    # The even element is the cosine, the odd one the sine, which is the cosine a quarter earlier.
+    # Even elements are the cosine. Odd ones are the sine: the cosine of a quarter turn less.
     quarter = quarter - (element & 1).to(tl.int32)
     even = _negated(tl.where((quarter & 1) != 0, sine, cosine), quarter + 1)
     return even * r
@@ -153,11 +154,11 @@ def normal_tile(
     COLUMNS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Those of R images, float32 [R, COLUMNS], from element `first` in memory's order on.
+    """Normal values, float32 [R, COLUMNS], of R images, from element `first` on in memory order.
 
     `first` is a multiple of 4, and so is COLUMNS. The streams' words are [R, 1]. `pixels` and
-    CHANNELS, an image's numbers of them, matter channels-last only, where element e of the memory
-    is channel e % CHANNELS of pixel e // CHANNELS.
+    CHANNELS are the numbers of pixels and channels of an image. They are used channels-last only,
+    where element e of the memory is channel e % CHANNELS of pixel e // CHANNELS.
     """
     if CHANNELS_LAST:
         element = (first + tl.arange(0, COLUMNS))[None, :]

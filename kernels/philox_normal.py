@@ -1,8 +1,8 @@
-"""Standard normal noise [N, ...] from a counter, one stream an image (kernels/philox.py).
+"""Standard normal noise [N, ...] from counters, one stream per image (kernels/philox.py).
 
-Writes 1 S for noise of S bytes, which is the least there is, and reads 16 bytes an image. It is
-arithmetic that takes the time: about 55 instructions an element where a counter serves four, which
-it does where the memory is in the order of the elements, contiguous; about 120 channels-last.
+Writes 1 S for noise of S bytes, the minimum, and reads 16 bytes per image. Arithmetic limits the
+speed: about 55 instructions per element in contiguous memory, where a counter serves four elements,
+and about 120 in channels-last memory, where each element needs a counter.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def philox_normal(seed: Tensor, row: int, out: Tensor) -> None:
         _philox_normal,
         tiles.grid,
         seed.contiguous(),
-        row - 2**32 if row >= 2**31 else row,  # one type, whatever the row: its 32 bits
+        row - 2**32 if row >= 2**31 else row,  # int32 for every row, with the same 32 bits
         noise,
         images,
         elements // tiles.unit,

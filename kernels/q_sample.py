@@ -1,13 +1,13 @@
-"""x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, one timestep an image.
+"""x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, one timestep per image.
 
-The images are walked flat, whatever their layout, all in the same one. ``q_sample`` takes the noise
-as a tensor: it reads 2 S and writes 1 S for an activation of S bytes. ``q_sample_from_seed``
-computes the noise from a seed: it reads 1 S and writes 1 S, for the noise is never in memory, and a
-kernel that needs it later computes it again. Both are the least there is. The products, the sum and
-noise from a seed are in float32, and x_t is rounded once.
+All tensors have the same memory layout, and are walked flat. ``q_sample`` takes the noise as a
+tensor: it reads 2 S and writes 1 S for an activation of S bytes. ``q_sample_from_seed`` computes
+the noise from a seed: it reads 1 S and writes 1 S, since the noise is never in memory, and a kernel
+that needs it later computes it again. Both are the minimum. The products, the sum and noise from a
+seed are in float32, and x_t is rounded once.
 
-A timestep is read and judged by the program that needs it: one outside the tables reads nothing
-and makes its image NaN.
+Each program checks the timesteps that it reads. With a timestep outside the tables, no table entry
+is read, and the image is NaN.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fastdiff.kernels.tiles import dense, tile, tile_at
 
 @triton.jit
 def at_timestep(table, step, steps):
-    """The entries at timesteps `step` of a table [steps]: NaN for those outside, not read."""
+    """Entries `step` of a table [steps]; NaN, and nothing is read, for timesteps outside it."""
     return tl.load(table + step, (step >= 0) & (step < steps), other=float("nan"))
 
 
 @triton.jit
 def _noised(x, z, t, signal, sigma, steps, image, images):
-    """x_t, float32, of `x` and `z` [R, C] of images `image` [R, 1]."""
+    """x_t, float32 [R, COLUMNS], from `x` and `z` [R, COLUMNS] of images `image` [R, 1]."""
     step = tl.load(t + image, image < images, other=0)
     return at_timestep(signal, step, steps) * x + at_timestep(sigma, step, steps) * z
 
@@ -136,7 +136,7 @@ def q_sample_from_seed(
     sqrt_alphas_cumprod: Tensor,
     sqrt_one_minus_alphas_cumprod: Tensor,
 ) -> Tensor:
-    """x_t with the noise of ``fastdiff.ops.philox_normal`` at ``row``, in float32."""
+    """``q_sample`` with the noise of ``fastdiff.ops.philox_normal`` at ``row``, in float32."""
     x0, memory_format = dense(x0)
     out = torch.empty_like(x0, memory_format=memory_format)
     if out.numel() == 0:

@@ -1,31 +1,31 @@
-"""One row of a sampler's table (fastdiff/samplers/table.py): with m the model's output, z noise,
+"""One row of a sampler's table (fastdiff/samplers/table.py). With the model's output m and noise z:
 
-    m  = m_u + guidance (m_c - m_u), times a factor of the image's if guidance is rescaled
-    x0 = clamp(x0_x x + x0_m m, low, high), or clamp(.., -s, s) / s with a limit s of the image's
+    m  = m_u + guidance (m_c - m_u), times a factor per image if guidance is rescaled
+    x0 = clamp(x0_x x + x0_m m, low, high), or clamp(.., -s, s) / s with a limit s per image
     x' = out_x x + out_x0 x0 + out_m m + sum h_j history_j + noise exp((logvar + logvar_v v) / 2) z
     history[slot] = keep_x x + keep_x0 x0 + keep_m m + keep_noise z
 
-Layout: x [N, C, pixels] or [N, pixels, C], walked flat, all images in one unless noise comes from a
-seed or the model's output has variance channels: then m and v of an image follow each other, or of
-each pixel. Reads x, m (m_u and m_c), and, where the row has a coefficient for them, v, z and slots
-of the history, each once; writes x' and the slot. That is 3 L for latents of L bytes without
-guidance, history and noise, 4 L with guidance, and one float32 an element for each slot read or
-written: the least there is. Noise from a seed never goes to memory.
+Layout: x [N, C, pixels] or [N, pixels, C]. All images are walked flat together, unless noise comes
+from a seed or the model's output has variance channels: then images are walked one by one. Variance
+channels v follow m in each image, or channels-last in each pixel. The kernel reads x, m (m_u and
+m_c), and, where the row has a coefficient for them, v, z and slots of the history, each once. It
+writes x' and the slot. That is 3 L for latents of L bytes without guidance, history and noise, 4 L
+with guidance, and one float32 per element for each slot read or written: the minimum. Noise from a
+seed is never in memory.
 
-One launch, whatever the row says: a program reads the row by the step's number in device memory and
+There is one launch for any row: a program reads the row by the step's number in device memory and
 branches on its coefficients, so a captured graph serves all rows. Slots, noise and variance are
-loaded under a mask that holds the coefficient: a load that is not wanted moves nothing, and those
-that are wanted are in flight together, which branches would keep them from. x and m do not depend
-on the row and are on their way before it is there.
+loaded under a mask that depends on the coefficient: a masked load moves nothing, and the other
+loads are in flight together, which branches would prevent. The loads of x and m do not depend on
+the row, and begin before it has arrived.
 
-Rescaled guidance and dynamic thresholding want a factor and a limit of the whole image
-(sampler_step_image.py) before its first element can be written, and x is read for them, which the
-result may replace. So in such a row a program does whole images by itself, quantities first, and
-programs that find no image left for them stop. That keeps one launch, needs no workspace, computes
-nothing twice and cannot race when `out` is x; the price is that an image then has one
-multiprocessor. Such a row reads m_u and m_c once more for the factor, x and m five times more for
-the limit, mostly from the caches. Other rows move no byte for it; it costs them a branch, and the
-kernel the registers of its longest path.
+Rescaled guidance and dynamic thresholding need a factor and a limit of the whole image
+(sampler_step_image.py) before its first element can be written. They are computed from x, which the
+result may overwrite. So in such a row a program computes whole images, first the factor and the
+limit, and programs without an image stop. That takes one launch and no workspace, computes nothing
+twice and cannot race when `out` is x. The price is that only one multiprocessor works on an image.
+Such a row reads m_u and m_c once more for the factor, and x and m five times more for the limit,
+mostly from the caches. For other rows it costs a branch, and the registers of the longest path.
 """
 
 import torch
@@ -46,8 +46,8 @@ from fastdiff.kernels.sampler_step_image import (
     threshold,
 )
 
-# The columns of a row, as COLUMNS in fastdiff/ops/sampler_step.py has them, which a test compares;
-# those of the history's slots follow.
+# The columns of a row, as in COLUMNS of fastdiff/ops/sampler_step.py (a test compares the two). The
+# coefficients of the history's slots follow.
 COLUMNS = tl.constexpr(18)
 GUIDANCE = tl.constexpr(0)
 RESCALE = tl.constexpr(1)
@@ -71,10 +71,11 @@ SLOT = tl.constexpr(17)
 
 @triton.jit
 def _where(mask, wanted):
-    """The mask where a scalar condition holds, else none of it.
+    """The mask if the scalar condition `wanted` holds, else all False.
 
-    Through integers: the interpreter makes a block of numbers of a comparison of scalars, and the
-    compiler sees that an integer is the same in all lanes, so that vectors stay whole.
+    The condition is converted to an integer, because Triton's interpreter turns a comparison of
+    scalars into a block, and the compiler sees that an integer is the same in all lanes, so that it
+    keeps whole vectors.
     """
     return mask & (tl.broadcast_to(tl.where(wanted, 1, 0), mask.shape) != 0)
 
@@ -83,7 +84,7 @@ def _where(mask, wanted):
 def _draw(
     seed, image, index, first, lane, channels, pixels, NHWC: tl.constexpr, TILE: tl.constexpr
 ):
-    """Noise of elements first + lane of an image, which are counted channels-first."""
+    """Noise of the elements first + lane of an image, whose streams count channels-first."""
     low, high, number = stream(seed, image)
     if NHWC:
         pixel = first // channels
@@ -97,10 +98,10 @@ def _draw(
 
 @triton.jit
 def _keep(slot, kept, first, end, VECTOR: tl.constexpr, TILE: tl.constexpr):
-    """Write float32 values to the elements first.. < end of a slot.
+    """Write float32 values to the elements of a slot from first up to end (excluded).
 
-    Where a thread holds 8 consecutive elements, as it does of 16-bit images, in two halves: left to
-    itself the compiler holds 4, and so works everything out a second time in that order.
+    Where a thread holds 8 consecutive elements, as with 16-bit images, they are written as two
+    halves. Otherwise the compiler would hold 4, and compute everything again in that order.
     """
     if VECTOR == 8:
         halves = tl.permute(tl.reshape(kept, [TILE // 8, 2, 4]), [0, 2, 1])
@@ -141,9 +142,9 @@ def _finish(
     VARIANCE: tl.constexpr, NHWC: tl.constexpr, DEPTH: tl.constexpr, VECTOR: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Everything behind m, of elements first + lane < end: x' and what is kept.
+    """Everything after m, for the elements first + lane < end: x' and the history's slot.
 
-    x and m are float32 values; `variance` points to v of the first image.
+    x and m are float32 values. `variance` points to v of the first image.
     """
     mask = inside(first, end, lane, TILE)
     start = image * length + first
@@ -191,7 +192,7 @@ def _finish(
         number = tl.load(row + SLOT, mask=known, other=-1.0)
         keeps = (number >= 0) & (number < DEPTH)
         kept_at = history + (tl.where(keeps, number, 0.0).to(tl.int64) * slot_stride + start)
-    # Whoever reads an element in any thread has done so before it is written.
+    # All threads have read their elements before any thread writes.
     tl.debug_barrier()
     if DEPTH > 0:
         _keep(kept_at, kept, first, tl.where(keeps, end, 0), VECTOR, TILE)
@@ -205,7 +206,7 @@ def _sampler_step(
     GUIDED: tl.constexpr, VARIANCE: tl.constexpr, NHWC: tl.constexpr, DEPTH: tl.constexpr,
     VECTOR: tl.constexpr, TILE: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
-    """A program does a tile, or images by itself; `tiles` is how many are walked together."""
+    """A program computes a tile, or whole images. `tiles` is the tiles that are walked together."""
     INTERLEAVED: tl.constexpr = VARIANCE and NHWC
     program = tl.program_id(0)
     length = tl.cast(length, tl.int64)
@@ -250,7 +251,7 @@ def _sampler_step(
             first = tl.cast(0, tl.int64)
             end = length
             own_m, own_conditional = model_out + image * wide, conditional + image * wide
-            if GUIDED:  # noqa: SIM102 - known to the compiler, and what follows then left out
+            if GUIDED:  # noqa: SIM102 - a constexpr, so the compiler can drop what follows
                 if rescale != 0:
                     factor = rescale_factor(
                         own_m, own_conditional, length, channels, guidance, rescale,
@@ -286,11 +287,11 @@ def _sampler_step(
 
 
 def plan(walked: int, total: int, vector: int, by_image: bool) -> tuple[int, int, int]:
-    """Elements of a program, those of a sweep over an image, and warps.
+    """Elements of a program, elements of a step of a sweep over an image, and warps.
 
-    ``walked`` of ``total`` elements are walked together. A thread has one vector of each tensor, 8
-    elements where there are programs enough anyway and few registers in use: a float32 latent of
-    4 x 64 x 64 is spread over 16 programs, one of 16 bits over 8.
+    ``walked`` of ``total`` elements are walked together. A thread has one vector of each tensor, or
+    8 elements where there are enough programs and few registers in use. A float32 latent of
+    4 x 64 x 64 is spread over 16 programs, a 16-bit one over 8.
     """
     warps = 8
     while warps > 1 and warps * 16 * vector >= walked:
@@ -300,11 +301,18 @@ def plan(walked: int, total: int, vector: int, by_image: bool) -> tuple[int, int
 
 
 def registers(whole: bool, vector: int, by_image: bool, more: bool, depth: int) -> int:
-    """The most registers of a thread; ``more``: guidance or a noise tensor is there.
+    """The limit of registers per thread.
 
-    Without a limit the assembler sets one itself and spills a few to reach it. At 80, three
-    programs share a multiprocessor, at 128 two. What is not ``whole`` vectors is loaded by
-    elements, which takes more.
+    Without a limit the assembler chooses one and spills registers to reach it. With 80, three
+    programs share a multiprocessor, with 128 two.
+
+    Args:
+        whole: whether images are whole vectors. Otherwise they are loaded by elements, which takes
+            more registers.
+        vector: elements of a vector.
+        by_image: whether images are walked one by one.
+        more: whether there is guidance or a noise tensor.
+        depth: slots of the history.
     """
     if by_image or not whole or depth > (3 if vector == 4 else 0):
         return 255
@@ -312,7 +320,7 @@ def registers(whole: bool, vector: int, by_image: bool, more: bool, depth: int) 
 
 
 def _overlap(a: Tensor, b: Tensor | None) -> bool:
-    """Whether the stretches of memory of two tensors meet; from their metadata."""
+    """Whether the ranges of memory of two tensors overlap, by their metadata."""
     if b is None or not torch._C._is_alias_of(a, b):
         return False
     (a_first, a_last), (b_first, b_last) = _stretch(a), _stretch(b)
@@ -330,7 +338,7 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def _slots(history: Tensor, x: Tensor) -> Tensor:
-    """The history if its slots lie in memory as the dense tensor x does, else a copy that does."""
+    """The history if its slots have the strides of the dense tensor x, else a copy that has."""
     places = zip(x.shape, history.stride()[1:], x.stride(), strict=True)
     if all(size == 1 or mine == wanted for size, mine, wanted in places):
         return history
@@ -349,10 +357,10 @@ def sampler_step(
     seed: Tensor | None,
     out: Tensor,
 ) -> None:
-    """See ``fastdiff.ops.sampler_step``; a step outside the table gives NaN and keeps nothing.
+    """``fastdiff.ops.sampler_step``. A step outside the table gives NaN and writes no slot.
 
     Raises:
-        ValueError: the history overlaps another tensor or itself, or out itself.
+        ValueError: the history overlaps another tensor or itself, or out overlaps itself.
     """
     if x.numel() == 0:
         return
@@ -383,8 +391,8 @@ def sampler_step(
     result = out if direct else torch.empty_like(x_t)
     by_image = variance or seed is not None
     walked = length if by_image else x.numel()
-    # What Triton knows to be whole vectors. Threads hold fewer elements where there are none, and
-    # where those of a deep history and a scattered variance would not fit into registers.
+    # `whole`: images are whole vectors, and Triton knows it. Threads hold fewer elements where they
+    # are not, and where those of a deep history and a scattered variance exceed the registers.
     whole = length % 16 == 0
     spread = not whole or (variance and nhwc and depth > 3)
     vector = 4 if spread else 16 // x.element_size()

@@ -1,18 +1,19 @@
-"""What a step of a sampler has to know of a whole image, and the model's output that it comes from.
+"""The factor and the limit of a whole image that a sampler's step needs, and the model's output m.
 
     factor = 1 + rescale (std(m_c) / std(m) - 1)           where guidance is rescaled
     limit  = clamp(a quantile of |x0_x x + x0_m m|, 1, clip_max)    where x0 is thresholded
 
-Device functions; one program calls them for one image. The deviations take one sweep over the
-image, reading m_u and m_c: each tile by itself in two passes over registers, the tiles together by
-the formula of Chan et al. in float64, everything less the image's first value, so that a constant
-image has a deviation of exactly 0.
+Device functions; one program calls them for one image. The standard deviations take one sweep over
+the image, reading m_u and m_c: a tile in two passes over registers, and the tiles are merged by the
+formula of Chan et al. in float64. The image's first value is subtracted from all, so that a
+constant image has a deviation of exactly 0.
 
-The quantile is exact, linear between two order statistics as torch.quantile has it. |x0| >= 0, so
-its bits order as it does, with NaN above all: they are selected by radix, eight bits a sweep, in
-four sweeps over x and m, and a fifth finds the next larger value and the largest. Bisection needs
-no histogram, but 31 sweeps. The values are worked out anew in each, by one expression with explicit
-fma, so that every sweep sees the same bits. Counts are integers, so their order does not matter.
+The quantile is exact, linear between two order statistics as in torch.quantile. The bits of |x0| as
+integers have the order of the values, with NaN above all. A radix selection finds them in four
+sweeps over x and m, eight bits per sweep; a fifth sweep finds the next larger value and the
+largest. Bisection would need no histogram, but 31 sweeps. Each sweep computes the values again, by
+one expression with explicit fma, so that it gets the same bits. Counts are integers, so their order
+does not matter.
 """
 
 import triton
@@ -21,10 +22,10 @@ import triton.language as tl
 
 @triton.jit
 def places(first, lane, channels, INTERLEAVED: tl.constexpr):
-    """Where m's elements `first` + `lane` of an image stand, from where its `first` would be.
+    """Offsets of the elements `first` + `lane` of an image's m from the offset that `begin` gives.
 
-    INTERLEAVED: each pixel's channels are followed by as many of the variance. What is of the block
-    has 32 bits, whatever `first` (int64) is.
+    INTERLEAVED: each pixel's channels are followed by as many variance channels. Offsets are 32-bit
+    numbers, whatever `first` (int64) is.
     """
     place = lane
     if INTERLEAVED:
@@ -35,7 +36,7 @@ def places(first, lane, channels, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def begin(first, channels, INTERLEAVED: tl.constexpr):
-    """Where m's elements from `first` of an image are counted from by `places`."""
+    """The offset in an image's m from which `places` counts the elements from `first` on."""
     place = first
     if INTERLEAVED:
         place += first // channels * channels
@@ -67,13 +68,13 @@ def model(model_out, conditional, place, mask, guidance, GUIDED: tl.constexpr):
 
 @triton.jit
 def free_x0(x, m, x0_x, x0_m):
-    """x0 before anything is clipped."""
+    """x0 before clipping or thresholding."""
     return tl.fma(x, tl.zeros_like(x) + x0_x, x0_m * m)
 
 
 @triton.jit
 def _add_tile(count, mean, square, found, value, mask):
-    """Chan et al.'s formula for `found` values; all scalars are float64."""
+    """Merge the `found` masked values of a tile by Chan et al.'s formula; scalars are float64."""
     tile_mean = tl.sum(tl.where(mask, value, 0.0), 0) / found.to(tl.float32)
     rest = tl.where(mask, value - tile_mean, 0.0)
     tile_square = tl.sum(rest * rest, 0).to(tl.float64)
@@ -118,7 +119,7 @@ def _magnitude_bits(
     x, model_out, conditional, length, channels, guidance, factor, x0_x, x0_m, first,
     GUIDED: tl.constexpr, INTERLEAVED: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
-    """The bits of |x0|, int32, of a tile, and which of them there are."""
+    """The bits of |x0| of a tile, int32, and the mask of its elements in the image."""
     lane = tl.arange(0, SWEEP)
     mask = inside(first, length, lane, SWEEP)
     place = places(first, lane, channels, INTERLEAVED)
@@ -142,7 +143,7 @@ def threshold(
     below = position.to(tl.int64)
     share = position - below.to(tl.float64)
     bins = tl.arange(0, 256)
-    rank = below  # among the values that begin with `low`
+    rank = below  # of the order statistic, among the values whose leading bits are `low`
     low = tl.full((), 0, tl.int32)
     equal = rank
     for digit in range(4):

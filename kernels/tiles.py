@@ -1,8 +1,8 @@
-"""How the streaming kernels cut a tensor into tiles, one a program.
+"""How the streaming kernels cut a tensor into tiles, one tile per program.
 
-A tensor is seen as rows of contiguous elements, [rows, columns]: the images of a batch, or the
-channels' runs of pixels, or the pixels' runs of channels. A program takes a tile of it whose sides
-are powers of two, as Triton wants.
+A tensor is treated as rows of contiguous elements, [rows, columns]: a row is an image of a batch,
+or the pixels of a channel, or the channels of a pixel. A program takes a tile of it, whose sides
+are powers of two, as Triton requires.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._prims_common import suggest_memory_format
 
 
 class Tile(NamedTuple):
-    """Elements of a program, [rows, columns], its warps, and what a launch needs of them."""
+    """The tile [rows, columns] of a program, its warps, and the other constants of a launch."""
 
     rows: int
     columns: int
@@ -40,12 +40,13 @@ class Tile(NamedTuple):
 
 
 def tile(rows: int, columns: int, itemsize: int, narrowest: int = 1) -> Tile:
-    """The tile for a tensor [rows, columns] that is streamed through once.
+    """The tile for a kernel that reads a tensor [rows, columns] once.
 
-    A thread takes two vectors of 16 bytes, which keeps enough bytes on their way to memory once an
-    SM is full of threads; a tensor too small to give every SM several such programs of 4 warps is
-    cut down to one vector a thread and to single warps. A row that is no power of two is cut at the
-    largest one that divides it, so that no lane idles, as long as a piece is 64 bytes.
+    A thread takes two vectors of 16 bytes: with an SM full of threads enough bytes are then in
+    flight. A tensor too small to give every SM several such programs of 4 warps gets tiles of as
+    little as one vector a thread and one warp. A row whose length is no power of two is cut into
+    pieces of the largest power of two that divides it, if these have at least 64 bytes: then no
+    lane is idle.
     """
     rows, columns = int(rows), int(columns)
     vector = 16 // itemsize
@@ -69,8 +70,8 @@ def tile(rows: int, columns: int, itemsize: int, narrowest: int = 1) -> Tile:
 def unit(*lengths: int) -> int:
     """The largest power of two, 16 at most, that divides all lengths.
 
-    A kernel that is given lengths as numbers of units is compiled for vectors as long as a unit,
-    where Triton by itself would see no more than whether a length is a multiple of 16.
+    A kernel that gets lengths in units is compiled for vectors as long as a unit. Without units
+    Triton only distinguishes whether a length is a multiple of 16.
     """
     return math.gcd(16, *(int(length) for length in lengths))
 
@@ -89,7 +90,7 @@ def ceil_power(value: int) -> int:
 def tile_at(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
     """This program's rows [ROWS, 1] and its first column, int32 unless WIDE.
 
-    WIDE is for 2^31 rows, or columns, and more. A row's offset in memory is int64 always.
+    WIDE is for 2^31 or more rows or columns. A row's offset in memory is always int64.
     """
     across = tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
@@ -102,6 +103,6 @@ def tile_at(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constex
 
 
 def dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """``x`` without gaps in its memory, and its format: channels-last kept, else contiguous."""
+    """``x`` in dense memory, and its memory format: channels-last is kept, else contiguous."""
     memory_format = suggest_memory_format(x)
     return x.contiguous(memory_format=memory_format), memory_format

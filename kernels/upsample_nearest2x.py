@@ -1,12 +1,12 @@
 """y[n, c, 2h + i, 2w + j] = x[n, c, h, w] for i, j in 0, 1, and its gradient, the sum of the four.
 
 Forward reads 1 S and writes 4 S for an input of S bytes; backward reads 4 S and writes 1 S. Both
-are the least there is: an element is loaded once and stored four times from a register, or the
-other way round. Channels-last, a tile is pixels by channels, and its four places are runs of
-channels. Contiguous, it is rows by columns of the image; doubled along the row in registers it is
-stored to two rows of the output, which follow one another, as rows 2 r and 2 r + 1 of all rows of
-all channels of all images. The gradient is added in float32 in one order, the same in both layouts:
-the two rows first, then the two columns; it is rounded once.
+are the minimum: an element is loaded once and stored four times from a register, or the reverse.
+Channels-last, a tile is pixels by channels, and it is stored to four pixels each. In contiguous
+memory a tile is rows by columns of images. Doubled along the row in registers, row r of all rows of
+all channels and images is stored to the consecutive rows 2 r and 2 r + 1 of the output. The
+gradient is summed in float32 in the same order in both layouts: first the two rows, then the two
+columns. It is rounded once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastdiff.kernels.tiles import dense, tile, tile_at
 
 @triton.jit
 def _places(row, width):
-    """The four pixels (int64) that pixel `row` of all images is channels-last: two above two."""
+    """The output pixels (int64) of pixel `row` of all images, channels-last: two above two."""
     above = 2 * (row.to(tl.int64) + (row // width).to(tl.int64) * width)
     below = above + 2 * width
     return above, above + 1, below, below + 1
@@ -99,7 +99,7 @@ def _upsample_nearest2x_backward(
 
 
 def upsample_nearest2x(x: Tensor) -> Tensor:
-    """x [N, C, H, W] with every pixel four times, [N, C, 2H, 2W], in x's memory format."""
+    """x [N, C, H, W] with every pixel repeated, [N, C, 2H, 2W], in the memory format of x."""
     x, memory_format = dense(x)
     images, channels, height, width = x.shape
     shape = (images, channels, 2 * height, 2 * width)
@@ -109,7 +109,7 @@ def upsample_nearest2x(x: Tensor) -> Tensor:
 
 
 def upsample_nearest2x_backward(grad: Tensor) -> Tensor:
-    """The gradient [N, C, H, W] of x for one of y, [N, C, 2H, 2W], in its memory format."""
+    """The gradient of x, [N, C, H, W], for ``grad`` of y, [N, C, 2H, 2W], in its memory format."""
     grad, memory_format = dense(grad)
     images, channels, height, width = grad.shape
     shape = (images, channels, height // 2, width // 2)
@@ -125,7 +125,7 @@ def _launch(
     shape: Sequence[int],
     memory_format: torch.memory_format,
 ) -> None:
-    """``shape`` is that of the small tensor, ``source`` or ``out``."""
+    """Launch ``kernel``; ``shape`` is the shape of the smaller tensor, ``source`` or ``out``."""
     if out.numel() == 0:
         return
     images, channels, height, width = shape
