@@ -12,16 +12,16 @@ namespace fastdiff::cuda {
 
 constexpr int kThreads = 256;  // the most in a block of these kernels
 
-// Vectors from which on a thread takes kUnroll of them: half the threads that fit on the largest
-// card are then still there, and each has enough bytes on the way. Below it, one each spreads the
-// work over more of the card.
+// With at least this many vectors a thread takes kUnroll of them: then half the threads that fit on
+// the largest card remain, and each has enough bytes in flight. With fewer vectors a thread takes
+// one, which spreads the work over more of the card.
 constexpr int kUnroll = 4;
 constexpr int64_t kManyVectors = int64_t{1} << 19;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The bytes, at most 16, of which all of these addresses and sizes are multiples. A null pointer
-// and 0 are multiples of everything.
+// The largest power of two, at most 16, of which all these addresses and sizes (in bytes) are
+// multiples. A null pointer and 0 are multiples of everything.
 template <class... Values>
 int64_t common_alignment(Values... values) {
   const auto bits = [](auto value) {
@@ -34,8 +34,8 @@ int64_t common_alignment(Values... values) {
   return static_cast<int64_t>(all & -all);
 }
 
-// Calls f(std::integral_constant<int, W>) with the elements W that an access of `alignment` bytes
-// holds: 16 bytes where they are aligned to that, down to one element.
+// Calls f(std::integral_constant<int, W>) with the number W of elements in an access of `alignment`
+// bytes, from 16 bytes down to one element.
 template <class T, class F>
 void for_width(int64_t alignment, F f) {
   const int64_t width = alignment / static_cast<int64_t>(sizeof(T));
@@ -47,8 +47,8 @@ void for_width(int64_t alignment, F f) {
   f(std::integral_constant<int, 1>{});
 }
 
-// A grid that walks `units` of an image along x, each thread `each` of them, and the images along
-// y; kernels loop over y, since a grid has no more than 65535 there.
+// A grid whose x dimension walks over the `units` of an image, `each` of them per thread, and whose
+// y dimension walks over the images. Kernels loop over y, since a grid has at most 65535 there.
 struct FlatPlan {
   dim3 grid;
   int threads;
@@ -62,8 +62,8 @@ inline FlatPlan flat_plan(int64_t units, int64_t images, int each) {
       static_cast<int>(ceil_div(ceil_div(wanted, blocks), 32) * 32)};
 }
 
-// Division of numbers 0..2^63-1 by one that the host knows, as a product (Granlund and Montgomery
-// 1994): the device has no instruction to divide, and in 64 bits takes a hundred for it.
+// Division of numbers 0..2^63-1 by a divisor that the host knows, as a product (Granlund and
+// Montgomery 1994): the device has no division, and takes a hundred instructions in 64 bits.
 //
 // With 2^shift the least power of two that is not below d, magic = ceil(2^(63+shift) / d) exceeds
 // the quotient by less than 1, so that magic n / 2^(63+shift) exceeds n / d by less than 1 / d.

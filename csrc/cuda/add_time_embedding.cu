@@ -1,6 +1,6 @@
-// x + emb, emb broadcast over the pixels: the epilogue of a convolution with nothing else in it, so
-// its kernels (conv_epilogue.cu) do it. Reads 1 S and writes 1 S for activations of S bytes, which
-// is the least there is.
+// x + emb, with emb broadcast over the pixels. This is a convolution's epilogue with emb alone, so
+// the kernels of conv_epilogue.cu compute it. Reads 1 S and writes 1 S for activations of S bytes,
+// the minimum.
 #include "cuda/add_time_embedding.h"
 #include "cuda/conv_epilogue.h"
 

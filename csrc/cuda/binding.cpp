@@ -1,5 +1,6 @@
 // The Python module fastdiff._cuda. Importing it defines the operations of the namespace
-// fastdiff_cuda, which fastdiff/ops/gpu.py calls: each file of bindings/ registers its family's.
+// fastdiff_cuda, which fastdiff/ops/gpu.py calls: each file of bindings/ registers those of its
+// family.
 #include <pybind11/pybind11.h>
 
 PYBIND11_MODULE(_cuda, m) {

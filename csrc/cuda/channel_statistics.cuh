@@ -1,14 +1,14 @@
 // Statistics of a channel over a span of pixels: count, mean and sum of squared deviations.
 //
-// In memory they are float32 [N, S, 4, C], for each span a plane of counts, one of means, one of
-// what the means lack (mean = plane 1 + plane 2, to about twice float32's digits) and one of sums
+// In memory they are float32 [N, S, 4, C]. The four planes of a span are the counts, the means, the
+// remainders of the means (mean = plane 1 + plane 2, to about twice float32's digits) and the sums
 // of squared deviations. A span without pixels is all zeros.
 //
-// A thread takes those of the values in its registers in two passes, which cost no memory access.
-// They are merged by Chan et al. 1983, "Algorithms for computing the sample variance", eq. 2.1,
-// always in the same order. A mean is kept as a number of float32 and the (small) rest beside it:
-// the difference of two such means is exact where it matters, so that a mean of 10,000 beside a
-// deviation of 0.1 costs nothing.
+// A thread computes the statistics of the values in its registers in two passes, without a memory
+// access. Statistics are merged by Chan et al. 1983, "Algorithms for computing the sample
+// variance", eq. 2.1, always in the same order. A mean is kept as a float32 number and a small
+// remainder: the difference of two such means is exact where it matters, so that no digits are lost
+// with a mean of 10,000 and a deviation of 0.1.
 //
 //   channels-first: lanes of a warp hold pieces of one channel:
 //     Moments m = moments_of<kPacks, W>(packs, value); m = merge_lanes(m, 32); lane 0 stores it.
@@ -26,7 +26,7 @@ struct Moments {
   float count = 0, mean = 0, rest = 0, m2 = 0;  // the mean is mean + rest
 };
 
-// Of value(j, e) for j < count and e < kElements, where count <= kPacks.
+// The moments of value(j, e) for j < count and e < kElements, where count <= kPacks.
 template <int kPacks, int kElements, class Value>
 __device__ __forceinline__ Moments moments_of(int count, Value&& value) {
   if (count <= 0) return {};
@@ -61,8 +61,8 @@ __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
   return {count, a.mean, a.rest + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
 }
 
-// Merges over `lanes` neighbouring lanes, a power of two up to 32, for the first of them. All 32
-// lanes of the warp take part.
+// Merges the moments of `lanes` neighbouring lanes, a power of two up to 32; the first of them gets
+// the result. All 32 lanes of the warp take part.
 __device__ __forceinline__ Moments merge_lanes(Moments m, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) {
     const Moments other{
@@ -74,8 +74,8 @@ __device__ __forceinline__ Moments merge_lanes(Moments m, int lanes) {
 }
 
 // Moments of `channels` channels, each held by `rows` threads of a block, in shared memory.
-// A channel's rows lie together, an odd number of them: neighbouring rows, which neighbouring
-// threads write, then fall into different banks.
+// The rows of a channel are contiguous, padded to an odd number: neighbouring rows, which
+// neighbouring threads write, are then in different banks.
 struct RowMoments {
   float* shared;  // size(rows, channels) floats
   int rows, channels;
@@ -94,7 +94,7 @@ struct RowMoments {
     if (channel == 0) shared[3 * plane + row] = m.count;
   }
 
-  // Of a channel, after a barrier. Row 0 must not be empty.
+  // The moments of a channel, after a barrier. Row 0 must not be empty.
   __device__ __forceinline__ Moments merge(int channel) const {
     const int plane = (rows | 1) * channels;
     const float* at = shared + (rows | 1) * channel;
@@ -105,7 +105,7 @@ struct RowMoments {
       count += counts[r];
       sum += counts[r] * ((at[r] - pivot) + (at[plane + r] - first));
     }
-    const float delta = sum / count;  // from the first row's mean to all rows'
+    const float delta = sum / count;  // the mean of all rows less that of the first
     for (int r = 0; r < rows; ++r) {
       const float deviation = (at[r] - pivot) + (at[plane + r] - first) - delta;
       m2 += at[2 * plane + r] + counts[r] * deviation * deviation;
@@ -118,7 +118,7 @@ struct RowMoments {
 __device__ __forceinline__ void store_moments(float* span, int64_t channels, int64_t channel,
                                               const Moments& m) {
   const float mean = m.mean + m.rest;
-  const float part = mean - m.mean;  // of the rest, as far as the mean could take it (Knuth)
+  const float part = mean - m.mean;  // what was added of the rest (Knuth's two-sum)
   store_one(span + channel, m.count);
   store_one(span + channels + channel, mean);
   store_one(span + 2 * channels + channel, (m.mean - (mean - part)) + (m.rest - part));

@@ -1,16 +1,16 @@
-// y = x + bias[c] + emb[n, c] + residual, with the statistics of y that the next norm wants.
+// y = x + bias[c] + emb[n, c] + residual, with the statistics of y that the next norm needs.
 //
-// Reads 1 S and writes 1 S for activations of S bytes, reads 1 S more with a residual, which is the
-// least there is; the statistics, 16 bytes a channel and span, are taken of the values in registers
-// as they are stored (rounded), so that a norm after it reads y once and not twice. Sums are in
-// float32 with one rounding; the moments are those of channel_statistics.cuh, in an order that
-// depends on the shape only.
+// Reads 1 S and writes 1 S for activations of S bytes, and reads 1 S more with a residual: the
+// minimum. The statistics, 16 bytes per channel and span, are computed from the rounded values
+// while these are in registers, so that a norm after it reads y once and not twice. Sums are in
+// float32 with one rounding. The moments are those of channel_statistics.cuh, merged in an order
+// that depends on the shape alone.
 //
 // Channels-first, `lanes` neighbouring threads take a span of a channel, in batches of kBatch
 // vectors each. Channels-last, a block takes a tile of channels, at least 128 bytes of each pixel,
 // and a span of pixels: a thread keeps the moments of a vector of channels, and the threads of a
-// channel merge theirs through shared memory. Without statistics the spans are chosen here, to
-// spread the work over the card; with them they are the caller's, and the grid is what they give.
+// channel merge their moments through shared memory. Without statistics the spans are chosen here,
+// to spread the work over the card. With statistics the caller chooses the spans.
 #include <bit>
 
 #include "cuda/access.cuh"
@@ -22,10 +22,10 @@ namespace {
 
 constexpr int kBatch = 4;  // vectors that a thread loads before it uses the first
 
-// From this many vectors on a thread takes several.
+// With at least this many vectors a thread takes several.
 constexpr int64_t kSeveralVectors = int64_t{1} << 18;
 
-// Pixels begin..end-1 of span s, none for the last spans of few pixels.
+// Pixels begin..end-1 of span s. With few pixels the last spans are empty.
 struct Span {
   int64_t begin, end;
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_added(const ConvEpilogueArgs& a, int64_t n,
   }
 }
 
-// How many of at, at + stride, ... are below `end`, counted up to kBatch.
+// How many of at, at + stride, ... are below `end`, at most kBatch.
 __device__ __forceinline__ int steps_before(int64_t at, int stride, int64_t end) {
   int count = 0;
 #pragma unroll
@@ -56,8 +56,8 @@ __device__ __forceinline__ int steps_before(int64_t at, int stride, int64_t end)
   return count;
 }
 
-// Vectors at + j * stride for j < count: `stored` becomes what y holds of them. added(e) is what is
-// added to element e of a vector.
+// Computes the vectors at + j * stride of y for j < count, and puts their rounded values into
+// `stored`. added(e) is added to element e of a vector.
 template <int W, class T, class Added>
 __device__ __forceinline__ void add_and_store(const ConvEpilogueArgs& a, int64_t at, int64_t stride,
                                               int count, Added added,
@@ -90,8 +90,8 @@ __device__ __forceinline__ void add_and_store(const ConvEpilogueArgs& a, int64_t
     }
 }
 
-// Those of a channel that rows hold. Its first sum goes over as many terms as there are rows, so
-// what it lost is found from the mean that it gave; the squares lack too little to matter.
+// The moments of a channel, from its rows. The first sum has one term per row, and its rounding
+// error is computed with the mean that it gives. The error of the squares is negligible.
 __device__ __forceinline__ Moments merge_rows(const RowMoments& held, int channel) {
   Moments m = held.merge(channel);
   const int pitch = held.rows | 1, plane = pitch * held.channels;
@@ -108,7 +108,7 @@ __device__ __forceinline__ float* planes(const ConvEpilogueArgs& a, int64_t n, i
   return a.statistics + (n * a.spans + s) * 4 * a.channels;
 }
 
-// Channels-first. blockDim.x, a power of two, is the lanes of a channel.
+// Channels-first. blockDim.x, a power of two, is the number of lanes of a channel.
 template <class T, int W, bool Statistics>
 __global__ void __launch_bounds__(kThreads, 2)
     channels_first_kernel(ConvEpilogueArgs a, int64_t spans, int64_t length, Divisor channels) {
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Channels-last. blockDim is vectors of channels by pixels; `tiles` tiles of channels follow each
-// other in the grid before the next span.
+// Channels-last. blockDim is (vectors of channels, pixels). In the grid the `tiles` tiles of
+// channels of a span come before those of the next span.
 template <class T, int W, bool Statistics>
 __global__ void __launch_bounds__(kThreads, 2)
     channels_last_kernel(ConvEpilogueArgs a, int64_t length, unsigned tiles) {
@@ -234,7 +234,7 @@ template <class T, int W>
 void launch_channels_last(const ConvEpilogueArgs& a, Stream stream) {
   const int64_t vectors = a.channels / W;
   int64_t spans = std::max<int64_t>(a.spans, 1), length = ceil_div(a.pixels, spans);
-  // Eight vectors are 128 bytes, a cache line; more where there are too few pixels for the block.
+  // Eight vectors are 128 bytes, a cache line. There are more if a block has too few pixels.
   const int64_t most = std::max<int64_t>(8, kThreads / std::min<int64_t>(length, kThreads));
   const int64_t tiles = ceil_div(vectors, most), across = ceil_div(vectors, tiles);
   const int64_t height = std::min(kThreads / across, length);
@@ -260,7 +260,7 @@ void launch_channels_last(const ConvEpilogueArgs& a, Stream stream) {
 
 void conv_epilogue_cuda(const ConvEpilogueArgs& a, Stream stream) {
   if (a.images * a.channels * a.pixels == 0) return;
-  // One pixel or one channel is either layout: the one that has neighbours to load together.
+  // With one pixel or one channel both layouts are the same memory: choose the one with vectors.
   const bool channels_last = a.channels > 1 && (a.channels_last || a.pixels == 1);
   for_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);

@@ -2,19 +2,19 @@
 // and its gradient in the prediction. The noise z is given, or computed here from a seed.
 //
 // With x0 and z given, forward reads 3 S for images of S bytes, backward reads 3 S and writes 1 S,
-// the least possible. A tensor that is not given is not read. The tensors share a layout, whichever
-// it is, and are walked flat.
+// the minimum. A tensor that is not given is not read. All tensors have the same memory layout, and
+// are walked flat.
 //
-// With the noise of a seed, forward and backward read 1 S less: the noise is never in memory, so
-// nothing has to write it either. A value of noise takes about 55 instructions, so arithmetic is as
-// likely a limit as the memory. noise_unit.cuh says which elements a thread takes.
+// With noise from a seed, forward and backward read 1 S less: the noise is never in memory, and no
+// kernel has to write it. A value of noise takes about 55 instructions, so arithmetic is as likely
+// a limit as memory. noise_unit.cuh says which elements a thread takes.
 //
-// Forward is one kernel where a block can take a whole image, or a part of a warp a small one. An
-// image is cut into pieces if a block would read it for longer than another kernel takes to start
-// while most processors idle; a second kernel then adds up the pieces' sums of squares. Each thread
-// adds up squares vector by vector, then lanes and warps are added in a tree: float32 is enough for
-// that, and the order depends on shapes alone. So do all plans, and on alignment, never on the
-// device.
+// Forward is one kernel where a block takes a whole image, or a part of a warp a small image. An
+// image is cut into pieces if a block would take longer to read it than another kernel takes to
+// start, while most processors are idle. A second kernel then adds up the pieces' sums of squares.
+// Each thread adds up squares vector by vector, then lanes and warps are added in a tree: float32
+// suffices for that, and the order depends on shapes alone. Plans depend on shapes and alignment,
+// never on the device.
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -27,9 +27,9 @@
 namespace fastdiff::cuda {
 namespace {
 
-enum class Noise { Given, FromSeed };  // Given counts as 0 where the pointer is null
+enum class Noise { Given, FromSeed };  // Given: z is 0 where the pointer is null
 
-// Images that are walked flat: Each vectors of W elements, a team's width apart.
+// A unit of images that are walked flat: Each vectors of W elements, a team's width apart.
 struct FlatImage {
   int64_t units;  // vectors
 };
@@ -44,7 +44,7 @@ struct FlatUnit {
   __device__ __forceinline__ bool inside(int v) const { return unit + v * team < units; }
 };
 
-// The units of an image: FlatUnit, with Each as its Form, or NoiseUnit.
+// The units of an image: FlatUnit, whose Each is Form, or NoiseUnit.
 template <class T, int W, Noise kNoise, int Form>
 struct Units {
   static constexpr bool kSeeded = kNoise == Noise::FromSeed;
@@ -89,7 +89,7 @@ struct LossImage {
     }
   }
 
-  // prediction - p x0 - q z of the unit's vectors that are inside.
+  // prediction - p x0 - q z of the vectors of the unit that are inside the image.
   template <class Unit>
   __device__ __forceinline__ void differences(const Unit& unit,
                                               float (&d)[Unit::kVectors][W]) const {
@@ -135,8 +135,8 @@ __device__ __forceinline__ float image_loss(float weight, float squares, int64_t
 }
 
 // The losses [images] where a team has a whole image, else the sums of squares [images, pieces].
-// The launch bounds ask for one block a processor, though more fit: asked for more, the compiler
-// spills registers to make room for them.
+// The launch bounds ask for one block per processor, though more fit: if asked for more, the
+// compiler spills registers.
 template <class T, int W, Noise kNoise, int Form>
 __global__ void __launch_bounds__(kThreads, 1)
     denoising_loss_kernel(DenoisingLossArgs a, typename Units<T, W, kNoise, Form>::Image shape,
@@ -206,10 +206,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Pieces of an image, at most: 1 where a block reads it in little more time than another kernel
-// takes to start, or where the images are enough for all processors; else four blocks a processor.
+// The most pieces of an image: 1 where a block reads it in little more time than another kernel
+// takes to start, or where there are enough images for all processors; else as many as give four
+// blocks per processor.
 int64_t most_pieces(const DenoisingLossArgs& a) {
-  constexpr double kCard = 3e6, kAlone = 5e4;  // bytes a microsecond: the card's, one block's
+  constexpr double kCard = 3e6, kAlone = 5e4;  // bytes per microsecond: of the card, of one block
   constexpr double kLaunch = 2;                // microseconds
   constexpr int64_t kProcessors = 132,
                     kSeeded = 8;  // bytes that take as long as an element's noise
@@ -256,8 +257,8 @@ void launch_backward(const DenoisingLossArgs& a, const Image& image, const float
                   stream, a, image, grad, dprediction);
 }
 
-constexpr int kCombineThreads = 128;  // a warp an image
-constexpr int kEach = 2;  // vectors a thread takes of three tensors, where there are many
+constexpr int kCombineThreads = 128;  // one warp per image
+constexpr int kEach = 2;  // vectors of each of three tensors per thread, where there are many
 
 __global__ void __launch_bounds__(kCombineThreads)
     combine(DenoisingLossArgs a, const float* sums, int64_t pieces, float* loss) {
@@ -274,7 +275,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   store_one(loss + n, image_loss(weight, sum, a.channels * a.pixels));
 }
 
-// Calls f(T{}, width, each, image) for units of given noise, W and Each as integral constants.
+// Calls f(T{}, width, each, image) for units with given noise. `width` is W and `each` is Each, as
+// integral constants.
 template <class F>
 void for_flat_unit(const DenoisingLossArgs& a, const void* dprediction, int64_t pieces, F f) {
   for_dtype(a.dtype, [&](auto tag) {
@@ -292,8 +294,8 @@ void for_flat_unit(const DenoisingLossArgs& a, const void* dprediction, int64_t 
   });
 }
 
-// Calls f(T{}, width, form, image) for units of noise from a seed, W and Form as integral
-// constants.
+// Calls f(T{}, width, form, image) for units with noise from a seed. `width` is W and `form` is
+// Form, as integral constants.
 template <class F>
 void for_seeded_unit(const DenoisingLossArgs& a, const void* dprediction, F f) {
   for_dtype(a.dtype, [&](auto tag) {

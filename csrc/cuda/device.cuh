@@ -1,7 +1,7 @@
-// The basics that every kernel shares: packs of elements that move by one instruction, conversions,
-// sums over a warp and a block, and the one way to launch.
+// The basics of every kernel: packs of elements that one instruction moves, conversions, sums over
+// a warp and a block, and the only way to launch.
 //
-// Compiled with -DFASTDIFF_EMULATE the same sources run on the host, one fiber or thread a CUDA
+// Compiled with -DFASTDIFF_EMULATE the same sources run on the host, one fiber or thread per CUDA
 // thread (tools/emulation): there load and store count bytes and check alignment, which is why
 // every access to global memory goes through them.
 #pragma once
@@ -23,8 +23,8 @@
 
 namespace fastdiff::cuda {
 
-// N neighbours, aligned so that they move together: at most 16 bytes, the widest access that all
-// of Ampere, Hopper and Blackwell have.
+// N neighbouring elements, aligned so that one access moves them: at most 16 bytes, the widest
+// access that Ampere, Hopper and Blackwell all have.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   static_assert(sizeof(T) * N <= 16, "no access is wider than 16 bytes");
@@ -35,7 +35,7 @@ template <class T>
 constexpr int kWidth = 16 / static_cast<int>(sizeof(T));  // elements in the widest access
 
 #ifndef FASTDIFF_EMULATE
-// The integer that a pack travels as. A struct of 16-bit floats alone would be moved piecewise.
+// The integer as which a pack is moved. A struct of 16-bit floats would be moved piecewise.
 template <int Bytes>
 struct WordOf;
 template <>
@@ -106,7 +106,7 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 
-// Rounded to the nearest, ties to even.
+// Converts a float to T, rounded to nearest, ties to even.
 template <class T>
 __device__ __forceinline__ T from_float(float value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -119,8 +119,7 @@ __device__ __forceinline__ T from_float(float value) {
   }
 }
 
-// The dynamic shared memory of the launch, aligned to 16 bytes. There is one: all that a kernel
-// keeps there lies in it.
+// The dynamic shared memory of the launch, aligned to 16 bytes. A kernel has a single such region.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
 #ifdef FASTDIFF_EMULATE
@@ -139,8 +138,8 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// The sum over a one-dimensional block of whole warps, to every thread, in an order that depends
-// on nothing. Two barriers; the first lets it be called again at once.
+// The sum over a one-dimensional block of whole warps, to every thread, always in the same order.
+// It has two barriers; the first allows a second call without a barrier in between.
 template <class T>
 __device__ __forceinline__ T block_sum(T value) {
   __shared__ T partial[32];
@@ -165,7 +164,7 @@ decltype(auto) for_dtype(Dtype dtype, F&& f) {
   }
 }
 
-constexpr size_t kSharedLimit = 166912;  // bytes a block can have on sm_80, the least of the three
+constexpr size_t kSharedLimit = 166912;  // bytes that a block can have on sm_80, the smallest limit
 
 // Starts `kernel` with `args`, each converted to the kernel's parameter. An empty grid is no
 // launch.

@@ -3,11 +3,11 @@
 // In float32: average + weight (parameter - average) where |weight| < 1/2, else
 // parameter - (parameter - average) (1 - weight), as torch.lerp does, so that a weight of 0 leaves
 // the average and a weight of 1 gives the parameter.
-// Reads 2 S and writes 1 S for averages and parameters of S bytes each, which is the least there
-// is, and 24 bytes for each 4096 elements for the table, whose row tells a block its chunk: no
-// search, and thousands of small tensors cost what their bytes cost. A chunk whose two addresses
-// are aligned is moved 16 bytes at a time (a row decides for itself, so one odd tensor does not
-// slow the rest), but for the last elements of a tensor.
+// Reads 2 S and writes 1 S for averages and parameters of S bytes each, the minimum, and 24 bytes
+// of the table for each 4096 elements. A row of the table tells a block its chunk: there is no
+// search, and thousands of small tensors cost only their bytes. A chunk whose two addresses are
+// aligned is moved 16 bytes at a time, except the last elements of a tensor. Each row is checked by
+// itself, so that one misaligned tensor does not slow the others.
 #include "cuda/access.cuh"
 #include "cuda/ema_update.h"
 

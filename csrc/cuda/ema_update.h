@@ -16,9 +16,9 @@ struct EmaPair {
 
 // The table that the kernel walks: int64 [chunks, 3], a row (address in the average, address in the
 // parameter, elements) for each piece of at most kEmaChunk elements of a pair. It depends on the
-// addresses, the counts and the two dtypes only, so that it is made, copied to the device and kept
-// once for a list of pairs (all of the same two dtypes); a captured graph reads it where it was, so
-// the device tensor has to live as long as the graph. Empty pairs have no row.
+// addresses, the counts and the two dtypes only. So it is made and copied to the device once for a
+// list of pairs (all of the same two dtypes), and kept. A captured graph reads it at a fixed
+// address, so the device tensor has to live as long as the graph. Empty pairs have no row.
 constexpr int64_t kEmaChunk = 4096;
 
 std::vector<int64_t> ema_update_table(const std::vector<EmaPair>& pairs, Dtype average,
@@ -26,7 +26,7 @@ std::vector<int64_t> ema_update_table(const std::vector<EmaPair>& pairs, Dtype a
 
 struct EmaUpdateArgs {
   Dtype average, parameter;  // of all rows of the table
-  int64_t chunks;            // rows of the table; none: nothing is launched
+  int64_t chunks;            // rows of the table; with 0 nothing is launched
   const int64_t* table;      // on the device
   const float* weight;       // one element on the device
 };

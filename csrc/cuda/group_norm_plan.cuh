@@ -1,6 +1,6 @@
-// How the work of group_norm_silu and its backward is divided. A plan follows from shapes, dtype,
-// layout and alignment alone, never from the device, so that results do not depend on it; the
-// numbers have about 132 to 148 multiprocessors in mind.
+// How the work of group_norm_silu and its backward is divided. A plan depends on shapes, dtype,
+// layout and alignment, never on the device, so that results do not either. The constants suit 132
+// to 148 multiprocessors.
 #pragma once
 
 #include <algorithm>
@@ -13,13 +13,13 @@
 
 namespace fastdiff::cuda {
 
-constexpr int kEnoughBlocks = 128;              // about one for a multiprocessor
-constexpr int kTileChannels = 512;              // at most, in a tile that is kept on the chip
-constexpr int64_t kLargest = int64_t{1} << 30;  // what is counted in 32 bits
-constexpr int64_t kFewestBytes = 32;            // of a pixel in such a tile: a sector of memory
-constexpr int64_t kEnoughBytes = 128;           // a line of the cache
+constexpr int kEnoughBlocks = 128;              // about one per multiprocessor
+constexpr int kTileChannels = 512;              // the most in a tile that is kept on the chip
+constexpr int64_t kLargest = int64_t{1} << 30;  // the most that is counted in 32 bits
+constexpr int64_t kFewestBytes = 32;   // least of a pixel in a tile on the chip: a memory sector
+constexpr int64_t kEnoughBytes = 128;  // a cache line
 
-// What a thread holds: the template arguments of the kernels.
+// What a thread holds in registers: the template arguments of the kernels.
 struct Holding {
   int pieces, slots;
 };
@@ -39,7 +39,7 @@ inline int power_of_two_from(int n) {
   return power;
 }
 
-// Elements in an access: as many as 16 bytes hold, if all pointers and all runs allow it.
+// Elements of an access: as many as 16 bytes hold, if all pointers and runs are so aligned.
 template <class Args>
 int access_width(const Args& a, std::initializer_list<const void*> pointers) {
   const int width = static_cast<int>(16 / size_of(a.dtype));
@@ -69,8 +69,8 @@ Tiling whole_image(const Args& a) {
   return t;
 }
 
-// Channels-first on the chip: a group a block. The first holding that a block of at most
-// kTileThreads can take a group with; few packs a thread means many threads to work on the group.
+// Channels-first on the chip: one group per block. Chooses the first holding with which a block of
+// at most kTileThreads holds a group; fewer packs per thread give more threads for the group.
 inline bool hold_group(const Tiling& image, int64_t groups, int width,
                        std::initializer_list<Holding> holdings, Plan& plan) {
   if (image.per_group > kTileChannels) return false;
@@ -90,9 +90,9 @@ inline bool hold_group(const Tiling& image, int64_t groups, int width,
   return false;
 }
 
-// Channels-last on the chip: the fewest whole groups a block whose channels make whole packs and,
-// for each pixel, whole sectors of memory; more, up to a cache line, where that leaves enough
-// blocks.
+// Channels-last on the chip: a block has the fewest whole groups whose channels are whole packs
+// and, for each pixel, whole memory sectors. It has more groups, up to a cache line, if enough
+// blocks remain.
 inline bool hold_groups(const Tiling& image, int64_t images, int64_t groups, int width,
                         int64_t element, std::initializer_list<Holding> holdings, Plan& plan) {
   bool found = false;
@@ -114,7 +114,7 @@ inline bool hold_groups(const Tiling& image, int64_t images, int64_t groups, int
       found = true;
       break;
     }
-    if (!found) break;  // wider tiles fit even less
+    if (!found) break;  // wider tiles do not fit either
   }
   return found;
 }
@@ -125,15 +125,15 @@ inline dim3 grid_of(int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-// Blocks that a grid of kSplitThreads threads each has.
+// The number of blocks of kSplitThreads threads.
 inline int64_t split_blocks(const Tiling& t, bool last, int64_t images) {
   if (last) return images * t.tiles * t.spans;
   return images * t.tiles;
 }
 
-// Split: pieces or rows of `slots` packs a thread. Channels-first a piece is a span; a block takes
-// as many pieces as it has teams. Channels-last a block takes up to a cache line of channels of
-// `rows * slots` pixels, a span. The more slots, the less is written for spans beside what is read.
+// Split: a thread takes `slots` packs of a piece or row. Channels-first a piece is a span, and a
+// block takes as many pieces as it has teams. Channels-last a block takes up to a cache line of
+// channels of `rows * slots` pixels, a span. With more slots fewer statistics are written.
 inline Tiling split(const Tiling& image, bool last, int width, int slots) {
   Tiling t = image;
   t.slots = slots;

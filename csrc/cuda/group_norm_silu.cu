@@ -2,19 +2,20 @@
 //
 // Layout: [N, C, P], or [N, P, C] channels-last. Two ways, chosen by group_norm_plan.cuh:
 //
-// On the chip, where whole groups fit into the registers of a block: read once, take the mean, then
-// the deviations from it, write. 2 S for an activation of S bytes, 3 S with a residual: the ideal.
-// One launch; also right where only a few dozen blocks result, since the launches and the second
-// reading that splitting costs take longer than half a device takes for a few megabytes.
+// On the chip, where whole groups fit into the registers of a block: read once, compute the mean
+// and then the deviations from it, write. This moves 2 S for an activation of S bytes, 3 S with a
+// residual: the ideal. It is one launch. It is also faster where it gives only a few dozen blocks:
+// the further launches and second reading of a split take longer than half a device takes for a few
+// megabytes.
 //
-// Split, where they do not: statistics of spans of every channel (S read), their combination in a
-// small kernel, and the result (2 S, or 3 S): 3 S, or 4 S with a residual. The second reading
-// starts where the first ended, so that it finds in the second-level cache what fits there. With
-// statistics given the first kernel falls away: 2 S, or 3 S.
+// Split, where groups do not fit: statistics of spans of every channel (S read), their combination
+// in a small kernel, and the result (2 S, or 3 S): 3 S, or 4 S with a residual. The second reading
+// starts where the first ended, and so finds the last part in the second-level cache. If statistics
+// are given the first kernel is omitted: 2 S, or 3 S.
 //
-// Sums are float32 over a thread's few elements and in trees from there on; what is combined over
-// spans is float64. The mean is first taken roughly, then corrected by the mean deviation from it,
-// so that a mean of 10,000 beside a deviation of 0.1 keeps the deviation's digits.
+// Sums are float32, over a thread's few elements and then in trees; spans are combined in float64.
+// An approximate mean is corrected by the mean deviation from it, so that the digits of a deviation
+// of 0.1 are kept with a mean of 10,000.
 #include "cuda/channel_statistics.cuh"
 #include "cuda/group_norm_plan.cuh"
 #include "cuda/group_norm_silu.h"
@@ -25,8 +26,8 @@ namespace {
 
 using Args = GroupNormSiluArgs;
 
-// Sums v[run] over all threads, group by group of the tile that starts at channel `first`, and
-// calls f(group, sums) in one thread for each group. All threads see what f wrote.
+// Sums v[run] over all threads, for each group of the tile that starts at channel `first`, and
+// calls f(group, sums) in one thread per group. All threads see what f wrote.
 template <int kValues, class Tile, class F>
 __device__ __forceinline__ void sum_groups(const Tile& tile, const Tiling& t, int first,
                                            const float (&v)[Tile::kRuns][kValues], float* shared,
@@ -68,13 +69,14 @@ __device__ __forceinline__ void sum_groups(const Tile& tile, const Tiling& t, in
   __syncthreads();
 }
 
-// The tile's result. The three planes hold the coefficients of channels `first` and following.
+// Writes the tile's result. The three planes hold the coefficients of the channels from `first` on.
 template <class T, int W, class Tile, int kPieces, int kSlots>
 __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile& tile,
                                       int64_t image, const Pack<T, W> (&x)[kPieces][kSlots],
                                       const float* center, const float* gain, const float* offset,
                                       int first) {
-  constexpr int kBatch = kSlots * kPieces > 8 ? 1 : kSlots < 4 ? kSlots : 4;  // residuals ahead
+  // Residuals that are loaded ahead.
+  constexpr int kBatch = kSlots * kPieces > 8 ? 1 : kSlots < 4 ? kSlots : 4;
   constexpr int kCount = Tile::kCoefficients;
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
@@ -118,7 +120,7 @@ __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile
   }
 }
 
-// A group's statistics from sums of deviations from `pivot` and of their squares.
+// A group's statistics from the sums of deviations from `pivot` and of their squares.
 struct GroupMoments {
   double mean, rstd;
 
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast, kPieces
 
   double* mean = dynamic_shared<double>();
   double* rstd = mean + t.groups;
-  float* center = reinterpret_cast<float*>(rstd + t.groups);  // at first what is added
+  float* center = reinterpret_cast<float*>(rstd + t.groups);  // first holds `add`
   float* gain = center + channels;
   float* offset = gain + channels;
   float* pivot = offset + channels;
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kTileThreads, blocks_at_once<T, kLast, kPieces
       sum += deviation;
       squares += deviation * deviation;
     });
-    // x + add - middle is x - from less what the subtraction lost (Knuth's two-sum).
+    // x + add - middle is x - from, less the rounding error of `from` (Knuth's two-sum).
     const float shift = tile.elements(run) * lost;
     moments[run][0] = sum - shift;
     moments[run][1] = squares - lost * (2 * sum - shift);
@@ -241,8 +243,8 @@ __global__ void __launch_bounds__(kSplitThreads, 2)
   }
 }
 
-// The second: mean and rstd of a group, in float64 and two passes over its channels' statistics,
-// and its channels' coefficients [N, 3, C].
+// The second split kernel: mean and rstd of a group, in float64 and two passes over its channels'
+// statistics, and its channels' coefficients [N, 3, C].
 template <class T>
 __global__ void __launch_bounds__(kSplitThreads)
     combine(Args a, Tiling t, const float* statistics, int spans, float* coefficients) {
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const T* add = static_cast<const T*>(a.add);
   statistics += image * spans * 4 * channels + first;
-  // Threads stand side by side on the channels, as many rows of them as there are on the spans.
+  // The threads are rows of neighbours along the channels; the rows share the spans.
   const int side = min(t.per_group, threads), rows = threads / side;
   const int column = thread % side, row = thread / side;
   const auto each = [&](auto&& f) {  // f(count, mean, m2)
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   }
 }
 
-// The third: the result. The last blocks of the first kernel come first.
+// The third split kernel: the result. It begins with the last blocks of the first kernel.
 template <class T, int W, int kSlots, bool kLast>
 __global__ void __launch_bounds__(kSplitThreads, 2)
     apply(Args a, Tiling t, const float* coefficients) {
@@ -361,7 +363,7 @@ void launch_split(const Args& a, Stream stream) {
                   coefficients);
 }
 
-// Runs the instance for what a thread holds; the cases are those of plan_of.
+// Runs the instance for what a thread holds. The cases are the holdings that plan_of chooses from.
 template <class T, int W, bool kLast>
 void launch(const Args& a, const Plan& plan, Stream stream) {
   if (!plan.on_chip) return launch_split<T, W, kLast>(a, stream);

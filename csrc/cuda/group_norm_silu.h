@@ -7,10 +7,10 @@
 
 namespace fastdiff::cuda {
 
-// Dense tensors of one dtype and one layout: x is [N, C1, P], or [N, P, C1] channels-last, skip the
-// same with C2 channels, y and residual with C = C1 + C2. Every pointer is aligned to its element
-// at least; accesses are 128 bits wide where all of them are aligned to 16 bytes and so are the
-// runs (P elements; channels-last C1 and C2). Null pointers are absent arguments.
+// Dense tensors of one dtype and one layout: x is [N, C1, P], or [N, P, C1] channels-last, skip has
+// C2 channels instead, y and residual have C = C1 + C2. Every pointer is aligned to its element at
+// least. Accesses are 128 bits wide where all pointers and runs (P elements; channels-last C1 and
+// C2) are multiples of 16 bytes. Null pointers are absent arguments.
 struct GroupNormSiluArgs {
   Dtype dtype;
   bool channels_last, silu;
@@ -32,8 +32,8 @@ struct GroupNormSiluArgs {
   double* rstd;  // [N, G], written: 1 / sqrt(variance + eps)
 };
 
-// Bytes of workspace, possibly none. Everything else must be set already: how the work is divided
-// depends on the pointers' alignment as well as on the shapes.
+// Bytes of workspace, possibly 0. All other members must be set: the division of the work depends
+// on the pointers' alignment and on the shapes.
 int64_t group_norm_silu_workspace(const GroupNormSiluArgs& args);
 
 // Writes y, mean and rstd. Does nothing if a tensor has no elements.

@@ -5,26 +5,26 @@
 //
 //   dx = rstd (G dz - db - h ds),   db = sum(G dz) / K,   ds = sum(G dz h) / K
 //
-// and everything per channel follows from its sums A = sum dz, B = sum dz h, X = sum h:
+// and all gradients per channel follow from its sums A = sum dz, B = sum dz h, X = sum h:
 //
 //   dshift = A   dscale = weight B + bias A   dadd = rstd (G A - P db - X ds)
 //   dweight = sum over images of (1 + scale) B   dbias = sum over images of (1 + scale) A
 //
-// The sums are taken of x - center in place of h, center being mean - add rounded, which keeps
-// the digits of a small deviation beside a large mean, and are corrected in float64.
+// The sums are computed with x - center instead of h, where center is mean - add rounded, and are
+// corrected in float64. That keeps the digits of a small deviation from a large mean.
 //
 // Layout: [N, C, P], or [N, P, C] channels-last. Two ways, chosen by group_norm_plan.cuh:
 //
 // On the chip, where x and grad of whole groups fit into the registers of a block: read once, sum,
-// write. 3 S for an activation of S bytes, the ideal; dz is computed twice rather than kept, since
-// an exponential is cheaper than a register that holds another activation.
+// write. This moves 3 S for an activation of S bytes, the ideal. dz is computed twice, not kept:
+// an exponential is cheaper than the registers of another activation.
 //
-// Split, where they do not: sums of spans of every channel (2 S read), their combination in a small
-// kernel, and dx (2 S read, S written): 5 S. The second reading starts where the first ended, so
-// that it finds in the second-level cache what fits there.
+// Split, where groups do not fit: sums of spans of every channel (2 S read), their combination in a
+// small kernel, and dx (2 S read, S written): 5 S. The second reading starts where the first ended,
+// and so finds the last part in the second-level cache.
 //
-// Either way a last small kernel sums the parameters' gradients over the images, always in the same
-// order; no sum is atomic.
+// In both cases a last small kernel sums the parameters' gradients over the images, always in the
+// same order; no sum is atomic.
 #include "cuda/group_norm_plan.cuh"
 #include "cuda/group_norm_silu_backward.h"
 #include "cuda/group_norm_tile.cuh"
@@ -63,7 +63,7 @@ __device__ __forceinline__ Coefficients coefficients_of(const Args& a, const Til
   return Coefficients(f.add, f.gain, f.offset, group.mean, group.rstd);
 }
 
-// The sums of a run of a thread's elements.
+// The three sums over a run of a thread's elements.
 template <class T, int W, class Tile, int kPieces, int kSlots>
 __device__ __forceinline__ void sum_run(const Tile& tile, int run, bool silu, float center,
                                         float gain, float offset,
@@ -80,8 +80,8 @@ __device__ __forceinline__ void sum_run(const Tile& tile, int run, bool silu, fl
   });
 }
 
-// Sums `columns` columns of `rows` values each, which lie together in shared memory, and calls
-// f(column, sum) in one thread for each. All threads see what f wrote.
+// Sums `columns` columns of `rows` contiguous values each in shared memory, and calls f(column,
+// sum) in one thread per column. All threads see what f wrote.
 template <class F>
 __device__ __forceinline__ void sum_columns(const float* shared, int columns, int rows, F&& f) {
   const int lanes = lanes_for(columns), team = static_cast<int>(threadIdx.x) / lanes;
@@ -98,13 +98,13 @@ __device__ __forceinline__ void sum_columns(const float* shared, int columns, in
   __syncthreads();
 }
 
-// What a group's solution needs of a channel: G A, G B and X above.
+// The values of a channel from which a group's db, ds and dadd follow: G A, G B and X above.
 struct ChannelSums {
   float dz, dz_h, h;
 };
 
-// From the sums of a channel: dshift and dscale are written, and for the parameters' gradients a
-// plane of (1 + scale) B and one of (1 + scale) A of [N, 2, C].
+// Writes dshift and dscale from the sums of a channel, and for the parameters' gradients its values
+// (1 + scale) B and (1 + scale) A in the two planes of [N, 2, C].
 template <class T>
 __device__ __forceinline__ ChannelSums take_channel(const Args& a, const Tiling& t, int64_t image,
                                                     int channel, const Affine& f, double rstd,
@@ -122,7 +122,8 @@ __device__ __forceinline__ ChannelSums take_channel(const Args& a, const Tiling&
           static_cast<float>(sums[2] * rstd + t.pixels * rest)};
 }
 
-// dx = dz gain + (x - center) curve + base of a channel, given its group's db and ds. Writes dadd.
+// The coefficients of dx = dz gain + (x - center) curve + base of a channel, from its group's db
+// and ds. Writes dadd.
 struct Slope {
   float curve, base;
 
@@ -137,7 +138,7 @@ struct Slope {
   }
 };
 
-// The tile's dx. The planes hold the coefficients of channels `first` and following.
+// Writes the tile's dx. The planes hold the coefficients of the channels from `first` on.
 template <class T, int W, class Tile, int kPieces, int kSlots>
 __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile& tile,
                                       int64_t image, const Pack<T, W> (&x)[kPieces][kSlots],
@@ -171,7 +172,7 @@ __device__ __forceinline__ void write(const Args& a, const Tiling& t, const Tile
   }
 }
 
-// Shared memory: planes of coefficients, of the channels' sums, and room for sum_columns.
+// Shared memory: planes of coefficients, planes of the channels' sums, and room for sum_columns.
 size_t shared_on_chip(const Tiling& t) {
   const int channels = t.groups * t.per_group;
   return channels * (kPlanes + kSums + kSums * (t.rows | 1)) * sizeof(float);
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kSplitThreads, 2) take_sums(Args a, Tiling t, 
     sum_run(tile, run, a.silu, f[0], f[shared.stride], f[2 * shared.stride], x, grad, sum);
   };
   if constexpr (kLast) {
-    const int channels = t.lanes * W;  // of which the last tile may have fewer
+    const int channels = t.lanes * W;  // the last tile may have fewer
     float* room = shared.planes + 3 * channels;
     if (tile.row >= 0)
 #pragma unroll
@@ -300,7 +301,8 @@ __global__ void __launch_bounds__(kSplitThreads, 2) take_sums(Args a, Tiling t, 
   }
 }
 
-// The second: a group's channels. The sums over all spans go to `totals` [N, 3, C].
+// The second split kernel: the channels of a group. `totals` [N, 3, C] gets the sums over all
+// spans.
 template <class T>
 __global__ void __launch_bounds__(kSplitThreads)
     combine(Args a, Tiling t, const float* sums, int spans, float* totals, float* coefficients,
@@ -348,14 +350,14 @@ __global__ void __launch_bounds__(kSplitThreads)
 #pragma unroll 1
   for (int c = thread; c < t.per_group; c += threads) {
     const ChannelSums s{load_one(totals + c), 0, load_one(totals + channels + c)};
-    float* curve = coefficients + 3 * channels + c;  // where rest was put
+    float* curve = coefficients + 3 * channels + c;  // where `rest` was stored
     const Slope slope(a, t, image, first + c, s, group.rstd, load_one(curve), db, ds, tag);
     store_one(curve, slope.curve);
     store_one(curve + channels, slope.base);
   }
 }
 
-// The third: dx. The last blocks of the first kernel come first.
+// The third split kernel: dx. It begins with the last blocks of the first kernel.
 template <class T, int W, int kSlots, bool kLast>
 __global__ void __launch_bounds__(kSplitThreads, 2)
     apply(Args a, Tiling t, const float* coefficients) {
@@ -374,7 +376,8 @@ __global__ void __launch_bounds__(kSplitThreads, 2)
   write(a, t, tile, part.image, x, grad, shared.planes, shared.stride, shared.first);
 }
 
-// Last: the parameters' gradients, from [N, 2, C]. A block takes 32 channels, a warp some images.
+// The last kernel: the parameters' gradients, from [N, 2, C]. A block takes 32 channels, and each
+// of its warps some images.
 template <class T>
 __global__ void __launch_bounds__(kSplitThreads) sum_images(Args a, Tiling t, const float* sums) {
   constexpr int kWarps = kSplitThreads / 32;
@@ -453,7 +456,7 @@ void launch_split(const Args& a, Stream stream) {
                   SplitCoefficients::bytes(t, kLast, W, kPlanes), stream, a, t, coefficients);
 }
 
-// Runs the instance for what a thread holds; the cases are those of plan_of.
+// Runs the instance for what a thread holds. The cases are the holdings that plan_of chooses from.
 template <class T, int W, bool kLast>
 void launch(const Args& a, const Plan& plan, Stream stream) {
   if (!plan.on_chip) return launch_split<T, W, kLast>(a, stream);

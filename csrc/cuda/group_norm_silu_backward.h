@@ -32,11 +32,11 @@ struct GroupNormSiluBackwardArgs {
   void* dshift;     // [N, C]
 };
 
-// Bytes of workspace. Everything else must be set already.
+// Bytes of workspace. All other members must be set.
 int64_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs& args);
 
-// Writes dx to dshift. Does nothing if grad has no elements: dweight and dbias are the caller's
-// to set to zero then.
+// Writes dx, dskip, dweight, dbias, dadd, dscale and dshift. Does nothing if grad has no elements:
+// then the caller must set dweight and dbias to zero.
 void group_norm_silu_backward_cuda(const GroupNormSiluBackwardArgs& args, Stream stream);
 
 }  // namespace fastdiff::cuda

@@ -1,5 +1,5 @@
-// What the kernels of group_norm_silu and of its backward share: which elements a thread holds,
-// sums over threads, and the coefficients of a channel.
+// Shared by the kernels of group_norm_silu and its backward: which elements a thread holds, sums
+// over threads, and the coefficients of a channel.
 //
 // A block works on a tile of an image: some channels by some pixels. Each of its threads holds
 // kPieces * kSlots packs of W neighbouring elements in registers.
@@ -9,29 +9,29 @@
 //   channels-last: a row of the tile is `lanes` packs of channels of one pixel; `rows` rows are
 //     taken at a time, so that a thread has the same W channels in each of its pixels.
 //
-// Either way a thread's elements fall into runs of one channel, kRuns of them: its pieces, or the W
-// elements of its packs. Tiles are cut along channels, not groups, so that any number of channels a
-// group keeps whole packs.
+// In both layouts a thread's elements are kRuns runs, each of one channel: its pieces, or the W
+// elements of its packs. Tiles are cut along channels, not groups, so that packs are whole for any
+// number of channels per group.
 #pragma once
 
 #include "cuda/device.cuh"
 
 namespace fastdiff::cuda {
 
-constexpr int kTileThreads = 512;   // at most, in a block that keeps whole groups on the chip
-constexpr int kSplitThreads = 256;  // in a block that does not
+constexpr int kTileThreads = 512;   // the most in a block that keeps whole groups on the chip
+constexpr int kSplitThreads = 256;  // in a block of a split kernel
 
 struct Tiling {
   int channels, per_group, pixels;  // C = C1 + C2, C / G, P
   int lanes;                        // see above
   int rows;                         // channels-first: pieces of a channel; channels-last: see above
-  int slots;                        // in use, up to kSlots
+  int slots;                        // that are in use, up to kSlots
   int tiles;                        // of an image: on the chip, or channels-last along the channels
-  int spans;                        // parts of the pixels that are taken separately
+  int spans;                        // parts of the pixels, each with statistics of its own
   int groups;                       // in a tile, on the chip
 };
 
-// Two tensors that are taken as one, concatenated along the channels.
+// Two tensors that are used as one, concatenated along the channels.
 template <class T>
 struct Joined {
   T* first;
@@ -44,20 +44,20 @@ __device__ __forceinline__ Joined<const T> inputs(const Args& a) {
   return {static_cast<const T*>(a.x), static_cast<const T*>(a.skip), a.channels, a.skip_channels};
 }
 
-// Where a thread's packs lie: that of slot j at base + j * step.
+// The addresses of a thread's packs: the pack of slot j is at base + j * step.
 template <class T, bool kLast>
 struct Places {
   T* base;
   std::conditional_t<kLast, int64_t, int> step;
 };
 
-// Slot j begins at pixel + j * step; `count` slots hold anything. Channels-last, `channel` is the
-// first of W.
+// Slot j begins at pixel + j * step; `count` slots have elements. Channels-last, `channel` is the
+// first of W channels.
 struct Piece {
   int channel, pixel, step, count;
   int part;  // channels-first: which of the channel's pieces
 
-  // Its places in a tensor of all channels, and in two joined ones.
+  // Its addresses in a tensor of all channels, and in two concatenated tensors.
   template <bool kLast, class T>
   __device__ __forceinline__ Places<T, kLast> in(T* x, int64_t image, const Tiling& t) const {
     return in<kLast>(x, image, t, t.channels, channel);
@@ -68,7 +68,7 @@ struct Piece {
     const bool second = channel >= x.first_channels;
     T* from = second ? x.second : x.first;
 #ifndef FASTDIFF_EMULATE
-    __builtin_assume(__isGlobal(from));  // which the compiler loses sight of in the choice
+    __builtin_assume(__isGlobal(from));  // the choice hides this from the compiler
 #endif
     return in<kLast>(from, image, t, second ? x.second_channels : x.first_channels,
                      channel - (second ? x.first_channels : 0));
@@ -86,8 +86,8 @@ struct Piece {
   }
 };
 
-// The value, in a way that hides from the compiler where it is from. What is computed from it is
-// then computed anew, where the compiler would keep an earlier result in a register.
+// The value, hidden from the compiler's analysis. Results that depend on it are then computed
+// again, where the compiler would otherwise keep an earlier result in a register.
 __device__ __forceinline__ int anew(int value) {
 #ifndef FASTDIFF_EMULATE
   asm volatile("" : "+r"(value));
@@ -95,8 +95,8 @@ __device__ __forceinline__ int anew(int value) {
   return value;
 }
 
-// Makes the compiler unpack 16-bit elements anew from here on. Left alone it keeps what it unpacked
-// for one pass over the registers for the next: twice the registers.
+// Makes the compiler unpack 16-bit elements again from here on. Otherwise it keeps the unpacked
+// elements of one pass for the next pass, which takes twice the registers.
 template <class T, int W, int kPieces, int kSlots>
 __device__ __forceinline__ void unpack_anew(Pack<T, W> (&packs)[kPieces][kSlots]) {
 #ifndef FASTDIFF_EMULATE
@@ -115,8 +115,8 @@ __device__ __forceinline__ void unpack_anew(Pack<T, W> (&packs)[kPieces][kSlots]
 #endif
 }
 
-// Blocks of kTileThreads that a multiprocessor is to hold at once, for kPacks packs a thread. What
-// decides is the registers; channels-last 16-bit packs have eight channels' coefficients beside.
+// How many blocks of kTileThreads a multiprocessor should hold, for kPacks packs per thread. The
+// registers decide; channels-last, 16-bit packs also need the coefficients of eight channels.
 template <class T, bool kLast, int kPacks>
 constexpr int blocks_at_once() {
   return kPacks <= 4 && !(kLast && sizeof(T) == 2) ? 2 : 1;
@@ -135,8 +135,9 @@ struct Tile {
 
   // Two tiles of the same arguments are the same, but share no registers.
   //
-  // Channels-first: of channels first..first+channels-1, the pieces from number `piece` on.
-  // Channels-last: of those channels, the rows from pixel `begin` on that are taken together.
+  // Channels-first: the pieces from number `piece` on of the channels first..first+channels-1.
+  // Channels-last: the rows from pixel `begin` on of these channels, as many as are taken at a
+  // time.
   __device__ __forceinline__ Tile(const Tiling& t, int first, int channels, int piece, int begin) {
     const int thread = anew(static_cast<int>(threadIdx.x)), team = thread / t.lanes;
     const int lane = thread - team * t.lanes;
@@ -175,7 +176,7 @@ struct Tile {
     return piece(run).count * (kLast ? 1 : W);
   }
 
-  // x is two tensors joined, or one of all channels.
+  // x is two concatenated tensors, or one tensor of all channels.
   template <class X>
   __device__ __forceinline__ void read(const X& x, int64_t image, const Tiling& t,
                                        Packs& packs) const {
@@ -190,7 +191,7 @@ struct Tile {
     }
   }
 
-  // f(piece, slot, element) for the elements of a run.
+  // Calls f(piece, slot, element) for the elements of a run.
   template <class F>
   __device__ __forceinline__ void each(int run, F&& f) const {
 #pragma unroll
@@ -206,7 +207,7 @@ struct Tile {
   }
 };
 
-// Where block `b` of a split kernel works: the arguments of its Tile.
+// The part of the work of block `b` of a split kernel: the arguments of its Tile.
 struct Part {
   int64_t image;
   int first, channels, piece, begin, span;
@@ -240,9 +241,9 @@ __device__ __forceinline__ void read_floats(const float* from, float (&value)[kC
   }
 }
 
-// Coefficients of the channels that a block of a split kernel works on, plane by plane in shared
-// memory: channels-last of the tile's channels, channels-first of each team's one. So they are read
-// once a block or team, not by each of its threads.
+// Coefficients of the channels of a block of a split kernel, plane by plane in shared memory:
+// channels-last of the tile's channels, channels-first of the single channel of each team. So they
+// are read once per block or team, not by each thread.
 struct SplitCoefficients {
   float* planes;
   int stride;  // from one plane to the next
@@ -255,7 +256,7 @@ struct SplitCoefficients {
     first = Tile::kLast ? part.first : tile.pieces[0].channel - team;
   }
 
-  // put(channel, at) for each of the channels, in one thread each; `at` is where its values go.
+  // Calls put(channel, at) in one thread per channel; `at` is the place of its values.
   template <class Tile, class Put>
   __device__ __forceinline__ void fill(const Tile& tile, const Tiling& t, const Part& part,
                                        Put&& put) const {
@@ -270,7 +271,7 @@ struct SplitCoefficients {
     __syncthreads();
   }
 
-  __host__ __device__ static int size(const Tiling& t, bool last, int width) {  // of a plane
+  __host__ __device__ static int size(const Tiling& t, bool last, int width) {  // floats of a plane
     return last ? t.lanes * width : kSplitThreads / t.lanes;
   }
   static size_t bytes(const Tiling& t, bool last, int width, int count) {  // of `count` planes
@@ -286,14 +287,14 @@ __device__ __forceinline__ T lanes_sum(T value, int lanes) {
   return value;
 }
 
-// How many neighbouring lanes to set on each of `sums` sums: a power of two that divides a warp.
+// How many neighbouring lanes compute each of `sums` sums: a power of two that divides a warp.
 __device__ __forceinline__ int lanes_for(int sums) {
   int lanes = 32;
   while (lanes > 1 && sums * lanes > static_cast<int>(blockDim.x)) lanes /= 2;
   return lanes;
 }
 
-// The value to be normalised is x + add; the one before SiLU is normalised * gain + offset.
+// The value to be normalised is x + add. The value before SiLU is normalised * gain + offset.
 struct Affine {
   float add, gain, offset, grow, weight, bias;  // grow = 1 + scale
 
@@ -332,7 +333,7 @@ struct Coefficients {
   }
 };
 
-// 1 / (1 + e^-z). Where e^-z overflows it is 0, as it should.
+// 1 / (1 + e^-z). Where e^-z overflows the result is 0, which is right.
 __device__ __forceinline__ float sigmoid(float z) { return __fdividef(1, 1 + __expf(-z)); }
 
 }  // namespace fastdiff::cuda

@@ -1,11 +1,11 @@
 // Units of work for images whose noise is computed from a seed inside the kernel.
 //
 // A counter of Philox gives the noise of four consecutive elements of [C, pixels]. Channels-first,
-// those four elements are in one vector of a thread. Channels-last, they are one channel of four
-// pixels, so a thread takes four pixels, of as many channels as a vector holds. Images of three or
-// four channels, whose pixels are narrower than a vector, are taken by whole pixels: a thread has
-// four or eight of them, which begin and end with a vector. No counter is computed twice unless the
-// number of pixels is not a multiple of four.
+// these four elements are in one vector of a thread. Channels-last, they are one channel of four
+// pixels, so a thread takes four pixels, of as many channels as a vector holds. In images of three
+// or four channels a pixel is narrower than a vector, so a thread takes four or eight whole pixels,
+// which are whole vectors. No counter is computed twice unless the number of pixels is not a
+// multiple of four.
 //
 // A unit NoiseUnit<T, W, Form> is kVectors vectors of W elements. Vector v begins at element at(v)
 // of its image's memory, and belongs to the image where inside(v). fill() gives the noise of all
@@ -116,8 +116,8 @@ struct NoiseUnit<T, W, kFourPixels> : NoiseChannels<T, W, 4> {
   using NoiseChannels<T, W, 4>::NoiseChannels;
 };
 
-// Calls f(width, form, image) with the widest units for images at addresses of this alignment, W
-// and Form as integral constants.
+// Calls f(width, form, image) with the widest units for images at addresses of this alignment.
+// `width` is W and `form` is Form, as integral constants.
 template <class T, class F>
 void for_noise_unit(bool channels_last, int64_t channels, int64_t pixels, int64_t alignment, F f) {
   const auto call = [&](auto width, auto form, int64_t vectors, int64_t units) {

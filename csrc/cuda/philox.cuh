@@ -1,10 +1,10 @@
-// Philox4x32-10 (Salmon et al. 2011) and the normal values made of it (Box and Muller 1958).
+// Philox4x32-10 (Salmon et al. 2011) and normal noise made of it (Box and Muller 1958).
 //
 // A counter (group, image, row) under a key of two words gives four words, so four normal values:
 // elements 4 group .. 4 group + 3 of an image, counted in its contiguous order [C, pixels] whatever
-// the memory layout. The words are bit for bit those of the reference and of the CPU; the normal
-// values are of the same polynomials in the same order, so that they differ only where one compiler
-// contracts a product and a sum and the other does not: by at most 2 units in the last place.
+// the memory layout. The words are bitwise those of the reference and of the CPU. The normal values
+// come from the same polynomials in the same order. They differ by at most 2 units in the last
+// place, where one compiler contracts a product and a sum and the other does not.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,13 @@
 
 namespace fastdiff::cuda {
 
-// a = sqrt(-2 ln(1 - u)) cos(2 pi v) and b the sine likewise, of u and v in units of 2^-24.
+// a = sqrt(-2 ln(1 - u)) cos(2 pi v) and b = sqrt(-2 ln(1 - u)) sin(2 pi v), of u and v in units of
+// 2^-24.
 //
-// In float32 nothing is lost on the way to the polynomials: 1 - u and the distance of v from the
-// nearest quarter turn are exact. They are minimax in the relative error, which is below 3.2e-8 for
-// the logarithm between sqrt(1/2) and sqrt(2), and below 3.3e-9 for the sine and the cosine up to
-// an eighth of a turn. They take less than the library's functions do, which reduce any argument.
+// The arguments of the polynomials are exact in float32: 1 - u, and the distance of v from the
+// nearest quarter turn. The polynomials are minimax in the relative error, which is below 3.2e-8
+// for the logarithm between sqrt(1/2) and sqrt(2), and below 3.3e-9 for the sine and the cosine up
+// to an eighth of a turn. They are cheaper than the library's functions, which reduce any argument.
 __device__ __forceinline__ void box_muller(uint32_t u, uint32_t v, float& a, float& b) {
   const auto x = static_cast<float>(static_cast<int32_t>((1u << 24) - u));  // 2^24 (1 - u)
   const int32_t bits = __float_as_int(x);
@@ -37,7 +38,8 @@ __device__ __forceinline__ void box_muller(uint32_t u, uint32_t v, float& a, flo
 
   const auto turn = static_cast<int32_t>(v);
   const int32_t quarter = (turn + (1 << 21)) >> 22;
-  const float t = static_cast<float>(turn - quarter * (1 << 22)) * 0x1p-22f;  // -1/2..1/2 of it
+  // The distance from the quarter turn, -1/2..1/2 of a quarter.
+  const float t = static_cast<float>(turn - quarter * (1 << 22)) * 0x1p-22f;
   const float s = t * t;
   float sine = -0.004601659441119196f;
   sine = sine * s + 0.0796800334531243f;
@@ -49,18 +51,19 @@ __device__ __forceinline__ void box_muller(uint32_t u, uint32_t v, float& a, flo
   cosine = cosine * s - 1.2337005425976737f;
   cosine = (cosine * s + 1) * radius;
 
-  // Odd quarters exchange the two; the cosine is below 0 in quarters 1 and 2, the sine in 2 and 3.
+  // Odd quarters exchange sine and cosine. The cosine is negative in quarters 1 and 2, the sine in
+  // 2 and 3.
   const auto q = static_cast<uint32_t>(quarter);
   const float first = q & 1 ? sine : cosine, second = q & 1 ? cosine : sine;
   a = __uint_as_float(__float_as_uint(first) ^ ((q + 1) & 2) << 30);
   b = __uint_as_float(__float_as_uint(second) ^ (q & 2) << 30);
 }
 
-// The stream of an image at a row: all that its noise depends on but the element.
+// The stream of an image at a row: what its noise depends on besides the element.
 struct PhiloxStream {
   uint32_t key0, key1, image, row;
 
-  // `seed` points to the image's two numbers, its seed and its number.
+  // `seed` points to two numbers: the image's seed and the image's number.
   __device__ __forceinline__ PhiloxStream(const int64_t* seed, uint32_t row) : row(row) {
     const auto key = static_cast<uint64_t>(load_one(seed));
     key0 = static_cast<uint32_t>(key);
@@ -88,7 +91,7 @@ struct PhiloxStream {
     w[3] = c3;
   }
 
-  // Elements 4 group .. 4 group + 3.
+  // The normal values of the elements 4 group .. 4 group + 3.
   __device__ __forceinline__ void normal(uint64_t group, float (&z)[4]) const {
     uint32_t w[4];
     words(group, w);
@@ -96,8 +99,8 @@ struct PhiloxStream {
     box_muller(w[2] >> 8, w[3] >> 8, z[2], z[3]);
   }
 
-  // One element. A counter for each costs four times as much as `normal`: for layouts and edges
-  // where a thread does not hold four elements in a row.
+  // The normal value of one element. It costs four times as much per element as `normal`, and is
+  // for layouts and edges where a thread does not hold four consecutive elements.
   __device__ __forceinline__ float normal_at(uint64_t element) const {
     uint32_t w[4];
     words(element >> 2, w);

@@ -1,9 +1,9 @@
-// Standard normal values from a counter (philox.cuh), one stream an image.
+// Standard normal values from counters (philox.cuh), one stream per image.
 //
-// out [N, image] contiguous. Writes S for noise of S bytes, which is the least there is, and reads
-// two numbers an image. A thread computes as many values as a 16-byte store holds, one counter for
-// each four, so nothing is computed twice; a value takes about 55 instructions, so that arithmetic
-// is as likely a limit as the memory.
+// out is [N, image], contiguous. Writes S for noise of S bytes, the minimum, and reads two numbers
+// per image. A thread computes as many values as a 16-byte store holds, one counter for each four,
+// so no counter is computed twice. A value takes about 55 instructions, so arithmetic is as likely
+// a limit as memory.
 #include "cuda/access.cuh"
 #include "cuda/philox.cuh"
 #include "cuda/philox_normal.h"

@@ -1,9 +1,9 @@
 // x_t = signal[t] x_0 + sigma[t] noise. The noise is given, or computed here from a seed.
 //
-// q_sample reads 2 S and writes 1 S for images of S bytes, the least possible. The tensors share a
-// layout, whichever it is, and are walked flat.
+// q_sample reads 2 S and writes 1 S for images of S bytes, the minimum. All tensors have the same
+// memory layout, and are walked flat.
 //
-// q_sample_from_seed reads 1 S and writes 1 S, the least possible. The noise is never in memory and
+// q_sample_from_seed reads 1 S and writes 1 S, the minimum. The noise is never in memory and
 // never rounded: a kernel that needs it later computes it again. noise_unit.cuh says which elements
 // a thread takes.
 #include "cuda/access.cuh"
@@ -26,7 +26,7 @@ struct Coefficients {
     }
   }
 
-  // Both kernels round in the same way: float32 noise that is given yields the x_t of its seed.
+  // Both kernels round alike: with the float32 noise of a seed, q_sample gives the same x_t.
   __device__ __forceinline__ float operator()(float x0, float noise) const {
     return __fmaf_rn(signal, x0, sigma * noise);
   }
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) q_sample_kernel(QSampleArgs a) {
         z[u] = load<W>(noise + i);
       }
     }
-    const Coefficients noised(a, n);  // after the loads that do not wait for it
+    const Coefficients noised(a, n);  // after the loads, which do not depend on it
 #pragma unroll
     for (int u = 0; u < Each; ++u) {
       const int64_t i = first + u * stride;

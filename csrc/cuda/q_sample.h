@@ -6,7 +6,7 @@
 
 namespace fastdiff::cuda {
 
-// Pointers to dense tensors of one layout, whichever it is: they are walked flat.
+// Pointers to dense tensors of the same memory layout, which are walked flat.
 struct QSampleArgs {
   Dtype dtype;
   int64_t images;
@@ -33,7 +33,7 @@ struct QSampleFromSeedArgs {
   const float* signal;
   const float* sigma;
   const int64_t* seed;  // [images, 2], contiguous
-  const int64_t* row;   // one element, of which the low word counts
+  const int64_t* row;   // one element; its low 32 bits count
 };
 
 void q_sample_from_seed_cuda(const QSampleFromSeedArgs& args, Stream stream);

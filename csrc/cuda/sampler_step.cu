@@ -1,22 +1,22 @@
-// One row of a sampler's table (fastdiff/samplers/table.py): with m the model's output, z noise,
+// One row of a sampler's table (fastdiff/samplers/table.py). With the model's output m and noise z:
 //
-//   m  = m_u + guidance (m_c - m_u), times a factor of the image's if guidance is rescaled
-//   x0 = clamp(x0_x x + x0_m m, low, high), or clamp(.., -s, s) / s with a limit s of the image's
+//   m  = m_u + guidance (m_c - m_u), times a factor per image if guidance is rescaled
+//   x0 = clamp(x0_x x + x0_m m, low, high), or clamp(.., -s, s) / s with a limit s per image
 //   x' = out_x x + out_x0 x0 + out_m m + sum h_j history_j + noise exp((logvar + logvar_v v) / 2) z
 //   history[slot] = keep_x x + keep_x0 x0 + keep_m m + keep_noise z
 //
-// Layout: dense, channels-first or channels-last, walked flat; only variance channels and noise
-// from a seed look at where in its image an element lies.
+// Layout: dense, channels-first or channels-last, walked flat. An element's place in its image is
+// needed only for variance channels and for noise from a seed.
 //
 // Bytes: reads x, m (m_u and m_c), v, z and the slots with a coefficient once, and writes x' and
-// the slot. Of images of L bytes: 3 L, guided 4 L, and 1 L for each of v and z where they have a
-// coefficient, and 4 bytes an element for each slot read or written. That is the least there is.
-// Each block reads the row, too. What images as a whole need (sampler_step_image.cu) comes on top
-// where the row asks for it. Noise from a seed is computed on the chip and never goes to memory.
+// the slot. For images of L bytes that is 3 L, with guidance 4 L, 1 L for each of v and z with a
+// coefficient, and 4 bytes per element for each slot read or written: the minimum. Each block also
+// reads the row. Where the row asks for a factor or a limit of whole images, the bytes of
+// sampler_step_image.cu are added. Noise from a seed is computed on the chip and never in memory.
 //
-// Why so: everything that depends on the row is decided here, by branches that all threads of the
-// launch take alike, so that the host never waits for a step that the device counts. The first
-// elements are on their way while the row is read, which takes two readings one after the other.
+// Design: everything that depends on the row is decided in the kernel, by branches that all threads
+// of the launch take alike, so that the host never waits for a step that the device counts. The
+// first elements are loaded while the row is read, which takes two reads one after the other.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -28,17 +28,17 @@
 namespace fastdiff::cuda {
 namespace {
 
-constexpr int kThreads = 256;      // at most
-constexpr int kSmallThreads = 64;  // where there are few packs, so that more processors have some
-constexpr int64_t kBlocks = 1056;  // 8 a processor of 132: with more packs, a block takes several
+constexpr int kThreads = 256;      // the most in a block
+constexpr int kSmallThreads = 64;  // with few packs, so that more processors have work
+constexpr int64_t kBlocks = 1056;  // 8 per processor of 132: with more packs, a block takes several
 constexpr int64_t kManyPacks = 65536;
 
-// Noise of the elements first..end-1 into shared memory, by all threads of the block. Neighbours in
-// memory are of different channels here, or not aligned to a counter's four.
+// Computes the noise of the elements first..end-1 into shared memory, by all threads of the block,
+// where neighbours in memory are of different channels or not aligned to a counter's four elements.
 //
 // If 4 divides the pixels, a counter's values are of one channel and pixels 4 g .. 4 g + 3, which
-// lie C elements apart: where the range holds that many, each counter is computed once, and gives
-// what of it lies in the range. streams[n - first_image] is that of image n.
+// are C elements apart. If the range is long enough for these, each counter is computed once, and
+// its values in the range are written. streams[n - first_image] is the stream of image n.
 __device__ __forceinline__ void draw_shared(const SamplerStepArgs& a, const PhiloxStream* streams,
                                             int64_t first_image, int64_t first, int64_t end,
                                             float* z) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void draw_shared(const SamplerStepArgs& a, const Phil
   }
 }
 
-// Elements 4 group .. 4 group + W - 1 of an image.
+// Noise of the elements 4 group .. 4 group + W - 1 of an image.
 template <int W>
 __device__ __forceinline__ void draw(const PhiloxStream& stream, int64_t group, float (&z)[W]) {
 #pragma unroll
@@ -109,8 +109,8 @@ __device__ __forceinline__ void store_slot(float* slot, const float (&from)[W]) 
 
 template <class T, int W, bool kGather>
 __global__ void __launch_bounds__(kThreads, 2) sampler_step_kernel(SamplerStepArgs a) {
-  constexpr int kSlotsAtOnce = W == 8 ? 2 : 4;  // on their way together
-  // Of the elements that the block works on, and of their images, of which there are not more.
+  constexpr int kSlotsAtOnce = W == 8 ? 2 : 4;  // loaded together
+  // The noise of the block's elements, and the streams of their images, of which there are no more.
   __shared__ float shared_z[kThreads * W], factors[kThreads], limits[kThreads];
   alignas(16) __shared__ unsigned char stream_memory[kThreads * sizeof(PhiloxStream)];
   auto* streams = reinterpret_cast<PhiloxStream*>(stream_memory);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2) sampler_step_kernel(SamplerStepAr
   T* out = static_cast<T*>(a.out);
   const int64_t length = image_length(a), total = a.images * length;
   const int64_t tile = static_cast<int64_t>(blockDim.x) * W, stride = gridDim.x * tile;
-  int64_t first = blockIdx.x * tile;  // of the block
+  int64_t first = blockIdx.x * tile;  // first element of the block
   const auto own = [&] { return first + threadIdx.x * W; };
 
   Pack<T, W> next_x{};
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2) sampler_step_kernel(SamplerStepAr
     const int64_t e = own(), end = min(first + tile, total);
     const int64_t first_image = by_image ? quotient(first, length) : 0;
     if (by_image) {
-      __syncthreads();  // what is here of the elements before has been read
+      __syncthreads();  // all threads have read the noise of the previous elements
       const int64_t count = quotient(end - 1, length) - first_image + 1;
       for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
         const int64_t n = first_image + i;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2) sampler_step_kernel(SamplerStepAr
 #pragma unroll
       for (int k = 0; k < W; ++k) m[k] *= factor;
     }
-    // NaN stays in all of this: it is neither below nor above a limit.
+    // A NaN stays NaN: it is neither below nor above a limit.
     const float s = thresholded ? limits[i] : 1.0f;
     const float low = thresholded ? -s : row[kClipMin], high = thresholded ? s : row[kClipMax];
 #pragma unroll

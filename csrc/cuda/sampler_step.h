@@ -10,13 +10,13 @@ namespace fastdiff::cuda {
 
 // Every image tensor is dense in one layout, that of x: [N, C, pixels] channels-first or
 // [N, pixels, C] channels-last, with C the tensor's own channels, so 2 C in a model's output that
-// has variance channels. Pointers need the alignment of an element; 16 bytes, and images of a
-// multiple of 16 bytes, give the fast path.
+// has variance channels. Pointers must be aligned to an element. The fast path needs pointers and
+// images of a multiple of 16 bytes.
 //
-// What the caller prepares. Tensors of other strides are copied, and a history whose slots do not
-// lie as x does is copied in and, where depth > 0, back. `out` may be x, model_out (without
-// variance channels) or noise itself, pointer for pointer; it must not overlap them otherwise, and
-// the history must overlap nothing. No image has 2^32 elements or more.
+// The caller copies tensors of other strides. It copies a history whose slots do not have the
+// strides of x, and copies it back where depth > 0. `out` may be the same pointer as x, model_out
+// (without variance channels) or noise; it must not overlap them otherwise, and the history must
+// overlap nothing. Images have fewer than 2^32 elements.
 struct SamplerStepArgs {
   Dtype dtype;                       // of x, model_out, noise and out; the rest is float32
   int64_t images, channels, pixels;  // of x
@@ -44,7 +44,7 @@ struct SamplerStepArgs {
 
 int64_t sampler_step_workspace(const SamplerStepArgs& args);
 
-// Two launches whatever the row says: sampler_step_image.cu, then sampler_step.cu.
+// Two launches for any row: sampler_step_image.cu, then sampler_step.cu.
 void sampler_step_cuda(const SamplerStepArgs& args, Stream stream);
 
 }  // namespace fastdiff::cuda

@@ -1,28 +1,28 @@
-// What a row of a sampler's table needs to know of each image before its elements can be stepped:
+// The factor and the limit of each image that a row of a sampler's table needs before the step:
 //
 //   factor = 1 + rescale (std(m_c) / std(m) - 1)     on m, where guidance is rescaled
 //   s = clamp(quantile of |x0_x x + x0_m factor m|, 1, clip_max)     where x0 is thresholded
 //
-// Layout: as in sampler_step.cu; factor and s of an image stand side by side in the workspace.
+// Layout: as in sampler_step.cu; factor and s of an image are neighbours in the workspace.
 //
-// Bytes: of an image of L bytes, guided ones in brackets: nothing where the row asks for neither,
-// (2 L) for the factor, and 3 times 2 L (3 L) for the quantile; 4 or 8 bytes are written. Ideal
-// would be one reading, 2 L (3 L): a small image is read again from the nearest cache.
+// Bytes for an image of L bytes (with guidance in brackets): 0 where the row needs neither, (2 L)
+// for the factor, and 3 times 2 L (3 L) for the quantile; 4 or 8 bytes are written. The ideal is
+// one read, 2 L (3 L), but a small image is read again from the nearest cache.
 //
-// Why so: one block an image, since a block can wait for itself and so needs one launch for any
-// number of sweeps. Few rows ask for this, but every step pays for the launch: it is one, of few
-// blocks, which read the row and leave. The step itself may write over x, so it cannot be where
-// other blocks still read x for their statistics. The price is that one processor alone reads an
-// image, however large, where a row does ask.
+// Design: there is one block per image, because a block can synchronise with itself and so needs
+// one launch for any number of sweeps. Few rows need these values, but every step pays for the
+// launch: a single one, of few blocks, which read the row and end. It is separate from the step,
+// which may overwrite x while other blocks still read x for their statistics. The price is that one
+// processor alone reads an image, however large.
 //
-// Deviations are summed a pack at a time and combined by the formula of Chan et al. (1979), all
-// less the image's first value: no digits are lost to a mean, and a constant image deviates by
-// exactly 0.
+// Deviations are summed a pack at a time and combined by the formula of Chan et al. (1979). The
+// image's first value is subtracted from all: no digits are lost to a mean, and the deviation of a
+// constant image is exactly 0.
 //
-// The quantile interpolates between two order statistics, which are found exactly. As integers the
-// bits of |x0| order as the values do, so that three sweeps with a histogram of 11, 10 and 10 bits
-// find both: each counts the values that share the bits found so far. Bisection would take 31
-// sweeps. Integer sums do not depend on their order, so the counts may be atomic.
+// The quantile interpolates between two order statistics, which are found exactly. The bits of |x0|
+// as integers have the order of the values, so that three sweeps with a histogram of 11, 10 and 10
+// bits find both: each sweep counts the values that share the leading bits found so far. Bisection
+// would take 31 sweeps. Integer sums do not depend on their order, so the counts may be atomic.
 #include <algorithm>
 #include <cmath>
 
@@ -31,11 +31,11 @@
 namespace fastdiff::cuda {
 namespace {
 
-constexpr int kImageThreads = 512;  // at most: with 1024 the registers would not suffice
+constexpr int kImageThreads = 512;  // the most; with 1024 the registers would not suffice
 constexpr int64_t kImageBlocks = 264;
 constexpr int kBins = 2048;
 
-// m_c and m, less their first values: the mean, and the sum of squared deviations from it.
+// Mean and sum of squared deviations of m_c and of m, both less their first values.
 struct Deviations {
   float count;
   float mean[2], square[2];
@@ -54,7 +54,7 @@ __device__ __forceinline__ Deviations combined(const Deviations& a, const Deviat
   return both;
 }
 
-// Of a warp, in lane 0.
+// The deviations of a warp, in lane 0.
 __device__ __forceinline__ Deviations combined_by_warp(Deviations value) {
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     Deviations other;
@@ -123,15 +123,15 @@ __device__ float rescale_factor(const SamplerStepArgs& a, const float* row, int6
   return factor;
 }
 
-// One of the two order statistics: the upper bits of its value, as far as they are known, and how
-// many values with the same bits lie below it.
+// One of the two order statistics: the leading bits of its value that are known, and its rank among
+// the values with these bits.
 struct Rank {
   uint32_t bits;
   uint32_t below;
 };
 
-// Takes the next bits of both, from the numbers of values that have each. `split`: the two differ
-// in bits already, and have a histogram each. All threads call this.
+// Finds the next bits of both, from the histograms of these bits. `split`: the known bits of the
+// two differ, and each has a histogram. All threads call this.
 __device__ void advance(uint32_t (&histogram)[2][kBins], int bins, bool split, Rank (&ranks)[2]) {
   __shared__ uint32_t of_warp[2][32];
   const int per_thread = bins / static_cast<int>(blockDim.x);
@@ -150,7 +150,7 @@ __device__ void advance(uint32_t (&histogram)[2][kBins], int bins, bool split, R
     }
     if (lane == 31) of_warp[h][warp] = before[h];
   }
-  __syncthreads();  // also: all have read the ranks
+  __syncthreads();  // all threads have also read the ranks
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     before[h] -= own[h];
@@ -211,8 +211,8 @@ __device__ float limit(const SamplerStepArgs& a, const float* row, float factor,
   const double low = __uint_as_float(ranks[0].bits), high = __uint_as_float(ranks[1].bits);
   const double share = position - static_cast<double>(below);
   const auto found = static_cast<float>(share == 0 ? low : low + share * (high - low));
-  const float raised = found < 1 ? 1.0f : found;  // NaN stays
-  __syncthreads();                                // before the next image's ranks
+  const float raised = found < 1 ? 1.0f : found;  // a NaN stays NaN
+  __syncthreads();                                // before the ranks of the next image
   return raised > row[kClipMax] ? row[kClipMax] : raised;
 }
 

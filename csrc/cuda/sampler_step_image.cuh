@@ -1,4 +1,4 @@
-// What the two kernels of sampler_step share: the row, and the model's output as the row wants it.
+// Shared by the two kernels of sampler_step: the row, and m, the model's output with guidance.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ constexpr int kRowLength = kSamplerColumns + kSamplerDepth;
 
 // The row in shared memory; all threads of the block call this. Slots beyond the history's depth
 // have a coefficient of 0. A step outside the table gives a row that makes every element NaN and
-// asks for nothing else.
+// has no other effect.
 __device__ __forceinline__ const float* read_row(const SamplerStepArgs& a) {
   static_assert(kRowLength <= 32, "one warp reads the row");
   __shared__ float row[kRowLength];
@@ -31,13 +31,13 @@ __device__ __forceinline__ const float* read_row(const SamplerStepArgs& a) {
   return row;
 }
 
-// What the row asks for of an image as a whole.
+// Which values of whole images the row needs.
 __device__ __forceinline__ bool rescales(const SamplerStepArgs& a, const float* row) {
   return a.guided && row[kRescale] != 0;
 }
 __device__ __forceinline__ bool thresholds(const float* row) { return row[kQuantile] > 0; }
 
-// These, of image n: the factor on m, and the limit s of x0. Each is written only if it is wanted.
+// The values of image n: the factor on m, and the limit s of x0. Each is written only if needed.
 __device__ __forceinline__ float* factor_of(const SamplerStepArgs& a, int64_t n) {
   return static_cast<float*>(a.workspace) + 2 * n;
 }
@@ -49,7 +49,7 @@ __host__ __device__ __forceinline__ int64_t image_length(const SamplerStepArgs& 
   return a.channels * a.pixels;
 }
 
-// a / b in a third of the instructions where 32 bits hold both, as they nearly always do.
+// a / b, in a third of the instructions where 32 bits hold both, which is nearly always so.
 __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
@@ -63,10 +63,10 @@ __device__ __forceinline__ void widen(const Pack<T, W>& pack, float (&to)[W]) {
 
 // The model's output beside W elements of x, the first of them element e of all images.
 //
-// Without variance channels entry e of the output is of element e. With them m and v alternate in
-// runs: of an image (channels-first) or of a pixel (channels-last), so that r = e / run runs lie
-// before, and the entry is e + r run. Where a run is no multiple of W, kGather, the W entries need
-// not be neighbours, and are read one by one.
+// Without variance channels entry e of the output belongs to element e. With variance channels,
+// runs of m and v alternate: a run is an image (channels-first) or a pixel (channels-last). So r =
+// e / run runs of v come before element e, and its entry is e + r run. Where a run is no multiple
+// of W (kGather), the W entries may not be neighbours, and are read one by one.
 template <class T, int W, bool kGather>
 struct Model {
   Pack<T, W> m, conditional;
@@ -83,7 +83,7 @@ struct Model {
     int64_t before = quotient(e, length) * length;
     if constexpr (!kGather) return load<W>(p + before);
     Pack<T, W> pack;
-    int64_t left = length + before - e;  // of this run
+    int64_t left = length + before - e;  // elements left of this run
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       pack.value[k] = load_one(p + before + k);
@@ -119,8 +119,8 @@ struct Model {
   }
 };
 
-// Calls body(e, x, output) for every stride-th pack from `first` up to `end`. The next pack is on
-// its way meanwhile. Without kWithX x is not read.
+// Calls body(e, x, output) for every stride-th pack from `first` up to `end`, while the next pack
+// is loaded. Without kWithX x is not read.
 template <class T, int W, bool kGather, bool kWithX, class Body>
 __device__ __forceinline__ void for_packs(const SamplerStepArgs& a, int64_t first, int64_t end,
                                           int64_t stride, Body&& body) {
@@ -140,7 +140,7 @@ __device__ __forceinline__ void for_packs(const SamplerStepArgs& a, int64_t firs
   }
 }
 
-// Whether T's packs of kWidth<T> elements can be used, and whether they then gather.
+// Whether packs of kWidth<T> elements can be used, and whether m is then gathered.
 template <class T>
 inline bool packs(const SamplerStepArgs& a) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };

@@ -1,12 +1,12 @@
 // Each pixel of x [N, C, H, W] becomes four of [N, C, 2H, 2W], and backward the sum of four.
 //
 // Forward reads 1 S and writes 4 S, backward reads 4 S and writes 1 S for small tensors of S bytes:
-// the least there is. Sums are in float32, (top left + top right) + (bottom left + bottom right).
+// the minimum. Sums are in float32, (top left + top right) + (bottom left + bottom right).
 //
-// The rows of all images (and channels) follow each other, row r becoming rows 2 r and 2 r + 1 of
-// twice the width, so no image needs to be told from the next. Channels-last a thread moves a
-// vector of channels of one pixel. Channels-first it takes a vector of a row, which doubled is two
-// vectors: forward, neighbouring threads exchange halves first, so that the two together store
+// The rows of all images (and channels) follow each other, and row r becomes rows 2 r and 2 r + 1
+// of twice the width, so images need not be distinguished. Channels-last a thread moves a vector of
+// channels of one pixel. Channels-first it takes a vector of a row, which is two vectors when
+// doubled. Forward, neighbouring threads first exchange halves, so that the two together store
 // whole 32-byte sectors and not every other vector.
 #include "cuda/access.cuh"
 #include "cuda/upsample_nearest2x.h"
@@ -16,8 +16,8 @@ namespace {
 
 // `per_row` divides by a row's pixels, or channels-first by its vectors.
 //
-// Of the element or pixel at `index` in rows of `width`: the place of the first of its four in the
-// large tensor, whose next row is 2 width further.
+// The index in the large tensor of the first of the four elements (or pixels) of the element (or
+// pixel) `index` of the small tensor, in rows of `width`. The next row is 2 width further.
 __device__ __forceinline__ int64_t first_of_four(int64_t index, int64_t row, int64_t width) {
   return 2 * (index + row * width);
 }
@@ -77,7 +77,7 @@ __device__ __forceinline__ Pack<T, 2 * N> doubled(Pack<T, N> pack) {
   return both;
 }
 
-// Full vectors of rows, which hold a whole number of them.
+// For rows that are a whole number of full vectors.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     channels_first_kernel(UpsampleNearest2xArgs a, int64_t vectors, Divisor per_row) {
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads)
     low.value[j] = x.value[j];
     high.value[j] = x.value[kHalf + j];
   }
-  // The even thread gives its high half for the odd one's low half. Then the two hold, doubled, the
-  // two vectors that the even one's becomes, and the two that the odd one's becomes.
+  // The even thread exchanges its high half for the low half of the odd thread. Doubled, the two
+  // then hold first the two vectors of the even thread's input, then those of the odd thread's.
   Pack<T, kHalf> other = odd ? low : high;
   uint32_t words[2];
   memcpy(words, &other, sizeof(words));
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Half a vector or less of a row, so that doubled it is one store of L elements.
+// For at most half a vector of a row: doubled it is one store of L elements.
 template <class T, int W, int L>
 __global__ void __launch_bounds__(kThreads)
     channels_first_narrow_kernel(UpsampleNearest2xArgs a, int64_t vectors, Divisor per_row) {
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// W elements of a row of sums, of 2 W of two rows each, read L at a time.
+// W elements of a row of sums, from 2 W elements of each of two rows, read L at a time.
 template <class T, int W, int L>
 __global__ void __launch_bounds__(kThreads)
     channels_first_backward_kernel(UpsampleNearest2xArgs a, int64_t vectors, Divisor per_row) {
@@ -175,8 +175,9 @@ dim3 blocks_for(int64_t vectors) {
   return dim3(static_cast<unsigned>(ceil_div(vectors, kThreads)));
 }
 
-// Calls f with the elements that a thread takes of the small tensor, and those of an access to the
-// large one: as many for whole vectors, else twice as many (as 2 width is as well aligned), or one.
+// Calls f with the number of elements that a thread takes of the small tensor, and the number in an
+// access to the large one: the same for whole vectors, else twice as many (2 width is so aligned),
+// or one.
 template <class T, class F>
 void for_widths(const void* small, const void* large, int64_t width, F f) {
   const int64_t row = width * static_cast<int64_t>(sizeof(T));

@@ -6,7 +6,7 @@
 
 namespace fastdiff::cuda {
 
-// `height` and `width` are those of the small tensor, forward and backward.
+// `height` and `width` are those of the small tensor, in both forward and backward.
 struct UpsampleNearest2xArgs {
   Dtype dtype;
   bool channels_last;

@@ -1,12 +1,12 @@
-// What the bindings share: devices, checks, and tensors made ready for the kernels.
+// Helpers of all bindings: devices, checks, and tensors prepared for the kernels.
 //
 // Each file of this folder checks the arguments of one family of operations, allocates their
 // results, starts their kernels and registers them with PyTorch. No other file of csrc/cuda
-// includes a header of PyTorch, but for binding.cpp.
+// includes a header of PyTorch, except binding.cpp.
 //
-// No binding reads a value from the device, waits for it or allocates other than through PyTorch's
-// allocator, so that every operation can be captured in a CUDA graph. A kernel answers a wrong
-// value on the device (a timestep, a step) with NaN.
+// No binding reads a value from the device or waits for the device, and all memory comes from
+// PyTorch's allocator, so that every operation can be captured in a CUDA graph. Where a value on
+// the device is wrong (a timestep, a step), the kernel writes NaN.
 //
 // Compiled with -DFASTDIFF_EMULATE the same operations take CPU tensors, in the namespace
 // fastdiff_emulated, and the kernels run on the host (tools/emulation).
@@ -37,7 +37,7 @@ namespace fastdiff::cuda {
 
 using Optional = std::optional<at::Tensor>;
 
-// Makes x's device the current one, and gives its current stream.
+// Makes the device of x current, and holds its current stream.
 #ifdef FASTDIFF_EMULATE
 constexpr auto kDevice = at::kCPU;
 struct OnDevice {
@@ -69,7 +69,7 @@ inline Dtype dtype_of(const at::Tensor& x, const char* name) {
                                  : Dtype::Float16;
 }
 
-// What the kernels know of a tensor [N, C, ...]; [N] counts as [N, 1].
+// The sizes of a tensor [N, C, ...] that the kernels need; [N] counts as [N, 1].
 struct Images {
   Dtype dtype;
   at::MemoryFormat format;
@@ -87,7 +87,7 @@ struct Images {
   }
 };
 
-// A result in x's dtype and on its device.
+// A new tensor with the dtype and the device of x.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& x,
                         at::MemoryFormat format = at::MemoryFormat::Contiguous) {
   return at::empty(sizes, x.options().memory_format(format));
@@ -97,7 +97,7 @@ inline at::Tensor workspace_for(int64_t bytes, const at::Tensor& x) {
   return at::empty({bytes}, x.options().dtype(at::kByte));
 }
 
-// Inputs made dense, and kept until the launch is done.
+// Inputs made dense, and kept alive until the kernels are launched.
 class Held {
  public:
   const void* operator()(const Optional& value,
@@ -124,7 +124,7 @@ inline void check_seed(const at::Tensor& seed, const at::Tensor& x) {
   check_tensor(seed, {x.size(0), 2}, at::kLong, x.device(), "seed");
 }
 
-// A tensor of one element, which only the kernel reads.
+// A tensor of one element, which the kernel reads and the host does not.
 inline void check_scalar(const at::Tensor& value, at::ScalarType type, const at::Tensor& x,
                          const char* name) {
   TORCH_CHECK_TYPE(value.scalar_type() == type && value.numel() == 1, name, " must be a ", type,

@@ -1,4 +1,5 @@
-// denoising_loss and its gradient on CUDA tensors, with noise that is given or that of a seed.
+// denoising_loss and its gradient on CUDA tensors, with noise that is given or computed from a
+// seed.
 #include "cuda/denoising_loss.h"
 
 #include <limits>
@@ -9,7 +10,7 @@ namespace fastdiff::cuda {
 namespace {
 
 // The arguments of all four operations, checked and dense, and their results. The noise is given
-// (`noise`), that of a seed (`seed`, `row`), or absent.
+// (`noise`), computed from a seed (`seed`, `row`), or absent.
 class Arguments {
  public:
   Arguments(const at::Tensor& prediction, const Optional& x0, const Optional& noise,

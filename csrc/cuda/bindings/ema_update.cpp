@@ -10,20 +10,20 @@
 namespace fastdiff::cuda {
 namespace {
 
-constexpr size_t kTables = 16;  // kept beside those that a captured graph reads
+constexpr size_t kTables = 16;  // kept, besides the tables that a captured graph reads
 
 struct Table {
   std::vector<int64_t> rows;
   c10::Device device;
   Stream stream;  // a freed table's memory goes to the stream's next kernels, so it serves this one
   at::Tensor on_device;
-  bool captured;  // a graph reads it at each replay: it has to stay
+  bool captured;  // a graph reads it at each replay, so it is kept forever
 };
 
-// The table on the device, the latest used first in the list.
+// The table on the device. The list begins with the most recently used table.
 at::Tensor table_for(std::vector<int64_t> rows, const at::Tensor& x, Stream stream) {
   static std::mutex lock;
-  static auto& tables = *new std::list<Table>;  // never destroyed: the device may be gone by then
+  static auto& tables = *new std::list<Table>;  // never destroyed: at exit the device may be gone
   const std::lock_guard guard(lock);
   const bool capturing = OnDevice::capturing();
   auto found = std::find_if(tables.begin(), tables.end(), [&](const Table& table) {

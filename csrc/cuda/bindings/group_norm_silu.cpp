@@ -7,7 +7,7 @@
 namespace fastdiff::cuda {
 namespace {
 
-// The checks that forward and backward share, and y's shape.
+// The checks of both forward and backward, and the shape of y.
 struct GroupNorm : Images {
   c10::DimVector sizes;  // of cat(x, skip)
   int64_t skip_channels = 0;

@@ -1,4 +1,4 @@
-// q_sample on CUDA tensors, with noise that is given or that of a seed.
+// q_sample on CUDA tensors, with noise that is given or computed from a seed.
 #include "cuda/q_sample.h"
 
 #include "cuda/bindings/common.h"

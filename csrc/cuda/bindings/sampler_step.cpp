@@ -68,7 +68,7 @@ void sampler_step(const at::Tensor& x, const at::Tensor& model_out, const Option
       slots = at::empty_strided(history->sizes(), strides, history->options()).copy_(*history);
     }
   }
-  // An element may be written where the same element was read, and nowhere else.
+  // An output may share memory with an input only if each element has the same address in both.
   const auto spoils = [&](const at::Tensor& read) {
     return read.defined() && read.const_data_ptr() != out.const_data_ptr() && overlap(out, read);
   };
