@@ -80,7 +80,7 @@ def test_the_help_names_every_objective_and_method(run: Callable) -> None:
     for name in ("ddpm", "hybrid", "vlb", "flow", "dsm", "ncsn", "edm"):
         assert f"{name} (" in text or f"or {name} (" in text or f"{name} or" in text
     text = "".join(run("sample", "--help").out.split())
-    for name in sde.solver.METHODS:
+    for name in sde.solvers.by_name.METHODS:
         assert name in text
 
 
