@@ -86,7 +86,11 @@ SHADOWED = {
 
 
 def install() -> None:
-    """Make the old names importable."""
+    """Make the old names importable, and attributes of their packages where modules are loaded."""
     sys.meta_path.append(_Finder())
     for old, new in SHADOWED.items():
         sys.modules[f"fastdiff.{old}"] = importlib.import_module(f"fastdiff.{new}")
+    for old, new in MOVED.items():
+        package, _, name = f"fastdiff.{old}".rpartition(".")
+        if f"fastdiff.{new}" in sys.modules and package in sys.modules:
+            setattr(sys.modules[package], name, sys.modules[f"fastdiff.{new}"])

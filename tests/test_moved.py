@@ -62,6 +62,11 @@ def test_a_class_or_function_named_like_a_module_stays(old) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_an_old_name_is_an_attribute_without_an_import_of_its_own() -> None:
+    code = "import fastdiff; print(fastdiff.sde.solver.Solver, fastdiff.drawing, fastdiff.errors)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_name_that_never_was_is_an_error() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         importlib.import_module("fastdiff.no_such_module")
