@@ -2,7 +2,7 @@
 
 The U-Nets of ``fastdiff.nn`` take the same way when they are sampled from, without torch.compile.
 
-A residual block, as Dynamo hands it over (left out: parameters, which are inputs of the graph):
+A residual block as Dynamo hands it over (its parameters, inputs of the graph, are not shown):
 
     group_norm = group_norm(x, 32, norm1.weight, norm1.bias, 1e-5)
     silu       = silu(group_norm)
@@ -16,7 +16,7 @@ A residual block, as Dynamo hands it over (left out: parameters, which are input
     h_2        = conv2d(silu_2, conv2.weight, conv2.bias, (1, 1), (1, 1), (1, 1), 1)
     add        = add(x, h_2)
 
-and as it is run:
+and as it runs:
 
     weights      = weights(conv1.weight, conv2.weight)         packed once, checked at every call
     statistics   = statistics_of(x)                            mean and variance of each channel
@@ -25,42 +25,43 @@ and as it is run:
     linear       = linear(silu, emb.weight, emb.bias)
     conv2d       = conv2d(weights, x, bias, coefficients, linear)     norm, SiLU, conv, bias, emb
     y            = getitem(conv2d, 0)
-    statistics_1 = getitem(conv2d, 1)                          taken while y was written
+    statistics_1 = getitem(conv2d, 1)                          collected while y was written
     coefficients_1 = coefficients([statistics_1], 32, ...)
     conv2d_1     = conv2d(weights, y, bias, coefficients_1, residual=x)
-    restore      = restore(conv2d_1)                           the strides that eager mode gives
+    restore      = restore(conv2d_1)                           the strides of eager mode
 
-Neither a normalised nor an activated tensor is written to memory. Which folder does what:
+Neither a normalised nor an activated tensor is written to memory. The files:
 
-    pipeline.py  the backend: decides which way a graph goes
+    pipeline.py  the backend: decides how a graph is compiled
     inference.py calls the stages in their order
-    trace.py, network.py   the U-Nets of fastdiff.nn, whose graph needs no Dynamo
-    graph/       nodes: what a node is; effects: what it writes, shares and draws; canonical: the
-                 one spelling that matchers read; reshapes: where channels are after a view;
-                 regions: graphs within the graph; edit: how a graph is changed
-    match/       anchors: which nodes become one convolution; prologue: what it reads through;
-                 epilogue: what it writes through; fused: the result, a Match; single_head:
-                 attention with one head; patterns: what single nodes and norms compute
-    choose/      plan: what is computed together, and by what; algorithms: which ones suit; timings:
-                 how long each takes here; budget: memory
-    rewrite/     fuse: matches replaced by calls; weights_node: what packs; gated: a * gelu(b);
-                 composed: operations with gradients or for GPUs; strides: those that the caller
-                 expects
-    run/         calls: what the nodes call; packing: weights, never stale; recording and replay:
-                 the calls as a list that C++ runs
-    reasons.py, report.py, explanation.py   why a graph is not on the fast path, what became of it
-    dynamo.py    what is asked of Dynamo beyond what it gives a backend
+    trace.py, network.py   the graphs of the U-Nets of fastdiff.nn, made without Dynamo
+    graph/       nodes: a node's operation, arguments and value; effects: what it writes, whether it
+                 shares memory or uses random numbers; canonical: the form that matchers read;
+                 reshapes: the channel dimension after a view; regions: graphs within the graph;
+                 edit: insert, replace and remove nodes
+    match/       anchors: the matches of a graph; fused: a Match, one fused convolution; prologue,
+                 epilogue: what is fused before and after the convolution; single_head: attention
+                 with one head; patterns: patterns of single nodes and of norms
+    choose/      plan: which matches are computed together; algorithms: the algorithm of each;
+                 timings: measured times; budget: memory for packed weights
+    rewrite/     fuse: replaces matches by calls; weights_node: the call that packs the weights;
+                 gated: a * gelu(b); composed: operations with gradients or for GPUs; strides:
+                 restores the strides that the caller expects
+    run/         calls: the functions that the nodes call; packing: weights, packed again when they
+                 change; recording and replay: the calls as a list that C++ runs
+    reasons.py, report.py, explanation.py   why a graph is not on the fast path; what was fused
+    dynamo.py    private interfaces of Dynamo
 
-What is not recognised runs as it is. An algorithm is chosen by the clock: the first time that a
-machine compiles a model, each size of its convolutions is computed a few times by each algorithm,
-which takes seconds; the measurements are kept for later processes.
+Nodes that are not recognised run unchanged. Algorithms are chosen by measured times: the first time
+that a machine compiles a model, each algorithm computes each size of its convolutions a few times,
+which takes seconds. The measurements are kept for later processes.
 
 Environment:
-    FASTDIFF_PLAN: ``measured``, the default, or ``heuristic``, which chooses by the sizes alone,
-        so that results are the same bits in every process, and neither reads nor writes a file.
-        For sampling in mode "auto", which needs no Dynamo, ``heuristic`` is the default.
-    FASTDIFF_CACHE: the directory that measurements are kept in, by default ``fastdiff`` in
-        XDG_CACHE_HOME or ``~/.cache``.
+    FASTDIFF_PLAN: ``measured``, the default, or ``heuristic``: algorithms are chosen by the sizes
+        alone, results are bitwise the same in every process, and no file is read or written.
+        It is the default for sampling in mode "auto", which needs no Dynamo.
+    FASTDIFF_CACHE: the directory of the measurements, in which a leading ``~`` is the home
+        directory; by default ``fastdiff`` in XDG_CACHE_HOME or ``~/.cache``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is asked of Dynamo beyond what it gives a backend: its guards, and how much it compiles.
+"""Private interfaces of Dynamo: its guards, its limit of graphs, and whether it is switched off.
 
-All of it is private to PyTorch. Where a version has it in another form nothing is done: a model is
-then compiled more often than it need be, or a notice is missing.
+Where a version of PyTorch lacks an interface, nothing is done: a model is then compiled more often
+than necessary, or a warning is missing.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 
-DEFAULT_REGION = -1  # of a code's graphs: those of all that do not ask for one of their own
+DEFAULT_REGION = -1  # Dynamo's number for all graphs that are not compiled with isolation
 
 
 def set_guards() -> None:
-    """Let the graph that is being compiled serve any number of threads, but no other derivatives.
+    """Let the graph being compiled serve any number of threads, but no forward-mode derivatives.
 
-    Dynamo guards the number of threads with all other settings of the process, gradients and
-    autocast among them, so that each number would take one of the few graphs that a function may
-    have. Here its guard gives way to one of the other settings alone: the choice of algorithms and
-    the recorded lists look up the threads at every call. Forward-mode differentiation, which it
-    does not guard, is guarded: the fused operations have no tangents.
+    One guard of Dynamo compares all settings of the process: gradients, autocast, and the number of
+    threads. Each number of threads would take one of the few graphs that a function may have. That
+    guard is replaced by one of all settings but the threads, which the choice of algorithms and the
+    recorded lists look up at every call. A guard against forward-mode differentiation is added,
+    because Dynamo has none and the fused operations have no forward-mode derivative.
     """
     context = TracingContext.try_get()
     if context is None:
@@ -43,7 +43,7 @@ def set_guards() -> None:
 
 
 def _guard_other_settings(builder: Any, guard: Any) -> None:
-    """What ``GuardBuilder.GLOBAL_STATE`` does, but for the threads."""
+    """``GuardBuilder.GLOBAL_STATE`` without the number of threads."""
     try:
         compiled = builder.check_fn_manager.output_graph.global_state_guard
         settings = json.loads(compiled.__getstate__())
@@ -65,16 +65,16 @@ def _guard_other_settings(builder: Any, guard: Any) -> None:
 
 
 def is_last_graph() -> str | None:
-    """The name of the function that is being compiled, if it may have no graph after this one."""
+    """The name of the function being compiled, if this graph reaches the limit; else None."""
     try:
         code = InstructionTranslator.current_tx().output.root_tx.f_code
     except AttributeError:
         return None
-    last = graphs(code) + 1 == config.recompile_limit
+    last = graph_count(code) + 1 == config.recompile_limit
     return f"{code.co_name} ({_place(code)})" if last else None
 
 
-def graphs(code: CodeType) -> int:
+def graph_count(code: CodeType) -> int:
     """How many graphs Dynamo keeps for a function."""
     of_region = getattr(eval_frame, "_get_cache_entries_for_region", None)
     if of_region is not None:
@@ -82,31 +82,32 @@ def graphs(code: CodeType) -> int:
     return len(eval_frame._debug_get_cache_entry_list(code))
 
 
-def full(model: Callable[..., Any]) -> list[str]:
-    """The functions of a model that may have no further graph, by name, place and number."""
+def functions_at_limit(model: Callable[..., Any]) -> list[str]:
+    """Name, place and number of graphs of each function of a model that may have no more graphs."""
     parts = list(model.modules()) if isinstance(model, nn.Module) else [model]
     codes: dict[CodeType, str] = {}
     for part in parts:
         function: Any = part.forward if isinstance(part, nn.Module) else part
-        for found in (function, inspect.unwrap(function)):
-            code = getattr(found, "__code__", None)
+        for unwrapped in (function, inspect.unwrap(function)):
+            code = getattr(unwrapped, "__code__", None)
             if code is not None:
-                codes[code] = f"{getattr(found, '__qualname__', code.co_name)} ({_place(code)})"
+                name = getattr(unwrapped, "__qualname__", code.co_name)
+                codes[code] = f"{name} ({_place(code)})"
     return [
-        f"{name} has {graphs(code)}"
+        f"{name} has {graph_count(code)}"
         for code, name in codes.items()
-        if graphs(code) >= config.recompile_limit
+        if graph_count(code) >= config.recompile_limit
     ]
 
 
-def apart() -> dict[str, Any]:
-    """Options of ``torch.compile`` that keep its graphs apart from all others of a function."""
+def isolation_options() -> dict[str, Any]:
+    """Options of ``torch.compile`` whose graphs do not count towards a function's other graphs."""
     known = inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
 
 
 def why_off() -> list[str]:
-    """Why Dynamo compiles nothing at all."""
+    """The reasons why Dynamo compiles nothing at all; empty if it compiles."""
     reasons = []
     if config.disable:
         reasons.append("Dynamo is off (TORCHDYNAMO_DISABLE or torch._dynamo.config.disable)")

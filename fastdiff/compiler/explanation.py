@@ -1,4 +1,4 @@
-"""``explain``: what became of a model's graphs, as a table."""
+"""``explain``: a table of what was fused in a model's graphs, and what was not."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fastdiff.compiler.run.packing import PackedWeight
 
 @dataclass(frozen=True)
 class Fused:
-    """A row of the table.
+    """A row of the table: one fused operation.
 
     Attributes:
-        what: the operations that it does.
-        shape: weight's and, where it has run, input's sizes.
-        algorithm: that of each size so far.
-        packed_bytes: memory of its packed weights, but for those of a row above.
+        what: names of the operations that it computes.
+        shape: sizes of its weight and of the inputs that it has had.
+        algorithm: the algorithm for each of these inputs.
+        packed_bytes: memory of its packed weights that no row above counts.
     """
 
     what: str
@@ -39,17 +39,19 @@ class Fused:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found; ``str()`` is a table.
+    """The result of ``explain``; ``str()`` of it is a table.
 
     Attributes:
         graphs: number of graphs that Dynamo made.
-        breaks: why it broke them.
-        reasons: for each graph that is not on the fast path, why.
+        breaks: the reason of each graph break.
+        reasons: for each graph that is not on the fast path, why it is not.
         fused: the fused operations.
-        left: count of other nodes by operation and reason.
-        composed: calls of ``fastdiff.ops.group_norm_silu`` and the like that were put in.
-        uncompiled: why the model, or other calls of it, run without any graph.
-        sampling: the same call under ``torch.no_grad()``, where this one was with gradients.
+        left: count of the other nodes by (operation, reason).
+        composed: number of calls of ``fastdiff.ops`` that were inserted besides the fused
+            operations, such as ``group_norm_silu``.
+        uncompiled: why the model, or some calls of it, run without any graph.
+        sampling: the result of the same call under ``torch.no_grad()``, where the model was called
+            with gradients; else None.
     """
 
     graphs: int
@@ -63,7 +65,7 @@ class Explanation:
 
     @property
     def packed_bytes(self) -> int:
-        """Of all fused operations."""
+        """Memory of the packed weights of all fused operations."""
         return sum(row.packed_bytes for row in self.fused)
 
     def __str__(self) -> str:
@@ -112,29 +114,29 @@ def explain(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """Compile a model anew, run it once on ``inputs``, and tell what was fused and what was not.
+    """Compile a model anew, run it once on ``inputs``, and report what was fused and what was not.
 
-    Where gradients are enabled, and something in the model requires them, the model is run a second
+    Where gradients are enabled and something in the model requires them, the model is run a second
     time under ``torch.no_grad()``, as samplers call it: ``Explanation.sampling``.
 
     Args:
-        model: a module or function, compiled already or not. Its graphs stay as they are.
-        inputs: its positional arguments.
+        model: a module or function, compiled already or not. Its existing graphs are kept.
+        inputs: positional arguments of the model.
         options: as for ``torch.compile``.
         dynamic: as for ``torch.compile``.
-        kwargs: its keyword arguments.
+        kwargs: keyword arguments of the model.
     """
     model = getattr(model, "_orig_mod", model)
     model = getattr(model, "_torchdynamo_orig_callable", model)
-    full = dynamo.full(model)
+    full = dynamo.functions_at_limit(model)
     if isinstance(model, nn.Module) and model._compiled_call_impl is not None:
-        model = copy.copy(model)  # of the same parameters, but not compiled in place
+        model = copy.copy(model)  # has the same parameters, but is not compiled in place
     call = partial(_explain, model, inputs, kwargs, options, dynamic, full)
-    told = call()
-    if GRADIENTS.text not in told.reasons:
-        return told
+    explanation = call()
+    if GRADIENTS.text not in explanation.reasons:
+        return explanation
     with torch.no_grad():
-        return replace(told, sampling=call())
+        return replace(explanation, sampling=call())
 
 
 def _explain(
@@ -146,25 +148,27 @@ def _explain(
     full: Sequence[str],
 ) -> Explanation:
     chosen = Options.of(options)
-    heard: list[GraphReport] = []
+    reports: list[GraphReport] = []
     failures: list[str] = []
 
-    def anew(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def reporting(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         try:
-            compiled, found = compile_and_report(gm, example_inputs, chosen)
+            compiled, report = compile_and_report(gm, example_inputs, chosen)
         except Exception as error:
             failures.append(f"the backend failed ({error!r}), and Dynamo suppresses its errors")
             raise
-        heard.append(found)
+        reports.append(report)
         return compiled
 
     counters = torch._dynamo.utils.counters
     before = {kind: Counter(counters[kind]) for kind in ("graph_break", "unimplemented")}
-    torch.compile(model, backend=anew, dynamic=dynamic, **dynamo.apart())(*inputs, **kwargs)
+    isolation = dynamo.isolation_options()
+    compiled = torch.compile(model, backend=reporting, dynamic=dynamic, **isolation)
+    compiled(*inputs, **kwargs)
     breaks, skipped = (counters[kind] - before[kind] for kind in before)
     left: Counter[tuple[str, str]] = Counter()
     counted: set[tuple[PackedWeight, str]] = set()
-    for report in heard:
+    for report in reports:
         left.update(report.left)
     limit = torch._dynamo.config.recompile_limit
     uncompiled = [
@@ -174,18 +178,18 @@ def _explain(
         for name in full
     ]
     uncompiled += failures
-    if not heard and not failures:
+    if not reports and not failures:
         uncompiled += [reason.split("\n")[0] for reason in skipped]
         uncompiled += dynamo.why_off()
         if not uncompiled:
             uncompiled = ['Dynamo made no graph; TORCH_LOGS="graph_breaks,recompiles" shows why']
     return Explanation(
-        graphs=len(heard),
+        graphs=len(reports),
         breaks=tuple(breaks.elements()),
-        reasons=tuple(report.reason.text for report in heard if report.reason is not None),
-        fused=tuple(_row(e, counted) for report in heard for e in report.emitted),
+        reasons=tuple(report.reason.text for report in reports if report.reason is not None),
+        fused=tuple(_row(e, counted) for report in reports for e in report.emitted),
         left=dict(left),
-        composed=sum(report.composed for report in heard),
+        composed=sum(report.composed for report in reports),
         uncompiled=tuple(uncompiled),
     )
 
@@ -193,11 +197,12 @@ def _explain(
 def _row(emitted: Emitted, counted: set[tuple[PackedWeight, str]]) -> Fused:
     plans = getattr(emitted.call, "plans", {})
     sizes = [*([emitted.weight_size] if emitted.weight_size else []), *(key[0] for key in plans)]
-    packed = None if emitted.call.seen is None else emitted.call.seen()
+    reference = emitted.call.last_weight
+    packed = None if reference is None else reference()
     size = 0
     if packed is not None:
         for name, used in packed.memory().items():
-            # Other graphs may have packed the same weight for algorithms of theirs.
+            # Count only this call's algorithms: other graphs may have packed the weight for others.
             if name in ("copy", *plans.values()) and (packed, name) not in counted:
                 counted.add((packed, name))
                 size += used

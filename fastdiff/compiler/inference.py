@@ -1,4 +1,4 @@
-"""A graph without gradients on a CPU, fused: the stages in their order."""
+"""Fuse a graph without gradients on a CPU: calls the stages of the compiler in their order."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def fused(
     precision: str = "fast",
     packed_bytes: int | None = None,
 ) -> Compiled:
-    """The graph as a function of its inputs, parameters among them.
+    """Fuse a graph, and return it as a function of its inputs, parameters among them.
 
     Args:
-        gm: in the names of ``torch`` and ``torch.nn.functional``, with examples of all values and a
-            mark on each placeholder that is a parameter; rewritten in place.
-        report: is told what was fused and what was left.
-        measured: choose algorithms by the clock; else by the sizes alone.
+        gm: a graph of functions of ``torch`` and ``torch.nn.functional`` and methods of tensors,
+            with example values and a mark on each placeholder that is a parameter; rewritten in
+            place.
+        report: what was fused and what was left is written to it.
+        measured: choose algorithms by measured times, else by the sizes alone.
         precision: see ``fastdiff.compiler.backend``.
         packed_bytes: see ``fastdiff.compiler.backend``.
     """

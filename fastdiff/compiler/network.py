@@ -1,10 +1,10 @@
-"""A network of this library that is called through a fused graph of its layers, without Dynamo.
+"""Call a network of this library through a fused graph of its layers, made without Dynamo.
 
 A graph depends on the network's modules, their types and settings, and on the shapes and strides of
-its parameters; these are compared whenever a ``FusedNetwork`` is made. The parameters' values are
-inputs of the graph, and ``run.packing`` looks at every call whether they have changed.
+its parameters. These are compared whenever a ``FusedNetwork`` is made. The parameters' values are
+inputs of the graph, and ``run.packing`` checks at every call whether they have changed.
 
-Algorithms are chosen by the sizes alone, unless FASTDIFF_PLAN says otherwise: the same seed then
+Algorithms are chosen by the sizes alone unless FASTDIFF_PLAN is ``measured``: the same seed then
 gives the same images in every process, and the first call measures nothing. For the digits model
 that comes with fastdiff, 50 images on one core with AVX512, that choice is as fast as the measured
 one, to within 5%.
@@ -31,9 +31,9 @@ from fastdiff.compiler.report import GraphReport
 from fastdiff.compiler.trace import BATCH, NotTraceableError, trace
 from fastdiff.ops.backend import kernel_runs
 
-KEPT = 16  # graphs of a network; the one unused for longest goes
-_PLAIN = (bool, int, float, str, tuple, type(None))  # settings of a module
-_Graph = tuple[Compiled, Sequence[int]]  # and which parameters it reads
+MOST_GRAPHS = 16  # kept of a network; the least recently used graph is dropped first
+_SETTINGS = (bool, int, float, str, tuple, type(None))  # of attributes of a module
+_Graph = tuple[Compiled, Sequence[int]]  # a graph, and the indices of the parameters it reads
 _lock = threading.RLock()
 _graphs: PerModel[OrderedDict[Hashable, _Graph | None]] = PerModel(OrderedDict)
 
@@ -41,13 +41,13 @@ _graphs: PerModel[OrderedDict[Hashable, _Graph | None]] = PerModel(OrderedDict)
 class FusedNetwork(nn.Module):
     """Calls a network through fused graphs of its layers, one for each size of image.
 
-    A call that a graph cannot stand for is the network's own: with gradients, under autocast, of
-    other tensors than float32 or bfloat16 on a CPU, on the reference backend, under modes that see
-    PyTorch's calls. Make it anew after the network's modules have been changed; new values of
-    parameters are seen at every call.
+    The network itself is called where no graph can replace the call: with gradients, under
+    autocast, with tensors that are not float32 or bfloat16 on a CPU, on the reference backend, and
+    under modes that observe PyTorch's calls. Make a new ``FusedNetwork`` after the network's
+    modules have been changed. New values of parameters are seen at every call.
 
     Args:
-        network: one for which ``fastdiff.common.model.layered`` holds.
+        network: a network for which ``fastdiff.common.model.layered`` holds.
     """
 
     def __init__(self, network: Layered) -> None:
@@ -56,24 +56,25 @@ class FusedNetwork(nn.Module):
         self.training = False
         weights = list(network.named_parameters(remove_duplicate=False))
         self._weights = [weight for _, weight in weights]
-        self._found: dict[Hashable, _Graph | None] = {}  # in this run, of ``_graphs``
+        self._by_size: dict[Hashable, _Graph | None] = {}  # the graphs that this instance has used
         self._key = (timings.measured("heuristic"), *_signature(network, weights))
 
     def may_precompute(self) -> bool:
-        """Whether a sampling loop may use :meth:`precompute`: as the network says."""
+        """Whether a sampling loop may use :meth:`precompute`; the network decides."""
         return self.network.may_precompute()
 
     def precompute(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network's layers take from timesteps and class labels."""
+        """The network's embeddings of timesteps and class labels, which its layers read."""
         return self.network.precompute(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the network's ``forward`` gives."""
-        if args and self._stands_for_call_on(args[0]):
+        """The result of the network's ``forward``."""
+        if args and self._can_replace_call(args[0]):
             return self.network.through(self._layers, *args, **kwargs)
         return self.network(*args, **kwargs)
 
-    def _stands_for_call_on(self, x: Any) -> bool:
+    def _can_replace_call(self, x: Any) -> bool:
+        """Whether a graph computes what the network computes of x, in the present modes."""
         weight = self._weights[0]
         return (
             type(x) is Tensor
@@ -92,12 +93,12 @@ class FusedNetwork(nn.Module):
     def _layers(self, x: Tensor, rows: Tensor) -> Tensor:
         """The network's layers of images [N, C, H, W] and embeddings [N or 1, P]."""
         sizes = (tuple(x.shape[1:]), x.stride()[1:], rows.shape[0] == 1)
-        if sizes not in self._found:
-            self._found[sizes] = self._graph(sizes, x, rows)
-        found = self._found[sizes]
-        if found is None:
+        if sizes not in self._by_size:
+            self._by_size[sizes] = self._graph(sizes, x, rows)
+        entry = self._by_size[sizes]
+        if entry is None:
             return self.network.layers(x, rows)
-        graph, read = found
+        graph, read = entry
         weights = self._weights
         return graph(x, rows, *[weights[i] for i in read])[0]
 
@@ -107,13 +108,13 @@ class FusedNetwork(nn.Module):
             graphs = _graphs[self.network]
             if key not in graphs:
                 graphs[key] = self._compile(x, rows)
-                while len(graphs) > KEPT:
+                while len(graphs) > MOST_GRAPHS:
                     graphs.popitem(last=False)
             graphs.move_to_end(key)
             return graphs[key]
 
     def _compile(self, x: Tensor, rows: Tensor) -> _Graph | None:
-        # Of zeros like x, since one image would not tell what is for all of them.
+        # Several images of zeros: with one, an expansion to the batch could not be recognised.
         _, *shape = x.shape
         strides = (x[0].numel(), *x.stride()[1:])
         like_x = torch.empty_strided((BATCH, *shape), strides, dtype=x.dtype, device="cpu").zero_()
@@ -127,22 +128,22 @@ class FusedNetwork(nn.Module):
 
 
 def _is_watched() -> bool:
-    """Whether something beside this library sees or changes calls of PyTorch."""
+    """Whether a mode of PyTorch observes or changes calls, such as forward-mode differentiation."""
     if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     if not torch._C._len_torch_function_stack():
         return False
-    # What torch.set_default_device puts there looks at calls without tensors alone.
+    # The mode of torch.set_default_device only changes calls without tensors.
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _signature(network: Any, weights: Sequence[tuple[str, nn.Parameter]]) -> Iterator[Hashable]:
-    """All that a graph of the network's layers depends on but its parameters' values."""
+    """Everything but the parameters' values on which a graph of the network's layers depends."""
     for name, part in network.named_modules():
-        yield name, type(part), tuple(v for v in vars(part).values() if isinstance(v, _PLAIN))
+        yield name, type(part), tuple(v for v in vars(part).values() if isinstance(v, _SETTINGS))
     places: dict[int, int] = {}
     for i, (name, weight) in enumerate(weights):
-        place = places.setdefault(id(weight), i)  # that of the first, where several share one
+        place = places.setdefault(id(weight), i)  # the same for all names of a shared parameter
         yield name, place, weight.dtype, tuple(weight.shape), weight.stride()

@@ -1,4 +1,4 @@
-"""The Dynamo backend ``fastdiff``: which way a graph goes."""
+"""The Dynamo backend ``fastdiff``: decides how each graph is compiled."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ from fastdiff.compiler.rewrite import composed
 
 log = logging.getLogger("fastdiff.compiler")
 InnerCompiler = Callable[[GraphModule, Sequence[Any]], Compiled]
-_told: set[Reason] = set()  # of which a warning has been given in this process
+_warned: set[Reason] = set()  # reasons that this process has logged as a warning
 
-
-# Modes of torch.compile. On a CPU they are all the same; on CUDA tensors Inductor is given them.
+# Modes of torch.compile. On a CPU they all do the same; for CUDA tensors they go to Inductor.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``torch.compile(..., mode=..., options={...})`` may say.
+    """The options of ``torch.compile(..., mode=..., options={...})``.
 
     Attributes:
         precision: ``fast``, or ``strict`` for direct arithmetic alone.
-        packed_bytes: bound of the memory for packed and joined weights; None for any.
+        packed_bytes: bound of the bytes for packed and joined weights; None for no bound.
         mode: one of ``MODES``.
     """
 
@@ -51,7 +50,7 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-        """Checked; ValueError names what is allowed."""
+        """Options from those of ``torch.compile``; ValueError names what is allowed."""
         given = dict(given or {})
         unknown = set(given) - {"precision", "packed_bytes"}
         if unknown:
@@ -82,27 +81,27 @@ def backend(
     """Compile a graph: ``torch.compile(model, backend="fastdiff", options=...)``.
 
     Without gradients on a CPU, in float32 or bfloat16, the graph is fused. On CUDA tensors it gets
-    fastdiff's operations and Inductor compiles it. With gradients, or where it draws random
-    numbers, it keeps to operations that have gradients. Else it runs as it is.
+    fastdiff's operations and Inductor compiles it. With gradients, or in training mode, it gets
+    only operations that have gradients. Otherwise it runs unchanged.
 
-    A graph that runs as it is for no good reason (float16 on a CPU, autocast, training mode without
-    gradients, tensors on several devices) is told of by the logger ``fastdiff.compiler``, as a
-    warning, once in a process for each reason; every other one is told of at level INFO.
+    Where the user can put a graph on the fast path (float16 on a CPU, autocast, training mode
+    without gradients, tensors on several devices), the logger ``fastdiff.compiler`` says so in a
+    warning, once per process and reason. All other reasons are logged at level INFO.
 
     Args:
-        gm: what Dynamo made of the model.
-        example_inputs: of the same sizes and kinds as all that it will be called with.
+        gm: the graph that Dynamo made of the model.
+        example_inputs: inputs with the sizes and dtypes that later calls will have.
         options: ``precision``: "fast" (Winograd convolutions, the default) or "strict" (direct
-            arithmetic alone). ``packed_bytes``: how much memory the weights that this graph packs
-            or joins may take besides the model's own, spent where it saves the most time; None (the
-            default) for as much as is useful.
+            arithmetic alone). ``packed_bytes``: how many bytes this graph's packed and joined
+            weights may take besides the model's own, spent where they save the most time; None (the
+            default) for no bound.
         mode: of ``torch.compile``: "default", "reduce-overhead", "max-autotune" or
             "max-autotune-no-cudagraphs". A graph on a CPU is the same in all of them: its
-            algorithms are always chosen by the clock, and Python is always taken out from between
-            its operations. One on CUDA tensors is compiled by Inductor in that mode.
+            algorithms are always chosen by measured times, and its operations always run without
+            Python between them. A graph on CUDA tensors is compiled by Inductor in that mode.
 
     Raises:
-        ValueError: an option or the mode is unknown, or a value of an option or of FASTDIFF_PLAN.
+        ValueError: an option, its value, the mode, or the value of FASTDIFF_PLAN is unknown.
     """
     compiled, report = compile_and_report(gm, example_inputs, Options.of(options, mode))
     if report.reason is not None:
@@ -123,18 +122,18 @@ def backend(
 def compile_and_report(
     gm: GraphModule, example_inputs: list[Any], options: Options
 ) -> tuple[Compiled, GraphReport]:
-    """What ``backend`` gives, and what became of the graph."""
-    timings.measured()  # raises
+    """The compiled graph, as ``backend`` returns it, and its report."""
+    timings.measured()  # checks FASTDIFF_PLAN
     report = GraphReport()
     return compile_graph(gm, example_inputs, options, report), report
 
 
 def _tell(reason: Reason) -> None:
-    """Say that a graph is not on the fast path; a warning once in a process."""
-    if reason.advice is None or reason in _told:
+    """Log why a graph is not on the fast path: a warning once per process if there is advice."""
+    if reason.advice is None or reason in _warned:
         log.info("not on the fast path: %s", reason.text)
         return
-    _told.add(reason)
+    _warned.add(reason)
     log.warning("a model runs without fastdiff's fast path: %s. %s", reason.text, reason.advice)
 
 
@@ -145,11 +144,11 @@ def compile_graph(
     report: GraphReport,
     inner: InnerCompiler | None = None,
 ) -> Compiled:
-    """``backend`` with checked options; ``inner`` stands for Inductor."""
+    """``backend`` with checked options; ``inner`` replaces Inductor in tests."""
     mark_parameters(gm, example_inputs)
     values = _values(gm)
     devices = sorted({v.device.type for v in values})
-    if devices != ["cuda"]:  # Inductor has its own way with regions, and its code is for threads
+    if devices != ["cuda"]:  # Inductor opens regions itself, and its code depends on the threads
         open_regions(gm, wants_gradients(values) or changes_modes(gm.graph))
         values = _values(gm)
         dynamo.set_guards()
@@ -187,10 +186,10 @@ def _inductor(mode: str, gm: GraphModule, example_inputs: Sequence[Any]) -> Comp
 
 
 def register() -> None:
-    """Make the name known where the package's entry point is not (a tree on the path).
+    """Register the backend where the package is not installed, so that it has no entry point.
 
-    An entry point, not the function: Dynamo registers what it has loaded by one itself, and
-    refuses a name that it has.
+    An entry point is registered, not the function: Dynamo registers the function itself when it
+    loads the entry point, and refuses a name that is already registered.
     """
     if "fastdiff" not in registry._BACKENDS:
         registry._BACKENDS["fastdiff"] = EntryPoint(

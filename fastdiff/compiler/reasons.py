@@ -10,8 +10,13 @@ from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastdiff.compiler.graph.effects import changes_modes, drops, given, name_of
-from fastdiff.compiler.match.patterns import DTYPES
+from fastdiff.compiler.graph.effects import (
+    changes_modes,
+    functional_argument,
+    is_active_dropout,
+    name_of,
+)
+from fastdiff.compiler.match.patterns import FUSED_DTYPES
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,8 @@ class Reason:
 
     Attributes:
         text: the reason.
-        advice: what the user can do; None where it is as it should be, as in training.
-        untouched: whether no operation of fastdiff may be put in at all.
+        advice: what the user can do; None where nothing is wrong, as in training.
+        untouched: whether the graph must stay as it is, without any operation of fastdiff.
     """
 
     text: str
@@ -61,7 +66,7 @@ def why_slow(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
     Args:
         gm: the graph.
         values: examples of all its tensors.
-        devices: their types, in order, each once.
+        devices: the sorted types of the devices of ``values``, each once.
     """
     if devices == ["cuda"] or not devices:
         return Reason(
@@ -82,7 +87,7 @@ def why_slow(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
     floats = {v.dtype for v in values if v.dtype.is_floating_point}
     if not floats:
         return Reason("no tensor of floating point")
-    if not floats & set(DTYPES):
+    if not floats & set(FUSED_DTYPES):
         names = ", ".join(sorted(str(d) for d in floats))
         return Reason(
             f"dtype {names}, wanted float32 or bfloat16",
@@ -92,7 +97,7 @@ def why_slow(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
 
 
 def _special(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reason | None:
-    """A reason that holds with gradients and without them."""
+    """A reason that holds with gradients as well as without them; else None."""
     if devices != ["cpu"]:
         return Reason(
             f"tensors on {', '.join(devices)}",
@@ -103,11 +108,13 @@ def _special(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
         return SUBCLASS
     if torch.is_autocast_enabled("cpu"):
         return AUTOCAST
-    if forward_ad._current_level >= 0:  # tangents go through PyTorch's operations alone
+    if forward_ad._current_level >= 0:  # fused operations have no forward-mode derivative
         return FORWARD
     return MODE_CHANGE if changes_modes(gm.graph) else None
 
 
 def _is_training(node: Node) -> bool:
     norm = name_of(node) in ("batch_norm", "instance_norm")
-    return drops(node) or (norm and given(node, "training", 5, False) is True)
+    return is_active_dropout(node) or (
+        norm and functional_argument(node, "training", 5, False) is True
+    )

@@ -1,4 +1,4 @@
-"""What became of one graph: what was fused, what was left, and why."""
+"""The report of one compiled graph: what was fused, what was left, and why."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastdiff.compiler.rewrite.fuse import Emitted
 
 @dataclass
 class GraphReport:
-    """One graph.
+    """The report of one graph.
 
     Attributes:
-        reason: why it is not on the fast path; None if it is.
+        reason: why the graph is not on the fast path; None if it is.
         emitted: its fused operations.
-        composed: how many of ``fastdiff.ops``'s other operations were put in.
-        left: other nodes, by operation and why they were left.
+        composed: how many other operations of ``fastdiff.ops`` were inserted.
+        left: count of all other nodes, by (operation, reason).
     """
 
     reason: Reason | None = None
@@ -32,7 +32,7 @@ class GraphReport:
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def leave(self, graph: Graph, pinned: set[Node] | None = None) -> None:
-        """Count what is not fused."""
+        """Count the nodes that are not fused."""
         for node in graph.nodes:
             ours = node.meta.get(OURS)
             if node.op in ("call_function", "call_method", "call_module") and not ours:
@@ -59,9 +59,10 @@ def _why(node: Node, pinned: set[Node], fast: bool) -> str:
         return "dtypes differ"
     if dtype_of(node) not in (torch.float32, torch.bfloat16):
         return f"dtype {dtype_of(node)}"
-    found = value(x)
+    example = value(x)
     if kind == "linear":
-        return "a single product of few rows" if found is not None and found.ndim == 2 else "shape"
+        matrix = example is not None and example.ndim == 2
+        return "a single product of few rows" if matrix else "shape"
     if argument(node, "groups", 1) != 1:
         return "grouped"
     return "dilated, or of a shape that is not fused"

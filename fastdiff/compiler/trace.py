@@ -1,8 +1,8 @@
-"""A function of tensors as a graph, by watching one run of it: for networks of this library.
+"""Trace a function of tensors as a graph, by recording one run: for networks of this library.
 
-Dynamo reads any Python; that takes seconds, and guards on all that was read. The layers of a
-network whose code is known need none of it: one run, each of whose calls of PyTorch is noted under
-the name it was called by, gives the graph that Dynamo would hand over.
+Dynamo analyses any Python code; that takes seconds, and adds guards on everything that it reads.
+The layers of a network whose code is known need no analysis: one run, whose calls of PyTorch are
+recorded under the names by which they are called, gives the graph that Dynamo would give.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-BATCH = 2  # images in the run; with one it could not be seen what is expanded to the batch
+BATCH = 2  # images in the run; with one, an expansion to the batch could not be recognised
 
 
 class NotTraceableError(Exception):
-    """Why a graph of a run's calls would not compute what the function computes."""
+    """A function has no graph that computes the same; the message says why."""
 
 
 def trace(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> tuple[GraphModule, list[int]]:
-    """The graph of one run of ``function``; it serves any number of images.
+    """The graph of one run of ``function``, which serves any number of images.
 
-    The function may use that number for nothing but ``Tensor.expand``. All other sizes are the
-    same in every call.
+    The function may use the number of images in ``Tensor.expand`` alone. All other sizes must be
+    the same in every call.
 
     Args:
         function: computes a tensor from ``inputs`` and ``weights`` by calls of PyTorch.
-        inputs: its arguments, real tensors, the first of ``BATCH`` rows.
-        weights: what else it may read.
+        inputs: its arguments, real tensors; the first has ``BATCH`` rows.
+        weights: the other tensors that it may read.
 
     Returns:
-        The graph, whose placeholders are ``inputs`` and then those of ``weights`` that it reads;
-        and the indices of these. Examples of its values are on the device meta: they take no
+        The graph, whose placeholders are ``inputs`` and then the weights that it reads, and the
+        indices of these weights. The example values of nodes are on the device meta: they take no
         memory.
 
     Raises:
-        NotTraceableError: it reads other tensors, or writes to one.
+        NotTraceableError: the function reads other tensors, or writes to a tensor.
     """
     recorder = _Recorder(inputs, weights)
     with torch.no_grad(), recorder:
@@ -54,11 +54,11 @@ def trace(
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes every call within the block that makes a tensor.
+    """Records every call in its ``with`` block that makes a tensor.
 
     Attributes:
-        graph: what was noted.
-        read: of the weights in the order of their placeholders, the indices.
+        graph: the recorded calls.
+        read: the indices of the weights that were read, in the order of their placeholders.
     """
 
     def __init__(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
@@ -70,14 +70,14 @@ class _Recorder(TorchFunctionMode):
         for i, weight in enumerate(weights):
             self.weights.setdefault(weight, i)
         for i, x in enumerate(inputs):
-            self.last = self.graph.placeholder(f"input_{i}")  # of the placeholders
+            self.last = self.graph.placeholder(f"input_{i}")  # the last placeholder
             self._know(self.last, x, weight=False)
         self.images = next(iter(self.graph.nodes))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run a call, and note it."""
+        """Run a call, and record it."""
         kwargs = kwargs or {}
         if _writes(func, kwargs):
             raise NotTraceableError(f"{func} writes to a tensor")
@@ -88,7 +88,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def node(self, x: Tensor) -> Node:
-        """The node whose value a tensor is."""
+        """The node whose value is the tensor ``x``."""
         if x in self.nodes:
             return self.nodes[x]
         if x not in self.weights:
@@ -111,19 +111,19 @@ class _Recorder(TorchFunctionMode):
         def argument(value: Any) -> Any:
             return self.node(value) if isinstance(value, Tensor) else value
 
-        given: Any = map_aggregate(args, argument)
+        positional: Any = map_aggregate(args, argument)
         named: Any = map_aggregate(kwargs, argument)
-        if func == Tensor.expand and given[1] == BATCH:
+        if func == Tensor.expand and positional[1] == BATCH:
             images = self.graph.call_method("size", (self.images, 0))
             images.meta["example_value"] = BATCH
-            given = (given[0], images, *given[2:])
+            positional = (positional[0], images, *positional[2:])
         name = func.__name__
         if func == Tensor.__getitem__:
-            node = self.graph.call_function(operator.getitem, given, named)
+            node = self.graph.call_function(operator.getitem, positional, named)
         elif getattr(Tensor, name, None) == func:
-            node = self.graph.call_method(name, given, named)
+            node = self.graph.call_method(name, positional, named)
         else:
-            node = self.graph.call_function(func, given, named)
+            node = self.graph.call_function(func, positional, named)
         if isinstance(result, Tensor):
             self._know(node, result, weight=False)
             return
@@ -133,7 +133,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes to a tensor that is there before."""
+    """Whether a call writes to an existing tensor."""
     if kwargs.get("out") is not None or kwargs.get("inplace"):
         return True
     schema = getattr(func, "_schema", None)
@@ -145,7 +145,7 @@ def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _example(x: Any) -> Any:
-    """A tensor of the same kind that holds nothing."""
+    """A tensor on the device meta with the shape, strides and dtype of x; others unchanged."""
     if not isinstance(x, Tensor):
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")

@@ -20,7 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from fastdiff.compiler import backend, explain
 from fastdiff.compiler.choose import algorithms, budget, timings
 from fastdiff.compiler.choose.budget import Option, spend
-from fastdiff.compiler.choose.timings import NAMES, Sizes
+from fastdiff.compiler.choose.timings import ALGORITHM_NAMES, Sizes
 from fastdiff.ops.conv2d import conv2d_pack
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
 from fastdiff.ops.conv2d_spec import ConvSpec
@@ -29,7 +29,7 @@ AROUND = (1, 1, 1, 1)  # padding
 SIZE = Sizes((2, 16, 8, 12), ConvSpec(32, 16, (3, 3), padding=AROUND), torch.float32, 1)
 ROW = {"plain": 4e-3, "direct": 3e-3, "winograd2": 2e-3, "winograd4": 1e-3, "strassen": 2e-3,
        "phases4": 1e-3}  # fmt: skip
-OF_3X3 = SIZE.among(NAMES)
+OF_3X3 = SIZE.among(ALGORITHM_NAMES)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTDIFF_PLAN", "measured")
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(timings, "_tables", {})
-    monkeypatch.setattr(timings, "_unsure", set())
+    monkeypatch.setattr(timings, "_unsure_keys", set())
     monkeypatch.setattr(timings, "_interruptions", lambda: 0)
     return tmp_path / "cache"
 
@@ -73,13 +73,13 @@ def written(file):
 
 def test_measurements_are_kept(cache, monkeypatch):
     monkeypatch.setattr(timings, "AGREEING_RATIO", 1e9)  # on a busy machine too
-    first = timings.of([SIZE, SIZE])
+    first = timings.seconds_by_algorithm([SIZE, SIZE])
     assert first[0] == first[1]
     assert set(first[0]) == set(OF_3X3)
     assert all(0 < seconds < 10 for seconds in first[0].values())
     forget()
-    assert timings.of([SIZE]) == first[:1]
-    assert [file.name for file in cache.iterdir()] == [timings.path().name]
+    assert timings.seconds_by_algorithm([SIZE]) == first[:1]
+    assert [file.name for file in cache.iterdir()] == [timings.cache_file().name]
 
 
 def test_rows_are_named_as_in_files_that_users_have():
@@ -92,25 +92,28 @@ def test_rows_are_named_as_in_files_that_users_have():
 def test_what_is_not_measured_is_not_measured_twice(clock):
     seen = clock("direct")
     around = replace(SIZE, spec=replace(SIZE.spec, silu=True, statistics=True))
-    assert timings.of([SIZE, around]) == [timings.of([SIZE])[0]] * 2
+    assert (
+        timings.seconds_by_algorithm([SIZE, around])
+        == [timings.seconds_by_algorithm([SIZE])[0]] * 2
+    )
     assert seen == [SIZE]
 
 
 def test_each_size_is_measured_once(clock):
     seen = clock("direct")
     other = replace(SIZE, x=(1, 16, 8, 12))
-    timings.of([SIZE, other, SIZE])
+    timings.seconds_by_algorithm([SIZE, other, SIZE])
     forget()
-    timings.of([other])
-    timings.of([SIZE])
+    timings.seconds_by_algorithm([other])
+    timings.seconds_by_algorithm([SIZE])
     assert seen == [SIZE, other]
 
 
 def test_only_what_is_wanted_is_measured():
-    assert set(timings.of([SIZE], ("plain", "direct"))[0]) == {"plain", "direct"}
-    assert set(timings.of([SIZE])[0]) == set(OF_3X3)
+    assert set(timings.seconds_by_algorithm([SIZE], ("plain", "direct"))[0]) == {"plain", "direct"}
+    assert set(timings.seconds_by_algorithm([SIZE])[0]) == set(OF_3X3)
     strided = replace(SIZE, spec=replace(SIZE.spec, stride=(2, 2)))
-    assert set(timings.of([strided])[0]) == {"plain", "direct"}
+    assert set(timings.seconds_by_algorithm([strided])[0]) == {"plain", "direct"}
 
 
 @pytest.mark.parametrize(
@@ -124,8 +127,8 @@ def test_only_what_is_wanted_is_measured():
     ids=["1x1", "strided", "upsampled", "large"],
 )
 def test_measuring_any_size(size):
-    row = timings.of([size])[0]
-    assert set(row) == set(size.among(NAMES))
+    row = timings.seconds_by_algorithm([size])[0]
+    assert set(row) == set(size.among(ALGORITHM_NAMES))
     assert all(0 < seconds < 10 for seconds in row.values())
 
 
@@ -170,8 +173,8 @@ def test_what_was_always_interrupted_is_chosen_by_its_size(monkeypatch):
     monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
     assert timings._measure(SIZE, OF_3X3) == ({n: ROW[n] / 100 for n in OF_3X3}, False)
     monkeypatch.setattr(algorithms, "heuristic", lambda size: {**ROW, "direct": 1e-9})
-    assert algorithms.choose(SIZE, NAMES, measured=True) == "direct"
-    assert written(timings.path())["seconds"] == {}
+    assert algorithms.choose(SIZE, ALGORITHM_NAMES, measured=True) == "direct"
+    assert written(timings.cache_file())["seconds"] == {}
 
 
 def test_a_busy_machine_is_asked_more_often(monkeypatch, caplog):
@@ -181,10 +184,13 @@ def test_a_busy_machine_is_asked_more_often(monkeypatch, caplog):
     monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: next(calls[name]))
     assert timings._measure(SIZE, OF_3X3) == (dict.fromkeys(OF_3X3, 5e-4), True)
     calls.update({name: iter([1e-3 / 1.2**turn for turn in range(13)]) for name in OF_3X3})
-    assert timings.of([SIZE], ("plain", "direct"))[0].keys() == {"plain", "direct"}
+    assert timings.seconds_by_algorithm([SIZE], ("plain", "direct"))[0].keys() == {
+        "plain",
+        "direct",
+    }
     assert next(calls["direct"], None) is None
-    assert written(timings.path())["seconds"] == {}
-    timings.of([SIZE], ("plain", "direct"))
+    assert written(timings.cache_file())["seconds"] == {}
+    timings.seconds_by_algorithm([SIZE], ("plain", "direct"))
 
 
 def machine():
@@ -225,15 +231,15 @@ BROKEN = {
 def test_a_file_that_cannot_be_believed(cache, clock, caplog, content):
     seen = clock("direct")
     cache.mkdir()
-    timings.path().write_bytes(content)
+    timings.cache_file().write_bytes(content)
     with caplog.at_level(logging.WARNING, logger="fastdiff.compiler"):
-        assert timings.of([SIZE])[0]["direct"] == ROW["direct"] / 100
+        assert timings.seconds_by_algorithm([SIZE])[0]["direct"] == ROW["direct"] / 100
     assert seen == [SIZE]
-    assert [str(timings.path()) in record.getMessage() for record in caplog.records] == [True]
-    assert written(timings.path())["machine"] == machine()
+    assert [str(timings.cache_file()) in record.getMessage() for record in caplog.records] == [True]
+    assert written(timings.cache_file())["machine"] == machine()
     forget()
     caplog.clear()
-    timings.of([SIZE])
+    timings.seconds_by_algorithm([SIZE])
     assert seen == [SIZE]
     assert not caplog.records
 
@@ -242,29 +248,29 @@ def test_a_row_that_is_incomplete_is_measured(cache, clock):
     seen = clock("direct")
     cache.mkdir()
     row = {"plain": 1.0, "direct": 1.0}
-    timings.path().write_text(json.dumps({"machine": machine(), "seconds": {SIZE.key: row}}))
-    assert timings.of([SIZE], ("plain", "direct")) == [row]
+    timings.cache_file().write_text(json.dumps({"machine": machine(), "seconds": {SIZE.key: row}}))
+    assert timings.seconds_by_algorithm([SIZE], ("plain", "direct")) == [row]
     assert not seen
-    assert timings.of([SIZE])[0]["winograd4"] == ROW["winograd4"]
+    assert timings.seconds_by_algorithm([SIZE])[0]["winograd4"] == ROW["winograd4"]
     assert seen == [SIZE]
 
 
 def test_a_folder_in_the_place_of_the_file(caplog, clock):
     clock("direct")
-    timings.path().mkdir(parents=True)
-    timings.of([SIZE])
-    timings.of([SIZE])
+    timings.cache_file().mkdir(parents=True)
+    timings.seconds_by_algorithm([SIZE])
+    timings.seconds_by_algorithm([SIZE])
     assert ["used" in r.getMessage() or "written" in r.getMessage() for r in caplog.records] == [
         True, True,
     ]  # fmt: skip
-    assert not list(timings.path().parent.glob("*.new"))
+    assert not list(timings.cache_file().parent.glob("*.new"))
 
 
 def test_a_file_in_the_place_of_the_folder(cache, caplog, clock):
     seen = clock("direct")
     cache.write_text("")
-    timings.of([SIZE])
-    timings.of([SIZE])
+    timings.seconds_by_algorithm([SIZE])
+    timings.seconds_by_algorithm([SIZE])
     assert seen == [SIZE]
     assert any("cannot be written" in r.getMessage() for r in caplog.records)
 
@@ -273,8 +279,8 @@ def test_a_file_in_the_place_of_the_folder(cache, caplog, clock):
 def test_a_folder_that_cannot_be_written(cache, caplog, clock):
     seen = clock("direct")
     cache.mkdir(mode=0o500)
-    timings.of([SIZE])
-    timings.of([SIZE])
+    timings.seconds_by_algorithm([SIZE])
+    timings.seconds_by_algorithm([SIZE])
     assert seen == [SIZE]
     assert any("cannot be written" in r.getMessage() for r in caplog.records)
 
@@ -288,39 +294,39 @@ def test_no_home(monkeypatch, clock):
         raise RuntimeError("could not determine home directory")
 
     monkeypatch.setattr(timings.Path, "home", home)
-    assert timings.path() is None
-    timings.of([SIZE])
-    timings.of([SIZE])
+    assert timings.cache_file() is None
+    timings.seconds_by_algorithm([SIZE])
+    timings.seconds_by_algorithm([SIZE])
     assert seen == [SIZE]
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTDIFF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert timings.path().parent == tmp_path / "fastdiff"
+    assert timings.cache_file().parent == tmp_path / "fastdiff"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert timings.path().parent == tmp_path / ".cache" / "fastdiff"
+    assert timings.cache_file().parent == tmp_path / ".cache" / "fastdiff"
     monkeypatch.setenv("FASTDIFF_CACHE", "~/measured")
-    assert timings.path().parent == tmp_path / "measured"
+    assert timings.cache_file().parent == tmp_path / "measured"
 
 
 def test_what_others_have_measured_meanwhile_stays(clock):
     clock("direct")
     other = replace(SIZE, x=(1, 16, 8, 12))
-    timings.of([SIZE])
-    content = written(timings.path())
+    timings.seconds_by_algorithm([SIZE])
+    content = written(timings.cache_file())
     content["seconds"][other.key] = ROW
-    timings.path().write_text(json.dumps(content))
+    timings.cache_file().write_text(json.dumps(content))
     third = replace(SIZE, x=(5, 16, 8, 12))
-    timings.of([third])
-    assert set(written(timings.path())["seconds"]) == {SIZE.key, other.key, third.key}
-    assert timings.of([other]) == [ROW]
+    timings.seconds_by_algorithm([third])
+    assert set(written(timings.cache_file())["seconds"]) == {SIZE.key, other.key, third.key}
+    assert timings.seconds_by_algorithm([other]) == [ROW]
 
 
 def test_threads_measure_once(clock):
     seen = clock("direct")
-    run_together(lambda index: timings.of([SIZE]))
+    run_together(lambda index: timings.seconds_by_algorithm([SIZE]))
     assert seen == [SIZE]
 
 
@@ -330,15 +336,15 @@ def test_threads_measure_once(clock):
 @pytest.mark.parametrize(
     ("row", "allowed", "wanted"),
     [
-        (ROW, NAMES, "winograd4"),
+        (ROW, ALGORITHM_NAMES, "winograd4"),
         (ROW, ("plain", "direct"), "direct"),
         (ROW, ("plain",), "plain"),
-        ({**ROW, "plain": 0.79e-3}, NAMES, "plain"),
-        ({**ROW, "plain": 0.81e-3}, NAMES, "winograd4"),
+        ({**ROW, "plain": 0.79e-3}, ALGORITHM_NAMES, "plain"),
+        ({**ROW, "plain": 0.81e-3}, ALGORITHM_NAMES, "winograd4"),
         ({**ROW, "plain": 2.3e-3}, ("plain", "direct"), "plain"),
-        ({**ROW, "winograd2": 1e-4}, NAMES, "winograd2"),
+        ({**ROW, "winograd2": 1e-4}, ALGORITHM_NAMES, "winograd2"),
         ({**ROW, "winograd2": 1e-4}, ("plain", "winograd4"), "winograd4"),
-        ({**ROW, "direct": 1e-4}, NAMES, "direct"),
+        ({**ROW, "direct": 1e-4}, ALGORITHM_NAMES, "direct"),
     ],
 )
 def test_the_quickest_allowed(monkeypatch, row, allowed, wanted):
@@ -351,7 +357,7 @@ def test_strassens_weights_must_be_worth_their_memory(monkeypatch, share, wanted
     size = Sizes((2, 64, 8, 12), ConvSpec(32, 64), torch.float32, 1)
     row = {"plain": 1.0, "direct": 1e-3, "strassen": share * 1e-3}
     monkeypatch.setattr(timings, "_measure", lambda size, names: (row, True))
-    assert algorithms.choose(size, NAMES, measured=True) == wanted
+    assert algorithms.choose(size, ALGORITHM_NAMES, measured=True) == wanted
 
 
 @pytest.mark.parametrize(
@@ -368,18 +374,18 @@ def test_strassens_weights_must_be_worth_their_memory(monkeypatch, share, wanted
     ],
 )
 def test_heuristic(monkeypatch, cache, x, weight, stride, wanted):
-    monkeypatch.setattr(timings, "of", None)
+    monkeypatch.setattr(timings, "seconds_by_algorithm", None)
     sides = (weight[2] // 2,) * 4
     spec = ConvSpec(*weight[:2], weight[2:], (stride, stride), sides)
     size = Sizes(x, spec, torch.float32, 1)
-    assert algorithms.choose(size, NAMES, measured=False) == wanted
+    assert algorithms.choose(size, ALGORITHM_NAMES, measured=False) == wanted
     assert algorithms.choose(size, ("plain", "direct"), measured=False) == "direct"
 
 
 @torch.no_grad()
 def test_heuristic_touches_no_file(monkeypatch, cache):
     monkeypatch.setenv("FASTDIFF_PLAN", "heuristic")
-    monkeypatch.setattr(timings, "of", None)
+    monkeypatch.setattr(timings, "seconds_by_algorithm", None)
     model, case = small_net(), small_inputs(3, (16, 24))
     assert_as_eager(compiled(model)(*case), model, case)
     assert not cache.exists()
@@ -402,11 +408,11 @@ def test_measured_for_real(cache, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="fastdiff.compiler"):
         assert_as_eager(compiled(model)(*case), model, case)
     assert ["measuring" in record.getMessage() for record in caplog.records] == [True]
-    assert written(timings.path())["seconds"]
+    assert written(timings.cache_file())["seconds"]
 
 
 @pytest.mark.parametrize("precision", ["fast", "strict"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALGORITHM_NAMES)
 @torch.no_grad()
 def test_whatever_is_preferred_is_right(clock, name, precision):
     clock(name)
@@ -456,13 +462,13 @@ def test_linear_layers_by_strassen(clock):
 @torch.no_grad()
 def test_all_sizes_are_measured_when_the_graph_is_compiled(clock, monkeypatch):
     """Those that the model then runs with, and none besides."""
-    seen, batches, of = clock("direct"), [], timings.of
+    seen, batches, of = clock("direct"), [], timings.seconds_by_algorithm
 
     def note(sizes, *names):
         batches.append(len(seen))
         return of(sizes, *names)
 
-    monkeypatch.setattr(timings, "of", note)
+    monkeypatch.setattr(timings, "seconds_by_algorithm", note)
     model, case = small_net(), small_inputs()
     net = compiled(model)
     net(*case)
@@ -504,7 +510,7 @@ def test_measuring_changes_nothing_around_it():
     torch.manual_seed(3)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     with torch.enable_grad():
-        timings.of([SIZE])
+        timings.seconds_by_algorithm([SIZE])
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
     assert torch.equal(torch.get_rng_state(), state)

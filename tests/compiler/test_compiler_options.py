@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import fastdiff.compiler
 from fastdiff.compiler import explain
-from fastdiff.compiler.pipeline import MODES, _inductor, _told
+from fastdiff.compiler.pipeline import MODES, _inductor, _warned
 
 BAD = [
     ({"precision": "exact"}, "fast, strict, got 'exact'"),
@@ -230,8 +230,8 @@ def test_explaining_leaves_the_compiled_model_as_it_was():
 @pytest.fixture
 def notices(caplog):
     """Levels and texts of what the compiler has logged since the last call; nothing is told yet."""
-    known = set(_told)
-    _told.clear()
+    known = set(_warned)
+    _warned.clear()
 
     def since():
         found = [r for r in caplog.records if r.name.startswith("fastdiff.compiler")]
@@ -240,7 +240,7 @@ def notices(caplog):
 
     with caplog.at_level(logging.INFO, logger="fastdiff.compiler"):
         yield since
-    _told.update(known)
+    _warned.update(known)
 
 
 def test_notice_of_the_slow_path(caplog):

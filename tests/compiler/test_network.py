@@ -91,7 +91,7 @@ def test_all_sizes_share_a_graph_and_packed_weights():
 
 @torch.no_grad()
 def test_graphs_are_bounded_and_go_with_their_network(monkeypatch):
-    monkeypatch.setattr(networks, "KEPT", 2)
+    monkeypatch.setattr(networks, "MOST_GRAPHS", 2)
     model = unet()
     net = quick(model)
     for height in (2, 4, 6, 8):

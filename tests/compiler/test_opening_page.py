@@ -35,7 +35,7 @@ def calls(graph: torch.fx.Graph) -> list[str]:
 def shown() -> tuple[list[str], list[str]]:
     """The operations that the page shows before and after."""
     page = fastdiff.compiler.__doc__
-    before, after = page.split("and as it is run:")
+    before, after = page.split("and as it runs:")
     pattern = r"^    \w+ += (\w+)\("
     return re.findall(pattern, before, re.M), re.findall(pattern, after, re.M)
 

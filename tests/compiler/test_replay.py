@@ -102,7 +102,7 @@ def test_so_have_strides_threads_and_backends(runs):
 
 @torch.no_grad()
 def test_lists_are_not_kept_for_ever(monkeypatch, runs):
-    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(replay, "MOST_RECORDINGS", 2)
     model = small_net()
     net = compiled(model, dynamic=True)
     for _ in range(2):

@@ -34,13 +34,15 @@ def test_few_and_many(biases: bool, dtype: torch.dtype) -> None:
     """One graph for all numbers of rows, of which few are read through the packed weight."""
     model = Projections(biases).to(dtype).eval()
     net = compiled(model, dynamic=True)
-    for rows in (3, 2, calls.PRODUCT_ROWS, calls.PRODUCT_ROWS + 1, 3):
+    for rows in (3, 2, calls.MOST_PRODUCT_ROWS, calls.MOST_PRODUCT_ROWS + 1, 3):
         case = (torch.randn(rows, 24).to(dtype),)
         assert_as_eager(settled(net, case), model, case, precision="strict")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "algorithm"), [(calls.PRODUCT_ROWS, "direct"), (99, "plain")])
+@pytest.mark.parametrize(
+    ("rows", "algorithm"), [(calls.MOST_PRODUCT_ROWS, "direct"), (99, "plain")]
+)
 def test_what_is_told(rows: int, algorithm: str) -> None:
     (row,) = explain(Projections().eval(), torch.randn(rows, 24)).fused
     assert (row.what, row.algorithm) == ("silu + 3 x linear", algorithm)

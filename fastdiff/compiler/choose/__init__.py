@@ -1,1 +1,1 @@
-"""Which algorithm computes a convolution, by measured times and within a budget of memory."""
+"""Choose the algorithm of each convolution, by measured times and within a budget of memory."""

@@ -1,6 +1,6 @@
-"""Which algorithm computes a convolution of given sizes, and what memory its weight takes.
+"""Choose the algorithm for a convolution of given sizes; the memory of its packed weight.
 
-The algorithms of ``ops.conv2d_algorithms``, and ``plain``, PyTorch's own convolution.
+The choices are the algorithms of ``ops.conv2d_algorithms``, and ``plain``: PyTorch's convolution.
 """
 
 from __future__ import annotations
@@ -8,28 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastdiff.compiler.choose import timings
-from fastdiff.compiler.choose.timings import NAMES, Sizes
+from fastdiff.compiler.choose.timings import ALGORITHM_NAMES, Sizes
 from fastdiff.ops import conv2d_algorithms
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 from fastdiff.ops.conv2d_spec import ConvSpec
 
 PRECISIONS = {
-    "fast": NAMES,
+    "fast": ALGORITHM_NAMES,
     "strict": ("plain", *(name for name, row in ALGORITHMS.items() if row.strict)),
 }
-PRODUCT = "direct"  # what computes linear layers of a few rows, whatever the clock says
-# As the algorithms' own handicaps: PyTorch's convolution is taken only if it is that much quicker,
-# for it leaves the norm and the additions to passes of their own.
+PRODUCT = "direct"  # the algorithm for linear layers of a few rows, which are not measured
+# Seconds are divided by a handicap before they are compared. PyTorch's convolution has one because
+# it leaves the norm and the additions to separate passes.
 PLAIN_HANDICAP = 0.8
 
 
 def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
-    """The quickest of the algorithms ``allowed``, names of ``timings.NAMES``.
+    """The quickest of the algorithms ``allowed`` that suits a convolution.
 
     Args:
         sizes: of the convolution.
-        allowed: what it may use; ``plain`` suits every convolution.
-        measured: look at the clock, once for each size, or only at the sizes.
+        allowed: from ``timings.ALGORITHM_NAMES``; ``plain``, which suits every convolution, must be
+            among them.
+        measured: choose by measured times (each size is measured once), else by the sizes alone.
     """
     names = sizes.among(allowed)
     if len(names) == 1:
@@ -41,17 +42,21 @@ def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
 def estimates(
     sizes: Sequence[Sizes], names: Sequence[str], measured: bool
 ) -> list[dict[str, float]]:
-    """How long each algorithm takes, for each of ``sizes``: by the clock, where it could be
-    believed, or else by the sizes alone.
+    """Seconds by algorithm for each of ``sizes``.
+
+    Args:
+        sizes: of convolutions.
+        names: the algorithms to measure.
+        measured: return measured times where they were reproducible, else estimates from the sizes.
     """
     if not measured:
         return [heuristic(size) for size in sizes]
-    rows = zip(sizes, timings.of(sizes, names), strict=True)
+    rows = zip(sizes, timings.seconds_by_algorithm(sizes, names), strict=True)
     return [row if timings.is_sure(size) else heuristic(size) for size, row in rows]
 
 
 def heuristic(sizes: Sizes) -> dict[str, float]:
-    """About how many seconds each algorithm takes, from the sizes alone."""
+    """Estimated seconds by algorithm, from the sizes alone."""
     spec = sizes.spec
     height, width = spec.output_size(sizes.x[2:])
     pixels = sizes.x[0] * height * width
@@ -60,18 +65,18 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
         plain *= size
     return {
         name: plain if name == "plain" else plain * ALGORITHMS[name].time(spec, pixels)
-        for name in sizes.among(NAMES)
+        for name in sizes.among(ALGORITHM_NAMES)
     }
 
 
 def cost(seconds: dict[str, float], name: str) -> float:
-    """The seconds of an algorithm, divided by its handicap: what is compared."""
+    """The seconds of an algorithm divided by its handicap, as algorithms are compared."""
     handicap = PLAIN_HANDICAP if name == "plain" else ALGORITHMS[name].handicap
     return seconds[name] / handicap
 
 
 def packed_bytes(name: str, spec: ConvSpec) -> int:
-    """Bytes that the packed weight takes; none for ``plain``, or where nothing is packed at all."""
+    """Bytes of the packed weight; 0 for ``plain``, and where the extension is not built."""
     if name == "plain" or not ALGORITHMS:
         return 0
     return conv2d_algorithms.packed_bytes(name, spec.weight)

@@ -16,20 +16,20 @@ from fastdiff.compiler.graph.nodes import value
 from fastdiff.compiler.match.fused import Match, joined
 from fastdiff.ops.backend import kernel_runs
 
-CALL_SECONDS = 5e-6  # that a call of anything takes
-UNKNOWN_SIZE = 32  # stands for a size of which the graph tells nothing
-Table = dict[Sizes, dict[str, float]]
+CALL_OVERHEAD_SECONDS = 5e-6  # per call of an operation, besides its computation
+DEFAULT_DIMENSION = 32  # assumed for a dynamic dimension for which the graph has no example
+Table = dict[Sizes, dict[str, float]]  # seconds by algorithm
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to compute something.
+    """A way to compute one or several matches.
 
     Attributes:
-        size: bytes that it takes.
-        seconds: about.
-        name: of the algorithm.
-        together: of several weights as one.
+        size: bytes of its packed and copied weights.
+        seconds: estimated time, handicaps included.
+        name: the algorithm.
+        together: whether several weights are joined into one.
     """
 
     size: int
@@ -40,7 +40,7 @@ class Option:
 
 @dataclass
 class _Unit:
-    """Matches that are decided upon together, and the ways to compute them, a free one first."""
+    """Matches with one decision: the first of ``options`` takes no memory. ``group``: joinable."""
 
     matches: list[Match]
     options: list[Option]
@@ -48,10 +48,10 @@ class _Unit:
 
 
 class Budget:
-    """What the convolutions of one graph may use.
+    """Which algorithms the convolutions of one graph may use.
 
     Args:
-        precision: of ``plan.PRECISIONS``.
+        precision: a key of ``algorithms.PRECISIONS``.
         bound: of the bytes that the graph's weights may be packed and copied into; None for any.
         measured: choose by the clock where kernels run, else by the sizes alone.
     """
@@ -62,7 +62,7 @@ class Budget:
         self._allowed: dict[tuple[Node, ...], tuple[str, ...]] = {}
 
     def allowed(self, weights: Sequence[Node]) -> tuple[str, ...]:
-        """The algorithms of the convolution by ``weights``, one behind the other."""
+        """The algorithms that the convolution by ``weights``, concatenated, may use."""
         return self._allowed.get(tuple(weights), self.names if self.bound is None else ("plain",))
 
     def plan(
@@ -71,12 +71,13 @@ class Budget:
         """Measure all sizes at once, and decide what is affordable.
 
         Args:
-            groups: matches that can become one, for which their weights are copied.
-            single: those that stay on their own.
+            groups: matches that can be computed as one; their weights are then copied.
+            single: matches that are computed alone.
 
         Returns:
-            The same, but for groups that are better, or only affordable, apart; the products of a
-            matrix's rows in them are then not worth a call.
+            The groups to compute as one, and the matches to compute alone. A group is split where
+            that is quicker or where joining exceeds the bound. Its matches are then computed alone,
+            or left to PyTorch if they read a matrix, since a call would then save nothing.
         """
         table = self._table(groups, single)
         if self.bound is None:
@@ -89,7 +90,7 @@ class Budget:
         chosen, left = spend([unit.options for unit in units], self.bound)
         kept, apart = [], list(single)
         for unit, option in zip(units, chosen, strict=True):
-            # What is left allows other choices where sizes, unknown now, are other ones.
+            # Memory that is left allows more algorithms, for sizes that are not known yet.
             whole = next((other for other in unit.options if other.together), option)
             if not option.together and whole.size - option.size <= left:
                 option, left = whole, left - (whole.size - option.size)
@@ -106,7 +107,7 @@ class Budget:
                 continue
             for match in unit.matches:
                 self._allowed[(match.weight,)] = allowed
-            if unit.group and not _is_product(unit.matches[0]):
+            if unit.group and not _reads_matrix(unit.matches[0]):
                 apart += unit.matches
         return kept, apart
 
@@ -116,11 +117,11 @@ class Budget:
         wanted = [[m] for m in single] + groups
         if self.bound is not None:
             wanted += [[m] for group in groups for m in group]
-        sizes = list(dict.fromkeys(_sizes(ms) for ms in wanted if not _is_product(ms[0])))
+        sizes = list(dict.fromkeys(_sizes(ms) for ms in wanted if not _reads_matrix(ms[0])))
         return dict(zip(sizes, estimates(sizes, self.names, self.measured), strict=True))
 
     def _alone(self, matches: list[Match], table: Table) -> _Unit:
-        """Convolutions by one weight."""
+        """The ways to compute convolutions that share one weight."""
         sizes = [_sizes([match]) for match in matches]
         options = []
         for name in self.names:
@@ -134,42 +135,45 @@ class Budget:
         return _Unit(matches, options, group=False)
 
     def _together(self, group: list[Match], table: Table) -> _Unit:
-        """Linear layers that read the same: by one weight, or each by its own."""
+        """The ways to compute linear layers of one input: with joined or separate weights."""
         weights = [value(match.weight) for match in group]
         copied = sum(w.nbytes for w in weights if w is not None)
         whole = _sizes(group)
-        if _is_product(group[0]):
+        if _reads_matrix(group[0]):
             size = copied + packed_bytes(PRODUCT, whole.spec)
             options = [
-                Option(0, len(group) * CALL_SECONDS),
-                Option(size, CALL_SECONDS, together=True),
+                Option(0, len(group) * CALL_OVERHEAD_SECONDS),
+                Option(size, CALL_OVERHEAD_SECONDS, together=True),
             ]
             return _Unit(group, options, group=True)
-        names = whole.among(self.names)  # which suit each of them too
+        names = whole.among(self.names)  # the same names suit each match alone
         options = [
             Option(
                 sum(packed_bytes(name, match.spec) for match in group),
-                sum(cost(table[_sizes([match])], name) + CALL_SECONDS for match in group),
+                sum(cost(table[_sizes([m])], name) + CALL_OVERHEAD_SECONDS for m in group),
                 name,
             )
             for name in names
         ]
         for name in names[1:]:
             size = copied + packed_bytes(name, whole.spec)
-            seconds = cost(table[whole], name) + CALL_SECONDS
+            seconds = cost(table[whole], name) + CALL_OVERHEAD_SECONDS
             options.append(Option(size, seconds, name, together=True))
         return _Unit(group, options, group=True)
 
 
 def spend(options: Sequence[Sequence[Option]], bound: int) -> tuple[list[Option], int]:
-    """One option of each row, of no more than ``bound`` bytes in all, and what is left of them.
+    """Choose one option of each row, of at most ``bound`` bytes in total.
 
-    Greedy: the change that saves the most seconds for a byte, and fits, comes first. With a larger
-    bound what is spent is never less.
+    Greedy: of the changes that fit, the one that saves the most seconds per byte comes first. With
+    a larger bound the bytes spent are never fewer.
 
     Args:
-        options: rows that begin with one of 0 bytes.
+        options: rows of options, of which the first takes 0 bytes.
         bound: bytes.
+
+    Returns:
+        The chosen option of each row, and the bytes that are left.
     """
     chosen, left = [0] * len(options), bound
     heap: list[tuple[float, int, int, int]] = []
@@ -192,13 +196,13 @@ def spend(options: Sequence[Sequence[Option]], bound: int) -> tuple[list[Option]
     return [row[j] for row, j in zip(options, chosen, strict=True)], left
 
 
-def _is_product(match: Match) -> bool:
-    """Whether it is a product of a matrix's rows, ``calls.Product`` or left as it is."""
+def _reads_matrix(match: Match) -> bool:
+    """Whether a match reads a matrix [N, C]: it becomes part of a ``calls.Product`` or is left."""
     return match.x.form[0] == 2
 
 
 def _sizes(matches: Sequence[Match]) -> Sizes:
-    """Of matches that are one convolution, by the graph's examples."""
+    """The sizes of matches computed as one convolution, from the graph's example values."""
     match, (ndim, channel) = matches[0], matches[0].x.form
     x, spec = value(match.x.node), joined(matches)
     assert x is not None
@@ -213,4 +217,4 @@ def _sizes(matches: Sequence[Match]) -> Sizes:
 
 def _hint(size: Any) -> int:
     example = size if isinstance(size, int) else size.node.hint
-    return UNKNOWN_SIZE if example is None else max(int(example), 1)
+    return DEFAULT_DIMENSION if example is None else max(int(example), 1)

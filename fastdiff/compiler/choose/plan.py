@@ -1,6 +1,6 @@
-"""What becomes of the matches of a graph: which are computed together, and by which algorithms.
+"""Plan which matches of a graph are computed together, and by which algorithms.
 
-Planning changes no graph. It may measure for seconds, where times are not known on this machine.
+Planning does not change the graph. It takes seconds where algorithms must first be measured.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fastdiff.ops.conv2d_algorithms import within_limits
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is put in the places of a graph's matches.
+    """What replaces the matches of a graph.
 
     Attributes:
         single: matches that become one call each.
-        groups: linear layers that read the same, of which each group becomes one call.
+        groups: linear layers with the same input; each group becomes one call.
         heads: self-attentions with one head.
-        budget: which algorithms a weight may be packed for.
+        budget: the algorithms that each weight may be packed for.
     """
 
     single: list[Match]
@@ -45,10 +45,10 @@ def plan(
     packed_bytes: int | None,
     measured: bool,
 ) -> Plan:
-    """Decide what becomes of ``matches``.
+    """Decide how ``matches`` are computed.
 
     Args:
-        matches: of ``match.anchors.find``.
+        matches: from ``match.anchors.find``.
         order: the place of each node in the graph.
         pinned: nodes that must stay as they are.
         precision: ``fast`` or ``strict``.
@@ -57,7 +57,7 @@ def plan(
     """
     budget = Budget(precision, packed_bytes, measured)
     heads: list[SingleHead] = []
-    # Products of weights are rounded once more than the weights, and their memory is in no bound.
+    # Merged projections round the products of weights, and the bound does not count their memory.
     if precision == "fast" and packed_bytes is None:
         heads, matches = single_head.take(matches, pinned)
     groups, single = budget.plan(*_merged(matches, order))
@@ -67,9 +67,9 @@ def plan(
 def _merged(
     matches: Sequence[Match], order: dict[Node, int]
 ) -> tuple[list[list[Match]], list[Match]]:
-    """Linear layers that read the same, in groups, and all other matches.
+    """Groups of linear layers with the same input, and all other matches.
 
-    A single product of a matrix's rows is not worth a call, and is in neither.
+    A single linear layer of a matrix is in neither: a call of its own would save nothing.
     """
     by_input: dict[Any, list[Match]] = defaultdict(list)
     single = []

@@ -1,7 +1,7 @@
-"""How long each algorithm takes for a convolution of given sizes, measured once a machine.
+"""Seconds that each algorithm takes for a convolution of given sizes, measured once per machine.
 
 The measurements are kept in the user's cache directory, one file for each processor, instruction
-set and version of PyTorch. What cannot be read, or is of another machine, is not used.
+set and version of PyTorch. A file that cannot be read, or is from another machine, is ignored.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ except ImportError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
 log = logging.getLogger("fastdiff.compiler")
-VERSION = 4  # of the file's form and of what the kernels do; another is not used
-NAMES = ("plain", *ALGORITHMS)  # PyTorch's own convolution, which packs nothing, before ours
-LEAST_CALLS, MOST_CALLS = 3, 12  # of which the quickest counts; until two of them agree
-AGREEING_RATIO = 1.15  # two times agree within it
-CALM_TRIES = 4  # calls until one is not interrupted
-SLOW_SECONDS = 0.05  # from which a single call counts
-# An algorithm is not called again once a call took both so many times the best and so long.
+FILE_VERSION = 4  # of the file's format and of the kernels' speed; other versions are ignored
+# ``plain`` is PyTorch's convolution, which packs no weight.
+ALGORITHM_NAMES = ("plain", *ALGORITHMS)
+# Each algorithm is called from 3 to 12 times, until its two quickest calls agree within the ratio.
+LEAST_CALLS, MOST_CALLS, AGREEING_RATIO = 3, 12, 1.15
+CALM_TRIES = 4  # a call is repeated up to so often until the scheduler does not interrupt it
+SLOW_SECONDS = 0.05  # a call that takes longer is not repeated: its time counts alone
+# An algorithm is not called again after a call of more than both ratio * best and these seconds.
 HOPELESS_RATIO, HOPELESS_SECONDS = 2.0, 0.005
-LARGE_WEIGHT_BYTES = 8 << 20  # whose packed forms are not held at the same time
+LARGE_WEIGHT_BYTES = 8 << 20  # of larger weights only one packed form is in memory at a time
 _lock = threading.RLock()
 _op = torch.ops.fastdiff.conv2d.default
-Table = dict[str, dict[str, float]]
+Table = dict[str, dict[str, float]]  # seconds, by ``Sizes.key`` and algorithm
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class Sizes:
     """What the time of a convolution depends on.
 
     Attributes:
-        x: [N, C, H, W] of what is read, the skip's channels included.
-        spec: the convolution. It is measured bare: what it reads and writes through takes the same
-            time whichever algorithm computes it.
-        dtype: of the images.
-        threads: that compute.
+        x: sizes [N, C, H, W] of the input, the channels of a skip included.
+        spec: the convolution. It is measured without prologue and epilogue, which take the same
+            time whichever algorithm computes the convolution.
+        dtype: of input and weight.
+        threads: how many threads compute it.
     """
 
     x: tuple[int, ...]
@@ -68,13 +69,13 @@ class Sizes:
 
     @property
     def key(self) -> str:
-        """As a row of the file is named."""
+        """The name of its row in the file."""
         spec = self.spec
         numbers = (*self.x, *spec.weight, *spec.stride, *spec.padding, int(spec.upsample))
         return f"{','.join(map(str, numbers))},{str(self.dtype)[6:]},{self.threads}"
 
     def among(self, names: Sequence[str]) -> list[str]:
-        """Those of ``names`` that can compute it."""
+        """The algorithms in ``names`` that suit this convolution."""
         return [name for name in names if name == "plain" or suits(name, self.spec, self.dtype)]
 
 
@@ -90,16 +91,18 @@ def measured(otherwise: str = "measured") -> bool:
     return value == "measured"
 
 
-def of(sizes: Sequence[Sizes], names: Sequence[str] = NAMES) -> list[dict[str, float]]:
-    """Seconds by algorithm for each of ``sizes``: from the file, or measured now and kept there.
+def seconds_by_algorithm(
+    sizes: Sequence[Sizes], names: Sequence[str] = ALGORITHM_NAMES
+) -> list[dict[str, float]]:
+    """Seconds by algorithm for each of ``sizes``: from the file, or measured now and saved there.
 
     Args:
-        sizes: of convolutions whose kernel runs here.
-        names: wanted algorithms, of ``NAMES``; those that a convolution does not suit are not
-            measured, and there may be others in what is returned.
+        sizes: of convolutions whose kernels run on this machine.
+        names: the wanted algorithms, from ``ALGORITHM_NAMES``. Those that do not suit a convolution
+            are not measured. A result may have algorithms that are not among ``names``.
     """
     with _lock:
-        file = path()
+        file = cache_file()
         table = _tables.get(file)
         if table is None:
             table = _tables[file] = _load(file)
@@ -108,34 +111,34 @@ def of(sizes: Sequence[Sizes], names: Sequence[str] = NAMES) -> list[dict[str, f
             log.info("measuring %d convolutions for %s", len(missing), file or "this process")
             for size in missing:
                 if not _lacks(table, size, names):
-                    continue  # it differs from one before in what is not measured
+                    continue  # an earlier size with the same key was measured just now
                 row, sure = _measure(size, size.among(names))
                 table.setdefault(size.key, {}).update(row)
-                (_unsure.discard if sure else _unsure.add)(size.key)
+                (_unsure_keys.discard if sure else _unsure_keys.add)(size.key)
             _save(file, table)
         return [dict(table[s.key]) for s in sizes]
 
 
 def is_sure(sizes: Sizes) -> bool:
-    """Whether the machine was at leisure when ``of`` measured them."""
-    return sizes.key not in _unsure
+    """Whether ``seconds_by_algorithm`` could reproduce its measurements of these sizes."""
+    return sizes.key not in _unsure_keys
 
 
 def _lacks(table: Table, sizes: Sizes, names: Sequence[str]) -> bool:
     return not table.get(sizes.key, {}).keys() >= {*sizes.among(names)}
 
 
-def path() -> Path | None:
+def cache_file() -> Path | None:
     """The file of this machine; None where the user has no directory for it."""
     given, xdg = os.environ.get("FASTDIFF_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     try:
         if given:
             folder = Path(given).expanduser()
         else:
-            # The XDG specification: a relative path is to be ignored.
+            # The XDG base directory specification: a relative path must be ignored.
             root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
             folder = root / "fastdiff"
-    except RuntimeError:  # the user has no home
+    except RuntimeError:  # the user has no home directory
         return None
     name = f"{_processor()}-{isa()}-torch-{torch.__version__}".lower()
     return folder / f"convolutions-{''.join(c if c.isalnum() else '-' for c in name)}.json"
@@ -153,7 +156,7 @@ def _processor() -> str:
 
 def _machine() -> dict[str, Any]:
     return {
-        "version": VERSION,
+        "version": FILE_VERSION,
         "processor": _processor(),
         "isa": isa(),
         "torch": str(torch.__version__),
@@ -162,11 +165,11 @@ def _machine() -> dict[str, Any]:
 
 
 _tables: dict[Path | None, Table] = {}
-_unsure: set[str] = set()  # measured while the machine did other things: not for later processes
+_unsure_keys: set[str] = set()  # of measurements that were disturbed, and are not saved
 
 
 def _load(file: Path | None, level: int = logging.WARNING) -> Table:
-    """What a file says that can be believed; a notice tells of the rest."""
+    """The valid rows of a file. Whatever else the file has is logged at ``level``."""
     if file is None:
         return {}
     try:
@@ -188,21 +191,21 @@ def _load(file: Path | None, level: int = logging.WARNING) -> Table:
 
 
 def _is_row(row: Any) -> bool:
+    """Whether a row of the file is seconds by algorithm."""
     return isinstance(row, dict) and all(
-        name in NAMES and type(seconds) is float and math.isfinite(seconds) and seconds > 0
-        for name, seconds in row.items()
+        name in ALGORITHM_NAMES and type(value) is float and math.isfinite(value) and value > 0
+        for name, value in row.items()
     )
 
 
 def _save(file: Path | None, table: Table) -> None:
-    """Write the file as a whole; where that cannot be done the process keeps what it measured."""
+    """Replace the file atomically. Where it cannot be written, a warning is logged."""
     if file is None:
         return
-    for key, row in _load(
-        file, logging.DEBUG
-    ).items():  # what other processes have measured meanwhile
+    # The file may have new rows, from other processes.
+    for key, row in _load(file, logging.DEBUG).items():
         table[key] = {**row, **table.get(key, {})}
-    kept = {key: row for key, row in table.items() if key not in _unsure}
+    kept = {key: row for key, row in table.items() if key not in _unsure_keys}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".new")
@@ -219,15 +222,15 @@ def _save(file: Path | None, table: Table) -> None:
 
 
 def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool]:
-    """Seconds by algorithm, of values that tell nothing: times do not depend on them.
+    """Time each algorithm on constant tensors: times do not depend on the values.
 
-    In turns, so that what else the machine does meanwhile hits all of them, but for weights so
-    large that no two packed ones should be in memory.
+    The algorithms take turns, so that other work of the machine slows all of them alike. With large
+    weights they follow one another, so that only one packed weight is in memory.
 
     Returns:
-        The seconds, and whether those of the quickest could be had again.
+        Seconds by algorithm, and whether the times of the quickest were reproducible.
     """
-    seconds_of: dict[str, list[float]] = {}  # ascending
+    times_of: dict[str, list[float]] = {}  # ascending
     disturbed: set[str] = set()
     with torch.inference_mode():
         n, c, h, w = sizes.x
@@ -235,7 +238,7 @@ def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool
         weight = torch.full(sizes.spec.weight, 0.5, dtype=sizes.dtype, device="cpu")
         large = 4 * weight.numel() > LARGE_WEIGHT_BYTES
         packed: dict[str, Tensor] = {}
-        likely = list(reversed(names))  # the quickest first, beside which others are hopeless
+        likely = list(reversed(names))  # probably the quickest first, so that slow ones end early
         left = [[name] for name in likely] if large else [likely]
         for together in left:
             packed.clear()
@@ -246,15 +249,15 @@ def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool
                     seconds, calm = _calm_time(sizes, name, x, weight, packed.get(name))
                     if not calm:
                         disturbed.add(name)
-                    seconds_of[name] = sorted([*(seconds_of[name] if turn > 1 else ()), seconds])
-                    best = min(times[0] for times in seconds_of.values())
+                    times_of[name] = sorted([*(times_of[name] if turn > 1 else ()), seconds])
+                    best = min(times[0] for times in times_of.values())
                     hopeless = seconds > max(HOPELESS_RATIO * best, HOPELESS_SECONDS)
-                    agreed = turn >= LEAST_CALLS and _agree(seconds_of[name])
+                    agreed = turn >= LEAST_CALLS and _agree(times_of[name])
                     if hopeless or agreed or (turn > 0 and seconds > SLOW_SECONDS):
                         together.remove(name)
-    quickest = min(seconds_of, key=lambda name: seconds_of[name])
-    sure = _agree(seconds_of[quickest]) and quickest not in disturbed
-    return {name: times[0] for name, times in seconds_of.items()}, sure
+    quickest = min(times_of, key=lambda name: times_of[name])
+    sure = _agree(times_of[quickest]) and quickest not in disturbed
+    return {name: times[0] for name, times in times_of.items()}, sure
 
 
 def _agree(times: Sequence[float]) -> bool:
@@ -262,10 +265,10 @@ def _agree(times: Sequence[float]) -> bool:
 
 
 def _calm_time(*args: Any) -> tuple[float, bool]:
-    """``_time``, and whether no thread had to make way for another process's meanwhile.
+    """Seconds of ``_time``, and whether no thread of this process was preempted meanwhile.
 
-    Where one has, all others wait for it: a slice of the scheduler's, whatever is measured, and
-    much only beside a short call.
+    If a thread is preempted, the other threads wait for it. That adds one time slice of the
+    scheduler, which matters only for short calls.
     """
     quickest = math.inf
     for _ in range(CALM_TRIES):

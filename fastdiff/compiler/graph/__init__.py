@@ -1,1 +1,1 @@
-"""What the nodes of a graph are and do, and the one spelling in which the matcher reads them."""
+"""A graph's nodes: what they compute, their effects, the canonical form, and how to edit them."""

@@ -1,7 +1,7 @@
 """The canonical form of a graph, which the matchers read.
 
-What can be computed by several operations is computed by one of them, the library's own operations
-are their PyTorch equivalents, and no node computes nothing.
+In this form each computation is spelled by one operation, the operations of ``fastdiff.ops`` are
+replaced by their PyTorch equivalents, and nodes that return their input unchanged are removed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fastdiff.compiler.graph.nodes import (
 
 
 def mark_parameters(gm: GraphModule, example_inputs: list[Any]) -> None:
-    """Note which placeholders are parameters, and give those without one an example value."""
+    """Mark the placeholders that are parameters; add example values to placeholders without one."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for node, example in zip(placeholders, example_inputs, strict=True):
         node.meta.setdefault("example_value", example)
-        found = node.meta["example_value"]
-        node.meta["fastdiff_parameter"] = any(isinstance(x, nn.Parameter) for x in (example, found))
+        examples = (example, node.meta["example_value"])
+        node.meta["fastdiff_parameter"] = any(isinstance(x, nn.Parameter) for x in examples)
 
 
 def canonicalise(gm: GraphModule) -> None:
@@ -53,7 +53,7 @@ def canonicalise(gm: GraphModule) -> None:
 
 
 def is_inert(node: Node) -> bool:
-    """Whether a node gives the very tensor that it is given."""
+    """Whether a node returns its input unchanged."""
     if op(node) == "dropout":
         p, training = argument(node, "p", 0.5), argument(node, "training", True)
         return training is False or (is_number(p) and p == 0)
@@ -61,7 +61,7 @@ def is_inert(node: Node) -> bool:
 
 
 def _swish(graph: Graph, node: Node) -> None:
-    """x * sigmoid(x) is silu(x)."""
+    """Replace x * sigmoid(x) by silu(x)."""
     a, b = argument(node, "input"), argument(node, "other")
     for x, gate in ((a, b), (b, a)):
         if op(gate) == "sigmoid" and argument(gate, "input") is x:
@@ -73,10 +73,10 @@ def _swish(graph: Graph, node: Node) -> None:
 
 
 def _per_pixel(graph: Graph, emb: Any, like: Node) -> Node:
-    """emb [N, C] as it broadcasts to the pixels of ``like``."""
-    found = value(like)
-    assert found is not None
-    index = (slice(None), slice(None), *[None] * (found.ndim - 2))
+    """emb [N, C] as [N, C, 1, ...], which broadcasts to the pixels of ``like``."""
+    example = value(like)
+    assert example is not None
+    index = (slice(None), slice(None), *[None] * (example.ndim - 2))
     return call(graph, operator.getitem, emb, index)
 
 

@@ -1,4 +1,4 @@
-"""How a graph is changed: nodes are inserted, replaced, and removed when nobody reads them."""
+"""Changes of a graph: insert nodes, replace nodes, remove nodes that no node reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from fastdiff.compiler.graph.effects import is_known, is_random, written
 from fastdiff.compiler.graph.nodes import value
 
-OURS = "fastdiff"  # marks, in a node's meta, the nodes that the compiler puts in
+OURS = "fastdiff"  # the key in ``Node.meta`` that marks nodes inserted by this compiler
 
 
 def call(
@@ -27,8 +27,8 @@ def call(
 ) -> Node:
     """A new node of an operation, or of a method's name, with an example of its value.
 
-    The example is that of ``like``, a node of the same shape and dtype, or is computed. On the
-    device meta PyTorch computes some operations in Python, which imports much of its compiler.
+    The example is that of ``like``, a node of the same shape and dtype, or is computed. Computing
+    it on the device meta may run Python code of PyTorch that imports much of its compiler.
     """
     if isinstance(target, str):
         node = graph.call_method(target, args, kwargs)
@@ -39,26 +39,26 @@ def call(
 
 
 def call_ours(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-    """A new node of the compiler's own, whose value has the memory that its operation chooses."""
+    """A new node marked as ``OURS``: its operation chooses the strides of its value."""
     node = graph.call_function(target, args, kwargs)
     node.meta[OURS] = True
     return node
 
 
 def redirect(old: Node, new: Node) -> None:
-    """Everybody who reads ``old`` reads ``new``, which has the same value."""
+    """Make all readers of ``old`` read ``new``, which has the same value."""
     new.meta.setdefault("example_value", old.meta.get("example_value"))
     old.replace_all_uses_with(new)
 
 
 def replace(old: Node, new: Node) -> None:
-    """:func:`redirect`, and ``old`` is gone."""
+    """Make all readers of ``old`` read ``new``, and erase ``old``."""
     redirect(old, new)
     old.graph.erase_node(old)
 
 
 def remove_unused(graph: Graph) -> None:
-    """Erase nodes that nobody reads and that do nothing but compute."""
+    """Erase nodes that no node reads and that have no effect besides their result."""
     for node in reversed(list(graph.nodes)):
         if node.users or node.op in ("placeholder", "output"):
             continue
@@ -68,7 +68,7 @@ def remove_unused(graph: Graph) -> None:
 
 
 def _example(node: Node) -> Any:
-    """The value of a node for the examples that its arguments have."""
+    """The value of a node, computed from the example values of its arguments."""
 
     def example(source: Node) -> Any:
         tensor = value(source)
@@ -77,7 +77,7 @@ def _example(node: Node) -> Any:
     args, kwargs = map_arg(node.args, example), map_arg(node.kwargs, example)
     mode = next((x.fake_mode for x in map(value, node.all_input_nodes)
                  if isinstance(x, FakeTensor)), None)  # fmt: skip
-    # Through Python, or operations made of others would fix the sizes that are to stay symbols.
+    # Python's decompositions are enabled: the C++ ones would replace symbolic sizes by numbers.
     dispatcher = nullcontext if mode is None else enable_python_dispatcher
     with torch.no_grad(), mode or nullcontext(), dispatcher():
         if isinstance(node.target, str):

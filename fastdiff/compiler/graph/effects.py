@@ -1,6 +1,6 @@
-"""What a graph's nodes do besides computing: write to tensors, share memory, change modes.
+"""What nodes do besides computing a result: write to tensors, share memory, change modes.
 
-Everything is assumed of a node that is not known.
+A node whose operation is not known here is assumed to have every effect.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Results are memory of their own, whatever the strides of what they are computed from.
-FRESH = _words(
+# Operations whose result has memory of its own, whatever the strides of their arguments.
+FRESH_OPS = _words(
     """
     abs acos adaptive_avg_pool2d add addcmul addmm arange argmax argmin avg_pool1d avg_pool2d
     avg_pool3d baddbmm bmm cat celu clamp clamp_max clamp_min clone concat concatenate conv1d conv2d
@@ -35,8 +35,8 @@ FRESH = _words(
     stack std sub sum tanh tril triu true_divide truediv var where zeros zeros_like
     """
 )
-# Results may be views of what they are given; right for any strides of it.
-VIEWS = _words(
+# Operations whose result may be a view of an argument. They accept an argument of any strides.
+ALIASING_OPS = _words(
     """
     adjoint bfloat16 chunk contiguous detach double dropout dropout1d dropout2d einsum expand
     expand_as flatten float getitem half movedim narrow permute pixel_shuffle pixel_unshuffle
@@ -44,10 +44,13 @@ VIEWS = _words(
     type_as unbind unflatten unsqueeze
     """
 )
-# Give no tensor, or ask only for what strides do not change.
-_NO_TENSOR = frozenset({"size", "dim", "numel", "item", "getattr", "sym_sum", "_log_api_usage_once",
-                        "ndimension", "is_floating_point", "__len__", "len"})  # fmt: skip
-_MODES = (
+# Operations that return no tensor, or only what does not depend on strides.
+_NO_TENSOR_OPS = _words(
+    """
+    size dim numel item getattr sym_sum _log_api_usage_once ndimension is_floating_point __len__ len
+    """
+)
+_MODE_SWITCHES = (
     "_set_grad_enabled",
     "_enter_autocast",
     "_exit_autocast",
@@ -56,18 +59,19 @@ _MODES = (
     "_saved_tensors_hooks_disable",
     "set_grad_enabled",
     "increment_nesting",
-)  # fmt: skip - the last begins vmap and its like
-_PLAIN: dict[str, Callable[..., Any]] = {
+)  # fmt: skip - increment_nesting begins vmap and other transforms of torch.func
+_OUT_OF_PLACE: dict[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
 }  # fmt: skip
-_IN_PLACE = {  # what writes into its first argument, and what computes the same beside it
+# Operations that write into their first argument, and those that return the same as a new tensor.
+_IN_PLACE_OPS = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "add_": "add",
     "sub_": "sub", "mul_": "mul", "div_": "div",
 }  # fmt: skip
 
 
 def name_of(node: Node) -> str | None:
-    """The name of an operation of PyTorch or Python; None for one from elsewhere."""
+    """The name of an operation of PyTorch or Python; None for any other operation."""
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
@@ -82,51 +86,53 @@ def name_of(node: Node) -> str | None:
 
 
 def is_known(node: Node) -> bool:
-    """Whether all that the node does is compute a result from its arguments' values."""
+    """Whether the node only computes a result from its arguments' values."""
     name = name_of(node)
-    return name in FRESH or name in VIEWS or name in _NO_TENSOR or op(node) == "view"
+    listed = name in FRESH_OPS or name in ALIASING_OPS or name in _NO_TENSOR_OPS
+    return listed or op(node) == "view"
 
 
 def is_fresh(node: Node) -> bool:
-    """Whether the node's result is memory of its own."""
-    return name_of(node) in FRESH and not written(node)
+    """Whether the node's result has memory of its own."""
+    return name_of(node) in FRESH_OPS and not written(node)
 
 
-def given(node: Node, name: str, index: int, default: Any) -> Any:
-    """An argument of a function of torch.nn.functional by its name and its position."""
+def functional_argument(node: Node, name: str, index: int, default: Any) -> Any:
+    """An argument of a function of torch.nn.functional, by its name and its position."""
     return node.kwargs.get(name, node.args[index] if index < len(node.args) else default)
 
 
-def drops(node: Node) -> bool:
-    """Whether a node sets a random part of its input to zero, as in training."""
+def is_active_dropout(node: Node) -> bool:
+    """Whether a node sets random elements of its input to zero, as dropout does in training."""
     name = name_of(node) or ""
     if "dropout" not in name:
         return False
     if name.startswith(("alpha", "feature")) or node.op != "call_function":
         return True
-    p = given(node, "p", 1, 0.5)
-    return given(node, "training", 2, True) is not False and not (is_number(p) and p == 0)
+    p = functional_argument(node, "p", 1, 0.5)
+    training = functional_argument(node, "training", 2, True)
+    return training is not False and not (is_number(p) and p == 0)
 
 
 def is_random(node: Node) -> bool:
-    """Whether a node that ``is_known`` draws random numbers, so that later ones are others."""
+    """Whether a node for which ``is_known`` holds advances the random number generator."""
     if name_of(node) == "scaled_dot_product_attention":
-        p = given(node, "dropout_p", 4, 0.0)
+        p = functional_argument(node, "dropout_p", 4, 0.0)
         return not (is_number(p) and p == 0)
-    return drops(node)
+    return is_active_dropout(node)
 
 
 def changes_modes(graph: Graph) -> bool:
     """Whether nodes switch gradients, autocast, vmap or the like on or off."""
     return any(
-        any(mode in str(getattr(node.target, "__name__", node.target)) for mode in _MODES)
+        any(mode in str(getattr(node.target, "__name__", node.target)) for mode in _MODE_SWITCHES)
         for node in graph.nodes
         if node.op == "call_function"
     )
 
 
-def _bound(node: Node, name: str) -> Any:
-    """An argument by name of any function that has a signature."""
+def _bound_argument(node: Node, name: str) -> Any:
+    """An argument by its name; None where it is not passed or the signature is not known."""
     if name in node.kwargs:
         return node.kwargs[name]
     try:
@@ -150,17 +156,17 @@ def written(node: Node) -> list[Node]:
     if out is not None:
         return list(node.all_input_nodes)
     in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or name in _IN_PLACE or name in ("setitem", "__setitem__"):
+    if in_place or name in _IN_PLACE_OPS or name in ("setitem", "__setitem__"):
         return first
-    if name == "embedding" and _bound(node, "max_norm") is not None:
+    if name == "embedding" and _bound_argument(node, "max_norm") is not None:
         return list(node.all_input_nodes)
-    if name in FRESH or name in VIEWS:
-        return first if _bound(node, "inplace") is True else []
-    if name in _NO_TENSOR:
+    if name in FRESH_OPS or name in ALIASING_OPS:
+        return first if _bound_argument(node, "inplace") is True else []
+    if name in _NO_TENSOR_OPS:
         return []
-    # Of PyTorch, but not on the lists: it may be batch_norm, which writes running statistics.
+    # An operation of PyTorch that is on no list. Batch and instance norm write running statistics.
     return list(node.all_input_nodes) if name in ("batch_norm", "instance_norm") else first * (
-        _bound(node, "inplace") is True
+        _bound_argument(node, "inplace") is True
     )  # fmt: skip
 
 
@@ -177,10 +183,10 @@ def _written_by_operation(node: Node) -> list[Node]:
 
 
 def functionalise(graph: Graph) -> None:
-    """Compute beside its argument what is computed into it, where nobody can tell the difference.
+    """Replace in-place operations by out-of-place ones where the values of the graph stay the same.
 
-    That is where the argument is memory of its own, no view of it is left, and all who read it
-    later are shown the result instead.
+    They stay the same where the argument has memory of its own and no view of it exists. All later
+    readers of the argument then read the result.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -199,15 +205,16 @@ def functionalise(graph: Graph) -> None:
 
 def _make_functional(node: Node) -> bool:
     name = name_of(node)
-    if name in _IN_PLACE:
-        plain = _IN_PLACE[name]
+    if name in _IN_PLACE_OPS:
+        plain = _IN_PLACE_OPS[name]
         x, other = value(node.args[0]), node.args[1] if len(node.args) == 2 else None
         if x is None or node.kwargs or not _keeps_kind(x, other):
             return False
         node.op = "call_function"
-        node.target = _PLAIN[plain]
+        node.target = _OUT_OF_PLACE[plain]
         return True
-    if node.op == "call_function" and name in FRESH and _bound(node, "inplace") is True:
+    inplace = name in FRESH_OPS and _bound_argument(node, "inplace") is True
+    if node.op == "call_function" and inplace:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
         arguments = dict(bound.arguments)
         arguments.pop("inplace")
@@ -218,7 +225,7 @@ def _make_functional(node: Node) -> bool:
 
 
 def _keeps_kind(x: Tensor, other: Any) -> bool:
-    """Whether x with ``other`` has the dtype and the shape of x."""
+    """Whether an operation of x and ``other`` gives the dtype and the shape of x."""
     if is_number(other):
         return x.dtype.is_floating_point
     y = value(other)
@@ -228,8 +235,8 @@ def _keeps_kind(x: Tensor, other: Any) -> bool:
 def pinned_nodes(graph: Graph) -> set[Node]:
     """Nodes that read or write memory that the graph writes to; they must stay as they are.
 
-    Memory is shared as pessimistically as ``is_fresh`` knows no better, and by all the graph's
-    inputs but parameters.
+    A node is assumed to share memory with its arguments unless ``is_fresh`` proves otherwise. All
+    inputs of the graph but parameters are assumed to share memory with each other.
     """
     parent: dict[Node, Node] = {}
 
@@ -246,17 +253,19 @@ def pinned_nodes(graph: Graph) -> set[Node]:
     for a, b in pairwise(inputs):
         parent[find(a)] = find(b)
     for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output") or is_fresh(node) or _plain(node):
+        if node.op in ("placeholder", "get_attr", "output") or is_fresh(node):
+            continue
+        if _holds_no_tensor(node):
             continue
         for source in node.all_input_nodes:
-            if not _plain(source):
+            if not _holds_no_tensor(source):
                 parent[find(node)] = find(source)
     roots = {find(target) for target, _ in marked}
     shared = [node for node in graph.nodes if find(node) in roots]
     return {*shared, *_readers(shared), *(node for _, node in marked)}
 
 
-def _plain(node: Node) -> bool:
+def _holds_no_tensor(node: Node) -> bool:
     """Whether a node's value is known to hold no tensor."""
     return isinstance(
         node.meta.get("example_value"), (int, float, bool, torch.SymInt, torch.SymFloat)

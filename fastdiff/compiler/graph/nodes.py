@@ -1,4 +1,4 @@
-"""What a node of a graph from Dynamo is: its operation by one name, its arguments, its value."""
+"""Queries on a node of a graph from Dynamo: the name of its operation, its arguments, its value."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CONVERSIONS = {
     "float": torch.float32, "double": torch.float64, "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }  # fmt: skip
-# Keywords that change what an operation computes; with any other the operation is not recognised.
+# The arguments of each operation in their order. With any other keyword it is not recognised.
 _KEYWORDS: dict[str, tuple[str, ...]] = {
     "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -71,7 +71,7 @@ _KEYWORDS: dict[str, tuple[str, ...]] = {
 
 
 def op(node: Any) -> str | None:
-    """The operation by the name under which this package knows it; None for any other."""
+    """The name of a node's operation in this package; None for operations that it does not know."""
     if not isinstance(node, Node):
         return None
     if node.op == "call_function":
@@ -86,7 +86,7 @@ def op(node: Any) -> str | None:
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
-    """An argument of a recognised operation, wherever it was written."""
+    """An argument of a recognised operation, given by position or by keyword."""
     if name in node.kwargs:
         return node.kwargs[name]
     index = _KEYWORDS[op(node) or ""].index(name)
@@ -94,25 +94,25 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
 
 
 def value(node: Any) -> Tensor | None:
-    """An example of a node's value, fake; None where it is no tensor or not known."""
+    """An example (fake) tensor of a node's value; None where that is no tensor or is not known."""
     if not isinstance(node, Node):
         return None
-    found = node.meta.get("example_value")
-    if found is None and node.op == "get_attr":
-        found = attribute(node)
-    return found if isinstance(found, Tensor) else None
+    example = node.meta.get("example_value")
+    if example is None and node.op == "get_attr":
+        example = attribute(node)
+    return example if isinstance(example, Tensor) else None
 
 
 def attribute(node: Node) -> Any:
-    """What a get_attr node gets."""
-    found: Any = node.graph.owning_module
+    """The attribute of the graph's module that a get_attr node reads; None where it has none."""
+    owner: Any = node.graph.owning_module
     for name in str(node.target).split("."):
-        found = getattr(found, name, None)
-    return found
+        owner = getattr(owner, name, None)
+    return owner
 
 
 def is_weight(node: Any) -> bool:
-    """Whether a node is a parameter, which stays between calls and can be packed."""
+    """Whether a node is a parameter or an attribute: it stays between calls and can be packed."""
     if not isinstance(node, Node):
         return False
     if node.op == "get_attr":
@@ -122,16 +122,16 @@ def is_weight(node: Any) -> bool:
 
 def dtype_of(node: Any) -> torch.dtype | None:
     """The dtype of a node's value."""
-    found = value(node)
-    return None if found is None else found.dtype
+    example = value(node)
+    return None if example is None else example.dtype
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two sizes are known to be equal, for all sizes that the graph is for."""
+    """Whether two sizes are known to be equal, for all input sizes that the graph serves."""
     same = a is b or a == b
     if isinstance(same, bool):
         return same
-    # Of sizes that are symbols; the module takes half a second to import, and others need it not.
+    # Only symbolic sizes need this module, whose import takes half a second.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(same))
@@ -148,21 +148,21 @@ def is_number(x: Any) -> bool:
 
 
 def is_scalar_node(x: Any) -> bool:
-    """Whether a node gives a Python number (a module's float under dynamic shapes)."""
+    """Whether a node's value is a Python number (a module's float under dynamic shapes)."""
     if not isinstance(x, Node):
         return False
     return isinstance(x.meta.get("example_value"), (float, int, torch.SymFloat, torch.SymInt))
 
 
 def pair(x: Any) -> tuple[int, int] | None:
-    """Two whole numbers of one or two; None for what is no whole number."""
+    """An int, or a sequence of one or two ints, as a pair; None for anything else."""
     both = (x, x) if isinstance(x, int) else tuple(x) if isinstance(x, (tuple, list)) else ()
     both = both * 2 if len(both) == 1 else both
     return both if len(both) == 2 and all(isinstance(v, int) for v in both) else None
 
 
 def conversion(node: Node) -> torch.dtype | None:
-    """The dtype that a ``to`` asks for where it asks for that alone; None for anything more."""
+    """The dtype that a ``to`` converts to; None where it also changes something else."""
     if op(node) != "to":
         return None
     name = str(node.target)
@@ -170,20 +170,20 @@ def conversion(node: Node) -> torch.dtype | None:
         return _CONVERSIONS[name]
     if name == "type_as" and len(node.args) == 2:
         return dtype_of(node.args[1])
-    given = [*node.args[1:], *node.kwargs.values()]
+    targets = [*node.args[1:], *node.kwargs.values()]
     source, result = value(node.args[0]), value(node)
-    if source is None or result is None or result.device != source.device or not given:
+    if source is None or result is None or result.device != source.device or not targets:
         return None
-    if any(isinstance(v, (bool, torch.memory_format)) for v in given):
+    if any(isinstance(v, (bool, torch.memory_format)) for v in targets):
         return None
-    plain = all(isinstance(v, (torch.dtype, torch.device, Node, str)) for v in given)
+    plain = all(isinstance(v, (torch.dtype, torch.device, Node, str)) for v in targets)
     return result.dtype if plain else None
 
 
 def inline_modules(gm: GraphModule) -> None:
-    """Replace calls of the modules that the matcher knows by the functions that they call.
+    """Replace calls of the modules that the matcher knows by the functions that these call.
 
-    Dynamo does so itself unless ``inline_inbuilt_nn_modules`` is off.
+    Dynamo inlines modules itself unless ``inline_inbuilt_nn_modules`` is off.
     """
     for node in list(gm.graph.nodes):
         if node.op != "call_module":

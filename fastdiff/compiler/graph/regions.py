@@ -1,8 +1,9 @@
 """The graphs within a graph: regions of a model that Dynamo hands over as an operation's argument.
 
 The operations of ``torch.utils.checkpoint`` and ``torch.compiler.nested_compile_region`` are meant
-for a compiler that traces through them. Run as they are, the former draws other random numbers when
-it computes its region again, and the latter cannot be differentiated.
+for a compiler that traces through them. Run unchanged, the operation of ``checkpoint`` uses other
+random numbers when it recomputes its region, and that of ``nested_compile_region`` cannot be
+differentiated.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.compiler.graph.nodes import attribute, op
 
-# The number of arguments of an operation before those that its region takes.
-_REGIONS = {tag_activation_checkpoint: 1, invoke_subgraph: 2}
+# Operations that call a region, and how many of their arguments come before the region's inputs.
+_REGION_OPS = {tag_activation_checkpoint: 1, invoke_subgraph: 2}
 
 
 def open_regions(gm: GraphModule, gradients: bool) -> None:
-    """Put the operations of regions in their places, in ``gm`` and the regions themselves.
+    """Inline the regions of ``gm``, and the regions within regions.
 
-    A region of ``torch.compiler.nested_compile_region`` is nothing but its operations, and so is
-    a checkpointed one without gradients. With gradients the latter becomes ``recomputed``.
+    Regions of ``torch.compiler.nested_compile_region`` are always inlined, checkpointed regions
+    only without gradients. With gradients a checkpointed region becomes a call of ``recomputed``.
 
     Args:
-        gm: rewritten in place.
-        gradients: whether anything in it may be differentiated.
+        gm: the graph, rewritten in place.
+        gradients: whether anything in ``gm`` may be differentiated.
     """
     for node in list(gm.graph.nodes):
         region = _region(node)
@@ -44,41 +45,41 @@ def open_regions(gm: GraphModule, gradients: bool) -> None:
 
 
 def recomputed(region: GraphModule, *args: Any, **options: Any) -> Any:
-    """Checkpoint a region as eager mode does: random numbers are the same when it is recomputed.
+    """Checkpoint a region as eager mode does: its recomputation uses the same random numbers.
 
-    PyTorch's own operation leaves it to Inductor that they are.
+    PyTorch's own operation relies on Inductor to replay the random numbers.
 
     Args:
-        region: what is computed now, and once more for its gradients.
-        args: its arguments.
-        options: what the model gave ``torch.utils.checkpoint.checkpoint``. The form that is not
-            reentrant is taken always: parameters are arguments of the region here, and their
-            gradients the same in both.
+        region: the graph that is computed now, and once more when its gradients are computed.
+        args: the region's arguments.
+        options: keywords that the model passed to ``torch.utils.checkpoint.checkpoint``.
+            ``use_reentrant`` is always set to False: the parameters are arguments of the region
+            here, and both forms give them the same gradients.
     """
     options["use_reentrant"] = False
-    context = region.meta.get("_checkpoint_context_fn")  # where Dynamo leaves this one
+    context = region.meta.get("_checkpoint_context_fn")  # Dynamo moves ``context_fn`` here
     if context is not None:
         options["context_fn"] = context
     return checkpoint(region, *args, **options)
 
 
 def _region(node: Node) -> GraphModule | None:
-    """What a node calls, where this module knows how to call it."""
-    if node.op != "call_function" or node.target not in _REGIONS:
+    """The region that a node calls; None where the node calls none."""
+    if node.op != "call_function" or node.target not in _REGION_OPS:
         return None
     source = node.args[0]
-    found = attribute(source) if isinstance(source, Node) and source.op == "get_attr" else None
-    return found if isinstance(found, GraphModule) else None
+    region = attribute(source) if isinstance(source, Node) and source.op == "get_attr" else None
+    return region if isinstance(region, GraphModule) else None
 
 
 def _inline(gm: GraphModule, node: Node, region: GraphModule) -> None:
-    given = iter(node.args[_REGIONS[node.target] :])  # type: ignore[index]
+    inputs = iter(node.args[_REGION_OPS[node.target] :])  # type: ignore[index]
     here: dict[Node, Any] = {}
     result: Any = None
     with gm.graph.inserting_before(node):
         for inner in region.graph.nodes:
             if inner.op == "placeholder":
-                here[inner] = next(given)
+                here[inner] = next(inputs)
             elif inner.op == "output":
                 result = map_arg(inner.args[0], here.__getitem__)
             else:
@@ -94,7 +95,7 @@ def _inline(gm: GraphModule, node: Node, region: GraphModule) -> None:
 
 
 def _replace(node: Node, result: Any) -> None:
-    """Show all who read a node another value, which need not be a node."""
+    """Make all readers of a node read ``result``, which need not be a node."""
     for user in list(node.users):
         user.args, user.kwargs = map_arg(
             (user.args, user.kwargs), lambda source: result if source is node else source

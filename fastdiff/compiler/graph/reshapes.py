@@ -1,9 +1,9 @@
-"""Following the channels of an activation through transpositions and reshapes.
+"""Follow the channels of an activation through transpositions and reshapes.
 
-In a *image* the channels are dimension 1, [N, C, *pixels]; in *rows* they are the last one,
-[N, *pixels, C]. A step between them that keeps the images first and the pixels in order moves no
-value to another image, channel or pixel, so that whoever computes per pixel or per channel may look
-through it; in channels-last memory it is a view.
+In an *image* the channels are dimension 1, [N, C, *pixels]; in *rows* they are the last dimension,
+[N, *pixels, C]. A conversion between the two that keeps the images first and the pixels in order
+moves no value to another image, channel or pixel. An operation on single pixels or channels can
+therefore read through it. In channels-last memory the conversion is a view.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from torch.fx import Node
 
 from fastdiff.compiler.graph.nodes import argument, equal, op, same_sizes, value
 
-VIEWS = frozenset({"transpose", "permute", "view", "reshape", "flatten", "unflatten"})
+LAYOUT_OPS = frozenset({"transpose", "permute", "view", "reshape", "flatten", "unflatten"})
 
 
 def step_up(node: Node, channel: int) -> tuple[Node, int] | None:
-    """The input of a view, and its channel dimension where that of the result is ``channel``."""
+    """The input of a layout operation, and the input's channel dimension; None for other nodes.
+
+    Args:
+        node: the operation.
+        channel: the channel dimension of its result.
+    """
     source = node.args[0] if node.args else None
     before, after = value(source), value(node)
-    if op(node) not in VIEWS or before is None or after is None or not isinstance(source, Node):
+    if op(node) not in LAYOUT_OPS or not isinstance(source, Node):
+        return None
+    if before is None or after is None:
         return None
     if before.dtype != after.dtype:
         return None
@@ -36,9 +43,16 @@ def step_up(node: Node, channel: int) -> tuple[Node, int] | None:
 
 
 def step_down(node: Node, channel: int) -> int | None:
-    """The channel dimension of a view's result where that of its input is ``channel``."""
+    """The channel dimension of the result of a layout operation; None for other nodes.
+
+    Args:
+        node: the operation.
+        channel: the channel dimension of its input.
+    """
     before, after = value(node.args[0] if node.args else None), value(node)
-    if op(node) not in VIEWS or before is None or after is None or before.dtype != after.dtype:
+    if op(node) not in LAYOUT_OPS or before is None or after is None:
+        return None
+    if before.dtype != after.dtype:
         return None
     order = order_of(node, after.ndim)
     if order is not None:
@@ -48,7 +62,7 @@ def step_down(node: Node, channel: int) -> int | None:
 
 
 def order_of(node: Node, ndim: int) -> list[int] | None:
-    """For each dimension of the result the one of the input that it is; None for a reshape."""
+    """For each dimension of a permutation's result, that of its input; None for a reshape."""
     if op(node) == "transpose":
         first, second = argument(node, "dim0"), argument(node, "dim1")
         order = list(range(ndim))
@@ -67,7 +81,7 @@ def _keeps_pixels(order: list[int], channel: int) -> bool:
 
 
 def _reshaped(before: torch.Size, after: torch.Size, channel: int) -> int | None:
-    """Where the channels were before a reshape that only regroups pixels; None for any other."""
+    """The channel dimension before a reshape that only regroups pixels; None for any other."""
     if len(before) < 3 or len(after) < 3 or not equal(before[0], after[0]):
         return None
     if channel == 1 and equal(before[1], after[1]):

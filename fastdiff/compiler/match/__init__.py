@@ -1,1 +1,1 @@
-"""Which nodes of a graph become one fused operation."""
+"""Find the nodes of a graph that become one fused operation."""

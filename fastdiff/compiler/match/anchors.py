@@ -1,8 +1,8 @@
-"""Which nodes become one convolution: what it reads through, what it writes through.
+"""Find the fused convolutions of a graph: each is an anchor, its prologue and its epilogue.
 
-An anchor is a convolution or a linear layer. Its prologue is followed up from its input, its
-epilogue down from its result; both stop at the first node that does not fit, so that in doubt a
-node stays as it is.
+An anchor is a convolution or a linear layer. Its prologue is followed upwards from its input, its
+epilogue downwards from its result. Both end before the first node that cannot be fused, so a node
+that is in doubt stays as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from fastdiff.compiler.match.epilogue import epilogue
 from fastdiff.compiler.match.fused import Activation, Match, anchor
-from fastdiff.compiler.match.patterns import DTYPES, Readers
+from fastdiff.compiler.match.patterns import FUSED_DTYPES, Readers
 from fastdiff.compiler.match.prologue import prologue
 
 
@@ -24,18 +24,18 @@ def find(
     pinned: set[Node],
     *,
     prologues: bool = True,
-    dtypes: Sequence[torch.dtype] = DTYPES,
+    dtypes: Sequence[torch.dtype] = FUSED_DTYPES,
 ) -> list[Match]:
     """All fused convolutions of a graph, in its order.
 
     Args:
-        graph: normalised.
+        graph: in canonical form.
         pinned: nodes that must stay as they are.
-        prologues: whether convolutions may read through what stands before them.
-        dtypes: that they may have.
+        prologues: whether matches may include a prologue.
+        dtypes: the dtypes that a match may have.
     """
-    anchors_found = (anchor(node, dtypes) for node in graph.nodes if node not in pinned)
-    matches = [match for match in anchors_found if match is not None]
+    candidates = (anchor(node, dtypes) for node in graph.nodes if node not in pinned)
+    matches = [match for match in candidates if match is not None]
     anchors = {m.anchor for m in matches}
     order = {node: i for i, node in enumerate(graph.nodes)}
     claimed = set(anchors)
@@ -43,7 +43,7 @@ def find(
         readers = Readers(anchors)
         for match in matches:
             prologue(match, readers, pinned)
-    # What adds a 1x1 shortcut to a 3x3 convolution goes to the latter.
+    # 1x1 convolutions come last: the sum of a 3x3 one and a 1x1 shortcut is fused with the 3x3 one.
     for match in sorted(matches, key=lambda m: (m.spec.kernel == (1, 1), order[m.anchor])):
         epilogue(match, claimed, pinned)
     _mark_statistics(matches)
@@ -51,7 +51,7 @@ def find(
 
 
 def _mark_statistics(matches: Iterable[Match]) -> None:
-    """A convolution collects the statistics of what a norm reads."""
+    """Let each convolution whose result a norm reads collect that norm's statistics."""
     by_end = {m.end: m for m in matches}
     for match in matches:
         if match.norm is None:

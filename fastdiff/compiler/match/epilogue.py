@@ -1,4 +1,4 @@
-"""What a convolution writes through."""
+"""The epilogue of a fused convolution: additions, scales and views of its result."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from fastdiff.ops.conv2d_algorithms import computable
 
 
 def epilogue(match: Match, claimed: set[Node], pinned: set[Node]) -> None:
-    """Walk down from the anchor while each value has one reader that the convolution can be."""
-    here, waiting = match.end, False  # waiting: for a residual that tells the shape after views
+    """Walk down from the anchor while each value has one reader that can be fused.
+
+    Args:
+        match: what is found is added to it.
+        claimed: nodes that belong to a match; those of the epilogue are added.
+        pinned: nodes that must stay as they are.
+    """
+    here, waiting = match.end, False  # waiting: views are fused only up to a residual after them
     path: list[Node] = []
     while True:
         users = list(here.node.users)
         if len(users) != 1 or users[0] in pinned or users[0] in claimed:
             return
-        node, found = users[0], value(users[0])
-        if found is None or found.dtype != match.dtype:
+        node, result = users[0], value(users[0])
+        if result is None or result.dtype != match.dtype:
             return
         kind, channel = op(node), here.channel
         if is_transparent(node):
@@ -59,7 +65,7 @@ def epilogue(match: Match, claimed: set[Node], pinned: set[Node]) -> None:
             here = Activation(node, channel)
         elif match.spec.pointwise and match.residual is None and not match.scale:
             moved = step_down(node, channel)
-            if moved is None or found.ndim not in (3, 4):
+            if moved is None or result.ndim not in (3, 4):
                 return
             here, waiting = Activation(node, moved), True
         else:
@@ -83,16 +89,17 @@ def _other(node: Node, mine: Node) -> Node | None:
 
 
 def _adds_emb(node: Node, mine: Node, other: Node) -> bool:
-    a, found = value(mine), value(node)
+    a, result = value(mine), value(node)
     assert a is not None
-    assert found is not None
-    same = same_sizes(a.shape, found.shape) and dtype_of(other) == a.dtype
-    return same and is_per_channel(other, found)
+    assert result is not None
+    same = same_sizes(a.shape, result.shape) and dtype_of(other) == a.dtype
+    return same and is_per_channel(other, result)
 
 
 def _adds_residual(node: Node, mine: Node, other: Node) -> bool:
-    a, b, found = value(mine), value(other), value(node)
+    a, b, result = value(mine), value(other), value(node)
     assert a is not None
     assert b is not None
-    assert found is not None
-    return b.dtype == a.dtype and same_sizes(a.shape, b.shape) and same_sizes(a.shape, found.shape)
+    assert result is not None
+    same = same_sizes(a.shape, b.shape) and same_sizes(a.shape, result.shape)
+    return same and b.dtype == a.dtype

@@ -1,4 +1,4 @@
-"""A fused convolution, and where it begins: at a convolution or a linear layer."""
+"""``Match``, a fused convolution, which begins as an anchor: a convolution or a linear layer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastdiff.ops.conv2d_spec import ConvSpec
 
 @dataclass(frozen=True)
 class Activation:
-    """A node with the dimension that its channels are."""
+    """A node, and which dimension of its value is the channels."""
 
     node: Node
     channel: int
 
     @property
     def form(self) -> tuple[int, int]:
-        """Number of dimensions, and the one of the channels."""
+        """The number of dimensions, and the channel dimension."""
         tensor = value(self.node)
         assert tensor is not None
         return tensor.ndim, self.channel
@@ -32,20 +32,20 @@ class Activation:
 
 @dataclass
 class Match:
-    """One fused convolution, which grows while what stands around its anchor is looked at.
+    """One fused convolution. ``prologue`` and ``epilogue`` extend it node by node.
 
     Attributes:
         anchor: the convolution or linear layer.
         kind: ``conv2d``, ``conv1d`` or ``linear``.
         spec: what is computed, the prologue and the epilogue included.
         weight: the node of the weight.
-        x: what it reads first.
-        skip: what it reads behind x's channels.
-        norm: the norm that it reads through.
-        end: the node whose value it gives.
+        x: its input.
+        skip: a second input, concatenated behind the channels of x.
+        norm: the norm of its prologue.
+        end: the node that it computes.
         bias, emb, residual: nodes that it adds.
         scale: numbers and nodes that the sum is multiplied by (True) or divided by (False).
-        absorbed: nodes that it stands for, for the report.
+        absorbed: names of the fused operations besides the anchor, for the report.
     """
 
     anchor: Node
@@ -64,19 +64,19 @@ class Match:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of all that it reads and writes."""
+        """The dtype of all its inputs, weights and results."""
         dtype = dtype_of(self.anchor)
         assert dtype is not None
         return dtype
 
 
 def joined(matches: Sequence[Match]) -> ConvSpec:
-    """The one convolution that computes those of ``matches``, which read the same, together."""
+    """The one convolution that computes all of ``matches``, which have the same input."""
     return replace(matches[0].spec, filters=sum(match.spec.filters for match in matches))
 
 
 def anchor(node: Node, dtypes: Sequence[torch.dtype]) -> Match | None:
-    """A node as a convolution with nothing around it yet, or None where it cannot be fused."""
+    """A match of this node alone; None where the node is no convolution that can be fused."""
     kind = op(node)
     if kind not in ("conv2d", "conv1d", "linear"):
         return None
@@ -101,7 +101,7 @@ def anchor(node: Node, dtypes: Sequence[torch.dtype]) -> Match | None:
 
 
 def _spec(node: Node, shape: torch.Size, ndim: int) -> ConvSpec | None:
-    """What an anchor of a weight of ``shape`` computes from an input of ``ndim`` dimensions."""
+    """What an anchor with a weight of ``shape`` computes from an input of ``ndim`` dimensions."""
     if op(node) == "linear":
         return ConvSpec(*shape) if len(shape) == 2 and ndim in (2, 3, 4) else None
     if argument(node, "groups", 1) != 1 or ndim != len(shape):
@@ -121,13 +121,14 @@ def _spec(node: Node, shape: torch.Size, ndim: int) -> ConvSpec | None:
 
 
 def _padding(node: Node, size: torch.Size) -> tuple[int, int, int, int] | None:
-    given = argument(node, "padding", 0)
-    if given == "valid":
+    """Zeros above, below, left and right; None for sizes that are no numbers."""
+    padding = argument(node, "padding", 0)
+    if padding == "valid":
         return 0, 0, 0, 0
-    if given == "same":
+    if padding == "same":
         if pair(argument(node, "stride", 1)) != (1, 1):
             return None
         (top, left), (h, w) = ((size[2] - 1) // 2, (size[3] - 1) // 2), size[2:]
         return top, h - 1 - top, left, w - 1 - left
-    both = pair(given)
+    both = pair(padding)
     return None if both is None else (both[0], both[0], both[1], both[1])

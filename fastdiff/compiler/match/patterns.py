@@ -1,4 +1,4 @@
-"""What single nodes, and norms with their scale and shift, compute."""
+"""Patterns of single nodes, of norms with scale and shift, and of plain attention."""
 
 from __future__ import annotations
 
@@ -19,15 +19,24 @@ from fastdiff.compiler.graph.nodes import (
     same_sizes,
     value,
 )
-from fastdiff.compiler.graph.reshapes import VIEWS
+from fastdiff.compiler.graph.reshapes import LAYOUT_OPS
 
-DTYPES = (torch.float32, torch.bfloat16)
-_READ_THROUGH = VIEWS | {"silu", "group_norm", "interpolate", "pad", "contiguous", "clone", "to"}
+FUSED_DTYPES = (torch.float32, torch.bfloat16)
+_PROLOGUE_OPS = LAYOUT_OPS | {
+    "silu", "group_norm", "interpolate", "pad", "contiguous", "clone", "to",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A group norm with ADM's scale and shift: ``last`` is the node that gives its result."""
+    """A group norm with ADM's scale and shift.
+
+    Attributes:
+        last: the node that gives the result: the norm, or its scale, or its shift.
+        node: the group_norm node.
+        scale: s, where the normalised values are multiplied by 1 + s.
+        shift: what is added after that.
+    """
 
     last: Node
     node: Node
@@ -36,21 +45,23 @@ class Norm:
 
 
 def is_transparent(node: Node) -> bool:
-    """Whether a node gives the values that it is given, whatever it does to their layout."""
+    """Whether a node returns the values of its input, possibly in another memory layout."""
     if op(node) == "contiguous":
         return True
     return op(node) == "clone" and value(node) is not None
 
 
 def is_cast(node: Node) -> bool:
-    """A conversion to or from float32 alone."""
-    return conversion(node) in DTYPES and dtype_of(node.args[0]) in DTYPES
+    """Whether a node only converts between float32 and bfloat16."""
+    return conversion(node) in FUSED_DTYPES and dtype_of(node.args[0]) in FUSED_DTYPES
 
 
 def zero_padding(node: Node) -> tuple[int, int, int, int] | None:
-    """Zeros above, below, left and right of an image's pixels."""
-    sides, found = argument(node, "pad"), value(node)
-    if argument(node, "mode", "constant") != "constant" or found is None or found.ndim != 4:
+    """Zeros that a pad adds above, below, left and right of an image; None for other padding."""
+    sides, result = argument(node, "pad"), value(node)
+    if argument(node, "mode", "constant") != "constant" or result is None:
+        return None
+    if result.ndim != 4:
         return None
     if argument(node, "value", None) not in (None, 0, 0.0) or not isinstance(sides, (tuple, list)):
         return None
@@ -61,42 +72,46 @@ def zero_padding(node: Node) -> tuple[int, int, int, int] | None:
 
 
 def doubles(node: Node) -> bool:
-    """Whether an interpolation repeats each pixel twice in both directions."""
+    """Whether an interpolation repeats each pixel twice in both dimensions."""
     before, after = value(argument(node, "input")), value(node)
     if argument(node, "mode", "nearest") not in ("nearest", "nearest-exact"):
         return False
     if before is None or after is None or before.ndim != 4:
         return False
     factor = argument(node, "scale_factor")
-    given = factor if isinstance(factor, (tuple, list)) else [2 if factor is None else factor]
-    if not all(is_number(v) and v == 2 for v in given):
+    factors = factor if isinstance(factor, (tuple, list)) else [2 if factor is None else factor]
+    if not all(is_number(v) and v == 2 for v in factors):
         return False
     return all(equal(after.shape[d], 2 * before.shape[d]) for d in (2, 3))
 
 
 def pair_of(node: Node) -> tuple[Node, Node] | None:
-    """The two images that a node puts one behind the other along the channels."""
+    """The two images that a node concatenates along the channels; None for other nodes."""
     if op(node) != "cat":
         return None
-    tensors, dim, found = argument(node, "tensors"), argument(node, "dim", 0), value(node)
-    if not isinstance(tensors, (tuple, list)) or len(tensors) != 2 or found is None:
+    tensors, dim, result = argument(node, "tensors"), argument(node, "dim", 0), value(node)
+    if not isinstance(tensors, (tuple, list)) or len(tensors) != 2 or result is None:
         return None
-    if not isinstance(dim, int) or dim % found.ndim != 1 or found.ndim != 4:
+    if not isinstance(dim, int) or dim % result.ndim != 1 or result.ndim != 4:
         return None
-    if any(dtype_of(t) != found.dtype or value(t).ndim != 4 for t in tensors):  # type: ignore[union-attr]
+    if any(dtype_of(t) != result.dtype or value(t).ndim != 4 for t in tensors):  # type: ignore[union-attr]
         return None
     return tensors[0], tensors[1]
 
 
 class Readers:
-    """Which nodes are read by nothing but prologues, so that nobody else needs their values."""
+    """Finds nodes that are read by prologues alone: no other node needs their values.
+
+    Args:
+        anchors: the anchors of all matches.
+    """
 
     def __init__(self, anchors: set[Node]) -> None:
         self.anchors = anchors
         self.known: dict[Node, bool] = {}
 
     def only_prologues(self, node: Node) -> bool:
-        """Whether all that comes of a node's value goes into anchors."""
+        """Whether a node's value reaches anchors alone, through operations of a prologue."""
         if node not in self.known:
             self.known[node] = all(self._reads(user, node) for user in node.users)
         return self.known[node]
@@ -106,27 +121,27 @@ class Readers:
             return argument(user, "input") is node
         kind = op(user)
         if kind in ("add", "mul"):
-            found = per_channel(user)
-            fits = found is not None and found[0] is node
+            operands = per_channel(user)
+            fits = operands is not None and operands[0] is node
         else:
-            fits = kind in _READ_THROUGH
+            fits = kind in _PROLOGUE_OPS
         return fits and self.only_prologues(user)
 
 
 def norm_of(node: Node, readers: Readers) -> Norm | None:
-    """A group norm that ``node`` is the result of, with or without a scale and a shift."""
+    """The group norm, with or without scale and shift, whose result is ``node``."""
     scale = shift = None
     here: Any = node
     if op(here) == "add":
-        found = per_channel(here)
-        if found is None:
+        operands = per_channel(here)
+        if operands is None:
             return None
-        here, shift = found
+        here, shift = operands
     if op(here) == "mul" and (here is node or readers.only_prologues(here)):
-        found = per_channel(here)
-        if found is None:
+        operands = per_channel(here)
+        if operands is None:
             return None
-        here, factor = found
+        here, factor = operands
         scale = one_plus(factor)
         if scale is None:
             return None
@@ -143,7 +158,7 @@ def norm_of(node: Node, readers: Readers) -> Norm | None:
 
 
 def one_plus(factor: Node) -> Node | None:
-    """s of a node that is 1 + s."""
+    """s, where a node is 1 + s; None for other nodes."""
     if op(factor) != "add":
         return None
     a, b = argument(factor, "input"), argument(factor, "other")
@@ -154,32 +169,32 @@ def one_plus(factor: Node) -> Node | None:
 
 
 def per_channel(node: Node) -> tuple[Node, Node] | None:
-    """The image and the value per channel that an addition or multiplication has as operands."""
-    a, b, found = argument(node, "input"), argument(node, "other"), value(node)
-    if found is None:
+    """The image and the value per channel that a node adds or multiplies; None for other nodes."""
+    a, b, result = argument(node, "input"), argument(node, "other"), value(node)
+    if result is None:
         return None
     for x, v in ((a, b), (b, a)):
         y = value(x)
-        if is_per_channel(v, found) and y is not None and same_sizes(y.shape, found.shape):
+        if is_per_channel(v, result) and y is not None and same_sizes(y.shape, result.shape):
             return x, v
     return None
 
 
 def is_per_channel(v: Any, like: torch.Tensor | None) -> bool:
-    """Whether a node broadcasts a number for each image (or for all) and channel to ``like``."""
-    found = value(v)
-    if found is None or like is None or found.ndim != like.ndim or like.ndim < 3:
+    """Whether a node is [N or 1, C, 1, ...], which broadcasts to ``like`` [N, C, *pixels]."""
+    y = value(v)
+    if y is None or like is None or y.ndim != like.ndim or like.ndim < 3:
         return False
-    if found.dtype not in DTYPES or not equal(found.shape[1], like.shape[1]):
+    if y.dtype not in FUSED_DTYPES or not equal(y.shape[1], like.shape[1]):
         return False
-    if not all(isinstance(size, int) and size == 1 for size in found.shape[2:]):
+    if not all(isinstance(size, int) and size == 1 for size in y.shape[2:]):
         return False
-    images = found.shape[0]
+    images = y.shape[0]
     return equal(images, like.shape[0]) or (isinstance(images, int) and images == 1)
 
 
 def scale_of(node: Node, mine: Node) -> tuple[Any, bool] | None:
-    """The number that a node multiplies (True) or divides (False) by."""
+    """The number that a node multiplies (True) or divides (False) ``mine`` by; else None."""
     a, b = argument(node, "input"), argument(node, "other")
     times = op(node) == "mul"
     for x, s in ((a, b), (b, a)) if times else ((a, b),):
@@ -199,24 +214,24 @@ def plain_attention(node: Node) -> bool:
     q, k, v = (value(argument(node, name)) for name in ("query", "key", "value"))
     if q is None or k is None or v is None or not q.ndim == k.ndim == v.ndim == 4:
         return False
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in FUSED_DTYPES or not q.dtype == k.dtype == v.dtype:
         return False
     alike = same_sizes(q.shape[:2], k.shape[:2]) and same_sizes(k.shape[:3], v.shape[:3])
     return alike and equal(q.shape[3], k.shape[3])
 
 
 def as_rows(node: Node) -> Node | None:
-    """[N, C] that a node [N, C, 1, ...] is a view of; None where only a view of it will do."""
+    """The node [N, C] that a node [N, C, 1, ...] is a view of; None where there is no such node."""
     here: Any = node
     while True:
-        found = value(here)
-        if found is None:
+        view = value(here)
+        if view is None:
             return None
-        if found.ndim == 2:
+        if view.ndim == 2:
             return here
         source = here.args[0] if here.args else None
         before = value(source)
-        if before is None or before.ndim < 2 or before.dtype != found.dtype:
+        if before is None or before.ndim < 2 or before.dtype != view.dtype:
             return None
         if op(here) == "getitem":
             index = here.args[1]
@@ -224,6 +239,6 @@ def as_rows(node: Node) -> Node | None:
                 return None
         elif op(here) not in ("unsqueeze", "view", "reshape"):
             return None
-        if not same_sizes(before.shape[:2], found.shape[:2]):
+        if not same_sizes(before.shape[:2], view.shape[:2]):
             return None
         here = source

@@ -1,4 +1,4 @@
-"""What a convolution reads through."""
+"""The prologue of a fused convolution: what it computes of its input before it convolves."""
 
 from __future__ import annotations
 
@@ -27,8 +27,13 @@ from fastdiff.ops.conv2d_spec import ConvSpec
 def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:
     """Walk up from the anchor's input.
 
-    After each step that leaves a prologue which can be fused, it is kept in ``match``; a later step
-    that does not fit leaves what was kept last.
+    After each step that leaves a prologue which can be fused, that prologue is written to
+    ``match``. A later step that cannot be fused leaves ``match`` as it was last written.
+
+    Args:
+        match: the anchor, to which the prologue is added.
+        readers: which nodes only prologues read.
+        pinned: nodes that must stay as they are.
     """
     here, spatial = match.x, not match.spec.pointwise
     norm: Norm | None = None
@@ -37,9 +42,9 @@ def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:
         node, channel = here.node, here.channel
         if node in pinned:
             return
-        kind, found = op(node), value(node)
-        assert found is not None
-        is_image = channel == 1 and found.ndim > 2
+        kind, result = op(node), value(node)
+        assert result is not None
+        is_image = channel == 1 and result.ndim > 2
         mine, stepped = readers.only_prologues(node), None
         if is_transparent(node) or (is_cast(node) and match.dtype == torch.bfloat16):
             here = Activation(node.args[0], channel)  # type: ignore[arg-type]
@@ -74,7 +79,7 @@ def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:
             if stepped is None:
                 return
             here = Activation(*stepped)
-        # A view alone is no gain; behind a norm it leads to who collected the statistics.
+        # A view alone saves nothing. With a norm, x may be a match that collects its statistics.
         if (stepped is None or norm is not None) and _fits(match, here):
             _keep(match, here, norm, spec, seen)
 
@@ -85,12 +90,12 @@ def _keep(match: Match, x: Activation, norm: Norm | None, spec: ConvSpec, seen: 
 
 
 def _fits(match: Match, x: Activation) -> bool:
-    """Whether the anchor can read x: its dtype, and pixels that the result can be given in."""
-    found, result = value(x.node), value(match.anchor)
-    if found is None or result is None or found.dtype != match.dtype or found.ndim > 4:
+    """Whether the anchor can read x: x has its dtype, and pixels that fit those of the result."""
+    source, result = value(x.node), value(match.anchor)
+    if source is None or result is None or source.dtype != match.dtype or source.ndim > 4:
         return False
     if match.kind == "conv2d" and not match.spec.pointwise:
         return True
-    if found.ndim == 2 or result.ndim == 3:
-        return (found.ndim == 2) == (result.ndim == 2)
-    return same_pixels(found.shape, x.channel, result.shape, match.end.channel)
+    if source.ndim == 2 or result.ndim == 3:
+        return (source.ndim == 2) == (result.ndim == 2)
+    return same_pixels(source.shape, x.channel, result.shape, match.end.channel)

@@ -1,15 +1,16 @@
-"""Self-attention with one head, two of whose four projections go into the other two.
+"""Self-attention with one head: two of its four projections are merged into the other two.
 
-With rows x [L, C], q = x Wq^T + bq and so on, the scores are
+With rows x [L, C], q = x Wq^T + bq, k and v likewise, the scores are
 
-    q k^T = (x A^T + c) x^T + what is constant along a row, A = Wk^T Wq, c = Wk^T bq,
+    q k^T = (x A^T + c) x^T + r, A = Wk^T Wq, c = Wk^T bq,
 
-of which softmax does not see the constant, and with P = softmax(scale q k^T), whose rows sum to 1,
+where r is constant along each row, so that softmax does not depend on it. With
+P = softmax(scale q k^T), whose rows sum to 1, the result is
 
     P v Wo^T + bo = (P x) B^T + b, B = Wo Wv, b = Wo bv + bo.
 
-So x itself is the keys and the values. The products of weights are taken in float64 and rounded
-once; what is rounded in the scores is x A^T in the place of q and k.
+So x itself is the keys and the values. The products of weights are computed in float64 and rounded
+once. In the scores, x A^T is rounded instead of q and k.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from torch import Tensor
 from torch.fx import Node
 
 from fastdiff.compiler.graph.nodes import argument, equal, is_weight, op, value
-from fastdiff.compiler.graph.reshapes import VIEWS, order_of
+from fastdiff.compiler.graph.reshapes import LAYOUT_OPS, order_of
 from fastdiff.compiler.match.fused import Activation, Match
 from fastdiff.compiler.match.patterns import plain_attention
 
-_SIZES = VIEWS | {"unsqueeze"}
+_VIEW_OPS = LAYOUT_OPS | {"unsqueeze"}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A [C, C] and c [C] of Wq [D, C], perhaps bq [D], and Wk [D, C]."""
+    """Computes A [C, C] and c [C] from Wq [D, C], bq [D] if ``bias``, and Wk [D, C]."""
 
     bias: bool
 
     def __call__(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Both in the dtype of the parts; c is None without bq."""
+        """A and c in the dtype of the parts; c is None without bq."""
         q, *bias, k = (part.detach().double() for part in parts)
         dtype = parts[0].dtype
         return (k.T @ q).to(dtype), (k.T @ bias[0]).to(dtype) if self.bias else None
@@ -46,13 +47,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Values:
-    """B [K, C] and b [K] of Wo [K, D], perhaps bo [K], Wv [D, C] and perhaps bv [D]."""
+    """Computes B [K, C] and b [K] from Wo [K, D], bo [K], Wv [D, C] and bv [D].
+
+    Attributes:
+        out_bias: whether bo is among the parts.
+        bias: whether bv is among the parts.
+    """
 
     out_bias: bool
     bias: bool
 
     def __call__(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Both in the dtype of the parts; b is None without bo and bv."""
+        """B and b in the dtype of the parts; b is None without bo and bv."""
         rest = [part.detach().double() for part in parts]
         dtype, out = parts[0].dtype, rest.pop(0)
         both: Tensor | None = rest.pop(0) if self.out_bias else None
@@ -68,10 +74,10 @@ class SingleHead:
     """The matches that make up one self-attention.
 
     Attributes:
-        q: what reads the rows; it stands for k and v too.
-        k, v, out: the other projections.
-        attention: the node between them.
-        scale: of the scores.
+        q: the projection to queries. Its input and norm are those of k and v too.
+        k, v, out: the projections to keys and values, and the output projection.
+        attention: the attention node.
+        scale: factor of the scores.
     """
 
     q: Match
@@ -83,29 +89,29 @@ class SingleHead:
 
     @property
     def query(self) -> Match:
-        """The product x A^T + c, of rows."""
+        """x A^T + c as a match, whose input is the normalised rows."""
         rows = Activation(argument(self.q.anchor, "input"), 2)
         spec = replace(self.q.spec, filters=self.q.spec.channels)
         return replace(self.q, spec=spec, x=rows, norm=None, bias=None, absorbed=[])
 
     def scores(self) -> tuple[list[Node], Scores]:
-        """The nodes of the parts of A and c, and what makes these of them."""
+        """The nodes of the parts of A and c, and the function that computes A and c from them."""
         bias = [self.q.bias] if self.q.bias is not None else []
         return [self.q.weight, *bias, self.k.weight], Scores(bool(bias))
 
     def values(self) -> tuple[list[Node], Values]:
-        """The same of B and b."""
+        """The nodes of the parts of B and b, and the function that computes B and b from them."""
         both = [[m.bias] if m.bias is not None else [] for m in (self.out, self.v)]
         parts = [self.out.weight, *both[0], self.v.weight, *both[1]]
         return parts, Values(bool(both[0]), bool(both[1]))
 
 
 def take(matches: list[Match], pinned: set[Node]) -> tuple[list[SingleHead], list[Match]]:
-    """Self-attentions of one head among ``matches``, and these without their q, k and v.
+    """The self-attentions with one head, and the matches without their q, k and v.
 
     Args:
-        matches: of ``find.find``. They no longer collect the statistics that only q, k and v read,
-            and the last projections read the channels of x, as B does.
+        matches: from ``anchors.find``, changed in place: matches stop collecting statistics that
+            only q, k and v read, and each output projection gets the input channels of B.
         pinned: nodes that must stay as they are.
     """
     by_end = {m.end.node: m for m in matches}
@@ -126,8 +132,8 @@ def take(matches: list[Match], pinned: set[Node]) -> tuple[list[SingleHead], lis
 
 
 def _head(out: Match, by_end: dict[Node, Match], pinned: set[Node]) -> SingleHead | None:
-    """The self-attention that ``out`` is the last projection of."""
-    if not _is_product(out) or out.norm is not None or out.x.form != (3, 2):
+    """The self-attention whose output projection is ``out``; None where it has none."""
+    if not _is_plain_linear(out) or out.norm is not None or out.x.form != (3, 2):
         return None
     node = _through_views(out.x.node, pinned)
     if node is None or not plain_attention(node) or len(node.users) != 1:
@@ -135,11 +141,11 @@ def _head(out: Match, by_end: dict[Node, Match], pinned: set[Node]) -> SingleHea
     rows, heads = value(out.x.node), value(node)
     assert rows is not None
     assert heads is not None
-    if not _is_one(heads.shape[1]) or not _same(out.x.node, node):
+    if not _is_size_one(heads.shape[1]) or not _keeps_order(out.x.node, node):
         return None
     if not (equal(rows.shape[0], heads.shape[0]) and equal(rows.shape[2], heads.shape[3])):
         return None
-    found = []
+    projections = []
     for name in ("query", "key", "value"):
         last = argument(node, name)
         first = _through_views(last, pinned)
@@ -148,20 +154,20 @@ def _head(out: Match, by_end: dict[Node, Match], pinned: set[Node]) -> SingleHea
             return None
         if len(m.anchor.users) != 1:
             return None
-        found.append(m)
-    q, k, v = found
+        projections.append(m)
+    q, k, v = projections
     same = all((m.x, m.norm) == (q.x, q.norm) for m in (k, v))
-    if not same or len({id(m) for m in found}) != 3 or out in found:
+    if not same or len({id(m) for m in projections}) != 3 or out in projections:
         return None
     width, channels = (int(size) for size in value(q.weight).shape)  # type: ignore[union-attr]
     if min(width, v.spec.filters) < channels:
-        return None  # attention over more channels would cost what the projections save
+        return None  # attention over C > D channels would cost more than the projections save
     scale = argument(node, "scale")
     return SingleHead(q, k, v, out, node, width**-0.5 if scale is None else float(scale))
 
 
-def _is_product(m: Match) -> bool:
-    """Whether a match is a linear layer of its input's values as they are or normalised."""
+def _is_plain_linear(m: Match) -> bool:
+    """Whether a match is a float32 linear layer of its input or of a norm of its input."""
     if m.kind != "linear" or m.dtype != torch.float32 or m.skip is not None or m.spec.silu:
         return False
     bias, weight = value(m.bias), value(m.weight)
@@ -172,18 +178,18 @@ def _is_product(m: Match) -> bool:
 
 
 def _is_projection(m: Match) -> bool:
-    """Whether a match gives rows [B, L, D] and does no more."""
+    """Whether a match computes rows [B, L, D] from rows or from a norm, with no epilogue."""
     plain = m.end.node is m.anchor and not m.spec.statistics and m.end.form == (3, 2)
     norm = m.norm
     if norm is None:
         reads = m.x.form == (3, 2)
     else:
         reads = norm.scale is None and norm.shift is None and m.x.channel == 1
-    return plain and reads and _is_product(m)
+    return plain and reads and _is_plain_linear(m)
 
 
 def _through_views(node: Any, pinned: set[Node]) -> Node | None:
-    """What a node is a view of, where nobody else reads what lies between."""
+    """The node that a node is a view of; None where other nodes read a view in between."""
     here: Any = node
     while _is_view(here):
         if here in pinned or len(here.users) != 1:
@@ -193,15 +199,15 @@ def _through_views(node: Any, pinned: set[Node]) -> Node | None:
 
 
 def _is_head(node: Node, rows: Node) -> bool:
-    """Whether a node is [B, 1, L, D] of rows [B, L, D]."""
+    """Whether a node is a view [B, 1, L, D] of rows [B, L, D]."""
     before, after = value(rows), value(node)
     assert before is not None
     assert after is not None
     sizes = equal(after.shape[0], before.shape[0]) and equal(after.shape[3], before.shape[2])
-    return sizes and _is_one(after.shape[1]) and _same(node, rows)
+    return sizes and _is_size_one(after.shape[1]) and _keeps_order(node, rows)
 
 
-def _is_one(size: Any) -> bool:
+def _is_size_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
@@ -210,25 +216,25 @@ def _is_view(node: Any) -> bool:
     if source is None or value(node) is None or source.dtype != value(node).dtype:  # type: ignore[union-attr]
         return False
     if op(node) != "getitem":
-        return op(node) in _SIZES
+        return op(node) in _VIEW_OPS
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     sizes = list(source.shape)
-    for i in index:  # nothing but dimensions of size 1 come and go
+    for i in index:  # may only add or remove dimensions of size 1
         if i is None:
             continue
         size = sizes.pop(0)
-        if not (i == slice(None) or (type(i) is int and i == 0 and _is_one(size))):
+        if not (i == slice(None) or (type(i) is int and i == 0 and _is_size_one(size))):
             return False
     return True
 
 
-def _same(node: Node, source: Node) -> bool:
-    """Whether a view of ``source`` has its values in their order, for all but sizes of 1."""
+def _keeps_order(node: Node, source: Node) -> bool:
+    """Whether a view of ``source`` keeps the order of all dimensions whose size is not 1."""
     path = [node]
     while path[-1] is not source:
         path.append(path[-1].args[0])  # type: ignore[arg-type]
     shape = value(source).shape  # type: ignore[union-attr]
-    places = list(range(len(shape)))  # in the source, of each dimension
+    places = list(range(len(shape)))  # for each dimension of the view, that of the source
     for view in path[-2::-1]:
         after = value(view).shape  # type: ignore[union-attr]
         order = order_of(view, len(after))
@@ -236,15 +242,15 @@ def _same(node: Node, source: Node) -> bool:
             places = [places[d] for d in order]
         else:
             long = [(place, size) for place, size in zip(places, shape, strict=True)
-                    if not _is_one(size)]  # fmt: skip
-            sizes = [size for size in after if not _is_one(size)]
+                    if not _is_size_one(size)]  # fmt: skip
+            sizes = [size for size in after if not _is_size_one(size)]
             if len(long) != len(sizes):
                 return False
-            # One size that is not known to be the same is, as all the others are.
+            # If all sizes but one are known to be equal, the last is equal too.
             if sum(not equal(a, b) for (_, a), b in zip(long, sizes, strict=True)) > 1:
                 return False
             left = iter(long)
-            places = [-1 if _is_one(size) else next(left)[0] for size in after]
+            places = [-1 if _is_size_one(size) else next(left)[0] for size in after]
         shape = after
-    kept = [place for place, size in zip(places, shape, strict=True) if not _is_one(size)]
+    kept = [place for place, size in zip(places, shape, strict=True) if not _is_size_one(size)]
     return all(a < b for a, b in pairwise(kept))

@@ -1,1 +1,1 @@
-"""Fused operations put in the places of what they compute, in a graph."""
+"""Replace nodes of a graph by the fused operations that compute the same."""

@@ -1,7 +1,7 @@
-"""The operations of ``fastdiff.ops`` that have gradients and GPU kernels, put in a graph's places.
+"""Replace nodes by public operations of ``fastdiff.ops``, which have gradients or GPU kernels.
 
-``norms`` is for what is left on a CPU, ``training`` for training there, ``gpu`` for what Inductor
-gets.
+``norms`` is for norms that are not fused with a convolution on a CPU, ``training`` for graphs with
+gradients on a CPU, ``gpu`` for graphs of CUDA tensors, which Inductor compiles.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ from fastdiff.compiler.match.anchors import find
 from fastdiff.compiler.match.fused import Match
 from fastdiff.compiler.match.patterns import doubles, one_plus, pair_of, per_channel
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Statistics = dict[Node, Node]
+_OP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Statistics = dict[Node, Node]  # for an activation, the node that gives its channel statistics
 
 
 def norms(
     graph: Graph, pinned: set[Node], statistics: Statistics | None = None, *, alone: bool = False
 ) -> int:
-    """group_norm -> silu as ``ops.group_norm_silu``, with what stands between; how many.
+    """Replace group_norm -> scale and shift -> silu by ``ops.group_norm_silu``.
 
-    ``alone``: norms without an activation too. PyTorch's takes the variance of channels-last
-    tensors as a difference of squares, which is wrong where means are large.
+    Args:
+        graph: changed in place.
+        pinned: nodes that must stay as they are.
+        statistics: for an activation, the node that gives its channel statistics.
+        alone: replace norms without an activation too. PyTorch's group_norm computes the variance
+            of channels-last tensors as a difference of squares, which is wrong for large means.
+
+    Returns:
+        The number of operations inserted.
     """
     count = 0
     for node in list(graph.nodes):
@@ -52,7 +59,7 @@ def norms(
 
 
 def training(gm: GraphModule) -> int:
-    """Put in what has gradients on a CPU; how many operations."""
+    """Insert operations that have gradients on a CPU; the number of them is returned."""
     functionalise(gm.graph)
     return norms(gm.graph, pinned_nodes(gm.graph))
 
@@ -60,36 +67,39 @@ def training(gm: GraphModule) -> int:
 def _group_norm_silu(
     node: Node, here: Any, pinned: set[Node], statistics: Statistics
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Arguments for what ends at ``node``, whose norm is ``here`` or before it."""
+    """Arguments of the ``ops.group_norm_silu`` that computes ``node``; None where it cannot.
+
+    ``here`` is the input of the SiLU: a group norm, or its scale or shift.
+    """
     kwargs: dict[str, Any] = {}
     path = [here]
-    if op(here) == "add" and (found := per_channel(here)) is not None:
-        here, shift = found
+    if op(here) == "add" and (operands := per_channel(here)) is not None:
+        here, shift = operands
         kwargs["shift"] = shift
         path.append(here)
-    if op(here) == "mul" and (found := per_channel(here)) is not None:
-        here, factor = found
+    if op(here) == "mul" and (operands := per_channel(here)) is not None:
+        here, factor = operands
         kwargs["scale"] = one_plus(factor)
         if kwargs["scale"] is None:
             return None
         path.append(here)
     x = argument(here, "input") if op(here) == "group_norm" else None
-    shape = value(x)
-    if shape is None or shape.dtype not in _DTYPES or pinned.intersection(path):
+    example = value(x)
+    if example is None or example.dtype not in _OP_DTYPES or pinned.intersection(path):
         return None
-    if any(n is not node and len(n.users) != 1 for n in path) or dtype_of(node) != shape.dtype:
+    if any(n is not node and len(n.users) != 1 for n in path) or dtype_of(node) != example.dtype:
         return None
     groups, eps = argument(here, "num_groups"), argument(here, "eps", 1e-5)
     weight, bias = argument(here, "weight"), argument(here, "bias")
     if not isinstance(groups, int) or not is_number(eps):
         return None
-    if any(dtype_of(v) != shape.dtype for v in (weight, bias) if v is not None):
+    if any(dtype_of(v) != example.dtype for v in (weight, bias) if v is not None):
         return None
     for name, v in list(kwargs.items()):
-        found_value = value(v)
-        if found_value is None or found_value.dtype != shape.dtype:
+        row = value(v)
+        if row is None or row.dtype != example.dtype:
             return None
-        if not equal(found_value.shape[0], shape.shape[0]):
+        if not equal(row.shape[0], example.shape[0]):
             return None
         with node.graph.inserting_before(node):
             kwargs[name] = node.graph.call_function(torch.flatten, (v, 1))
@@ -102,11 +112,11 @@ def _group_norm_silu(
 
 
 def gpu(gm: GraphModule) -> int:
-    """Put in what has kernels for CUDA tensors; how many operations."""
+    """Insert operations that have kernels for CUDA tensors; the number of them is returned."""
     graph = gm.graph
     functionalise(graph)
     pinned = pinned_nodes(graph)
-    matches = [m for m in find(graph, pinned, prologues=False, dtypes=_DTYPES)]
+    matches = [m for m in find(graph, pinned, prologues=False, dtypes=_OP_DTYPES)]
     statistics: Statistics = {}
     count = 0
     for match in matches:
@@ -127,7 +137,7 @@ def gpu(gm: GraphModule) -> int:
 
 
 def _epilogue(graph: Graph, match: Match, statistics: Statistics) -> None:
-    """A convolution without its bias, then all that is added to it."""
+    """Split a match into a convolution without bias and an ``ops.conv_epilogue``."""
     conv, end = match.anchor, match.end.node
     wanted = not match.scale and any(
         op(user) == "group_norm" and argument(user, "input") is end for user in end.users
@@ -139,10 +149,9 @@ def _epilogue(graph: Graph, match: Match, statistics: Statistics) -> None:
         emb = match.emb
         if emb is not None:
             emb = graph.call_function(torch.flatten, (emb, 1))
-            images, found = value(match.emb), value(end)
-            assert images is not None
-            assert found is not None
-            if isinstance(images.shape[0], int) and images.shape[0] == 1:
+            rows = value(match.emb)
+            assert rows is not None
+            if isinstance(rows.shape[0], int) and rows.shape[0] == 1:
                 count = graph.call_method("size", (match.x.node, 0))
                 emb = graph.call_method("expand", (emb, count, -1))
         both = graph.call_function(

@@ -1,4 +1,4 @@
-"""The matches of a graph replaced by calls of ``fastdiff.compiler.run.calls``, as a plan says."""
+"""Replace the matches of a graph by calls of ``fastdiff.compiler.run.calls``, as a plan says."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Emitted:
 
     Attributes:
         call: what its node calls.
-        what: the operations that it computes, by name.
-        stands_for: how many convolutions, linear layers or attentions these are.
-        weight_size: of its weight, [K, C, R, S]; empty without one.
+        what: names of the operations that it computes.
+        stands_for: how many convolutions, linear layers or attentions it replaces.
+        weight_size: sizes [K, C, R, S] of its weight; empty without a weight.
     """
 
     call: calls.Convolution | calls.Product | calls.Attention
@@ -39,7 +39,7 @@ class Emitted:
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """What became of a graph.
+    """What ``fuse`` put into a graph.
 
     Attributes:
         emitted: the fused operations.
@@ -51,7 +51,7 @@ class Fusion:
 
 
 def fuse(gm: GraphModule, plan: Plan, pinned: set[Node]) -> Fusion:
-    """Put calls of ``run.calls`` in the places of what a plan names, and tell what was put in.
+    """Replace what a plan names by calls of ``run.calls``.
 
     Args:
         gm: the graph, changed in place.
@@ -65,14 +65,14 @@ class _Emitter:
     """Emits the calls of one plan.
 
     Attributes:
-        standing: for a node of the matches, the node that now gives its value.
-        statistics: for what a norm reads, the node that gives its statistics.
-        norms: for a norm of an input, the node that gives its coefficients.
+        replacements: for a replaced node, the node that now gives its value.
+        statistics: for an activation that a norm reads, the node that gives its statistics.
+        norms: for a norm and its inputs, the node that gives its coefficients.
     """
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
         self.graph, self.plan = graph, plan
-        self.standing: dict[Node, Node] = {}
+        self.replacements: dict[Node, Node] = {}
         self.statistics: dict[Activation, Node] = {}
         self.norms: dict[tuple[Node, Node, Node | None], Node] = {}
         self.emitted: list[Emitted] = []
@@ -116,18 +116,18 @@ class _Emitter:
         return Weight(head.values()[0], step.spec.kernel, head.values()[1])
 
     def _value(self, node: Any) -> Any:
-        return self.standing.get(node, node) if isinstance(node, Node) else node
+        return self.replacements.get(node, node) if isinstance(node, Node) else node
 
     def _call(self, target: Any, *args: Any) -> Node:
         return call_ours(self.graph, target, *args)
 
     def _convolved(self, convolution: calls.Convolution, x: Any, **operands: Any) -> Node:
-        """A call of ``convolution`` with those of its operands that there are."""
-        given = {name: value for name, value in operands.items() if value is not None}
-        return call_ours(self.graph, convolution, self.packed, x, **given)
+        """A call of ``convolution`` with the operands that are not None."""
+        present = {name: value for name, value in operands.items() if value is not None}
+        return call_ours(self.graph, convolution, self.packed, x, **present)
 
     def _one(self, match: Match, index: int) -> None:
-        """A convolution or a linear layer with its surroundings."""
+        """Emit a convolution or a linear layer with its prologue and epilogue."""
         weight = value(match.weight)
         assert weight is not None
         convolution = self._convolution(match, index, match.spec)
@@ -151,7 +151,7 @@ class _Emitter:
         self._tell(convolution, match, 1, tuple(weight.shape))
 
     def _several(self, group: list[Match], index: int) -> None:
-        """Linear layers that read the same, as one product."""
+        """Emit linear layers with the same input as one product."""
         first = group[0]
         norm = self._coefficients(first)
         rows = first.x.form[0] == 2
@@ -172,21 +172,21 @@ class _Emitter:
         self._tell(call, first, len(group), spec.weight)
 
     def _single_head(self, head: SingleHead, index: int) -> None:
-        """The rows, x A^T + c of them, and the attention; the output layer comes in its turn."""
+        """Emit the rows x, x A^T + c, and the attention. The output projection is a later step."""
         query, norm = head.query, head.q.norm
         product = self._convolution(query, index, query.spec)
         attention = calls.Attention(head.scale)
         with self.graph.inserting_before(head.attention):
             rows = self._value(head.q.x.node)
             if norm is not None:
-                given = (self._value(argument(norm.node, name)) for name in ("weight", "bias"))
+                affine = (self._value(argument(norm.node, name)) for name in ("weight", "bias"))
                 groups, eps = argument(norm.node, "num_groups"), argument(norm.node, "eps", 1e-5)
-                rows = self._call(calls.normalised_rows, rows, groups, *given, self._value(eps))
+                rows = self._call(calls.normalised_rows, rows, groups, *affine, self._value(eps))
             bias = self._derived_bias(index)
             q = self._convolved(product, rows, bias=bias)
             heads = [self._call(torch.unsqueeze, x, 1) for x in (q, rows)]
             y = self._call(attention, heads[0], heads[1], heads[1])
-            self.standing[head.out.x.node] = self._call(torch.squeeze, y, 1)
+            self.replacements[head.out.x.node] = self._call(torch.squeeze, y, 1)
         what = "norm + linear" if norm is not None else "linear"
         self.emitted.append(Emitted(product, what, 3, query.spec.weight))
         self.emitted.append(Emitted(attention, "single-head attention", 1, ()))
@@ -209,11 +209,11 @@ class _Emitter:
         )  # fmt: skip
 
     def _replace(self, old: Node, new: Node) -> None:
-        self.standing[old] = new
+        self.replacements[old] = new
         redirect(old, new)
 
     def _per_channel(self, node: Node | None) -> Node | None:
-        """What broadcasts as [N, C, 1, 1], as [N, C]."""
+        """A node [N, C] for a node [N, C, 1, ...]."""
         if node is None:
             return None
         rows = as_rows(node)

@@ -1,4 +1,4 @@
-"""The gated linear units of transformer blocks, a * gelu(b), as one operation."""
+"""Replace the gated linear units of transformer blocks, a * gelu(b), by ``ops.geglu``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastdiff import ops
 from fastdiff.compiler.graph.edit import call_ours, redirect, remove_unused
 from fastdiff.compiler.graph.effects import name_of
 from fastdiff.compiler.graph.nodes import argument, equal, op, value
-from fastdiff.compiler.match.patterns import DTYPES
+from fastdiff.compiler.match.patterns import FUSED_DTYPES
 
 
 def gated(graph: Graph, pinned: set[Node]) -> None:
-    """Put ``ops.geglu`` where a tensor's last dimension is halved and gated."""
+    """Replace a * gelu(b) of the halves a, b of a tensor's last dimension by ``ops.geglu``."""
     for node in list(graph.nodes):
         x = None if node in pinned or op(node) != "mul" else _gated(node, pinned)
         if x is None:
@@ -25,7 +25,7 @@ def gated(graph: Graph, pinned: set[Node]) -> None:
 
 
 def _gated(node: Node, pinned: set[Node]) -> Node | None:
-    """x of a node that is a * gelu(b), x = [a, b]."""
+    """x, if a node is a * gelu(b) with x = [a, b]; else None."""
     first, second = argument(node, "input"), argument(node, "other")
     for a, gelu in ((first, second), (second, first)):
         if not _is_exact_gelu(gelu) or len(gelu.users) != 1 or gelu in pinned:
@@ -45,15 +45,15 @@ def _is_exact_gelu(node: Any) -> bool:
 
 
 def _half(node: Any, which: int) -> Node | None:
-    """What halves a tensor's last dimension, of which ``node`` is the first or the second half."""
+    """The node of which ``node`` is half ``which`` (0 or 1) of the last dimension; else None."""
     if op(node) != "getitem" or type(node.args[1]) is not int or node.args[1] != which:
         return None
-    halved, found = node.args[0], value(node)
+    halved, result = node.args[0], value(node)
     if not isinstance(halved, Node) or name_of(halved) not in ("chunk", "split", "tensor_split"):
         return None
     x = value(halved.args[0] if halved.args else None)
-    if x is None or found is None or x.dtype not in DTYPES or x.ndim == 0:
+    if x is None or result is None or x.dtype not in FUSED_DTYPES or x.ndim == 0:
         return None
-    # Of parts along another dimension, the last one is whole.
-    half = equal(2 * found.shape[-1], x.shape[-1]) and not equal(x.shape[-1], 0)
+    # If another dimension was divided, the last dimension still has its full size.
+    half = equal(2 * result.shape[-1], x.shape[-1]) and not equal(x.shape[-1], 0)
     return halved if half else None

@@ -1,8 +1,8 @@
-"""The strides that a rewritten graph's values have, and who may see them.
+"""Restore the strides of eager mode where the caller or a node of the graph depends on them.
 
-The fused operations give channels-last memory whatever they read. What computes the same for any
-strides goes on from there; every other node, and the caller, is shown the strides that the values
-have in eager mode.
+The fused operations return channels-last memory whatever the strides of their inputs. Nodes that
+compute the same for any strides read it as it is. Every other node, and the caller, gets a copy
+with the strides that the value has in eager mode.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fastdiff.compiler.graph.edit import OURS
-from fastdiff.compiler.graph.effects import FRESH, VIEWS, name_of
+from fastdiff.compiler.graph.effects import ALIASING_OPS, FRESH_OPS, name_of
 from fastdiff.compiler.graph.nodes import op, value
 from fastdiff.compiler.run import calls
 
 
 def restore_strides(graph: Graph, pinned: set[Node]) -> None:
-    """Insert copies where a node or the caller depends on strides that are others now."""
+    """Insert copies where a node or the caller depends on strides that have changed."""
     foreign: set[Node] = set()
     restored: dict[Node, Node] = {}
 
@@ -49,11 +49,12 @@ def restore_strides(graph: Graph, pinned: set[Node]) -> None:
 
 
 def _takes_any(node: Node) -> bool:
+    """Whether a node computes the same values for any strides of its inputs."""
     name = name_of(node)
-    if name == "view":  # not of the bits as another dtype
+    if name == "view":  # a view as another dtype depends on strides
         before, after = value(node.args[0]), value(node)
         return before is not None and after is not None and before.dtype == after.dtype
-    return name in FRESH or name in VIEWS
+    return name in FRESH_OPS or name in ALIASING_OPS
 
 
 def _restored(graph: Graph, node: Node) -> Node:
@@ -68,7 +69,7 @@ def _restored(graph: Graph, node: Node) -> Node:
 
 
 def _memory_of(x: torch.Tensor) -> tuple[tuple[int, ...] | None, list[int]]:
-    """A tensor's strides if they are numbers, and its dimensions from the outermost one in."""
+    """A tensor's strides if they are known, and its dimensions from the outermost inwards."""
     strides: Sequence[Any] = x.stride()
     known = all(isinstance(s, int) for s in (*strides, *x.shape))
     hints = [s if isinstance(s, int) else s.node.hint for s in strides]

@@ -1,6 +1,6 @@
 """The node that gives a fused graph its packed weights: the first call of the graph.
 
-Every call that packs a weight reads it at its index in the list that this node gives.
+Every fused operation reads its packed weight at an index of the list that this node returns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from fastdiff.compiler.graph.edit import call_ours
-from fastdiff.compiler.run.packing import Combine, Watch, behind
+from fastdiff.compiler.run.packing import Combine, Watch, concatenate
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +19,14 @@ class Weight:
     """A weight that a graph packs.
 
     Attributes:
-        parts: the graph's weights that it is made of.
+        parts: the nodes of the parameters that it is made of.
         kernel: its height and width.
-        combine: what makes it of its parts; by default they are put one behind the other.
+        combine: the function that makes it of its parts; by default they are concatenated.
     """
 
     parts: list[Node]
     kernel: tuple[int, int]
-    combine: Combine = behind
+    combine: Combine = concatenate
 
 
 def weights_node(graph: Graph, weights: Sequence[Weight]) -> Node:
@@ -43,7 +43,7 @@ def weights_node(graph: Graph, weights: Sequence[Weight]) -> Node:
 
 
 def _early(graph: Graph, weight: Node) -> Node:
-    """The weight where the first call can read it: an attribute's own node may come later."""
+    """A node of the weight before the first call: an attribute's get_attr node may come later."""
     if weight.op != "get_attr":
         return weight
     copy = graph.get_attr(str(weight.target))

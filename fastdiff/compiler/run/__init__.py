@@ -1,1 +1,1 @@
-"""What a fused graph calls, with weights that are packed once, recorded and replayed in C++."""
+"""The calls of a fused graph, their packed weights, and the recordings that C++ replays."""

@@ -1,4 +1,4 @@
-"""What the nodes of a fused graph call."""
+"""The functions that the nodes of a fused graph call."""
 
 from __future__ import annotations
 
@@ -23,46 +23,50 @@ from fastdiff.ops.group_norm_coefficients import channel_statistics
 from fastdiff.ops.group_norm_coefficients import kernel_runs as has_kernel
 from fastdiff.ops.group_norm_silu import group_norm_silu
 
-# With more rows PyTorch's linear, which packs its weight at every call, is as quick as ours.
-PRODUCT_ROWS = 64
-# To and from [N, C, H, W], by the number of dimensions and the one of the channels. All of them are
-# views of channels-last memory.
-_ENTER: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
+# With more rows than this PyTorch's linear, which repacks its weight at every call, is as fast.
+MOST_PRODUCT_ROWS = 64
+# Views of an activation as [N, C, H, W] and back, by (number of dimensions, channel dimension). In
+# channels-last memory they need no copy.
+_TO_IMAGES: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
     (4, 1): None,
     (3, 1): lambda x: x.unsqueeze(3),
     (3, 2): lambda x: x.transpose(1, 2).unsqueeze(3),
     (4, 3): lambda x: x.permute(0, 3, 1, 2),
 }
-_LEAVE: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
+_FROM_IMAGES: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
     (4, 1): None,
     (3, 1): lambda y: y.flatten(2),
     (3, 2): lambda y: y.flatten(2).transpose(1, 2),
     (4, 3): lambda y: y.permute(0, 2, 3, 1),
 }
-_op = torch.ops.fastdiff.conv2d.default
+_conv2d = torch.ops.fastdiff.conv2d.default
 _attention = torch.ops.fastdiff.attention.default
 _coefficients = torch.ops.fastdiff.group_norm_coefficients.default
 
 
 class Planned:
-    """What has a weight, and an algorithm for each size of its input.
+    """A call with a packed weight and one algorithm for each size of its input.
 
     Args:
-        index: of its weight in what ``packing.Watch`` gives.
+        index: of its weight in the list that ``packing.Watch`` returns.
+
+    Attributes:
+        plans: for each size of the input so far, the name of the algorithm.
+        last_weight: the weight of the last size that was planned, for the report.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.plans: dict[tuple[Any, ...], str] = {}
-        self.seen: weakref.ref[PackedWeight] | None = None
+        self.last_weight: weakref.ref[PackedWeight] | None = None
 
     def algorithm(self, x: Tensor, weight: PackedWeight) -> str:
-        """That for inputs of the size of x; ``plain`` is PyTorch's own operation."""
+        """The algorithm for inputs of the size of x; ``plain`` is PyTorch's own operation."""
         key = (x.shape, x.dtype, torch.get_num_threads(), kernel_runs(x))
         name = self.plans.get(key)
         if name is None:
             name = self.plans[key] = self._choose(x, weight) if key[-1] else "plain"
-            self.seen = weakref.ref(weight)
+            self.last_weight = weakref.ref(weight)
         return name
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
@@ -70,15 +74,15 @@ class Planned:
 
 
 class Convolution(Planned):
-    """A convolution or a linear layer with its surroundings, for any size of its input.
+    """A convolution or a linear layer with prologue and epilogue, for any size of its input.
 
     Args:
-        index: of its weight in what ``packing.Watch`` gives.
+        index: of its weight in the list that ``packing.Watch`` returns.
         spec: what it computes.
-        x_form: number of dimensions of its input and the one of the channels.
-        y_form: the same of its result and its residual.
-        allowed: the algorithms that it may use, of ``timings.NAMES``.
-        measured: whether the quickest of them is found by the clock.
+        x_form: number of dimensions and channel dimension of its input.
+        y_form: number of dimensions and channel dimension of its result and its residual.
+        allowed: the algorithms that it may use, from ``timings.ALGORITHM_NAMES``.
+        measured: whether the algorithm is chosen by measured times.
     """
 
     __name__ = "conv2d"
@@ -95,8 +99,9 @@ class Convolution(Planned):
         measured: bool,
     ) -> None:
         super().__init__(index)
-        self.enter, self.enter_y, self.leave = _ENTER[x_form], _ENTER[y_form], _LEAVE[y_form]
-        self.spec, self.numbers = spec, spec.encode()  # once, not at every call
+        self.enter, self.enter_y = _TO_IMAGES[x_form], _TO_IMAGES[y_form]
+        self.leave = _FROM_IMAGES[y_form]
+        self.spec, self.numbers = spec, spec.encode()  # encoded once, not at every call
         self.without_statistics = replace(spec, statistics=False)
         self.allowed, self.measured = allowed, measured
         self.regroups = x_form[0] != y_form[0]
@@ -120,19 +125,19 @@ class Convolution(Planned):
         if residual is not None:
             if self.enter_y is not None:
                 residual = self.enter_y(residual)
-            if self.regroups:  # rows of pixels that the residual has in two dimensions, or back
+            if self.regroups:  # the pixels are one dimension of x and two of the residual, or v.v.
                 shape = residual.shape
                 residual = residual.reshape(*shape[:2], *x.shape[2:])
         if emb is not None and emb.shape[0] != x.shape[0]:
             emb = emb.expand(x.shape[0], -1)
         algorithm = self.algorithm(x, weight)
         if algorithm != "plain":
-            y, statistics = _op(
+            y, statistics = _conv2d(
                 x, weight.packed(algorithm), self.numbers, ALGORITHMS[algorithm].number, skip,
                 bias, norm, emb, residual, scale,
             )  # fmt: skip
         else:
-            # As it was timed; PyTorch's result is then channels-last too.
+            # Timings are of channels-last inputs, for which PyTorch's result is channels-last too.
             x = x.contiguous(memory_format=torch.channels_last)
             y, _ = reference.conv2d(
                 x, weight.weight, self.without_statistics, skip=skip, bias=bias, norm=norm,
@@ -156,7 +161,7 @@ class Product(Planned):
     """Several linear layers of the same rows as one product.
 
     Args:
-        index: of its weight in what ``packing.Watch`` gives.
+        index: of its weight in the list that ``packing.Watch`` returns.
         spec: the product as a 1x1 convolution.
     """
 
@@ -174,18 +179,18 @@ class Product(Planned):
         if algorithm == "plain":
             return F.linear(F.silu(x) if self.silu else x, weight.view(weight.shape[:2]), bias)
         rows, number = x.unsqueeze(2).unsqueeze(3), ALGORITHMS[algorithm].number
-        y, _ = _op(rows, packed.packed(algorithm), self.numbers, number, None, bias)
+        y, _ = _conv2d(rows, packed.packed(algorithm), self.numbers, number, None, bias)
         return y.flatten(1)
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
-        return algorithms.PRODUCT if x.shape[0] <= PRODUCT_ROWS else "plain"
+        return algorithms.PRODUCT if x.shape[0] <= MOST_PRODUCT_ROWS else "plain"
 
 
 class Attention:
     """Softmax attention without a mask: ``fastdiff.ops.attention`` where its kernel runs.
 
     Args:
-        scale: of the scores, or None.
+        scale: factor of the scores; None for 1 / sqrt(D).
     """
 
     __name__ = "attention"
@@ -193,7 +198,7 @@ class Attention:
 
     def __init__(self, scale: float | None) -> None:
         self.scale = scale
-        self.seen: weakref.ref[PackedWeight] | None = None
+        self.last_weight: weakref.ref[PackedWeight] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, H, L, D], [B, H, S, D] and [B, H, S, D'] to [B, H, L, D']."""
@@ -212,7 +217,7 @@ def coefficients(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    """``group_norm_coefficients``, with scale and shift for each image or for all of them."""
+    """``ops.group_norm_coefficients``; scale and shift may be [1, C], for all images, or [N, C]."""
     n = statistics[0].shape[0]
     if scale is not None and scale.shape[0] != n:
         scale = scale.expand(n, -1)
@@ -225,14 +230,14 @@ def coefficients(
 
 
 def statistics_of(x: Tensor, channel: int) -> Tensor:
-    """``channel_statistics`` where the channels are any dimension."""
+    """``channel_statistics`` of x, whose channels are dimension ``channel``."""
     return channel_statistics(x if channel == 1 else x.movedim(channel, 1))
 
 
 def _channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory of pixels in order as images [N, C, H, W].
+    """Memory in the order [N, H, W, C] as images [N, C, H, W] of canonical channels-last strides.
 
-    A reshape gives a batch of one a stride by which PyTorch does not know the layout.
+    A reshape may give a batch of one other strides, from which PyTorch does not infer the layout.
     """
     _, c, h, w = shape
     return x.as_strided(shape, (c * h * w, 1, c * w, c))
@@ -250,12 +255,12 @@ def normalised_rows(
 
 
 def join(*parts: Tensor) -> Tensor:
-    """One behind the other."""
+    """The parts, concatenated."""
     return torch.cat(parts)
 
 
 def split(y: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    """Views of the last dimension's parts."""
+    """Split the last dimension into views of the given sizes."""
     return torch.split_with_sizes(y, sizes, -1)
 
 
@@ -266,11 +271,12 @@ def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def restore(strides: tuple[int, ...] | None, order: list[int]) -> Callable[[Tensor], Tensor]:
-    """A function that gives a tensor in the strides that it has without this package.
+    """A function that returns a tensor with the strides that it has in eager mode.
 
     Args:
-        strides: these, where they are known.
-        order: dimensions from the outermost to the innermost in memory, for sizes that are not.
+        strides: these strides where they are known; else None.
+        order: the dimensions from the outermost to the innermost in memory, from which dense
+            strides are computed where ``strides`` is None.
     """
     return _named("restore", partial(_restore, strides, order))
 
@@ -285,5 +291,5 @@ def _restore(strides: tuple[int, ...] | None, order: list[int], x: Tensor) -> Te
     if x.stride() == strides:
         return x
     if order == sorted(order) and strides == tuple(dense) and not x.is_contiguous():
-        return x.contiguous()  # which writes to nothing that is there, as ``recording`` likes it
+        return x.contiguous()  # unlike copy_, it writes in place to no tensor: it can be recorded
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

@@ -1,7 +1,7 @@
-"""What the dispatcher sees while a function runs, as a list that C++ runs (csrc/replay.cpp).
+"""Record a function's operations from PyTorch's dispatcher, as a list that csrc/replay.cpp runs.
 
-The list depends on nothing but the sizes of the function's inputs. Where the result of an operation
-decides what comes next, or a tensor comes from elsewhere, there is none.
+A list depends only on the sizes of the function's inputs. A function cannot be recorded where a
+tensor's values decide what it does next, or where it reads a tensor that is not known.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ log = logging.getLogger("fastdiff.compiler")
 _FORMATS = (
     torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d,
 )  # fmt: skip
-_TENSOR = object()  # stands for the next of the list's results
+_TENSOR = object()  # a placeholder in ``leaves`` for the next result of the list
 _aten, _ours = torch.ops.aten, torch.ops.fastdiff
 
-# Gives an input of a list, of the arguments of ``Recording.run``.
+# Returns one input of a list, given the arguments of ``Recording.run``.
 Source = Callable[..., Tensor]
 
 
 class Recording:
-    """A list and what it is given.
+    """A recorded list of operations, its inputs, and the structure of its result.
 
     Args:
-        program: of csrc/replay.cpp.
-        sources: of its inputs.
-        leaves: what the function gives, with ``_TENSOR`` for each result of the list.
-        spec: their structure.
+        program: the list, a ``Program`` of csrc/replay.cpp.
+        sources: one function for each input of the list.
+        leaves: the leaves of the function's result, with ``_TENSOR`` for each tensor.
+        spec: the structure of the leaves.
     """
 
     def __init__(
@@ -45,31 +45,31 @@ class Recording:
         self.program, self.sources, self.leaves, self.spec = program, sources, leaves, spec
 
     def run(self, *given: Any) -> Any:
-        """What the function gives."""
+        """Run the list, and return what the recorded function returns."""
         results = iter(self.program.run([source(*given) for source in self.sources]))
         leaves = [next(results) if leaf is _TENSOR else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.spec)
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the operations of the block.
+    """Records the operations within its ``with`` block.
 
-    A value's place is its index in ``sources``: those that are there before have one, constants are
-    one, and for results there is None.
+    A tensor's place is its index in ``sources``, which holds a ``Source`` for a tensor that exists
+    before the block, the tensor itself for a constant, and None for a result of an operation.
 
     Args:
-        names: the tensors that are there before, and their sources.
-        numbers: those of them that are the same number whenever the list is run.
+        names: the tensors that exist before the block, and their sources.
+        numbers: the tensors among them that hold the same number whenever the list is run.
 
     Attributes:
-        packs: whether weights were packed meanwhile, which the next call need not do.
+        packs: whether weights were packed in the block. Later calls need not pack them.
     """
 
-    supports_higher_order_operators = True  # those run as they are, and there is no list
+    supports_higher_order_operators = True  # they run, but a function with them is not recorded
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: it runs where Dynamo is off already, and this would import Dynamo, for seconds."""
+        """False: Dynamo is already off here, and skipping it would import it, for seconds."""
         return False
 
     def __init__(
@@ -94,12 +94,12 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation, and note it."""
+        """Run an operation, and record it."""
         result = func(*args, **(kwargs or {}))
         if func is _ours.conv2d_pack.default:
             self.packs = True
         elif func is _ours.weights_state.default:
-            pass  # which packed weights are current is asked before a list is run
+            pass  # not recorded: ``Replay`` checks the weights before it runs a list
         elif func is _aten._local_scalar_dense.default and args[0] in self.numbers:
             pass
         elif self.reason is None:
@@ -115,30 +115,30 @@ class Recorder(TorchDispatchMode):
         if _depends_on_values(func, args):
             raise _NotRecordedError("its result decides what comes next")
         if func is _aten.lift_fresh.default and args[0] not in self.places:
-            # Made of numbers by Python, which are the same whenever this list is run.
+            # A tensor that Python made of numbers: they are the same whenever the list is run.
             self._place(args[0], args[0])
-        given = []
-        for i, wanted in enumerate(func._schema.arguments):
+        arguments = []
+        for i, parameter in enumerate(func._schema.arguments):
             if i < len(args):
-                given.append(self._argument(args[i], wanted))
-            elif wanted.name in kwargs:
-                given.append(self._argument(kwargs[wanted.name], wanted))
+                arguments.append(self._argument(args[i], parameter))
+            elif parameter.name in kwargs:
+                arguments.append(self._argument(kwargs[parameter.name], parameter))
             else:
-                given.append(("default",))
+                arguments.append(("default",))
         count = len(func._schema.returns)
         results = () if count == 0 else (result,) if count == 1 else result
         written = [tuple(self._result(x) for x in _list(each)) for each in results]
-        self.steps.append((func, given, written))
+        self.steps.append((func, arguments, written))
 
     def _result(self, x: Any) -> int:
         if not isinstance(x, Tensor):
             raise _NotRecordedError("a result that is no tensor")
         return self._place(x, None)
 
-    def _argument(self, value: Any, wanted: Any) -> tuple[Any, ...]:
+    def _argument(self, value: Any, parameter: Any) -> tuple[Any, ...]:
         if isinstance(value, Tensor):
             return "register", self._find(value)
-        if isinstance(value, (list, tuple)) and "Tensor" in str(wanted.type):
+        if isinstance(value, (list, tuple)) and "Tensor" in str(parameter.type):
             return "registers", tuple(-1 if x is None else self._find(x) for x in value)
         return "value", _plain(value)
 
@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
         return int(place)
 
     def finish(self, result: Any) -> Recording | None:
-        """The list for a function that gave ``result``, or None where there can be none."""
+        """The recording of a function that returned ``result``; None if it cannot be recorded."""
         try:
             if self.packs:
                 raise _NotRecordedError("packs weights")
@@ -158,14 +158,15 @@ class Recorder(TorchDispatchMode):
             leaves, spec = tree_flatten(result)
             outputs = [self._find(x) for x in leaves if isinstance(x, Tensor)]
             program, sources = self._program(outputs)
-        except (_NotRecordedError, ValueError, RuntimeError) as reason:  # or C++ cannot take it
+        # The other errors are raised by ``Program`` for what it does not support.
+        except (_NotRecordedError, ValueError, RuntimeError) as reason:
             log.info("runs in Python: %s", reason)
             return None
         leaves = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
         return Recording(program, sources, leaves, spec)
 
     def _program(self, outputs: Sequence[int]) -> tuple[Any, list[Source]]:
-        last: dict[int, int] = {}  # step that reads or writes a place last
+        last: dict[int, int] = {}  # for each place, the last step that reads or writes it
         for i, (_, given, written) in enumerate(self.steps):
             for place in itertools.chain(*map(_read, given), *written):
                 last[place] = i
@@ -178,10 +179,10 @@ class Recorder(TorchDispatchMode):
         numbers = {place: number for number, place in enumerate(inputs)}
         for place in constants:
             numbers[place] = program.constant(self.sources[place])
-        over: dict[int, list[int]] = {}
+        freed: dict[int, list[int]] = {}  # for each step, the places that no later step reads
         for place, i in last.items():
             if self.sources[place] is None and place not in outputs:
-                over.setdefault(i, []).append(place)
+                freed.setdefault(i, []).append(place)
         for i, (func, given, written) in enumerate(self.steps):
             for place in itertools.chain(*written):
                 numbers[place] = len(numbers)
@@ -190,18 +191,18 @@ class Recorder(TorchDispatchMode):
                 func._schema.overload_name,
                 tuple(_renumbered(argument, numbers) for argument in given),
                 tuple(tuple(numbers[place] for place in places) for places in written),
-                [numbers[place] for place in over.get(i, ())],
+                [numbers[place] for place in freed.get(i, ())],
             )
         program.finish([numbers[place] for place in outputs])
         return program, [self.sources[i] for i in inputs]  # type: ignore[misc]
 
 
 class _NotRecordedError(Exception):
-    """Something cannot be in a list."""
+    """Why a function cannot be recorded."""
 
 
 def _depends_on_values(func: OpOverload, args: Sequence[Any]) -> bool:
-    if func is _aten.index.Tensor:  # by a mask, but not by numbers
+    if func is _aten.index.Tensor:  # depends on the values of masks, but not of integer indices
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
     return any(tag in func.tags for tag in tags)
@@ -228,7 +229,7 @@ def _renumbered(argument: tuple[Any, ...], numbers: dict[int, int]) -> tuple[Any
 
 
 def _plain(value: Any) -> Any:
-    """An argument as csrc/replay.cpp takes it."""
+    """An argument in the form that csrc/replay.cpp takes."""
     if isinstance(value, torch.memory_format):
         return _FORMATS.index(value)
     if isinstance(value, torch.device):

@@ -1,8 +1,8 @@
-"""A fused graph that runs without Python between its operations once it has run a few times.
+"""A fused graph that runs without Python between its operations, from the third call of a size on.
 
-Between two operations Python takes longer than it seems to: after a large convolution its own data
-have left the cache. So what the graph does for inputs of one size is recorded (``recording``), and
-from then on C++ runs it.
+Between two operations Python takes longer than expected: after a large convolution its own data
+are no longer in the cache. So the operations of the graph for inputs of one size are recorded
+(``recording``), and from then on C++ runs them.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ from fastdiff.compiler.run.packing import PackedWeight, Watch
 from fastdiff.compiler.run.recording import Recorder, Recording, Source
 from fastdiff.ops.backend import current, isa
 
-MOST = 64  # recordings that a graph keeps
-NEW, PYTHON = "new", "python"  # will be recorded; runs in Python for good
+MOST_RECORDINGS = 64  # that a graph keeps
+# States of inputs without a recording: recorded at the next call, or always run in Python.
+TO_RECORD, IN_PYTHON = "to record", "in Python"
 
 
 class Replay:
     """A fused graph as a function of its inputs.
 
-    The first call of inputs of new sizes runs in Python, and the second is recorded.
+    The first call with inputs of new sizes runs in Python, and the second is recorded.
 
     Args:
         gm: the graph.
-        watch: its node that gives the packed weights.
-        varying: numbers of the inputs whose sizes or values may change.
+        watch: the node of the graph that gives the packed weights.
+        varying: indices of the inputs whose sizes or values may change.
     """
 
     def __init__(self, gm: GraphModule, watch: Node, varying: Sequence[int]) -> None:
         assert isinstance(watch.target, Watch)
         self.gm, self.watch, self.varying = gm, watch.target, list(varying)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        # Python's numbers, as Dynamo passes those that may change.
+        # Dynamo passes Python numbers that may change as tensors, on which the graph calls item().
         self.numbers = [i for i in self.varying if _is_number(placeholders[i])]
         self.attributes = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr"]
         watched: list[Any] = list(watch.args)
         self.watched: list[int | str] = [
             placeholders.index(n) if n.op == "placeholder" else str(n.target) for n in watched
         ]
-        self.seen: dict[tuple[Any, ...], Recording | str] = {}
-        self.lock = threading.Lock()  # for changes of ``seen``
+        self.states: dict[tuple[Any, ...], Recording | str] = {}
+        self.lock = threading.Lock()  # held while ``states`` is changed
 
     def __call__(self, *inputs: Any) -> Any:
-        """What the graph gives."""
+        """Run the graph, and return what it returns."""
         key = self._key(inputs)
-        state = self.seen.get(key)
-        if state is None:
-            self._note(key, PYTHON if isa() == "none" else NEW)  # it takes C++ to run a recording
-        if state is None or state is PYTHON:
+        state = self.states.get(key)
+        if state is None:  # without the C++ extension a recording cannot be run
+            self._note(key, IN_PYTHON if isa() == "none" else TO_RECORD)
+        if state is None or state is IN_PYTHON:
             return self.gm.forward(*inputs)
         weights = self._weights(inputs)
         if isinstance(state, Recording):
@@ -66,18 +67,18 @@ class Replay:
             result = self.gm.forward(*inputs)
         recording = recorder.finish(result)
         if not recorder.packs:
-            self._note(key, recording or PYTHON)
+            self._note(key, recording or IN_PYTHON)
         return result
 
     def _note(self, key: tuple[Any, ...], state: Recording | str) -> None:
         with self.lock:
-            self.seen.pop(key, None)
-            while len(self.seen) >= MOST:
-                del self.seen[next(iter(self.seen))]
-            self.seen[key] = state
+            self.states.pop(key, None)
+            while len(self.states) >= MOST_RECORDINGS:
+                del self.states[next(iter(self.states))]
+            self.states[key] = state
 
     def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """All that decides what the graph does."""
+        """Everything that decides which operations the graph runs."""
         key: list[Any] = [torch.get_num_threads(), current()]
         for i in self.varying:
             x = inputs[i]
@@ -90,13 +91,15 @@ class Replay:
         return tuple(key)
 
     def _weights(self, inputs: Sequence[Any]) -> list[PackedWeight]:
-        found = [inputs[w] if isinstance(w, int) else attrgetter(w)(self.gm) for w in self.watched]
-        return self.watch(*found)  # type: ignore[return-value]
+        parameters = [
+            inputs[w] if isinstance(w, int) else attrgetter(w)(self.gm) for w in self.watched
+        ]
+        return self.watch(*parameters)  # type: ignore[return-value]
 
     def _names(
         self, inputs: Sequence[Any], weights: Sequence[PackedWeight]
     ) -> Iterator[tuple[Tensor, Source]]:
-        """Every tensor that is there before the graph runs, and where a later call has it from."""
+        """Every tensor that exists before the graph runs, and its source at a later call."""
         for i, x in enumerate(inputs):
             if isinstance(x, Tensor):
                 yield x, partial(_input, i)
