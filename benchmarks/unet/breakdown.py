@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.unet.peers import Prepared
+from benchmarks.unet.job import Prepared
 
 CALL = "benchmarks.unet call"
 LAYERS = "convolutions and linear layers"

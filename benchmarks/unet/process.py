@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.unet.peers import Job
+from benchmarks.unet.job import Job
 
 
 class WorkerError(Exception):

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.unet.job import Job, Prepared
 from benchmarks.unet.models import DTYPES, Network, Plain
-from benchmarks.unet.peers import Job, Prepared
 
 NAMES = ("x", "t", "context")  # names of the inputs
 

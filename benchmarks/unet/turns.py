@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.unet.job import Job
 from benchmarks.unet.models import NETWORKS
-from benchmarks.unet.peers import INDUCTOR, OURS, PEERS, Job
+from benchmarks.unet.peers import INDUCTOR, OURS, PEERS
 from benchmarks.unet.process import Process, WorkerError, idle_share
 from benchmarks.unet.worker import REFERENCE, SLOW
 

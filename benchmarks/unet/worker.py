@@ -20,8 +20,9 @@ import torch
 
 from benchmarks import machine
 from benchmarks.unet import breakdown, sampling
+from benchmarks.unet.job import Job, Prepared
 from benchmarks.unet.models import NETWORKS
-from benchmarks.unet.peers import PEERS, Job, Prepared, in_layout
+from benchmarks.unet.peers import PEERS, in_layout
 
 REFERENCE = "reference"  # the job that computes what is expected
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # largest error, as a share of the largest output
