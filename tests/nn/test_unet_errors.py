@@ -141,7 +141,9 @@ def test_conditioning(name, arguments, text):
 
 def test_precomputed_is_one_step():
     model = UNet2DModel(**TINY)
-    with pytest.raises(TypeError, match=r"must be a tensor, .*at\(step\) gives, got Precomputed"):
+    with pytest.raises(
+        TypeError, match=r"a tensor, the result of precompute.*at\(step\), got Precomputed"
+    ):
         model(X, precomputed=model.precompute(3))
 
 
