@@ -297,13 +297,13 @@ std::pair<Exchange*, int> meet_at(unsigned mask, bool order, uint64_t value, con
 void run_kernel() {
   try {
     (*machine->kernel)();
-    const int finished = machine->finished.fetch_add(1, kNoOrder) + 1;
+    machine->finished.fetch_add(1, kNoOrder);
 #ifdef FASTDIFF_EMULATE_THREADS
-    if (machine->blocked.fetch_add(1, kNoOrder) + 1 == machine->size && finished < machine->size)
+    // `finished` is read last: between the two counts other threads may have finished as well.
+    if (machine->blocked.fetch_add(1, kNoOrder) + 1 == machine->size &&
+        machine->finished.load(kNoOrder) < machine->size)
       fail(who_waits());
   } catch (const Stopped&) {
-#else
-    (void)finished;
 #endif
   } catch (const std::exception& error) {
     record(error.what());
