@@ -7,27 +7,20 @@ The public names are those imported here and the modules ``ops``, ``nn``, ``sche
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from fastdiff import (
-    _moved,
-    guidance,
-    losses,
-    nn,
-    objectives,
-    ops,
-    process,
-    samplers,
-    schedules,
-    sde,
-)
+from fastdiff import _moved, nn, ops, process, samplers, schedules
 from fastdiff.common.version import __version__
-from fastdiff.diffusion import Diffusion
 from fastdiff.ops.backend import backend
 from fastdiff.ops.profiling import profile
 from fastdiff.sampling import PerImage, Shared, sample
 from fastdiff.schedules import NoiseSchedule
-from fastdiff.sde import score_fn
+
+if TYPE_CHECKING:
+    from fastdiff import guidance, losses, objectives, sde
+    from fastdiff.diffusion import Diffusion
+    from fastdiff.sde import score_fn
 
 __all__ = [
     "Diffusion", "NoiseSchedule", "PerImage", "Shared", "__version__", "backend", "guidance",
@@ -35,12 +28,31 @@ __all__ = [
     "score_fn", "sde",
 ]  # fmt: skip
 
+# What is imported when it is first asked for, and from where: together these modules take as long
+# to import as all others, and the compiler alone brings Dynamo.
+_LATER = {
+    "Diffusion": "fastdiff.diffusion",
+    "compiler": "fastdiff.compiler",
+    "diffusion": "fastdiff.diffusion",
+    "generation": "fastdiff.generation",
+    "guidance": "fastdiff.guidance",
+    "losses": "fastdiff.losses",
+    "objectives": "fastdiff.objectives",
+    "score_fn": "fastdiff.sde",
+    "sde": "fastdiff.sde",
+}
+
 _moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compiler":  # brings Dynamo, which takes longer to import than all the rest
-        import importlib
+    if name in _moved.MOVED:
+        return importlib.import_module(f"fastdiff.{name}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    return module if module.__name__ == f"fastdiff.{name}" else getattr(module, name)
 
-        return importlib.import_module("fastdiff.compiler")
-    raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -86,11 +86,17 @@ SHADOWED = {
 
 
 def install() -> None:
-    """Make the old names importable, and attributes of their packages where modules are loaded."""
+    """Make the old names importable."""
     sys.meta_path.append(_Finder())
     for old, new in SHADOWED.items():
         sys.modules[f"fastdiff.{old}"] = importlib.import_module(f"fastdiff.{new}")
+    for package in {f"fastdiff.{old}".rpartition(".")[0] for old in MOVED} & set(sys.modules):
+        attach(package)
+
+
+def attach(package: str) -> None:
+    """Make the old names of loaded modules attributes of the package that had them."""
     for old, new in MOVED.items():
-        package, _, name = f"fastdiff.{old}".rpartition(".")
-        if f"fastdiff.{new}" in sys.modules and package in sys.modules:
+        parent, _, name = f"fastdiff.{old}".rpartition(".")
+        if parent == package and f"fastdiff.{new}" in sys.modules:
             setattr(sys.modules[package], name, sys.modules[f"fastdiff.{new}"])

@@ -7,6 +7,7 @@ caller to weight and average. The model is any callable (x_t, t, **cond) -> pred
 
 from __future__ import annotations
 
+from fastdiff import _moved
 from fastdiff.losses.bound import (
     BitsPerDim,
     bits_per_dim,
@@ -28,3 +29,5 @@ __all__ = [
     "hybrid_loss", "min_snr", "model_variance", "normal_kl", "p2", "prior_term", "rescaled_kl",
     "simple_loss", "snr", "vlb", "vlb_loss", "weighting",
 ]  # fmt: skip
+
+_moved.attach(__name__)

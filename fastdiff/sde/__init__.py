@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastdiff import _moved
 from fastdiff.sde.discretization import DiscretizedSDE, continuous, discretize, on_path
 from fastdiff.sde.likelihood import Likelihood, bits_per_dim, dequantize, log_likelihood
 from fastdiff.sde.processes import EDM, SDE, VE, VP, SubVP
@@ -22,3 +23,5 @@ __all__ = [
     "log_likelihood", "on_path", "prediction_fn", "probability_flow", "reverse", "score_fn",
     "solve", "solve_adaptive", "solve_ode", "time_grid",
 ]  # fmt: skip
+
+_moved.attach(__name__)
