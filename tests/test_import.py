@@ -32,4 +32,4 @@ def test_importing_fastdiff_is_quick():
     assert slow == []
     assert ours > 50  # it was imported, and from here
     assert new < 400
-    assert min(seconds for *_, seconds in runs) < 0.5  # 0.2 on a quiet machine of 2025
+    assert min(seconds for *_, seconds in runs) < 0.5  # 0.2 on a quiet machine
