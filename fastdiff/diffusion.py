@@ -11,12 +11,11 @@ from torch import Tensor
 from fastdiff import generation, losses, objectives, samplers, sde
 from fastdiff.common.checks import check_floating
 from fastdiff.common.conditions import Conditions, unmarked
-from fastdiff.common.inputs import checked_seeds, real_parameter
+from fastdiff.common.inputs import check_choice, checked_seeds, real_parameter
 from fastdiff.common.model import Model
 from fastdiff.generation import ModelArguments, Network, Samples
 from fastdiff.objectives import Forward
 from fastdiff.samplers import Sampler
-from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import GaussianPath, NoiseSchedule
 from fastdiff.sde.solvers.by_name import METHODS as SOLVERS
 from fastdiff.sde.solvers.rounding import tolerance_for

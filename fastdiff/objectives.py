@@ -24,11 +24,11 @@ from torch import Tensor
 
 from fastdiff import losses, process, sde
 from fastdiff.common.errors import InputError
+from fastdiff.common.inputs import check_choice
 from fastdiff.common.model import Model
 from fastdiff.losses import LossSecondMoment, score_matching
 from fastdiff.losses.timesteps import TimestepSampler
 from fastdiff.samplers.ddpm import VARIANCES
-from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
 
 Forward = GaussianPath | sde.SDE

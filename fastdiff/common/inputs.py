@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -121,3 +121,10 @@ def whole_number(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """ValueError unless ``value`` is one of ``choices``; ``name`` says what is chosen."""
+    if value not in choices:
+        wanted = ", ".join(map(str, choices))
+        raise ValueError(f"unknown {name} {value!r}, wanted one of {wanted}")

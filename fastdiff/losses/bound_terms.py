@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastdiff import process
 from fastdiff.common.checks import wide_dtype
+from fastdiff.common.inputs import check_choice
 from fastdiff.losses.discretized_gaussian import (
     discretized_gaussian_log_likelihood,
     normal_kl,
@@ -26,7 +27,6 @@ from fastdiff.losses.discretized_gaussian import (
 from fastdiff.losses.prediction import check_x0, image_mean
 from fastdiff.losses.variance import FIXED_VARIANCES, check_ddpm, model_variance
 from fastdiff.samplers.ddpm import VARIANCES
-from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import NoiseSchedule
 
 NATS_PER_UNIT = {"bits": math.log(2), "nats": 1.0}

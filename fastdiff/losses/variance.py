@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.checks import beside, check_floating, check_timesteps, wide_dtype
+from fastdiff.common.inputs import check_choice
 from fastdiff.samplers.ddpm import VARIANCES
-from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import GaussianPath, NoiseSchedule
 
 FIXED_VARIANCES = ("fixed_small", "fixed_large")

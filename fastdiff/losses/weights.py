@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import process
+from fastdiff.common.inputs import check_choice
 from fastdiff.losses.variance import check_ddpm, fixed_log_variance
-from fastdiff.samplers.sampler import check_choice
 from fastdiff.schedules import GaussianPath, NoiseSchedule
 
 

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import process
+
+# A sampler's module imports from this package alone, and has this check from here.
+from fastdiff.common.inputs import check_choice as check_choice
 from fastdiff.samplers import grids
 from fastdiff.samplers.grids import Point
 from fastdiff.samplers.table import COLUMNS, MAX_HISTORY, Table
@@ -321,13 +324,6 @@ def check_amounts(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must not be negative, nor infinite, got {value}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        wanted = ", ".join(map(str, choices))
-        raise ValueError(f"unknown {name} {value!r}, wanted one of {wanted}")
 
 
 def _checked_clip(clip: Clip, dynamic_threshold: float | None) -> Clip:

@@ -113,7 +113,8 @@ class _Emitter:
         head = self.of_head.get(step.anchor)
         if head is None:
             return Weight([step.weight], step.spec.kernel)
-        return Weight(head.values()[0], step.spec.kernel, head.values()[1])
+        products, values = head.values()
+        return Weight(products, step.spec.kernel, values)
 
     def _value(self, node: Any) -> Any:
         return self.replacements.get(node, node) if isinstance(node, Node) else node

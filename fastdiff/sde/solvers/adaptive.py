@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.checks import check_like, wide_dtype
+from fastdiff.common.inputs import check_choice
 from fastdiff.sde.processes import SDE, VE
 from fastdiff.sde.score import Score
 from fastdiff.sde.solvers.adaptive_schemes import (
@@ -36,7 +37,7 @@ from fastdiff.sde.solvers.runge_kutta import (
     rms,
     smallest_step,
 )
-from fastdiff.sde.solvers.stepping import check_count, check_images, check_known, check_positive
+from fastdiff.sde.solvers.stepping import check_count, check_images, check_positive
 
 NORMS = ("l2", "linf")
 
@@ -108,8 +109,8 @@ def solve_adaptive(
         StuckError: a step is too small for float64, or needs more than ``max_evaluations``.
     """
     check_images(x_T, "x_T")
-    check_known(scheme, SCHEMES, "scheme")
-    check_known(norm, NORMS, "norm")
+    check_choice("scheme", scheme, SCHEMES)
+    check_choice("norm", norm, NORMS)
     steps = SCHEMES[scheme](sde)
     eps_rel = steps.eps_rel if eps_rel is None else eps_rel
     if eps_abs is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.common.inputs import check_choice
 from fastdiff.sde.processes import EDM, SDE, VE
 from fastdiff.sde.score import Score
 from fastdiff.sde.solvers.adaptive import NORMS, solve_adaptive
@@ -19,7 +20,7 @@ from fastdiff.sde.solvers.langevin import CORRECTORS, annealed_langevin
 from fastdiff.sde.solvers.ode import IndexedScore, score_of_rows, solve_ode
 from fastdiff.sde.solvers.predictors import METHODS as PREDICTORS
 from fastdiff.sde.solvers.runge_kutta import METHODS as PAIRS
-from fastdiff.sde.solvers.stepping import check_count, check_known, check_positive
+from fastdiff.sde.solvers.stepping import check_count, check_positive
 
 Check = Callable[[Any, str], object]  # (an option's value, its name) -> raises if it is wrong
 
@@ -80,7 +81,7 @@ class Solver:
     def __init__(
         self, sde: SDE, method: str = "ode", steps: int | None = None, **options: Any
     ) -> None:
-        check_known(method, METHODS, "method")
+        check_choice("method", method, METHODS)
         known = _OPTIONS[method]
         unknown = [repr(name) for name in options if name not in known]
         if unknown:
@@ -227,7 +228,7 @@ def _check_real(value: Any, name: str) -> None:
 
 def _one_of(known: Collection[str | None]) -> Check:
     def check(value: Any, name: str) -> None:
-        check_known(value, known, name)
+        check_choice(name, value, known)
 
     return check
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.checks import wide_dtype
+from fastdiff.common.inputs import check_choice
 from fastdiff.sde.processes import EDM, SDE
 from fastdiff.sde.score import Score
 from fastdiff.sde.solvers.langevin import CORRECTORS, Level
@@ -14,7 +15,6 @@ from fastdiff.sde.solvers.stepping import (
     CheckedScore,
     check_count,
     check_images,
-    check_known,
     check_positive,
     normal,
     with_progress,
@@ -87,9 +87,9 @@ def solve(
             times; a score of another shape than x.
         FloatingPointError: with ``check_finite``, the score is not finite.
     """
-    check_known(method, METHODS, "method")
+    check_choice("method", method, METHODS)
     if corrector is not None:
-        check_known(corrector, CORRECTORS, "corrector")
+        check_choice("corrector", corrector, CORRECTORS)
     check_images(x_T, "x_T")
     check_positive(snr, "snr")
     corrector_steps = check_count(corrector_steps, "corrector_steps")

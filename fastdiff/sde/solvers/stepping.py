@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,9 +99,3 @@ def check_positive(value: float, name: str) -> None:
     """ValueError unless ``value`` is positive and finite."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def check_known(name: str | None, known: Collection[str | None], what: str) -> None:
-    """ValueError unless ``name`` is one of ``known``; ``what`` says of what it is the name."""
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}, wanted one of {', '.join(map(str, known))}")
