@@ -52,7 +52,7 @@ def fused(
     gated(graph, pinned)
     order = {node: i for i, node in enumerate(graph.nodes)}
     chosen = plan(find(graph, pinned), order, pinned, precision, packed_bytes, measured)
-    fusion = fuse(gm, chosen, pinned)
+    fusion = fuse(graph, chosen, pinned)
     report.emitted = fusion.emitted
     report.composed = composed.norms(graph, pinned, alone=True)
     report.composed += sum(node.target is ops.geglu for node in graph.nodes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from fastdiff.compiler.choose.plan import Plan
 from fastdiff.compiler.graph.edit import call_ours, redirect, remove_unused
@@ -50,15 +50,15 @@ class Fusion:
     weights: Node | None
 
 
-def fuse(gm: GraphModule, plan: Plan, pinned: set[Node]) -> Fusion:
+def fuse(graph: Graph, plan: Plan, pinned: set[Node]) -> Fusion:
     """Replace what a plan names by calls of ``run.calls``.
 
     Args:
-        gm: the graph, changed in place.
+        graph: changed in place.
         plan: of its matches.
         pinned: nodes that must stay as they are.
     """
-    return _Emitter(gm.graph, plan).run(pinned)
+    return _Emitter(graph, plan).run(pinned)
 
 
 class _Emitter:
