@@ -4,8 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-#include <iterator>
 #include <string>
 #include <vector>
 
@@ -16,50 +14,6 @@
 namespace fastdiff {
 
 namespace {
-
-constexpr Isa kIsas[] = {Isa::Default, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16};
-
-constexpr bool kBuilt[] = {
-    true,
-#ifdef FASTDIFF_HAVE_AVX2
-    true,
-#else
-    false,
-#endif
-#ifdef FASTDIFF_HAVE_AVX512
-    true,
-#else
-    false,
-#endif
-#ifdef FASTDIFF_HAVE_AVX512_BF16
-    true,
-#else
-    false,
-#endif
-};
-
-// What the processor has, or may use.
-Isa most() {
-  const std::string capability = at::get_cpu_capability();
-#ifdef FASTDIFF_HAVE_AVX512_BF16
-  if (capability == "AVX512" && __builtin_cpu_supports("avx512bf16") &&
-      !std::getenv("ATEN_CPU_CAPABILITY"))
-    return Isa::Avx512Bf16;
-#endif
-  return capability == "AVX512" ? Isa::Avx512 : capability == "AVX2" ? Isa::Avx2 : Isa::Default;
-}
-
-// What this extension was built with.
-std::vector<std::string> instruction_sets() {
-#ifdef FASTDIFF_SANITIZED
-  return {FASTDIFF_SANITIZED};  // whose kernels stand in for the portable ones
-#else
-  std::vector<std::string> built;
-  for (size_t i = 0; i < std::size(kIsas); ++i)
-    if (kBuilt[i]) built.push_back(isa_name(kIsas[i]));
-  return built;
-#endif
-}
 
 // What Python asks the list of convolution algorithms (fastdiff/ops/conv2d_algorithms.py).
 void add_conv2d(pybind11::module_& m) {
@@ -102,28 +56,6 @@ void add_conv2d(pybind11::module_& m) {
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::Avx2:
-      return "AVX2";
-    case Isa::Avx512:
-      return "AVX512";
-    case Isa::Avx512Bf16:
-      return "AVX512_BF16";
-    default:
-      return "DEFAULT";
-  }
-}
-
-Isa isa() {
-  static const Isa chosen = [] {
-    int set = static_cast<int>(most());
-    while (!kBuilt[set]) --set;
-    return static_cast<Isa>(set);
-  }();
-  return chosen;
-}
-
 }  // namespace fastdiff
 
 PYBIND11_MODULE(_C, m) {
@@ -131,8 +63,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = FASTDIFF_TORCH_VERSION;
   m.attr("instruction_sets") = pybind11::tuple(pybind11::cast(fastdiff::instruction_sets()));
   m.def("isa", [] {
-    const auto built = fastdiff::instruction_sets();
-    return built.size() == 1 ? built[0] : fastdiff::isa_name(fastdiff::isa());
+#ifdef FASTDIFF_SANITIZED
+    if (fastdiff::isa() == fastdiff::Isa::Default) return FASTDIFF_SANITIZED;
+#endif
+    return fastdiff::isa_name(fastdiff::isa());
   });
+  m.def("why_no_tiles", fastdiff::why_no_tiles);
   fastdiff::add_conv2d(m);
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from functools import cache
@@ -35,6 +36,10 @@ X86_ISAS = {
     "AVX512": f"-DCPU_CAPABILITY=AVX512 {AVX512}",
     "AVX512_BF16": f"-DCPU_CAPABILITY=AVX512_BF16 {AVX512} -mavx512bf16",
 }
+# What multiplies bfloat16. Where the processor has no tiles a local build emulates them, for tests.
+DOTS = X86_ISAS["AVX512_BF16"]
+TILES = DOTS.replace("=AVX512_BF16", "=AMX") + " -mamx-tile -mamx-bf16"
+EMULATED = "-DFASTDIFF_TILES_EMULATED"
 # Stops at the first access out of bounds and at undefined behaviour.
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 
@@ -51,14 +56,35 @@ def isas(local: bool) -> dict[str, str]:
     only = sanitized()
     if only:
         return {"DEFAULT": X86_ISAS[only].replace(f"CAPABILITY={only} ", "CAPABILITY=DEFAULT ")}
-    wanted = os.environ.get("FASTDIFF_ISAS") or ("local" if local else "all")
-    if wanted not in ("all", "local"):
-        raise CannotBuildError(f"FASTDIFF_ISAS is {wanted!r}, wanted all, local or unset")
     every, best = isas_of_machine(), best_isa()
-    if wanted == "all":
+    if not for_this_machine(local):
         return every
     # -O2 for the set that is not to run here, unless that is the best: -O3 takes two thirds longer.
     return {"DEFAULT": f"{every['DEFAULT']} -O2", best: every[best]}
+
+
+def for_this_machine(local: bool) -> bool:
+    """Whether to build for this machine alone. ``local`` as for `isas`."""
+    wanted = os.environ.get("FASTDIFF_ISAS") or ("local" if local else "all")
+    if wanted not in ("all", "local"):
+        raise CannotBuildError(f"FASTDIFF_ISAS is {wanted!r}, wanted all, local or unset")
+    return wanted == "local" or sanitized() is not None
+
+
+def bf16_isas(local: bool) -> dict[str, str]:
+    """The sets to compile the kernels in csrc/cpu/kernels/bf16 for, with their flags.
+
+    They are AVX512_BF16 and AMX. Where this machine's processor has no tiles a build for it alone
+    emulates them, so that tests run their kernels. ``local`` as for `isas`.
+    """
+    flags = list(isas(local).values())[-1]
+    if not for_this_machine(local):
+        return {"AVX512_BF16": DOTS, "AMX": TILES} if "-mavx512bf16" in flags else {}
+    found = {"AVX512_BF16": DOTS} if "-mavx512bf16" in flags else {}
+    if "AVX512_BF16" in found and has_flags(TILES) and sanitized() is None:
+        return {**found, "AMX": TILES}
+    emulated = re.sub(r"CPU_CAPABILITY=\w+", "CPU_CAPABILITY=AMX", flags)
+    return {**found, "AMX": f"{emulated} {EMULATED}"}
 
 
 def isas_of_machine() -> dict[str, str]:
@@ -75,7 +101,7 @@ def build(name: str, *, local: bool) -> Path:
     """
     only = sanitized()
     folder = folder_for(f"ninja-sanitized-{only}" if only else "ninja")
-    run_ninja(folder, build_file(folder / name, isas(local)))
+    run_ninja(folder, build_file(folder / name, isas(local), bf16_isas(local)))
     return folder / name
 
 
@@ -96,14 +122,21 @@ def sanitized() -> str | None:
 @cache
 def best_isa() -> str:
     """The last instruction set whose every flag this machine's processor has."""
+    return [isa for isa, flags in isas_of_machine().items() if has_flags(flags)][-1]
+
+
+def has_flags(flags: str) -> bool:
+    """Whether this machine's processor has every instruction set that the flags allow."""
+    wanted = {flag[2:].replace("-", "_") for flag in flags.split() if flag.startswith("-m")}
+    return wanted <= _features()
+
+
+@cache
+def _features() -> set[str]:
+    """What the compiler knows of this machine's processor, in the names of its flags."""
     probe = [*compiler().split(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     found = subprocess.run(probe, capture_output=True, text=True, check=False).stdout
-    macros = {line.split()[1].strip("_").lower() for line in found.splitlines()}
-    best = "DEFAULT"
-    for isa, flags in isas_of_machine().items():
-        if {flag[2:] for flag in flags.split() if flag.startswith("-m")} <= macros:
-            best = isa
-    return best
+    return {line.split()[1].strip("_").lower() for line in found.splitlines()}
 
 
 def check() -> None:
@@ -111,8 +144,14 @@ def check() -> None:
     ninja_command(), compiler(), torch_flags()
 
 
-def build_file(output: Path, sets: dict[str, str]) -> list[str]:
-    """The lines of build.ninja: one edge per (source, instruction set), one link."""
+def build_file(output: Path, sets: dict[str, str], bf16: dict[str, str]) -> list[str]:
+    """The lines of build.ninja: one edge per (source, instruction set), one link.
+
+    Args:
+        output: the library.
+        sets: instruction sets of the kernels, with their flags.
+        bf16: those of the kernels whose products are of bfloat16.
+    """
     flags = [
         COMMON_FLAGS,
         "$optimise",
@@ -135,11 +174,17 @@ def build_file(output: Path, sets: dict[str, str]) -> list[str]:
     objects = [f"{source.parent.name}_{source.stem}.o" for source in bindings]
     # Which sets there are is the bindings' alone to know: the kernels' objects serve any choice.
     have = " ".join(f"-DFASTDIFF_HAVE_{isa}" for isa in sets)
+    have += " -DFASTDIFF_HAVE_DOTS" if "AVX512_BF16" in bf16 else ""
+    have += " -DFASTDIFF_HAVE_TILES" if "AMX" in bf16 else ""
+    have += f" {EMULATED}" if EMULATED in bf16.get("AMX", "") else ""
     lines += compile_with(CSRC / "precompiled.h", bindings, objects, "bindings", have)
     kernels = sorted(CSRC.glob("cpu/kernels/*.cpp"))
-    for isa, isa_flags in sets.items():
-        made = [f"{source.stem}.{isa}.o" for source in kernels]
-        lines += compile_with(CSRC / "cpu/kernels/precompiled.h", kernels, made, isa, isa_flags)
-        objects += made
+    of_bf16 = sorted(CSRC.glob("cpu/kernels/bf16/*.cpp"))
+    for sources, several, name in ((kernels, sets, ""), (of_bf16, bf16, "bf16_")):
+        for isa, more in several.items():
+            made = [f"{name}{source.stem}.{isa}.o" for source in sources]
+            header = CSRC / "cpu/kernels/precompiled.h"
+            lines += compile_with(header, sources, made, name + isa, more)
+            objects += made
     lines.append(f"build {output}: link {' '.join(objects)}")
     return lines
