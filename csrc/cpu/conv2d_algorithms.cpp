@@ -9,6 +9,8 @@ FASTDIFF_DECLARE_CONV2D(conv2d_winograd2)
 FASTDIFF_DECLARE_CONV2D(conv2d_winograd4)
 FASTDIFF_DECLARE_CONV2D(conv2d_strassen)
 FASTDIFF_DECLARE_CONV2D(conv2d_phases4)
+FASTDIFF_DECLARE_CONV2D_BF16(conv2d_direct_bf16)
+FASTDIFF_DECLARE_CONV2D_BF16(conv2d_split)
 
 namespace {
 
@@ -30,6 +32,7 @@ bool in_phases(const ConvSpec& spec) {
 const std::vector<ConvAlgorithm>& conv2d_algorithms() {
   // 16 tiles of F(4x4): with fewer its transforms and its weight's 36 planes do not pay.
   constexpr int64_t kPixels = 16 * 16;
+  const bool tiles = isa() == Isa::Amx;
   static const std::vector<ConvAlgorithm> list{
       {.name = "direct",
        .purpose = "all convolutions",
@@ -82,6 +85,27 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
                 .handicap = 0.95},
        .pack = FASTDIFF_KERNEL(conv2d_phases4_pack),
        .run = FASTDIFF_KERNEL(conv2d_phases4)},
+      // Each float32 as a sum of two bfloat16: by dot products it would only equal `direct`.
+      {.name = "split",
+       .purpose = "all convolutions",
+       .dtypes = {at::kFloat},
+       .isa = Isa::Amx,
+       .packed_dtype = at::kBFloat16,
+       .gated_multiple = 64,
+       .cost = {.share = 0.25, .narrow = 16, .narrow_share = 1},
+       .pack = FASTDIFF_BF16_KERNEL(conv2d_split_pack),
+       .run = FASTDIFF_BF16_KERNEL(conv2d_split)},
+      // Its channels are multiplied by 32, and its filters by 16 at a time.
+      {.name = "direct_bf16",
+       .purpose = "all convolutions",
+       .dtypes = {at::kBFloat16},
+       .isa = Isa::Avx512Bf16,
+       .packed_dtype = at::kBFloat16,
+       .gated_multiple = 64,
+       .strict = true,
+       .cost = {.share = tiles ? 0.08 : 0.35, .narrow = 16, .narrow_share = tiles ? 0.5 : 1},
+       .pack = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16_pack),
+       .run = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16)},
   };
   return list;
 }
@@ -106,6 +130,7 @@ int64_t ConvAlgorithm::packed_count(const ConvWeight& weight) const {
   TORCH_CHECK_VALUE(
       packs(weight), name, " is for ", purpose, ", got a weight of ",
       at::IntArrayRef({weight.filters, weight.channels, weight.kernel_h, weight.kernel_w}));
+  TORCH_CHECK_VALUE(fastdiff::isa() >= isa, name, " needs ", isa_name(isa));
   int64_t count = 0;
   pack(weight, nullptr, nullptr, &count, {1, nullptr});
   return count;

@@ -62,4 +62,10 @@ struct Conv2d : ConvSpec {
   FASTDIFF_DECLARE(name##_pack, const ConvWeight&, const float* weight, void* packed, \
                    int64_t* count, const Threads&)
 
+// The same of an algorithm whose products are of bfloat16.
+#define FASTDIFF_DECLARE_CONV2D_BF16(name)                                                 \
+  FASTDIFF_DECLARE_BF16(name, const Conv2d&)                                               \
+  FASTDIFF_DECLARE_BF16(name##_pack, const ConvWeight&, const float* weight, void* packed, \
+                        int64_t* count, const Threads&)
+
 }  // namespace fastdiff

@@ -42,6 +42,13 @@ struct Walk {
   int64_t spacing, plane;
   int64_t taps;        // steps of a plane
   const int64_t* tap;  // their offsets
+  const int64_t* step =
+      nullptr;          // where their parts of B begin, or null if each is behind the last
+  int64_t b_plane = 0;  // then from a plane's steps in B to the next plane's
+
+  FASTDIFF_INLINE const char* b_at(const char* b, int64_t plane, int64_t t) const {
+    return step ? b + plane * b_plane + step[t] : b + (plane * taps + t) * kStepBytes;
+  }
 };
 
 // Up to 32 rows of A: two groups of 16, of which the second may be missing. Tiles read and write
@@ -109,11 +116,12 @@ FASTDIFF_INLINE void multiply_tiles(const Rows& a, const Walk& walk, int64_t pla
   const int64_t spacing = walk.spacing, taps = walk.taps;
   const char *a0 = a.first, *a1 = a.second;
   for (int64_t plane = 0; plane < planes; ++plane, a0 += walk.plane, a1 += walk.plane)
-    for (int64_t t = 0; t < taps; ++t, b += kStepBytes) {
+    for (int64_t t = 0; t < taps; ++t) {
+      const char* const now = walk.b_at(b, plane, t);
       // B streams by: it must not displace A in L1.
-      _tile_stream_loadd(6, b, 64);
+      _tile_stream_loadd(6, now, 64);
       _tile_loadd(4, a0 + walk.tap[t], spacing);
-      if constexpr (NT > 1) _tile_stream_loadd(7, b + 1024, 64);
+      if constexpr (NT > 1) _tile_stream_loadd(7, now + 1024, 64);
       if constexpr (MT > 1) _tile_loadd(5, a1 + walk.tap[t], spacing);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (NT > 1) _tile_dpbf16ps(1, 4, 7);
@@ -147,7 +155,8 @@ FASTDIFF_INLINE void multiply_band(const char* a, const Walk& walk, int64_t plan
   }
   const int64_t spacing = walk.spacing, taps = walk.taps;
   for (int64_t plane = 0; plane < planes; ++plane, a += walk.plane)
-    for (int64_t t = 0; t < taps; ++t, b += kStepBytes) {
+    for (int64_t t = 0; t < taps; ++t) {
+      const char* const now = walk.b_at(b, plane, t);
       const char* rows[M];
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) rows[m] = a + walk.tap[t] + m * spacing;
@@ -156,7 +165,7 @@ FASTDIFF_INLINE void multiply_band(const char* a, const Walk& walk, int64_t plan
         __m512bh column[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v)
-          column[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + v * 1024 + pair * 64));
+          column[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(now + v * 1024 + pair * 64));
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           int both;

@@ -1,0 +1,294 @@
+// A convolution of any kernel and stride as one product of bfloat16 with sums in float32. Rows of A
+// are the pixels of a patch (conv2d_patch.h), and the steps of a plane of 32 channels are the taps
+// of the kernel: they read the same few KiB of the patch from L1, while the weight streams from L2.
+//
+// Of a block all pixels are multiplied with a piece of a panel's weight, of kPieceBytes, before the
+// next piece is; meanwhile that is fetched into L2. Sums are kept in memory between the pieces.
+#pragma once
+
+#include "cpu/kernels/bf16/conv2d_patch.h"
+#include "cpu/kernels/conv2d_direct.h"
+#include "cpu/kernels/conv2d_epilogue.h"
+#include "cpu/kernels/memory.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+
+// Values of bfloat16 as they are, or each value of float32 as a sum of two, in three products: what
+// is left out, the product of both remainders, is 2^-18 of the whole.
+template <int kParts>
+struct Steps {
+  static constexpr int64_t kProducts = kParts == 1 ? 1 : 3;
+  static constexpr int64_t kBytes = kParts * kStepBytes;  // of the weight, a tap and plane
+
+  Array<int64_t> tap, step;
+
+  template <class Patch>
+  explicit Steps(const Conv2d& p, const Patch& patch) {
+    for (int64_t r = 0; r < p.kernel_h; ++r)
+      for (int64_t s = 0; s < p.kernel_w; ++s) {
+        const int64_t at = patch.tap(r, s), weight = (r * p.kernel_w + s) * kBytes;
+        if constexpr (kParts > 1) {
+          add(at + patch.part_bytes, weight);
+          add(at, weight);
+          add(at, weight + kStepBytes);
+        } else {
+          add(at, weight);
+        }
+      }
+  }
+
+  void add(int64_t of_patch, int64_t of_weight) {
+    tap.add(of_patch);
+    step.add(of_weight);
+  }
+};
+
+template <class T, int kParts>
+struct DirectBf16 {
+#ifdef FASTDIFF_TILES
+  static constexpr int64_t kPatchBytes = 384 << 10, kManyBytes = 1 << 20;  // of a block's patch
+#else
+  static constexpr int64_t kPatchBytes = 256 << 10, kManyBytes = 512 << 10;
+#endif
+  static constexpr int64_t kPieceBytes = 108 << 10;
+  static constexpr int64_t kHeavy = 16 << 20;  // bytes of a weight that is better read once
+
+  // 16 neighbouring outputs of a segment, or those that are left.
+  struct Group {
+    int64_t segment, pixel, count;
+    const char* at;
+  };
+
+  const Conv2d p;
+  const int64_t taps, planes, plane_steps;  // bytes of the weight a plane
+  const int64_t gates, outputs, panels;     // panels of y's channels
+  const Grid grid;
+  const Division division;
+  Array<double> partials;
+
+  explicit DirectBf16(const Conv2d& given)
+      : p(in_lines(given)),
+        taps(p.kernel_h * p.kernel_w),
+        planes((p.channels + kColumns - 1) / kColumns),
+        plane_steps(taps * Steps<kParts>::kBytes),
+        gates(p.gated ? 2 : 1),
+        outputs(p.filters / gates),
+        panels((outputs + kColumns - 1) / kColumns),
+        grid(make_grid(p.images, p.out_height, p.out_width, block_pixels())),
+        division(divide(grid, outputs, gates * panels * planes * plane_steps / 4,
+                        grid.largest * planes * kColumns / 2, p.threads.count, kColumns)),
+        partials(p.statistics ? grid.segments.size() * 2 * p.filters : 0) {}
+
+  int64_t block_pixels() const {
+    const int64_t weight = gates * panels * planes * plane_steps;
+    const int64_t bytes = weight > kHeavy ? kManyBytes : kPatchBytes;
+    const int64_t each = planes * 64 * kParts * p.stride_h * p.stride_w *
+                         (p.out_width % kGroup == 0 ? 1 : p.kernel_w);
+    const int64_t pixels = p.images * p.out_height * p.out_width;
+    // Several blocks for each thread, of which the last ones then finish together.
+    const int64_t share = std::max<int64_t>(pixels / (4 * p.threads.count), 4 * kTogetherRows);
+    return std::max<int64_t>(kTogetherRows, std::min(bytes / each, share) / kGroup * kGroup);
+  }
+
+  void run() {
+    if (division.by_block) {
+      share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
+        const Tiles tiles;
+        for (int64_t block = begin; block < end; ++block) {
+          char* patch = patch_memory(block);
+          read(block, 0, units(block), patch);
+          multiply(block, 0, panels, patch);
+        }
+      });
+    } else {
+      const int64_t each = std::max<int64_t>(1, division.chunk / kColumns);
+      for (int64_t block = 0; block < grid.count(); ++block) {
+        char* patch = patch_memory(block);
+        share(p.threads, units(block),
+              [&](int64_t begin, int64_t end) { read(block, begin, end, patch); });
+        share(p.threads, (panels + each - 1) / each, [&](int64_t begin, int64_t end) {
+          const Tiles tiles;
+          multiply(block, begin * each, std::min(panels, end * each), patch);
+        });
+      }
+    }
+    if (p.statistics)
+      join_statistics(p, grid.segments, 1, partials.data(),
+                      [](const Segment& segment) { return static_cast<double>(segment.tiles()); });
+  }
+
+  using PatchOf = Patch<T, kParts>;
+
+  // The others of a block's segments are like its first.
+  PatchOf patch_of(int64_t block) const { return {p, grid.segments[grid.blocks[block]]}; }
+
+  int64_t segments_of(int64_t block) const { return grid.blocks[block + 1] - grid.blocks[block]; }
+
+  // Of reading a block: rows of its patches, in order.
+  int64_t units(int64_t block) const { return segments_of(block) * patch_of(block).rows; }
+
+  char* patch_memory(int64_t block) const {
+    static thread_local Scratch scratch;
+    return scratch.at_least<char>(segments_of(block) * patch_of(block).bytes() + PatchOf::kBehind);
+  }
+
+  void read(int64_t block, int64_t begin, int64_t end, char* memory) const {
+    const PatchOf patch = patch_of(block);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t s = unit / patch.rows;
+      patch.read(grid.segments[grid.blocks[block] + s], unit % patch.rows,
+                 memory + s * patch.bytes());
+    }
+  }
+
+  // Panels begin..end of a block.
+  void multiply(int64_t block, int64_t begin, int64_t end, const char* memory) {
+    static thread_local Scratch scratch;
+    const PatchOf patch = patch_of(block);
+    const Steps<kParts> steps(p, patch);
+    const Walk walk{patch.spacing(),
+                    patch.plane_bytes,
+                    taps * Steps<kParts>::kProducts,
+                    steps.tap.data(),
+                    kParts > 1 ? steps.step.data() : nullptr,
+                    plane_steps};
+    Array<Group> groups;
+    for (int64_t s = 0; s < segments_of(block); ++s) {
+      const Segment& segment = grid.segments[grid.blocks[block] + s];
+      for (int64_t pixel = 0; pixel < segment.tiles(); pixel += kGroup)
+        groups.add({grid.blocks[block] + s, pixel, std::min(kGroup, segment.tiles() - pixel),
+                    memory + s * patch.bytes() + patch.at(pixel)});
+    }
+    const int64_t pairs = (groups.size() + 1) / 2;
+    const int64_t deep = std::max<int64_t>(1, kPieceBytes / plane_steps);
+    const int64_t pieces = (planes + deep - 1) / deep, ld = gates * kColumns;
+    // One pair's sums, or, between pieces, all of them.
+    float* sums = scratch.at_least((pieces > 1 ? pairs : 1) * kTogetherRows * ld);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const auto compute = [&](auto& writer) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t first = planes * piece / pieces, last = planes * (piece + 1) / pieces;
+          for (int64_t pair = 0; pair < pairs; ++pair) {
+            const Group& one = groups[2 * pair];
+            const bool two = 2 * pair + 1 < groups.size();
+            const Group& other = groups[2 * pair + two];
+            const Rows rows{one.at + first * walk.plane, other.at + first * walk.plane,
+                            two ? kGroup + other.count : one.count};
+            float* c = sums + (pieces > 1 ? pair : 0) * kTogetherRows * ld;
+            for (int64_t gate = 0; gate < gates; ++gate) {
+              const char* b = static_cast<const char*>(p.packed) +
+                              ((gate * panels + panel) * planes + first) * plane_steps;
+              // What is multiplied next, in equal shares.
+              const int lines = static_cast<int>((kStepBytes / 64 + pairs - 1) / pairs);
+              const int64_t products = (last - first) * walk.taps;
+              const Fetch fetch{b + (last - first) * plane_steps + pair * lines * 64 * products,
+                                lines};
+              CPU_CAPABILITY::multiply(rows, walk, last - first, b, outputs - panel * kColumns,
+                                       c + gate * kColumns, ld, piece > 0, fetch);
+            }
+            if (piece + 1 < pieces) continue;
+            writer.write(one, c, ld);
+            if (two) writer.write(other, c + kGroup * ld, ld);
+          }
+        }
+        writer.finish();
+      };
+      const int64_t k0 = panel * kColumns, k1 = std::min(outputs, k0 + kColumns);
+      if (p.gated) {
+        GatedWriter writer{*this, Gated<T, kColumns>(p, k0, k1)};
+        compute(writer);
+      } else if (p.statistics) {
+        Writer<true> writer{*this, k0, k1};
+        compute(writer);
+      } else {
+        Writer<false> writer{*this, k0, k1};
+        compute(writer);
+      }
+    }
+  }
+
+  // Writes groups of a panel, in order, through its epilogue.
+  template <bool kStatistics>
+  struct Writer {
+    DirectBf16& direct;
+    const int64_t begin, end;  // channels
+    std::optional<Epilogues<T, kStatistics, kColumns>> epilogues = {};
+    int64_t segment = -1;
+
+    void write(const Group& group, const float* from, int64_t ld) {
+      if (group.segment != segment) {
+        finish();
+        segment = group.segment;
+        epilogues.emplace(direct.p, direct.grid.segments[segment].image, begin, end);
+      }
+      direct.write_runs(group, from, ld, *epilogues);
+    }
+
+    void finish() {
+      if constexpr (kStatistics)
+        if (segment >= 0)
+          epilogues->finish(direct.partials.data() + segment * 2 * direct.p.filters + begin);
+    }
+  };
+
+  struct GatedWriter {
+    DirectBf16& direct;
+    Gated<T, kColumns> gated;
+
+    void write(const Group& group, const float* from, int64_t ld) {
+      direct.write_runs(group, from, ld, gated);
+    }
+    void finish() {}
+  };
+
+  template <class Epilogues>
+  FASTDIFF_INLINE void write_runs(const Group& group, const float* from, int64_t ld,
+                                  Epilogues& epilogues) const {
+    const Segment& segment = grid.segments[group.segment];
+    const int64_t width = segment.width();
+    for (int64_t pixel = group.pixel, end = group.pixel + group.count, next; pixel < end;
+         pixel = next) {
+      const int64_t i = pixel / width, j = pixel % width;
+      next = std::min({end, pixel + kRun, (i + 1) * width});
+      const int64_t line = (segment.image * p.out_height + segment.top + i) * p.out_width;
+      epilogues.write_run(line + segment.left + j, next - pixel, from, ld);
+      from += (next - pixel) * ld;
+    }
+  }
+};
+
+// Panels of 32 filters, and in them planes of 32 channels, taps, and parts: steps as in products.h.
+template <int kParts>
+void pack_direct_bf16(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
+                      const Threads& threads) {
+  const int64_t taps = size.kernel_h * size.kernel_w;
+  const int64_t planes = (size.channels + kColumns - 1) / kColumns;
+  const int64_t panels = (size.filters + kColumns - 1) / kColumns;
+  const int64_t panel_values = planes * taps * kParts * kStepValues;
+  *count = panels * panel_values;
+  if (!packed) return;
+  share(threads, panels, [&](int64_t begin, int64_t end) {
+    auto* out = static_cast<bf16*>(packed) + begin * panel_values;
+    std::memset(static_cast<void*>(out), 0, (end - begin) * panel_values * sizeof(bf16));
+    for (int64_t panel = begin; panel < end; ++panel, out += panel_values)
+      for (int64_t column = 0; column < std::min(kColumns, size.filters - panel * kColumns);
+           ++column) {
+        const float* from = weight + (panel * kColumns + column) * size.channels * taps;
+        for (int64_t c = 0; c < size.channels; ++c) {
+          const int64_t deep = c % kColumns;
+          bf16* to = out + c / kColumns * taps * kParts * kStepValues + column / 16 * 512 +
+                     deep / 2 * 32 + column % 16 * 2 + deep % 2;
+          for (int64_t t = 0; t < taps; ++t, to += kParts * kStepValues) {
+            const float value = *from++;
+            to[0] = static_cast<bf16>(value);
+            if constexpr (kParts > 1) {
+              const float rest = value - static_cast<float>(to[0]);
+              to[kStepValues] = static_cast<bf16>(rest == rest ? rest : 0.f);
+            }
+          }
+        }
+      }
+  });
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY
