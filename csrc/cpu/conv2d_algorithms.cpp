@@ -86,7 +86,7 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .pack = FASTDIFF_KERNEL(conv2d_phases4_pack),
        .run = FASTDIFF_KERNEL(conv2d_phases4)},
       // Each float32 as a sum of two bfloat16: by dot products it would only equal `direct`.
-      {.name = "split",
+      {.name = "split_bf16",
        .purpose = "all convolutions",
        .dtypes = {at::kFloat},
        .isa = Isa::Amx,

@@ -106,9 +106,9 @@ def suits(name: str, spec: ConvSpec, dtype: torch.dtype | None = None) -> bool:
     return within_limits(spec) and refusal(named(name), spec, dtype) is None
 
 
-def computable(spec: ConvSpec) -> bool:
+def computable(spec: ConvSpec, dtype: torch.dtype) -> bool:
     """Whether an algorithm can compute a convolution; True without the C++ extension."""
-    return not ALGORITHMS or any(suits(name, spec) for name in ALGORITHMS)
+    return not ALGORITHMS or any(suits(name, spec, dtype) for name in ALGORITHMS)
 
 
 def within_limits(spec: ConvSpec) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
@@ -14,7 +15,23 @@ OPTIONS = ("bias", "norm", "emb", "residual")
 TENSORS = ("skip", *OPTIONS)  # in the order of the operator's schema
 DTYPES = (torch.float32, torch.bfloat16)
 DTYPE_IDS = ("f32", "bf16")
-OF_3X3 = [name for name in ALGORITHMS if suits(name, ConvSpec(1, 1, (3, 3)))]
+
+
+def _suited(kernel):
+    """Algorithms and dtypes for convolutions of a kernel, whatever their channels."""
+    spec = ConvSpec(1, 1, kernel)
+    return [(name, dtype) for name in ALGORITHMS for dtype in DTYPES if suits(name, spec, dtype)]
+
+
+def _every(pairs):
+    """For tests of an algorithm and a dtype."""
+    ids = [f"{name}-{DTYPE_IDS[DTYPES.index(dtype)]}" for name, dtype in pairs]
+    return pytest.mark.parametrize(("algorithm", "dtype"), pairs, ids=ids)
+
+
+ANY_OF_3X3 = _suited((3, 3))
+OF_3X3 = [name for name, dtype in ANY_OF_3X3 if dtype == torch.float32]
+every_3x3, every_1x1 = _every(ANY_OF_3X3), _every(_suited((1, 1)))
 AROUND = {"padding": (1, 1, 1, 1), "silu": True, "statistics": True}
 
 
@@ -27,8 +44,8 @@ class Case(NamedTuple):
     skip: int = 0  # channels
     upsample: bool = False
 
-    def suits(self, algorithm):
-        return suits(algorithm, self.spec())
+    def suits(self, algorithm, dtype=None):
+        return suits(algorithm, self.spec(), dtype)
 
     def spec(self, **options):
         return ConvSpec(

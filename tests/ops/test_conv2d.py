@@ -8,7 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conv2d_cases import AROUND, CASES, DTYPE_IDS, DTYPES, OF_3X3, OPTIONS, Case, make
+from conv2d_cases import (
+    ANY_OF_3X3,
+    AROUND,
+    CASES,
+    DTYPE_IDS,
+    DTYPES,
+    OF_3X3,
+    OPTIONS,
+    Case,
+    every_3x3,
+    make,
+)
 from conv2d_judging import BOUNDS, call, judge, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -20,16 +31,16 @@ from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SUITED = [
-    pytest.param(case, algorithm, id=f"{name}-{algorithm}")
+    pytest.param(case, algorithm, dtype, id=f"{name}-{algorithm}-{DTYPE_IDS[DTYPES.index(dtype)]}")
     for name, case in CASES.items()
     for algorithm in ALGORITHMS
-    if case.suits(algorithm)
+    for dtype in DTYPES
+    if case.suits(algorithm, dtype)
 ]
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["bare", "everything"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize(("case", "algorithm"), SUITED)
+@pytest.mark.parametrize(("case", "algorithm", "dtype"), SUITED)
 def test_values(case, algorithm, dtype, everything) -> None:
     values = make(case, dtype, OPTIONS if everything else ())
     options = {"silu": True, "scale": 0.7, "statistics": True} if everything else {}
@@ -48,24 +59,22 @@ ALONE = {
 
 
 @pytest.mark.parametrize(("tensors", "options"), ALONE.values(), ids=ALONE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("algorithm", OF_3X3)
+@every_3x3
 def test_each_option_alone(algorithm, dtype, tensors, options) -> None:
     values = make(CASES["skip that straddles vectors"], dtype, tensors)
     run = call(algorithm, list(values), padding=(1, 1, 1, 1), **options)
     judge(algorithm, run, *values.values())
 
 
-@pytest.mark.parametrize("algorithm", OF_3X3)
-def test_a_packed_weight_gives_the_same_bits(algorithm) -> None:
-    for dtype in DTYPES:
-        values = make(CASES["many filters"], dtype, OPTIONS)
-        packed = ops.conv2d_pack(values["weight"], algorithm)
-        assert (packed.dtype, packed.ndim) == (torch.float32, 1)
-        y, _ = ops.conv2d(**values, padding=(1, 1, 1, 1), algorithm=algorithm)
-        values["weight"] = torch.full_like(values["weight"], torch.nan)  # only its shape is read
-        again, _ = ops.conv2d(**values, padding=(1, 1, 1, 1), algorithm=algorithm, packed=packed)
-        assert torch.equal(again, y)
+@every_3x3
+def test_a_packed_weight_gives_the_same_bits(algorithm, dtype) -> None:
+    values = make(CASES["many filters"], dtype, OPTIONS)
+    packed = ops.conv2d_pack(values["weight"], algorithm)
+    assert (packed.dtype, packed.ndim) == (ALGORITHMS[algorithm].packed_dtype, 1)
+    y, _ = ops.conv2d(**values, padding=(1, 1, 1, 1), algorithm=algorithm)
+    values["weight"] = torch.full_like(values["weight"], torch.nan)  # only its shape is read
+    again, _ = ops.conv2d(**values, padding=(1, 1, 1, 1), algorithm=algorithm, packed=packed)
+    assert torch.equal(again, y)
 
 
 @pytest.mark.parametrize("algorithm", OF_3X3)
@@ -98,7 +107,7 @@ def test_accuracy_of_zero_means(channels, data) -> None:
     }
     assert error["direct"] < of_sums(9 * channels)
     assert error["winograd2"] < 2 * of_sums(channels)
-    assert error["winograd4"] < BOUNDS["winograd4"]
+    assert all(error[name] < bound for name, bound in BOUNDS.items() if name in error)
 
 
 def of_sums(terms) -> float:
@@ -122,12 +131,12 @@ def test_accuracy_of_means_of_100_deviations(algorithm, taps) -> None:
         weight -= weight.mean((2, 3), keepdim=True)
     oracle = F.conv2d(x.double(), weight.double())
     y, _ = ops.conv2d(x, weight, algorithm=algorithm)
-    assert relative(y, oracle) < (2e-6 if taps == "of any sum" else 1e-4)
+    coarse = 5 if algorithm == "split_bf16" else 1  # its values keep 16 bits of 24
+    assert relative(y, oracle) < coarse * (2e-6 if taps == "of any sum" else 1e-4)
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0], ids=["mean 0", "mean 100"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize(("case", "algorithm"), SUITED)
+@pytest.mark.parametrize(("case", "algorithm", "dtype"), SUITED)
 def test_statistics_of_what_was_written(case, algorithm, dtype, mean) -> None:
     """However large the mean is."""
     values = make(case, dtype, ("norm", "residual"))
@@ -162,11 +171,11 @@ def test_statistics_of_a_constant() -> None:
     assert torch.equal(found[..., 1], torch.zeros(2, 5).double())
 
 
-@pytest.mark.parametrize("algorithm", OF_3X3)
+@every_3x3
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_shows(algorithm, bad) -> None:
+def test_what_is_not_finite_shows(algorithm, dtype, bad) -> None:
     """In its image, and in the statistics; it may spread over a Winograd tile, but no further."""
-    values = make(CASES["vector tails"], torch.float32, ())
+    values = make(CASES["vector tails"], dtype, ())
     values["x"][1, 4, 5, 3] = bad
     y, found = ops.conv2d(**values, padding=(1, 1, 1, 1), statistics=True, algorithm=algorithm)
     broken = ~torch.isfinite(y)
@@ -201,9 +210,9 @@ SHARED = {
 
 
 @pytest.mark.parametrize("case", SHARED.values(), ids=SHARED)
-@pytest.mark.parametrize("algorithm", OF_3X3)
-def test_threads_do_not_change_the_bits(algorithm, case) -> None:
-    values = make(case, torch.float32, OPTIONS)
+@every_3x3
+def test_threads_do_not_change_the_bits(algorithm, dtype, case) -> None:
+    values = make(case, dtype, OPTIONS)
     results = []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
@@ -214,9 +223,9 @@ def test_threads_do_not_change_the_bits(algorithm, case) -> None:
 
 def test_calls_from_several_threads_at_once() -> None:
     calls = [
-        (make(case, torch.float32, OPTIONS, seed), algorithm)
+        (make(case, dtype, OPTIONS, seed), algorithm)
         for seed, case in enumerate([CASES["skip"], SHARED["blocks"], SHARED["filters"]])
-        for algorithm in OF_3X3
+        for algorithm, dtype in ANY_OF_3X3
     ]
 
     def run(call):
@@ -237,13 +246,13 @@ def test_calls_from_several_threads_at_once() -> None:
     kernel=st.just((3, 3)) | st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.just((1, 1)) | st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(*[st.integers(0, 3)] * 4), upsample=st.booleans(),
-    algorithm=st.sampled_from(OF_3X3), dtype=st.sampled_from(DTYPES), silu=st.booleans(),
+    row=st.sampled_from(ANY_OF_3X3), silu=st.booleans(),
     options=st.lists(st.sampled_from(OPTIONS), unique=True),
 )  # fmt: skip
 def test_any_shape(
-    n, channels, skip, filters, size, kernel, stride, padding, upsample, algorithm, dtype, silu,
-    options,
+    n, channels, skip, filters, size, kernel, stride, padding, upsample, row, silu, options,
 ) -> None:  # fmt: skip
+    algorithm, dtype = row
     case = Case(
         (n, channels, *size), filters, kernel, stride, padding, skip=skip, upsample=upsample
     )

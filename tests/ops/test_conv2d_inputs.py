@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from accuracy import LAYOUT_IDS, LAYOUTS, CountCalls, amid_nans
-from conv2d_cases import AROUND, CASES, DTYPE_IDS, DTYPES, OF_3X3, OPTIONS, TENSORS, make
+from conv2d_cases import AROUND, CASES, OPTIONS, TENSORS, every_1x1, every_3x3, make
 
 import fastdiff
 from fastdiff import ops
@@ -60,8 +60,7 @@ def strided(view, dtype):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("algorithm", OF_3X3)
+@every_3x3
 def test_strides_do_not_change_the_bits(algorithm, dtype, view) -> None:
     tensors = strided(view, dtype)
     plain = {name: value.contiguous().clone() for name, value in tensors.items()}
@@ -72,11 +71,13 @@ def test_strides_do_not_change_the_bits(algorithm, dtype, view) -> None:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_1x1_convolution_of_any_strides(view) -> None:
-    """Plain float32 pixels are read where they are."""
-    tensors = strided(view, torch.float32)
-    x, weight = tensors["x"], torch.randn(5, tensors["x"].shape[1], 1, 1)
-    assert torch.equal(ops.conv2d(x, weight)[0], ops.conv2d(x.contiguous().clone(), weight)[0])
+@every_1x1
+def test_a_1x1_convolution_of_any_strides(algorithm, dtype, view) -> None:
+    """Plain pixels are read where they are."""
+    x = strided(view, dtype)["x"]
+    weight = torch.randn(5, x.shape[1], 1, 1).to(dtype)
+    y, _ = ops.conv2d(x, weight, algorithm=algorithm)
+    assert torch.equal(y, ops.conv2d(x.contiguous().clone(), weight, algorithm=algorithm)[0])
 
 
 def test_an_embedding_of_any_strides() -> None:
@@ -90,8 +91,7 @@ def test_an_embedding_of_any_strides() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("algorithm", OF_3X3)
+@every_3x3
 def test_reads_nothing_beside_its_inputs(algorithm, dtype, layout) -> None:
     """Vectors that reached beyond a tensor would show in the result."""
     values = make(CASES["skip that straddles vectors"], dtype, OPTIONS)
@@ -128,10 +128,10 @@ def test_is_one_dispatcher_call() -> None:
 
 
 @pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("algorithm", OF_3X3)
-def test_opcheck(algorithm, statistics) -> None:
+@every_3x3
+def test_opcheck(algorithm, dtype, statistics) -> None:
     case = CASES["skip"]
-    values = make(case, torch.float32, OPTIONS)
+    values = make(case, dtype, OPTIONS)
     packed = ops.conv2d_pack(values["weight"], algorithm)
     spec = case.spec(silu=True, statistics=statistics)
     torch.library.opcheck(
@@ -141,18 +141,18 @@ def test_opcheck(algorithm, statistics) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", OF_3X3)
-def test_opcheck_of_packing(algorithm) -> None:
+@every_3x3
+def test_opcheck_of_packing(algorithm, dtype) -> None:
     for shape in ((5, 3, 3, 3), (16, 8, 3, 3)):
         torch.library.opcheck(
             torch.ops.fastdiff.conv2d_pack.default,
-            (torch.randn(shape), ALGORITHMS[algorithm].number),
+            (torch.randn(shape).to(dtype), ALGORITHMS[algorithm].number),
         )
 
 
-@pytest.mark.parametrize("algorithm", OF_3X3)
-def test_compiles_without_a_graph_break(algorithm) -> None:
-    values = make(CASES["skip"], torch.float32, OPTIONS)
+@every_3x3
+def test_compiles_without_a_graph_break(algorithm, dtype) -> None:
+    values = make(CASES["skip"], dtype, OPTIONS)
     compiled = torch.compile(ops.conv2d, fullgraph=True, backend="eager")
     wanted = ops.conv2d(**values, **AROUND, algorithm=algorithm)
     found = compiled(**values, **AROUND, algorithm=algorithm)
@@ -200,7 +200,8 @@ REFUSED = [
     ("a skip of another dtype", lambda: ops.conv2d(X, W, skip=X.double()), TypeError,
      "skip must have the dtype of x"),
     ("an unknown algorithm", lambda: ops.conv2d(X, W, algorithm="fft"), ValueError,
-     "unknown algorithm 'fft', wanted one of direct, winograd2, winograd4, strassen, phases4"),
+     "unknown algorithm 'fft', wanted one of direct, winograd2, winograd4, strassen, phases4, "
+     "split_bf16, direct_bf16"),
     ("winograd of 1x1", lambda: ops.conv2d(X, W[..., :1, :1], algorithm="winograd2"), ValueError,
      r"winograd2 is for 3x3 kernels and stride 1, got a weight of \(5, 6, 1, 1\)"),
     ("winograd of stride 2", lambda: ops.conv2d(X, W, stride=(2, 2), algorithm="winograd4"),

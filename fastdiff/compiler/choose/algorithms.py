@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fastdiff.compiler.choose import timings
 from fastdiff.compiler.choose.timings import ALGORITHM_NAMES, Sizes
 from fastdiff.ops import conv2d_algorithms
@@ -17,7 +19,6 @@ PRECISIONS = {
     "fast": ALGORITHM_NAMES,
     "strict": ("plain", *(name for name, row in ALGORITHMS.items() if row.strict)),
 }
-PRODUCT = "direct"  # the algorithm for linear layers of a few rows, which are not measured
 # Seconds are divided by a handicap before they are compared. PyTorch's convolution has one because
 # it leaves the norm and the additions to separate passes.
 PLAIN_HANDICAP = 0.8
@@ -73,6 +74,17 @@ def cost(seconds: dict[str, float], name: str) -> float:
     """The seconds of an algorithm divided by its handicap, as algorithms are compared."""
     handicap = PLAIN_HANDICAP if name == "plain" else ALGORITHMS[name].handicap
     return seconds[name] / handicap
+
+
+def product(spec: ConvSpec, dtype: torch.dtype) -> str:
+    """The algorithm for linear layers of a few rows, which are not measured.
+
+    It is the last strict one: a few rows gain nothing from fewer multiplications, but the products
+    of bfloat16 read half the weight.
+    """
+    names = [name for name, row in ALGORITHMS.items() if row.strict]
+    suited = [name for name in names if conv2d_algorithms.suits(name, spec, dtype)]
+    return suited[-1] if suited else "plain"
 
 
 def packed_bytes(name: str, spec: ConvSpec) -> int:

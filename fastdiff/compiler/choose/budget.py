@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastdiff.compiler.choose.algorithms import PRECISIONS, PRODUCT, cost, estimates, packed_bytes
+from fastdiff.compiler.choose.algorithms import PRECISIONS, cost, estimates, packed_bytes, product
 from fastdiff.compiler.choose.timings import Sizes
 from fastdiff.compiler.graph.nodes import value
 from fastdiff.compiler.match.fused import Match, joined
@@ -140,7 +140,7 @@ class Budget:
         copied = sum(w.nbytes for w in weights if w is not None)
         whole = _sizes(group)
         if _reads_matrix(group[0]):
-            size = copied + packed_bytes(PRODUCT, whole.spec)
+            size = copied + packed_bytes(product(whole.spec, whole.dtype), whole.spec)
             options = [
                 Option(0, len(group) * CALL_OVERHEAD_SECONDS),
                 Option(size, CALL_OVERHEAD_SECONDS, together=True),

@@ -79,7 +79,7 @@ def epilogue(match: Match, claimed: set[Node], pinned: set[Node]) -> None:
 def _may_be_gated(match: Match, here: Activation) -> bool:
     plain = match.emb is None and match.residual is None and not match.scale
     last = match.spec.pointwise and here.channel == here.form[0] - 1
-    return plain and last and computable(replace(match.spec, gated=True))
+    return plain and last and computable(replace(match.spec, gated=True), match.dtype)
 
 
 def _other(node: Node, mine: Node) -> Node | None:

@@ -170,20 +170,21 @@ class Product(Planned):
 
     def __init__(self, index: int, spec: ConvSpec) -> None:
         super().__init__(index)
-        self.silu, self.numbers = spec.silu, spec.encode()
+        self.spec, self.numbers = spec, spec.encode()
 
     def __call__(self, weights: Sequence[PackedWeight], x: Tensor, bias: Tensor | None) -> Tensor:
         """x [N, C] to [N, K]."""
         packed = weights[self.index]
         weight, algorithm = packed.weight, self.algorithm(x, packed)
         if algorithm == "plain":
-            return F.linear(F.silu(x) if self.silu else x, weight.view(weight.shape[:2]), bias)
+            return F.linear(F.silu(x) if self.spec.silu else x, weight.view(weight.shape[:2]), bias)
         rows, number = x.unsqueeze(2).unsqueeze(3), ALGORITHMS[algorithm].number
         y, _ = _conv2d(rows, packed.packed(algorithm), self.numbers, number, None, bias)
         return y.flatten(1)
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
-        return algorithms.PRODUCT if x.shape[0] <= MOST_PRODUCT_ROWS else "plain"
+        few = x.shape[0] <= MOST_PRODUCT_ROWS
+        return algorithms.product(self.spec, x.dtype) if few else "plain"
 
 
 class Attention:

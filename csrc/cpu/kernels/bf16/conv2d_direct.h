@@ -51,6 +51,7 @@ struct DirectBf16 {
   static constexpr int64_t kPatchBytes = 256 << 10, kManyBytes = 512 << 10;
 #endif
   static constexpr int64_t kPieceBytes = 108 << 10;
+  static constexpr int64_t kLeastBlocks = 8;   // of many pixels
   static constexpr int64_t kHeavy = 16 << 20;  // bytes of a weight that is better read once
 
   // 16 neighbouring outputs of a segment, or those that are left.
@@ -85,8 +86,8 @@ struct DirectBf16 {
     const int64_t each = planes * 64 * kParts * p.stride_h * p.stride_w *
                          (p.out_width % kGroup == 0 ? 1 : p.kernel_w);
     const int64_t pixels = p.images * p.out_height * p.out_width;
-    // Several blocks for each thread, of which the last ones then finish together.
-    const int64_t share = std::max<int64_t>(pixels / (4 * p.threads.count), 4 * kTogetherRows);
+    // Several blocks, however many threads there are: sums must not depend on that.
+    const int64_t share = std::max<int64_t>(pixels / kLeastBlocks, 4 * kTogetherRows);
     return std::max<int64_t>(kTogetherRows, std::min(bytes / each, share) / kGroup * kGroup);
   }
 
