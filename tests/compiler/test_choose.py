@@ -27,8 +27,8 @@ from fastdiff.ops.conv2d_spec import ConvSpec
 
 AROUND = (1, 1, 1, 1)  # padding
 SIZE = Sizes((2, 16, 8, 12), ConvSpec(32, 16, (3, 3), padding=AROUND), torch.float32, 1)
-ROW = {"plain": 4e-3, "direct": 3e-3, "winograd2": 2e-3, "winograd4": 1e-3, "strassen": 2e-3,
-       "phases4": 1e-3}  # fmt: skip
+ROW = {**dict.fromkeys(ALGORITHM_NAMES, 3e-3), "plain": 4e-3, "winograd2": 2e-3, "winograd4": 1e-3,
+       "strassen": 2e-3, "phases4": 1e-3}  # fmt: skip
 OF_3X3 = SIZE.among(ALGORITHM_NAMES)
 
 
@@ -411,12 +411,20 @@ def test_measured_for_real(cache, caplog, monkeypatch):
     assert written(timings.cache_file())["seconds"]
 
 
+def runs(name):
+    """Whether an algorithm runs on this machine: one that suits nothing has no least spec."""
+    specs = (ConvSpec(32, 32), ConvSpec(1, 1, (3, 3), padding=AROUND, upsample=True, silu=True))
+    return any(suits(name, spec) for spec in specs)
+
+
 @pytest.mark.parametrize("precision", ["fast", "strict"])
-@pytest.mark.parametrize("name", ALGORITHM_NAMES)
+@pytest.mark.parametrize("name", [n for n in ALGORITHM_NAMES if n == "plain" or runs(n)])
 @torch.no_grad()
 def test_whatever_is_preferred_is_right(clock, name, precision):
     clock(name)
-    model, case, options = small_net(), small_inputs(3, (5, 7)), {"precision": precision}
+    float32 = name == "plain" or torch.float32 in ALGORITHMS[name].dtypes
+    dtype, options = torch.float32 if float32 else torch.bfloat16, {"precision": precision}
+    model, case = small_net().to(dtype), small_inputs(3, (5, 7), dtype=dtype)
     assert_as_eager(compiled(model, options=options)(*case), model, case, precision=precision)
     used = {row.algorithm for row in explain(model, *case, options=options).fused}
     if precision == "strict":
@@ -543,7 +551,7 @@ def test_the_bound_holds_and_more_is_more(monkeypatch, clock, value, dtype):
     clock("")
     model, case = small_net().to(dtype), small_inputs(3, (16, 24), dtype=dtype)
     found = []
-    for bound in (0, 10_000, 50_000, 200_000, 10**12, None):
+    for bound in (0, 10_000, 30_000, 70_000, 10**12, None):
         torch.compiler.reset()
         options = {"packed_bytes": bound}
         assert_as_eager(compiled(model, options=options)(*case), model, case)
