@@ -47,12 +47,17 @@ template <class T, int kParts>
 struct DirectBf16 {
 #ifdef FASTDIFF_TILES
   static constexpr int64_t kPatchBytes = 384 << 10, kManyBytes = 1 << 20;  // of a block's patch
+  static constexpr int64_t kPointwisePiece = 40 << 10;
 #else
   static constexpr int64_t kPatchBytes = 256 << 10, kManyBytes = 512 << 10;
+  static constexpr int64_t kPointwisePiece = 20 << 10;
 #endif
   static constexpr int64_t kPieceBytes = 108 << 10;
   static constexpr int64_t kLeastBlocks = 8;   // of many pixels
   static constexpr int64_t kHeavy = 16 << 20;  // bytes of a weight that is better read once
+  // A 1x1 convolution's blocks are of fewer pixels, since each panel writes a line of 64 bytes of
+  // each of them, in as many pages; but of enough to multiply each value of the weight with.
+  static constexpr int64_t kPointwiseBytes = 96 << 10, kPointwisePixels = 128;
 
   // 16 neighbouring outputs of a segment, or those that are left.
   struct Group {
@@ -82,13 +87,16 @@ struct DirectBf16 {
 
   int64_t block_pixels() const {
     const int64_t weight = gates * panels * planes * plane_steps;
-    const int64_t bytes = weight > kHeavy ? kManyBytes : kPatchBytes;
+    const int64_t most = weight > kHeavy ? kManyBytes : kPatchBytes;
     const int64_t each = planes * 64 * kParts * p.stride_h * p.stride_w *
                          (p.out_width % kGroup == 0 ? 1 : p.kernel_w);
     const int64_t pixels = p.images * p.out_height * p.out_width;
     // Several blocks, however many threads there are: sums must not depend on that.
     const int64_t share = std::max<int64_t>(pixels / kLeastBlocks, 4 * kTogetherRows);
-    return std::max<int64_t>(kTogetherRows, std::min(bytes / each, share) / kGroup * kGroup);
+    const int64_t fit =
+        taps > 1 ? most / each
+                 : std::max(kPointwiseBytes / each, std::min(kPointwisePixels, kManyBytes / each));
+    return std::max<int64_t>(kTogetherRows, std::min(fit, share) / kGroup * kGroup);
   }
 
   void run() {
@@ -161,7 +169,8 @@ struct DirectBf16 {
                     memory + s * patch.bytes() + patch.at(pixel)});
     }
     const int64_t pairs = (groups.size() + 1) / 2;
-    const int64_t deep = std::max<int64_t>(1, kPieceBytes / plane_steps);
+    const int64_t deep =
+        std::max<int64_t>(1, (taps > 1 ? kPieceBytes : kPointwisePiece) / plane_steps);
     const int64_t pieces = (planes + deep - 1) / deep, ld = gates * kColumns;
     // One pair's sums, or, between pieces, all of them.
     float* sums = scratch.at_least((pieces > 1 ? pairs : 1) * kTogetherRows * ld);

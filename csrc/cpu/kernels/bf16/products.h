@@ -160,6 +160,10 @@ FASTDIFF_INLINE void multiply_band(const char* a, const Walk& walk, int64_t plan
       const char* rows[M];
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) rows[m] = a + walk.tap[t] + m * spacing;
+      if (t == 0) {  // the next band, which is nowhere near for the processor to guess
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) __builtin_prefetch(rows[m] + M * spacing);
+      }
 #pragma GCC unroll 4
       for (int pair = 0; pair < 16; ++pair) {
         __m512bh column[V];
