@@ -10,9 +10,13 @@ FASTDIFF_DECLARE_CONV2D(conv2d_winograd4)
 FASTDIFF_DECLARE_CONV2D(conv2d_strassen)
 FASTDIFF_DECLARE_CONV2D(conv2d_phases4)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_direct_bf16)
-FASTDIFF_DECLARE_CONV2D_BF16(conv2d_split)
+FASTDIFF_DECLARE_CONV2D_BF16(conv2d_phases_bf16)
+FASTDIFF_DECLARE_CONV2D_BF16(conv2d_split_bf16)
 
 namespace {
+
+constexpr const char* kUpsampledPurpose =
+    "3x3 kernels, stride 1, upsampled images and even sums of padding";
 
 bool of_3x3(const ConvWeight& weight) { return weight.kernel_h == 3 && weight.kernel_w == 3; }
 
@@ -74,7 +78,7 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .run = FASTDIFF_KERNEL(conv2d_strassen)},
       // Packed it takes 100/36 of winograd4's memory.
       {.name = "phases4",
-       .purpose = "3x3 kernels, stride 1, upsampled images and even sums of padding",
+       .purpose = kUpsampledPurpose,
        .packs = of_3x3,
        .suits = in_phases,
        .cost = {.share = 0.27,
@@ -93,8 +97,8 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .packed_dtype = at::kBFloat16,
        .gated_multiple = 64,
        .cost = {.share = 0.25, .narrow = 16, .narrow_share = 1},
-       .pack = FASTDIFF_BF16_KERNEL(conv2d_split_pack),
-       .run = FASTDIFF_BF16_KERNEL(conv2d_split)},
+       .pack = FASTDIFF_BF16_KERNEL(conv2d_split_bf16_pack),
+       .run = FASTDIFF_BF16_KERNEL(conv2d_split_bf16)},
       // Its channels are multiplied by 32, and its filters by 16 at a time.
       {.name = "direct_bf16",
        .purpose = "all convolutions",
@@ -106,6 +110,20 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .cost = {.share = tiles ? 0.08 : 0.35, .narrow = 16, .narrow_share = tiles ? 0.5 : 1},
        .pack = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16_pack),
        .run = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16)},
+      // 16/9 of direct_bf16's packed weight.
+      {.name = "phases_bf16",
+       .purpose = kUpsampledPurpose,
+       .packs = of_3x3,
+       .suits = in_phases,
+       .dtypes = {at::kBFloat16},
+       .isa = Isa::Avx512Bf16,
+       .packed_dtype = at::kBFloat16,
+       .cost = {.share = tiles ? 0.045 : 0.18,
+                .narrow = 16,
+                .narrow_share = tiles ? 0.3 : 0.5,
+                .handicap = 0.98},
+       .pack = FASTDIFF_BF16_KERNEL(conv2d_phases_bf16_pack),
+       .run = FASTDIFF_BF16_KERNEL(conv2d_phases_bf16)},
   };
   return list;
 }

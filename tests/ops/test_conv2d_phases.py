@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from accuracy import amid_nans
-from conv2d_cases import DTYPE_IDS, DTYPES, OPTIONS, TENSORS, Case, make
+from conv2d_cases import DTYPES, OPTIONS, TENSORS, Case, make
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops.conv2d_algorithms import ALGORITHMS
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,13 +22,21 @@ UPSAMPLED = {
     "a skip": Case((2, 13, 5, 6), 9, skip=7, upsample=True),
     "wide padding": Case((2, 9, 5, 4), 6, padding=(0, 2, 3, 1), upsample=True),
 }
+PHASES = [
+    (name, dtype)
+    for name in ALGORITHMS
+    for dtype in DTYPES
+    if "phases" in name and suits(name, UPSAMPLED["blocks"].spec(), dtype)
+]
+every_row = pytest.mark.parametrize(
+    ("algorithm", "dtype"), PHASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in PHASES]
+)
 every_case = pytest.mark.parametrize("case", UPSAMPLED.values(), ids=UPSAMPLED)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 
-def phases(case, values, **options):
+def phases(case, values, algorithm, **options):
     return ops.conv2d(
-        **values, **case.settings(), silu=True, statistics=True, algorithm="phases4", **options
+        **values, **case.settings(), silu=True, statistics=True, algorithm=algorithm, **options
     )
 
 
@@ -45,49 +53,51 @@ def test_accuracy_of_zero_means(channels) -> None:
     assert (y - oracle).norm() < 3e-6 * oracle.norm()
 
 
+@every_row
 @every_case
-def test_threads_do_not_change_the_bits(case) -> None:
-    values = make(case, torch.float32, OPTIONS)
+def test_threads_do_not_change_the_bits(case, algorithm, dtype) -> None:
+    values = make(case, dtype, OPTIONS)
     results = []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
-        results.append(phases(case, values))
+        results.append(phases(case, values, algorithm))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
 
-@every_dtype
+@every_row
 @every_case
-def test_packed_weights_and_strides_do_not_change_the_bits(case, dtype) -> None:
+def test_packed_weights_and_strides_do_not_change_the_bits(case, algorithm, dtype) -> None:
     values = make(case, dtype, OPTIONS)
-    wanted = phases(case, values)
-    packed = ops.conv2d_pack(values["weight"].mT.contiguous().mT, "phases4")
+    wanted = phases(case, values, algorithm)
+    packed = ops.conv2d_pack(values["weight"].mT.contiguous().mT, algorithm)
     values["weight"] = torch.full_like(values["weight"], torch.nan)  # only its shape is read
     values["x"] = values["x"].mT.contiguous().mT
-    assert all(map(torch.equal, phases(case, values, packed=packed), wanted))
+    assert all(map(torch.equal, phases(case, values, algorithm, packed=packed), wanted))
 
 
-@every_dtype
+@every_row
 @every_case
-def test_reads_nothing_beside_its_inputs(case, dtype) -> None:
+def test_reads_nothing_beside_its_inputs(case, algorithm, dtype) -> None:
     values = make(case, dtype, OPTIONS)
     for name in {"x", "skip", "residual"} & set(values):
         values[name] = values[name].contiguous(memory_format=torch.channels_last)
-    packed = ops.conv2d_pack(values["weight"], "phases4")
-    wanted = phases(case, values)
+    packed = ops.conv2d_pack(values["weight"], algorithm)
+    wanted = phases(case, values, algorithm)
     around = {name: amid_nans(value) for name, value in values.items()}
-    found = phases(case, around, packed=amid_nans(packed))
+    found = phases(case, around, algorithm, packed=amid_nans(packed))
     assert all(map(torch.equal, found, wanted))
 
 
+@every_row
 @pytest.mark.parametrize("statistics", [False, True])
-def test_opcheck(statistics) -> None:
+def test_opcheck(algorithm, dtype, statistics) -> None:
     case = UPSAMPLED["a skip"]
-    values = make(case, torch.float32, OPTIONS)
+    values = make(case, dtype, OPTIONS)
     weight = values["weight"]
-    number = ALGORITHMS["phases4"].number
+    number = ALGORITHMS[algorithm].number
     torch.library.opcheck(torch.ops.fastdiff.conv2d_pack.default, (weight, number))
-    packed = ops.conv2d_pack(weight, "phases4")
+    packed = ops.conv2d_pack(weight, algorithm)
     spec = case.spec(silu=True, statistics=statistics)
     torch.library.opcheck(
         torch.ops.fastdiff.conv2d.default,

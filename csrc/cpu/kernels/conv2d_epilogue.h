@@ -166,15 +166,16 @@ struct Epilogues {
     if (far) each[v].prefetch(pixel);
   }
 
-  // `count` pixels, at most kRun, whose products lie `ld` apart.
-  FASTDIFF_INLINE void write_run(int64_t pixel, int64_t count, const float* from, int64_t ld) {
+  // `count` pixels, at most kRun, each `step` after the last, whose products lie `ld` apart.
+  FASTDIFF_INLINE void write_run(int64_t pixel, int64_t count, const float* from, int64_t ld,
+                                 int64_t step = 1) {
     for (int64_t v = 0; v < vectors; ++v) {
       const float* products = from + v * kLanes;
       each[v].expect(count, pixel, load_lanes(products));
       typename Epilogue<T, kStatistics>::Sums sums{each[v].first};
       for (int64_t i = 0; i < count; ++i, products += ld) {
-        if (v * kLanes % kLine == 0) prefetch(pixel + i + kRun, v);
-        each[v].write(pixel + i, load_lanes(products), sums);
+        if (v * kLanes % kLine == 0) prefetch(pixel + (i + kRun) * step, v);
+        each[v].write(pixel + i * step, load_lanes(products), sums);
       }
       each[v].include(sums);
     }
@@ -207,13 +208,15 @@ struct Gated {
     }
   }
 
-  // `count` pixels, at most kRun, whose products lie `ld` apart, a's before b's.
-  FASTDIFF_INLINE void write_run(int64_t pixel, int64_t count, const float* from, int64_t ld) {
+  // `count` pixels, at most kRun, each `step` after the last, whose products lie `ld` apart, a's
+  // before b's.
+  FASTDIFF_INLINE void write_run(int64_t pixel, int64_t count, const float* from, int64_t ld,
+                                 int64_t step = 1) {
     for (int64_t v = 0; v < vectors; ++v) {
       const float *a = from + v * kLanes, *b = a + vectors * kLanes;
       T* to = y + pixel * channels + v * kLanes;
-      for (int64_t i = 0; i < count; ++i, a += ld, b += ld, to += channels) {
-        if (far && v * kLanes % kLine == 0) __builtin_prefetch(to + kRun * channels, 1);
+      for (int64_t i = 0; i < count; ++i, a += ld, b += ld, to += channels * step) {
+        if (far && v * kLanes % kLine == 0) __builtin_prefetch(to + kRun * channels * step, 1);
         store_lanes(to, (load_lanes(a) + value[v]) * gelu(load_lanes(b) + gate[v]));
       }
     }

@@ -43,6 +43,12 @@ struct Steps {
   }
 };
 
+// Which outputs of the whole a convolution computes: those of rows row + i * step, and columns
+// column + j * step. It is number `number` of `count`.
+struct Outputs {
+  int64_t number = 0, count = 1, row = 0, column = 0, step = 1;
+};
+
 template <class T, int kParts>
 struct DirectBf16 {
 #ifdef FASTDIFF_TILES
@@ -66,14 +72,17 @@ struct DirectBf16 {
   };
 
   const Conv2d p;
+  const Outputs phase;
   const int64_t taps, planes, plane_steps;  // bytes of the weight a plane
   const int64_t gates, outputs, panels;     // panels of y's channels
   const Grid grid;
   const Division division;
-  Array<double> partials;
+  double* const partials;  // of all phases' statistics, [segments, phases, 2, K]; or null
 
-  explicit DirectBf16(const Conv2d& given)
+  // `partials` makes room for that many, where there are statistics.
+  DirectBf16(const Conv2d& given, Array<double>& partials, const Outputs& phase = {})
       : p(in_lines(given)),
+        phase(phase),
         taps(p.kernel_h * p.kernel_w),
         planes((p.channels + kColumns - 1) / kColumns),
         plane_steps(taps * Steps<kParts>::kBytes),
@@ -83,7 +92,13 @@ struct DirectBf16 {
         grid(make_grid(p.images, p.out_height, p.out_width, block_pixels())),
         division(divide(grid, outputs, gates * panels * planes * plane_steps / 4,
                         grid.largest * planes * kColumns / 2, p.threads.count, kColumns)),
-        partials(p.statistics ? grid.segments.size() * 2 * p.filters : 0) {}
+        partials(room(partials)) {}
+
+  double* room(Array<double>& partials) const {
+    if (!p.statistics) return nullptr;
+    partials.reserve(grid.segments.size() * phase.count * 2 * p.filters);
+    return partials.data();
+  }
 
   int64_t block_pixels() const {
     const int64_t weight = gates * panels * planes * plane_steps;
@@ -121,8 +136,12 @@ struct DirectBf16 {
         });
       }
     }
+  }
+
+  // After all phases have run.
+  void join() const {
     if (p.statistics)
-      join_statistics(p, grid.segments, 1, partials.data(),
+      join_statistics(p, grid.segments, phase.count, partials,
                       [](const Segment& segment) { return static_cast<double>(segment.tiles()); });
   }
 
@@ -237,7 +256,9 @@ struct DirectBf16 {
     void finish() {
       if constexpr (kStatistics)
         if (segment >= 0)
-          epilogues->finish(direct.partials.data() + segment * 2 * direct.p.filters + begin);
+          epilogues->finish(
+              direct.partials +
+              (segment * direct.phase.count + direct.phase.number) * 2 * direct.p.filters + begin);
     }
   };
 
@@ -260,36 +281,73 @@ struct DirectBf16 {
          pixel = next) {
       const int64_t i = pixel / width, j = pixel % width;
       next = std::min({end, pixel + kRun, (i + 1) * width});
-      const int64_t line = (segment.image * p.out_height + segment.top + i) * p.out_width;
-      epilogues.write_run(line + segment.left + j, next - pixel, from, ld);
+      const int64_t row = (segment.image * p.out_height + segment.top + i) * phase.step + phase.row;
+      const int64_t column = (segment.left + j) * phase.step + phase.column;
+      epilogues.write_run(row * p.out_width * phase.step + column, next - pixel, from, ld,
+                          phase.step);
       from += (next - pixel) * ld;
     }
   }
 };
 
-// Panels of 32 filters, and in them planes of 32 channels, taps, and parts: steps as in products.h.
 template <int kParts>
-void pack_direct_bf16(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
-                      const Threads& threads) {
-  const int64_t taps = size.kernel_h * size.kernel_w;
+int64_t packed_values(const ConvWeight& size) {
   const int64_t planes = (size.channels + kColumns - 1) / kColumns;
   const int64_t panels = (size.filters + kColumns - 1) / kColumns;
-  const int64_t panel_values = planes * taps * kParts * kStepValues;
-  *count = panels * panel_values;
-  if (!packed) return;
+  return panels * planes * size.kernel_h * size.kernel_w * kParts * kStepValues;
+}
+
+template <class T, int kParts>
+void direct_bf16(const Conv2d& p) {
+  Array<double> partials;
+  DirectBf16<T, kParts> direct(p, partials);
+  direct.run();
+  direct.join();
+}
+
+// A 3x3 convolution of an upsampled image as four of the image itself, by kernels of 2x2 taps that
+// are sums of the 3x3 one's (conv2d_winograd.h): 16 products where there were 36.
+template <class T>
+void direct_phases_bf16(const Conv2d& p) {
+  constexpr int64_t kStep = 2, kPhases = kStep * kStep;
+  Array<double> partials;
+  for (int64_t number = 0; number < kPhases; ++number) {
+    const Outputs phase{number, kPhases, number / kStep, number % kStep, kStep};
+    const int64_t top = phase.row - p.top, left = phase.column - p.left;
+    Conv2d one = p;
+    one.upsample = false;
+    one.kernel_h = one.kernel_w = 2;
+    one.out_height = p.out_height / kStep, one.out_width = p.out_width / kStep;
+    one.top = -(top >> 1), one.left = -(left >> 1);  // the rest of the patch is behind the image
+    const int64_t which = (top & 1) * 2 + (left & 1);
+    one.packed = static_cast<const bf16*>(p.packed) + which * packed_values<1>(one);
+    DirectBf16<T, 1> direct(one, partials, phase);
+    direct.run();
+    if (number + 1 == kPhases) direct.join();
+  }
+}
+
+// Panels of 32 filters, and in them planes of 32 channels, taps, and parts: steps as in products.h.
+// `taps_of(k, c)` points to the taps of a filter and channel.
+template <int kParts, class TapsOf>
+void pack_direct_bf16(const ConvWeight& size, bf16* packed, const Threads& threads,
+                      TapsOf&& taps_of) {
+  const int64_t taps = size.kernel_h * size.kernel_w;
+  const int64_t panels = (size.filters + kColumns - 1) / kColumns;
+  const int64_t panel_values = packed_values<kParts>(size) / panels;
   share(threads, panels, [&](int64_t begin, int64_t end) {
-    auto* out = static_cast<bf16*>(packed) + begin * panel_values;
+    bf16* out = packed + begin * panel_values;
     std::memset(static_cast<void*>(out), 0, (end - begin) * panel_values * sizeof(bf16));
     for (int64_t panel = begin; panel < end; ++panel, out += panel_values)
       for (int64_t column = 0; column < std::min(kColumns, size.filters - panel * kColumns);
-           ++column) {
-        const float* from = weight + (panel * kColumns + column) * size.channels * taps;
+           ++column)
         for (int64_t c = 0; c < size.channels; ++c) {
           const int64_t deep = c % kColumns;
           bf16* to = out + c / kColumns * taps * kParts * kStepValues + column / 16 * 512 +
                      deep / 2 * 32 + column % 16 * 2 + deep % 2;
+          const auto from = taps_of(panel * kColumns + column, c);
           for (int64_t t = 0; t < taps; ++t, to += kParts * kStepValues) {
-            const float value = *from++;
+            const float value = from[t];
             to[0] = static_cast<bf16>(value);
             if constexpr (kParts > 1) {
               const float rest = value - static_cast<float>(to[0]);
@@ -297,7 +355,6 @@ void pack_direct_bf16(const ConvWeight& size, const float* weight, void* packed,
             }
           }
         }
-      }
   });
 }
 
