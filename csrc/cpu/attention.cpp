@@ -15,6 +15,23 @@ at::Tensor neighbouring(const at::Tensor& x, int64_t (&strides)[3]) {
   return out;
 }
 
+// Kernels, what they pack keys or values of a width into, and the queries of their units.
+struct Method {
+  void (*pack)(const Attention&, int64_t, int64_t);
+  void (*attend)(const Attention&, int64_t, int64_t);
+  int64_t (*packed)(int64_t keys, int64_t width);
+  at::ScalarType packed_dtype;
+  int64_t queries;
+};
+
+Method choose(at::ScalarType type) {
+  if (type == at::kBFloat16 && FASTDIFF_BF16_KERNEL(attention_bf16))
+    return {FASTDIFF_BF16_KERNEL(attention_bf16_pack), FASTDIFF_BF16_KERNEL(attention_bf16),
+            attention_bf16_packed, at::kBFloat16, kBf16Queries};
+  return {FASTDIFF_KERNEL(attention_pack), FASTDIFF_KERNEL(attention), attention_packed, at::kFloat,
+          kQueries};
+}
+
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          double scale) {
   const auto type = q.scalar_type();
@@ -43,15 +60,17 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
   p.k = k_held.const_data_ptr();
   p.v = v_held.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  const int64_t heads = p.batch * p.heads, for_keys = attention_packed(p.keys, p.width);
-  auto packed = at::empty({heads, for_keys + attention_packed(p.keys, p.value_width)},
-                          q.options().dtype(at::kFloat));
-  p.packed_k = packed.mutable_data_ptr<float>();
-  p.packed_v = p.packed_k + heads * for_keys;
-  for_each_unit(
-      heads, [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention_pack)(p, begin, end); });
-  for_each_unit(heads * ((p.queries + kQueries - 1) / kQueries),
-                [&](int64_t begin, int64_t end) { FASTDIFF_KERNEL(attention)(p, begin, end); });
+  const int64_t heads = p.batch * p.heads;
+  const Method method = choose(type);
+  const auto packed = [&](int64_t width) {
+    return at::empty({heads, method.packed(p.keys, width)}, q.options().dtype(method.packed_dtype));
+  };
+  auto packed_k = packed(p.width), packed_v = packed(p.value_width);
+  p.packed_k = packed_k.mutable_data_ptr();
+  p.packed_v = packed_v.mutable_data_ptr();
+  for_each_unit(heads, [&](int64_t begin, int64_t end) { method.pack(p, begin, end); });
+  for_each_unit(heads * ((p.queries + method.queries - 1) / method.queries),
+                [&](int64_t begin, int64_t end) { method.attend(p, begin, end); });
   return out.transpose(1, 2);
 }
 

@@ -22,7 +22,7 @@ void pack_head(const Attention& p, int64_t unit) {
   const T* k = static_cast<const T*>(p.k) + image * p.k_strides[0] + head * p.k_strides[1];
   const T* v = static_cast<const T*>(p.v) + image * p.v_strides[0] + head * p.v_strides[1];
   const float factor = p.scale * static_cast<float>(kLog2e);  // the softmax is of powers of 2
-  float* to = p.packed_k + unit * attention_packed(p.keys, p.width);
+  float* to = static_cast<float*>(p.packed_k) + unit * attention_packed(p.keys, p.width);
   for (int64_t first = 0; first < p.keys; first += kPanel) {
     const int64_t columns = std::min(kPanel, p.keys - first), packed = packed_columns(columns);
     // In squares of kLine x kLine, since this transposes: a row of k becomes a column of the panel.
@@ -35,7 +35,7 @@ void pack_head(const Attention& p, int64_t unit) {
       }
     to += p.width * packed;
   }
-  to = p.packed_v + unit * attention_packed(p.keys, p.value_width);
+  to = static_cast<float*>(p.packed_v) + unit * attention_packed(p.keys, p.value_width);
   for (int64_t begin = 0; begin < p.keys; begin += kKeys)
     for (int64_t first = 0, columns; first < p.value_width; first += columns) {
       columns = panel_columns(p.value_width - first);
@@ -103,8 +103,10 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     weights[i] = scores + i * scores_ld;
     top[i] = kNone;
   }
-  const float* keys = p.packed_k + unit * attention_packed(p.keys, p.width);
-  const float* values = p.packed_v + unit * attention_packed(p.keys, p.value_width);
+  const float* keys =
+      static_cast<const float*>(p.packed_k) + unit * attention_packed(p.keys, p.width);
+  const float* values =
+      static_cast<const float*>(p.packed_v) + unit * attention_packed(p.keys, p.value_width);
   for (int64_t k0 = 0; k0 < p.keys; k0 += kKeys) {
     const int64_t block = std::min(kKeys, p.keys - k0);
     for (int64_t k = 0; k < block; k += kPanel) {

@@ -18,7 +18,9 @@ struct Attention {
   const void *q, *k, *v;
   void* out;
   float scale;
-  float *packed_k, *packed_v;  // attention_packed(...) floats for each head of each image
+  // For each head of each image attention_packed(...) floats, or attention_bf16_packed(...)
+  // bfloat16.
+  void *packed_k, *packed_v;
 };
 
 // Units begin..end-1. A unit of attention_pack is one head of one image; a unit of attention is
@@ -26,11 +28,21 @@ struct Attention {
 FASTDIFF_DECLARE(attention_pack, const Attention&, int64_t begin, int64_t end)
 FASTDIFF_DECLARE(attention, const Attention&, int64_t begin, int64_t end)
 
-constexpr int64_t kQueries = 48;  // of a unit
-constexpr int64_t kWidest = 64;   // at least the lanes of a panel in any instruction set
+// The same of bfloat16 tensors by products of bfloat16, with kBf16Queries for kQueries.
+FASTDIFF_DECLARE_BF16(attention_bf16_pack, const Attention&, int64_t begin, int64_t end)
+FASTDIFF_DECLARE_BF16(attention_bf16, const Attention&, int64_t begin, int64_t end)
+
+constexpr int64_t kQueries = 48;      // of a unit
+constexpr int64_t kBf16Queries = 64;  // of a unit: two groups that tiles multiply at a time
+constexpr int64_t kWidest = 64;       // at least the lanes of a panel in any instruction set
 
 constexpr int64_t attention_packed(int64_t keys, int64_t width) {
   return (keys + kWidest) * (width + kWidest);
+}
+
+// In whole steps of 32 keys by 32 columns.
+constexpr int64_t attention_bf16_packed(int64_t keys, int64_t width) {
+  return (keys + 31) / 32 * 32 * ((width + 31) / 32 * 32);
 }
 
 }  // namespace fastdiff

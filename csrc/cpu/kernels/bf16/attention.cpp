@@ -1,0 +1,221 @@
+// Attention of bfloat16 without its matrix (Dao et al. 2022, arXiv:2205.14135), by products of
+// bfloat16. A few queries at a time go over a block of keys: their scores are products summed up in
+// float32; the softmax is taken in float32 too, and its numerators are rounded to bfloat16 for
+// their product with the values. Each query keeps the largest score, the sum of numerators and the
+// weighted sum of values so far, and is divided and rounded once at the end.
+//
+// Keys and values are packed once for all queries, as `products.h` wants its B, with zeros up to
+// whole steps. Keys past the last one repeat it instead, so that they change no maximum: their
+// values are zero, and the sum leaves them out.
+//
+// Beside the products it is the exponentials that take the time: so their argument is one
+// multiply-add of a score, the polynomial is as short as bfloat16 lets it be, and nothing is masked
+// but the last vector of a row.
+#include "cpu/kernels/attention.h"
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/kernels/activations.h"
+#include "cpu/kernels/bf16/products.h"
+#include "cpu/kernels/memory.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kKeys = 256;  // of a block
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+#ifdef FASTDIFF_TILES
+constexpr int64_t kBand = kTogetherRows;  // queries whose scores are kept at a time
+#else
+constexpr int64_t kBand = 16;
+#endif
+
+using Probs = Values<bf16>;
+using V = Probs::V;
+
+constexpr int64_t whole(int64_t count) { return (count + kColumns - 1) / kColumns * kColumns; }
+
+// The first `count` of 32 values, and zeros.
+struct Line {
+  bf16 value[kColumns];
+
+  Line(const bf16* from, int64_t count) {
+    using At = at::vec::Vectorized<bf16>;
+    for (int64_t i = 0; i < kColumns; i += At::size())
+      At::loadu(from + i, std::clamp<int64_t>(count - i, 0, At::size())).store(value + i);
+  }
+};
+
+// [32 keys][step][2 halves][16 pairs][16 keys][2].
+void pack_keys(const bf16* k, int64_t stride, int64_t keys, int64_t width, bf16* to) {
+  for (int64_t first = 0; first < keys; first += kColumns)
+    for (int64_t d = 0; d < width; d += kColumns, to += kStepValues)
+      for (int64_t j = 0; j < kColumns; ++j) {
+        const Line line(k + std::min(first + j, keys - 1) * stride + d, width - d);
+        bf16* const column = to + j / 16 * (kStepValues / 2) + j % 16 * 2;
+        for (int64_t i = 0; i < kColumns; i += 2)
+          __builtin_memcpy(column + i * 16, line.value + i, 2 * sizeof(bf16));
+      }
+}
+
+// [32 columns][step][2 halves][16 pairs of keys][16 columns][2].
+void pack_values(const bf16* v, int64_t stride, int64_t keys, int64_t width, bf16* to) {
+  for (int64_t first = 0; first < width; first += kColumns)
+    for (int64_t key = 0; key < keys; key += kColumns, to += kStepValues)
+      for (int64_t i = 0; i < kColumns; i += 2) {
+        const bf16* row = v + (key + i) * stride + first;
+        const Line even(row, key + i < keys ? width - first : 0);
+        const Line odd(row + stride, key + i + 1 < keys ? width - first : 0);
+        for (int64_t half = 0; half < 2; ++half) {
+          bf16* const pairs = to + half * (kStepValues / 2) + i * 16;
+          for (int64_t c = 0; c < 16; ++c) {
+            pairs[2 * c] = even.value[half * 16 + c];
+            pairs[2 * c + 1] = odd.value[half * 16 + c];
+          }
+        }
+      }
+}
+
+// What a query has seen so far.
+struct Seen {
+  float top = kNone;  // its largest score
+  V sum{};            // of 2^(score - top), for each lane
+};
+
+// The largest of `count` scores, which are whole vectors.
+FASTDIFF_INLINE float largest(const float* scores, int64_t count) {
+  Probs found = Probs::load_wide(scores);
+  for (int64_t j = Probs::size; j < count; j += Probs::size)
+    found = Probs::each([](const V& x, const V& y) FASTDIFF_HOT { return at_least(x, y); },
+                        Probs::load_wide(scores + j), found);
+  V most = found.vector[0];
+  for (int i = 1; i < Probs::vectors; ++i) most = at_least(found.vector[i], most);
+  using At = at::vec::Vectorized<float>;
+  return at::vec::vec_reduce_all<float>(
+      [](const At& a, const At& b) { return at::vec::clamp_min(a, b); }, to_torch(most));
+}
+
+// A query's scores with a block of `count` keys, which are whole steps, become its `probs`,
+// 2^(factor * score - top). The last step's are counted in the sum as often as `counted` says.
+// Returns what the query's sums so far are to be multiplied by.
+FASTDIFF_INLINE float softmax(const float* scores, int64_t count, float factor,
+                              const float* counted, bf16* probs, Seen& seen) {
+  const float now = std::max(seen.top, largest(scores, count) * factor);
+  const float shrink = now == seen.top ? 1.f : exp2_by_floor<5>(fill_lanes<V>(seen.top - now))[0];
+  // If all scores so far are -inf, subtracting their maximum would give NaN.
+  const Probs by(factor), minus(now == kNone ? 0.f : -now);
+  const auto take = [&](int64_t j) FASTDIFF_HOT {
+    const Probs values = exp2_values(fmadd(Probs::load_wide(scores + j), by, minus));
+    values.store(probs + j);
+    return values;
+  };
+  Probs sum{V{}};
+  const int64_t last = count - kColumns;
+  for (int64_t j = 0; j < last; j += Probs::size) sum = sum + take(j);
+  for (int64_t j = 0; j < kColumns; j += Probs::size)
+    sum = fmadd(take(last + j), Probs::load_wide(counted + j), sum);
+  V each = seen.sum * shrink;
+  for (const V& lanes : sum.vector) each += lanes;
+  seen = {now, each};
+  return shrink;
+}
+
+void multiply_row(float* row, int64_t count, float by) {
+  for (int64_t c = 0; c < count; c += lanes_of<V>)
+    store_lanes(row + c, load_lanes<V>(row + c) * by);
+}
+
+void attend(const Attention& p, int64_t unit, int64_t begin) {
+  static thread_local Scratch scratch;
+  const int64_t image = unit / p.heads, head = unit % p.heads;
+  const int64_t count = std::min(kBf16Queries, p.queries - begin);
+  const int64_t depth = whole(p.width), steps = whole(p.keys) / kColumns;
+  // Rows that lie a power of two apart would share a few sets of the cache.
+  constexpr int64_t kScoresLd = kKeys + kLine, kProbsLd = kKeys + kColumns;
+  const int64_t out_ld = whole(p.value_width) + kLine;
+  float* const scores =
+      scratch.at_least(kBand * (kScoresLd + kProbsLd / 2) + kBf16Queries * (out_ld + depth / 2));
+  float* const out = scores + kBand * kScoresLd;
+  bf16* const probs = reinterpret_cast<bf16*>(out + kBf16Queries * out_ld);
+  bf16* const queries = probs + kBand * kProbsLd;
+
+  // A negative scale is the queries' sign, so that the largest product has the largest score.
+  const bf16* q = static_cast<const bf16*>(p.q) + image * p.q_strides[0] + head * p.q_strides[1];
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < p.width; d += kColumns) {
+      Line line(q + (begin + i) * p.q_strides[2] + d, p.width - d);
+      if (p.scale < 0)
+        for (bf16& value : line.value) value.x ^= 0x8000;
+      __builtin_memcpy(queries + i * depth + d, &line, sizeof line);
+    }
+  const float factor = std::abs(p.scale) * static_cast<float>(kLog2e);  // softmax of powers of 2
+
+  Seen seen[kBf16Queries];
+  const char* keys = reinterpret_cast<const char*>(static_cast<const bf16*>(p.packed_k) +
+                                                   unit * attention_bf16_packed(p.keys, p.width));
+  const char* values = reinterpret_cast<const char*>(
+      static_cast<const bf16*>(p.packed_v) + unit * attention_bf16_packed(p.keys, p.value_width));
+  const int64_t tap = 0;
+  const Walk over_width{depth * 2, kColumns * 2, 1, &tap},
+      over_keys{kProbsLd * 2, kColumns * 2, 1, &tap};
+  const int64_t key_bytes = depth * 2;
+  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeys) {
+    const int64_t left = p.keys - k0, block = std::min(kKeys, whole(left));
+    float counted[kColumns];
+    for (int64_t j = 0; j < kColumns; ++j) counted[j] = block - kColumns + j < left ? 1.f : 0.f;
+    for (int64_t i = 0; i < count; i += kBand) {
+      const int64_t rows = std::min(kBand, count - i);
+      const char* a = reinterpret_cast<const char*>(queries + i * depth);
+      for (int64_t k = 0; k < block; k += kColumns)
+        multiply({a, a + kGroup * key_bytes, rows}, over_width, depth / kColumns,
+                 keys + (k0 + k) * key_bytes, kColumns, scores + k, kScoresLd, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float shrink = softmax(scores + r * kScoresLd, block, factor, counted,
+                                     probs + r * kProbsLd, seen[i + r]);
+        if (k0 > 0 && shrink != 1.f)
+          multiply_row(out + (i + r) * out_ld, whole(p.value_width), shrink);
+      }
+      a = reinterpret_cast<const char*>(probs);
+      for (int64_t c = 0; c < p.value_width; c += kColumns)
+        multiply({a, a + kGroup * kProbsLd * 2, rows}, over_keys, block / kColumns,
+                 values + (c / kColumns * steps + k0 / kColumns) * kStepBytes, p.value_width - c,
+                 out + i * out_ld + c, out_ld, k0 > 0);
+    }
+  }
+  bf16* to =
+      static_cast<bf16*>(p.out) + ((image * p.queries + begin) * p.heads + head) * p.value_width;
+  for (int64_t i = 0; i < count; ++i, to += p.heads * p.value_width) {
+    // Where all scores are -inf PyTorch has NaN.
+    const float sum =
+        seen[i].top == kNone ? std::numeric_limits<float>::quiet_NaN() : sum_lanes(seen[i].sum);
+    const Probs by(1.f / sum);
+    for_values<bf16>(p.value_width, [&](int64_t c, int64_t n) FASTDIFF_HOT {
+      (Probs::load_wide(out + i * out_ld + c) * by).store(to + c, n);
+    });
+  }
+}
+
+}  // namespace
+
+void attention_bf16_pack(const Attention& p, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / p.heads, head = unit % p.heads;
+    const auto of_head = [&](const void* x, const int64_t* strides) {
+      return static_cast<const bf16*>(x) + image * strides[0] + head * strides[1];
+    };
+    pack_keys(of_head(p.k, p.k_strides), p.k_strides[2], p.keys, p.width,
+              static_cast<bf16*>(p.packed_k) + unit * attention_bf16_packed(p.keys, p.width));
+    pack_values(
+        of_head(p.v, p.v_strides), p.v_strides[2], p.keys, p.value_width,
+        static_cast<bf16*>(p.packed_v) + unit * attention_bf16_packed(p.keys, p.value_width));
+  }
+}
+
+void attention_bf16(const Attention& p, int64_t begin, int64_t end) {
+  const Tiles tiles;
+  const int64_t each = (p.queries + kBf16Queries - 1) / kBf16Queries;  // units of an image's head
+  for (int64_t unit = begin; unit < end; ++unit) attend(p, unit / each, unit % each * kBf16Queries);
+}
+
+}  // namespace fastdiff::CPU_CAPABILITY
