@@ -157,11 +157,14 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
   const char* values = reinterpret_cast<const char*>(
       static_cast<const bf16*>(p.packed_v) + unit * attention_bf16_packed(p.keys, p.value_width));
   const int64_t tap = 0;
-  const Walk over_width{depth * 2, kColumns * 2, 1, &tap},
-      over_keys{kProbsLd * 2, kColumns * 2, 1, &tap};
+  // Pairs of the last of the steps that `count` values take, in fours.
+  const auto last_pairs = [](int64_t count) { return (count - 1) % kColumns / 8 * 4 + 4; };
+  const Walk over_width{depth * 2, kColumns * 2, 1, &tap, nullptr, 0, last_pairs(p.width)};
   const int64_t key_bytes = depth * 2;
   for (int64_t k0 = 0; k0 < p.keys; k0 += kKeys) {
     const int64_t left = p.keys - k0, block = std::min(kKeys, whole(left));
+    const Walk over_keys{
+        kProbsLd * 2, kColumns * 2, 1, &tap, nullptr, 0, last_pairs(std::min(kKeys, left))};
     float counted[kColumns];
     for (int64_t j = 0; j < kColumns; ++j) counted[j] = block - kColumns + j < left ? 1.f : 0.f;
     for (int64_t i = 0; i < count; i += kBand) {

@@ -45,6 +45,9 @@ struct Walk {
   const int64_t* step =
       nullptr;          // where their parts of B begin, or null if each is behind the last
   int64_t b_plane = 0;  // then from a plane's steps in B to the next plane's
+  // Pairs of columns of the last plane, a multiple of 4. A or B is zero in the others, which tiles
+  // multiply and dot products leave out.
+  int64_t last_pairs = 16;
 
   FASTDIFF_INLINE const char* b_at(const char* b, int64_t plane, int64_t t) const {
     return step ? b + plane * b_plane + step[t] : b + (plane * taps + t) * kStepBytes;
@@ -154,7 +157,8 @@ FASTDIFF_INLINE void multiply_band(const char* a, const Walk& walk, int64_t plan
     for (int v = 0; v < V; ++v) sums[m][v] = F{};
   }
   const int64_t spacing = walk.spacing, taps = walk.taps;
-  for (int64_t plane = 0; plane < planes; ++plane, a += walk.plane)
+  for (int64_t plane = 0; plane < planes; ++plane, a += walk.plane) {
+    const int64_t pairs = plane + 1 < planes ? 16 : walk.last_pairs;
     for (int64_t t = 0; t < taps; ++t) {
       const char* const now = walk.b_at(b, plane, t);
       const char* rows[M];
@@ -164,25 +168,28 @@ FASTDIFF_INLINE void multiply_band(const char* a, const Walk& walk, int64_t plan
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) __builtin_prefetch(rows[m] + M * spacing);
       }
+      for (int64_t four = 0; four < pairs; four += 4) {
 #pragma GCC unroll 4
-      for (int pair = 0; pair < 16; ++pair) {
-        __m512bh column[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v)
-          column[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(now + v * 1024 + pair * 64));
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          int both;
-          __builtin_memcpy(&both, rows[m] + pair * 4, 4);
-          const auto row = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+        for (int64_t pair = four; pair < four + 4; ++pair) {
+          __m512bh column[V];
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v)
-            sums[m][v] = reinterpret_cast<F>(
-                _mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m][v]), row, column[v]));
+            column[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(now + v * 1024 + pair * 64));
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m) {
+            int both;
+            __builtin_memcpy(&both, rows[m] + pair * 4, 4);
+            const auto row = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v)
+              sums[m][v] = reinterpret_cast<F>(
+                  _mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m][v]), row, column[v]));
+          }
         }
       }
       for (int i = 0; i < fetch.lines; ++i, fetch.from += 64) __builtin_prefetch(fetch.from, 0, 2);
     }
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
