@@ -27,7 +27,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         scale: factor of the scores q k^T; None for 1 / sqrt(D).
 
     Returns:
-        [B, H, L, D'], in memory as [B, L, H, D']; sums are taken in float32 or better.
+        [B, H, L, D'], in memory as [B, L, H, D']; sums are taken in float32 or better. In bfloat16,
+        on a processor that multiplies it, the exponentials are rounded to bfloat16 before their
+        product with v, as PyTorch's own kernel does; their sum is not.
 
     Raises:
         RuntimeError: autograd would record the call, which has no gradient formula.

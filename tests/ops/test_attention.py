@@ -16,13 +16,14 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.ops.backend import isa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.bfloat16)
 DTYPE_IDS = ("f32", "bf16")
 
-# B, H, L, S, D, D'; the kernel takes 48 queries and 256 keys at a time
+# B, H, L, S, D, D'; the kernels take 48 or 64 queries and 256 keys at a time
 SHAPES = {
     "one of everything": (1, 1, 1, 1, 1, 1),
     "one query": (2, 3, 1, 70, 13, 13),
@@ -70,6 +71,53 @@ def judge(q, k, v, scale=None, cancelling=False) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values(shape, dtype) -> None:
     judge(*make(shape, dtype))
+
+
+# What is left of 32, in which products of bfloat16 take each dimension, or of 16 lanes.
+TAILS = {
+    "queries": lambda n: (1, 2, n, 9, 8, 8),
+    "queries of a second unit": lambda n: (1, 1, 64 + n, 9, 8, 8),
+    "keys": lambda n: (1, 2, 5, n, 8, 8),
+    "keys of a second block": lambda n: (1, 1, 5, 256 + n, 8, 8),
+    "width": lambda n: (1, 2, 5, 9, n, 8),
+    "width of values": lambda n: (1, 2, 5, 9, 8, n),
+    "width of values of a second panel": lambda n: (1, 1, 5, 9, 8, 32 + n),
+}
+
+
+@pytest.mark.parametrize("shape", TAILS.values(), ids=TAILS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_tails(dtype, shape) -> None:
+    for n in range(1, 34):
+        judge(*make(shape(n), dtype), cancelling=True)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 2, 100, 300, 40, 40), (2, 1, 64, 77, 80, 80), (1, 1, 9, 999, 8, 5), (1, 2, 50, 1, 64, 64)],
+    ids=str,
+)
+@pytest.mark.parametrize("factor", [0.1, 1, 10], ids=str)
+def test_errs_at_most_twice_as_much_as_pytorch_in_bfloat16(shape, factor) -> None:
+    """In the root mean square of all values, where single ones would be a matter of luck."""
+    q, k, v = make(shape, torch.bfloat16)
+    q = q * factor
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    theirs = (F.scaled_dot_product_attention(q, k, v).double() - exact).norm()
+    assert (ops.attention(q, k, v).double() - exact).norm() <= 2 * theirs
+
+
+@pytest.mark.skipif(isa() not in ("AVX512_BF16", "AMX"), reason="multiplies float32")
+def test_numerators_are_rounded_to_bfloat16_and_their_sum_is_not() -> None:
+    """So the products are of bfloat16. Two values that all but cancel show the rounding."""
+    q, k = torch.ones(1, 1, 1, 1), torch.tensor([0, -0.015625]).view(1, 1, 2, 1)
+    v = torch.tensor([1.0, -1.0]).view(1, 1, 2, 1)
+    second = torch.tensor(-0.015625, dtype=torch.float64).exp()  # 0.9845, rounded to 0.9844
+    wanted = (1 - second.bfloat16().double()) / (1 + second)
+    exact = (1 - second) / (1 + second)
+    assert abs(exact - wanted) > 0.005 * exact
+    found = ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 1.0).double().item()
+    assert found == wanted.bfloat16().item() != exact.bfloat16().item()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -126,11 +174,16 @@ BAD = {
     "inf in k": (1, (0, 1, 290, 3), torch.inf),
     "inf in v": (2, (0, 1, 290, 3), torch.inf),
     "-inf in v": (2, (0, 1, 2, 3), -torch.inf),
+    "nan in the last key": (1, (0, 1, 599, 3), torch.nan),
+    "inf in the last key": (1, (0, 1, 599, 3), torch.inf),
+    "nan in the last v": (2, (0, 1, 599, 3), torch.nan),
+    "inf in the last v": (2, (0, 1, 599, 4), torch.inf),
     "a query that scores -inf": (0, (0, 1, 20), -torch.inf),
     "a key that scores -inf": (1, (0, 1, 290), -torch.inf),
     "a first key that scores -inf": (1, (0, 1, 0), -torch.inf),
     "256 first keys that score -inf": (1, (0, 1, slice(256)), -torch.inf),
     "256 keys that score -inf": (1, (0, 1, slice(256, 512)), -torch.inf),
+    "a last key that scores -inf": (1, (0, 1, 599), -torch.inf),
     "all keys score -inf": (1, (0, 1), -torch.inf),
     "largest floats": (1, (0, 1, slice(100, 300)), torch.finfo(torch.float32).max),
 }
@@ -203,16 +256,18 @@ def test_is_one_dispatcher_call() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 500, 300, 16, 16), (3, 5, 7, 300, 16, 16)], ids=str)
-def test_threads_do_not_change_the_bits(shape) -> None:
-    tensors, results = make(shape), []
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_threads_do_not_change_the_bits(dtype, shape) -> None:
+    tensors, results = make(shape, dtype), []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
         results.append(ops.attention(*tensors))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_calls_from_several_threads_at_once() -> None:
-    calls = [make(shape, seed=seed) for seed, shape in enumerate(SHAPES.values())] * 3
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_calls_from_several_threads_at_once(dtype) -> None:
+    calls = [make(shape, dtype, seed) for seed, shape in enumerate(SHAPES.values())] * 3
     wanted = [ops.attention(*tensors) for tensors in calls]
     torch.set_num_threads(2)
     with ThreadPoolExecutor(4) as pool:
@@ -313,7 +368,7 @@ def test_the_kernel_checks_for_itself(bad) -> None:
 SCRIPT = """
 import torch
 from fastdiff import ops
-one = torch.zeros(1, 1, 1, 1)
+one = torch.zeros(1, 1, 1, 1, dtype=torch.{dtype})
 for keys in (2**50, -(-(2**64) // 130) - 64, 2**63 - 65, 2**63 - 1):
     many = one.expand(1, 1, keys, 1)
     try:
@@ -323,9 +378,11 @@ for keys in (2**50, -(-(2**64) // 130) - 64, 2**63 - 65, 2**63 - 1):
 """
 
 
-def test_huge_sizes_are_refused() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_huge_sizes_are_refused(dtype) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", SCRIPT.format(dtype=dtype)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.stdout.splitlines() == ["refused"] * 4, done.stderr
     assert done.returncode == 0

@@ -1,16 +1,17 @@
-// Attention of bfloat16 without its matrix (Dao et al. 2022, arXiv:2205.14135), by products of
-// bfloat16. A few queries at a time go over a block of keys: their scores are products summed up in
-// float32; the softmax is taken in float32 too, and its numerators are rounded to bfloat16 for
-// their product with the values. Each query keeps the largest score, the sum of numerators and the
-// weighted sum of values so far, and is divided and rounded once at the end.
+// out = softmax(scale q k^T) v of bfloat16 without the matrix of scores (Dao et al. 2022,
+// arXiv:2205.14135), by products of bfloat16. A few queries at a time go over a block of keys.
+// Their scores are products summed up in float32, and so is the softmax; its numerators are rounded
+// to bfloat16 for their product with the values. Each query keeps the largest score, the sum of
+// numerators and the weighted sum of values so far, and is divided and rounded once at the end.
 //
-// Keys and values are packed once for all queries, as `products.h` wants its B, with zeros up to
-// whole steps. Keys past the last one repeat it instead, so that they change no maximum: their
-// values are zero, and the sum leaves them out.
+// Keys and values are packed once for all queries, as products.h wants its B, with zeros up to
+// whole steps of 32. Keys past the last one repeat it instead, so that they change no maximum:
+// their values are zero, and the sum leaves them out.
 //
-// Beside the products it is the exponentials that take the time: so their argument is one
-// multiply-add of a score, the polynomial is as short as bfloat16 lets it be, and nothing is masked
-// but the last vector of a row.
+// q, k and v are read once and out is written once, which is the least; a head's packed keys and
+// values, 2 bytes a number, are written once and read for every kBf16Queries queries, from L2 where
+// they fit it. The time goes into the products and the exponentials: so a score becomes an exponent
+// by one multiply-add, the polynomial is as short as bfloat16 lets it be, and nothing is masked.
 #include "cpu/kernels/attention.h"
 
 #include <cmath>
@@ -25,11 +26,16 @@ namespace {
 
 constexpr int64_t kKeys = 256;  // of a block
 constexpr float kNone = -std::numeric_limits<float>::infinity();
+// Queries whose scores with a block are kept: as many as are multiplied together, or as stay in an
+// L1 of 32 KiB.
 #ifdef FASTDIFF_TILES
-constexpr int64_t kBand = kTogetherRows;  // queries whose scores are kept at a time
+constexpr int64_t kBand = kTogetherRows;
 #else
 constexpr int64_t kBand = 16;
 #endif
+// Floats from a query's scores to the next one's, and numbers from its numerators to the next
+// one's. Rows that lie a power of two apart would share a few sets of the cache.
+constexpr int64_t kScoresLd = kKeys + kLine, kProbsLd = kKeys + kColumns;
 
 using Probs = Values<bf16>;
 using V = Probs::V;
@@ -126,77 +132,94 @@ void multiply_row(float* row, int64_t count, float by) {
     store_lanes(row + c, load_lanes<V>(row + c) * by);
 }
 
-void attend(const Attention& p, int64_t unit, int64_t begin) {
-  static thread_local Scratch scratch;
-  const int64_t image = unit / p.heads, head = unit % p.heads;
-  const int64_t count = std::min(kBf16Queries, p.queries - begin);
-  const int64_t depth = whole(p.width), steps = whole(p.keys) / kColumns;
-  // Rows that lie a power of two apart would share a few sets of the cache.
-  constexpr int64_t kScoresLd = kKeys + kLine, kProbsLd = kKeys + kColumns;
-  const int64_t out_ld = whole(p.value_width) + kLine;
-  float* const scores =
-      scratch.at_least(kBand * (kScoresLd + kProbsLd / 2) + kBf16Queries * (out_ld + depth / 2));
-  float* const out = scores + kBand * kScoresLd;
-  bf16* const probs = reinterpret_cast<bf16*>(out + kBf16Queries * out_ld);
-  bf16* const queries = probs + kBand * kProbsLd;
-
-  // A negative scale is the queries' sign, so that the largest product has the largest score.
-  const bf16* q = static_cast<const bf16*>(p.q) + image * p.q_strides[0] + head * p.q_strides[1];
+// The queries of a unit, of whole steps. A negative scale becomes their sign, so that the largest
+// product has the largest score.
+void load_queries(const Attention& p, const bf16* q, int64_t count, bf16* to) {
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < p.width; d += kColumns) {
-      Line line(q + (begin + i) * p.q_strides[2] + d, p.width - d);
+    for (int64_t d = 0; d < p.width; d += kColumns, to += kColumns) {
+      Line line(q + i * p.q_strides[2] + d, p.width - d);
       if (p.scale < 0)
         for (bf16& value : line.value) value.x ^= 0x8000;
-      __builtin_memcpy(queries + i * depth + d, &line, sizeof line);
+      __builtin_memcpy(to, &line, sizeof line);
     }
-  const float factor = std::abs(p.scale) * static_cast<float>(kLog2e);  // softmax of powers of 2
+}
 
-  Seen seen[kBf16Queries];
-  const char* keys = reinterpret_cast<const char*>(static_cast<const bf16*>(p.packed_k) +
-                                                   unit * attention_bf16_packed(p.keys, p.width));
-  const char* values = reinterpret_cast<const char*>(
-      static_cast<const bf16*>(p.packed_v) + unit * attention_bf16_packed(p.keys, p.value_width));
-  const int64_t tap = 0;
-  // Pairs of the last of the steps that `count` values take, in fours.
-  const auto last_pairs = [](int64_t count) { return (count - 1) % kColumns / 8 * 4 + 4; };
-  const Walk over_width{depth * 2, kColumns * 2, 1, &tap, nullptr, 0, last_pairs(p.width)};
-  const int64_t key_bytes = depth * 2;
-  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeys) {
-    const int64_t left = p.keys - k0, block = std::min(kKeys, whole(left));
-    const Walk over_keys{
-        kProbsLd * 2, kColumns * 2, 1, &tap, nullptr, 0, last_pairs(std::min(kKeys, left))};
-    float counted[kColumns];
-    for (int64_t j = 0; j < kColumns; ++j) counted[j] = block - kColumns + j < left ? 1.f : 0.f;
-    for (int64_t i = 0; i < count; i += kBand) {
-      const int64_t rows = std::min(kBand, count - i);
-      const char* a = reinterpret_cast<const char*>(queries + i * depth);
-      for (int64_t k = 0; k < block; k += kColumns)
-        multiply({a, a + kGroup * key_bytes, rows}, over_width, depth / kColumns,
-                 keys + (k0 + k) * key_bytes, kColumns, scores + k, kScoresLd, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float shrink = softmax(scores + r * kScoresLd, block, factor, counted,
-                                     probs + r * kProbsLd, seen[i + r]);
-        if (k0 > 0 && shrink != 1.f)
-          multiply_row(out + (i + r) * out_ld, whole(p.value_width), shrink);
-      }
-      a = reinterpret_cast<const char*>(probs);
-      for (int64_t c = 0; c < p.value_width; c += kColumns)
-        multiply({a, a + kGroup * kProbsLd * 2, rows}, over_keys, block / kColumns,
-                 values + (c / kColumns * steps + k0 / kColumns) * kStepBytes, p.value_width - c,
-                 out + i * out_ld + c, out_ld, k0 > 0);
-    }
-  }
-  bf16* to =
-      static_cast<bf16*>(p.out) + ((image * p.queries + begin) * p.heads + head) * p.value_width;
-  for (int64_t i = 0; i < count; ++i, to += p.heads * p.value_width) {
+void store_outputs(const Attention& p, const float* from, int64_t ld, const Seen* seen,
+                   int64_t count, bf16* out) {
+  for (int64_t i = 0; i < count; ++i) {
     // Where all scores are -inf PyTorch has NaN.
     const float sum =
         seen[i].top == kNone ? std::numeric_limits<float>::quiet_NaN() : sum_lanes(seen[i].sum);
     const Probs by(1.f / sum);
     for_values<bf16>(p.value_width, [&](int64_t c, int64_t n) FASTDIFF_HOT {
-      (Probs::load_wide(out + i * out_ld + c) * by).store(to + c, n);
+      (Probs::load_wide(from + i * ld + c) * by).store(out + i * p.heads * p.value_width + c, n);
     });
   }
+}
+
+// How products read rows of bfloat16 that lie `ld` apart, of which `columns` are not zero.
+Walk walk(int64_t ld, int64_t columns) {
+  static constexpr int64_t kTap = 0;
+  const int64_t last = (columns - 1) % kColumns + 1;
+  return {.spacing = ld * 2,
+          .plane = kColumns * 2,
+          .taps = 1,
+          .tap = &kTap,
+          .last_pairs = (last + 7) / 8 * 4};
+}
+
+Rows rows(const bf16* a, int64_t ld, int64_t count) {
+  return {reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(a + kGroup * ld), count};
+}
+
+void attend(const Attention& p, int64_t unit, int64_t begin) {
+  static thread_local Scratch scratch;
+  const int64_t image = unit / p.heads, head = unit % p.heads;
+  const int64_t count = std::min(kBf16Queries, p.queries - begin);
+  const int64_t depth = whole(p.width), out_ld = whole(p.value_width) + kLine;
+  float* const scores =
+      scratch.at_least(kBand * (kScoresLd + kProbsLd / 2) + kBf16Queries * (out_ld + depth / 2));
+  float* const out = scores + kBand * kScoresLd;
+  bf16* const probs = reinterpret_cast<bf16*>(out + kBf16Queries * out_ld);
+  bf16* const queries = probs + kBand * kProbsLd;
+  load_queries(p,
+               static_cast<const bf16*>(p.q) + image * p.q_strides[0] + head * p.q_strides[1] +
+                   begin * p.q_strides[2],
+               count, queries);
+  const float factor = std::abs(p.scale) * static_cast<float>(kLog2e);  // softmax of powers of 2
+  const auto* keys =
+      static_cast<const bf16*>(p.packed_k) + unit * attention_bf16_packed(p.keys, p.width);
+  const auto* values =
+      static_cast<const bf16*>(p.packed_v) + unit * attention_bf16_packed(p.keys, p.value_width);
+  const auto product = [](const Rows& a, const Walk& along, int64_t steps, const bf16* b,
+                          int64_t columns, float* c, int64_t ld, bool accumulate) FASTDIFF_HOT {
+    multiply(a, along, steps, reinterpret_cast<const char*>(b), columns, c, ld, accumulate);
+  };
+  Seen seen[kBf16Queries];
+  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeys) {
+    const int64_t left = p.keys - k0, block = std::min(kKeys, whole(left));
+    float counted[kColumns];  // of the last step of keys: 1, or 0 past the last key
+    for (int64_t j = 0; j < kColumns; ++j) counted[j] = block - kColumns + j < left ? 1.f : 0.f;
+    for (int64_t i = 0; i < count; i += kBand) {
+      const int64_t band = std::min(kBand, count - i);
+      for (int64_t k = 0; k < block; k += kColumns)
+        product(rows(queries + i * depth, depth, band), walk(depth, p.width), depth / kColumns,
+                keys + (k0 + k) * depth, kColumns, scores + k, kScoresLd, false);
+      for (int64_t r = 0; r < band; ++r) {
+        const float shrink = softmax(scores + r * kScoresLd, block, factor, counted,
+                                     probs + r * kProbsLd, seen[i + r]);
+        if (k0 > 0 && shrink != 1.f)
+          multiply_row(out + (i + r) * out_ld, whole(p.value_width), shrink);
+      }
+      for (int64_t c = 0; c < p.value_width; c += kColumns)
+        product(rows(probs, kProbsLd, band), walk(kProbsLd, std::min(block, left)),
+                block / kColumns, values + c * whole(p.keys) + k0 * kColumns, p.value_width - c,
+                out + i * out_ld + c, out_ld, k0 > 0);
+    }
+  }
+  store_outputs(
+      p, out, out_ld, seen, count,
+      static_cast<bf16*>(p.out) + ((image * p.queries + begin) * p.heads + head) * p.value_width);
 }
 
 }  // namespace
