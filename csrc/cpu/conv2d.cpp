@@ -28,7 +28,8 @@ Threads threads() {
           }};
 }
 
-// Asks for large pages, before anything is written: a weight is read from end to end, once a call.
+// Asks for large pages, before anything is written: a weight is read from end to end, once a call,
+// and small ones would be faulted in one by one when it is first written.
 void prefer_large_pages(const at::Tensor& memory) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096, kLargePage = 2 << 20;
@@ -48,7 +49,12 @@ at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t number) {
   int64_t count = algorithm.packed_count(size);
   auto out = at::empty({count}, weight.options().dtype(algorithm.packed_dtype));
   prefer_large_pages(out);
-  const auto plain = weight.to(at::kFloat).contiguous();
+  auto plain = weight;
+  if (weight.scalar_type() != at::kFloat || !weight.is_contiguous()) {
+    plain = at::empty(weight.sizes(), weight.options().dtype(at::kFloat));
+    prefer_large_pages(plain);
+    plain.copy_(weight);
+  }
   algorithm.pack(size, plain.const_data_ptr<float>(), out.mutable_data_ptr(), &count, threads());
   return out;
 }

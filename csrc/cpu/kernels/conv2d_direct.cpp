@@ -1,5 +1,7 @@
 #include "cpu/kernels/conv2d_direct.h"
 
+#include "cpu/kernels/conv2d_pack.h"
+
 namespace fastdiff::CPU_CAPABILITY {
 
 void conv2d_direct(const Conv2d& p) { direct<Windows>(p); }
@@ -12,16 +14,16 @@ void conv2d_direct_pack(const ConvWeight& size, const float* weight, void* packe
   auto* out = static_cast<float*>(packed);
   *count = depth * packed_columns(filters);
   if (!out) return;
-  share(threads, (filters + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * kPanel; first < std::min(filters, end * kPanel); first += kPanel) {
-      const int64_t columns = std::min(kPanel, filters - first), whole = packed_columns(columns);
-      float* panel = out + first * depth;
-      for (int64_t rs = 0; rs < window; ++rs)
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t k = 0; k < whole; ++k)
-            *panel++ = k < columns ? weight[((first + k) * channels + c) * window + rs] : 0;
-    }
-  });
+  pack_parts(threads, filters, kPanel, channels,
+             [&](int64_t first, int64_t columns, int64_t begin, int64_t end) {
+               const int64_t whole = packed_columns(columns);
+               for (int64_t rs = 0; rs < window; ++rs)
+                 for (int64_t c = begin; c < end; ++c) {
+                   float* row = out + first * depth + (rs * channels + c) * whole;
+                   for (int64_t k = 0; k < whole; ++k)
+                     row[k] = k < columns ? weight[((first + k) * channels + c) * window + rs] : 0;
+                 }
+             });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

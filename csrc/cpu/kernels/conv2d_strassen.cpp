@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/kernels/conv2d_direct.h"
+#include "cpu/kernels/conv2d_pack.h"
 #include "cpu/kernels/strassen.h"
 
 namespace fastdiff::CPU_CAPABILITY {
@@ -57,12 +58,13 @@ void conv2d_strassen_pack(const ConvWeight& size, const float* weight, void* pac
   auto* out = static_cast<float*>(packed);
   *count = strassen_packed(channels, filters);
   if (!out) return;
-  share(threads, (filters + kPair - 1) / kPair, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * kPair; first < std::min(filters, end * kPair); first += kPair)
-      strassen_pack(channels, out + strassen_packed(channels, first), [&](int64_t k, int64_t j) {
-        return first + j < filters ? weight[(first + j) * channels + k] : 0.f;
-      });
-  });
+  pack_parts(threads, filters, kPair, channels / 2,
+             [&](int64_t first, int64_t columns, int64_t begin, int64_t end) {
+               strassen_pack(channels, begin, end, out + strassen_packed(channels, first),
+                             [&](int64_t k, int64_t j) {
+                               return j < columns ? weight[(first + j) * channels + k] : 0.f;
+                             });
+             });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

@@ -1,5 +1,7 @@
 #include "cpu/kernels/conv2d_winograd.h"
 
+#include "cpu/kernels/conv2d_winograd_pack.h"
+
 namespace fastdiff::CPU_CAPABILITY {
 
 void conv2d_winograd2(const Conv2d& p) { winograd<2, 3>(p); }

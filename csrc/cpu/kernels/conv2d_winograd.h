@@ -17,8 +17,6 @@
 // three to this).
 #pragma once
 
-#include <cstring>
-
 #include "cpu/kernels/conv2d_epilogue.h"
 #include "cpu/kernels/conv2d_grid.h"
 #include "cpu/kernels/conv2d_patch.h"
@@ -365,67 +363,6 @@ struct Winograd {
 template <int m, int r>
 void winograd(const Conv2d& p) {
   for_float_or_bfloat16(p.dtype, [&]<class T>() { Winograd<T, m, r>(p).run(); });
-}
-
-// The taps of a 3x3 kernel that a phase's kernel has in place of each of its r.
-template <int r>
-void taps(const float* g, int64_t which, double (&out)[r][r]) {
-  const auto tap = [&](int a, int q) { return static_cast<double>(g[a * 3 + q]); };
-  // Of an even number of rows above, 0 and 1 are the same pixel, else 1 and 2.
-  const auto first = [](int a, bool odd) { return a == 0 ? 0 : odd ? 1 : 2; };
-  const auto last = [](int a, bool odd) { return a == 1 ? 2 : odd ? 0 : 1; };
-  for (int a = 0; a < r; ++a)
-    for (int q = 0; q < r; ++q) {
-      if (r == 3) {
-        out[a][q] = tap(a, q);
-        continue;
-      }
-      const bool odd_row = which / 2, odd_column = which % 2;
-      out[a][q] = 0;
-      for (int i = first(a, odd_row); i <= last(a, odd_row); ++i)
-        for (int j = first(q, odd_column); j <= last(q, odd_column); ++j) out[a][q] += tap(i, j);
-    }
-}
-
-// G g G^T of each filter and channel in float64: for each phase panels of [planes, C, filters],
-// each plane's rows padded with zeros to whole vectors of channels.
-template <int m, int r>
-void winograd_pack(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
-                   const Threads& threads) {
-  constexpr int kTile = m + r - 1, kPlanes = kTile * kTile, kPhases = r == 2 ? 4 : 1;
-  const int64_t filters = size.filters, channels = size.channels,
-                depth = rounded_up(channels, kLanes);
-  const int64_t each = kPlanes * depth * packed_columns(filters);
-  auto* out = static_cast<float*>(packed);
-  *count = kPhases * each;
-  if (!out) return;
-  std::memset(out, 0, *count * sizeof(float));
-  share(threads, (filters + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin * kPanel; k < std::min(filters, end * kPanel); ++k) {
-      const int64_t first = k / kPanel * kPanel;
-      const int64_t columns = packed_columns(std::min(kPanel, filters - first));
-      for (int64_t phase = 0; phase < kPhases; ++phase) {
-        float* panel = out + phase * each + first * kPlanes * depth + k - first;
-        for (int64_t c = 0; c < channels; ++c) {
-          const auto& G = Filtering<m, r>::kWeight;
-          double g[r][r], half[kTile][r];
-          taps<r>(weight + (k * channels + c) * 9, phase, g);
-          const auto product = [](const double (&row)[r], const auto& value) {
-            double sum = 0;
-            for (int i = 0; i < r; ++i) sum += row[i] * value(i);
-            return sum;
-          };
-          for (int a = 0; a < kTile; ++a)
-            for (int s = 0; s < r; ++s) half[a][s] = product(G[a], [&](int i) { return g[i][s]; });
-          for (int a = 0; a < kTile; ++a)
-            for (int q = 0; q < kTile; ++q) {
-              const double u = product(G[q], [&](int i) { return half[a][i]; });
-              panel[((a * kTile + q) * depth + c) * columns] = static_cast<float>(u);
-            }
-        }
-      }
-    }
-  });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

@@ -91,24 +91,30 @@ inline int64_t strassen_packed(int64_t depth, int64_t columns) {
   return rounded_up(columns, kPair) * depth / 4 * 7;
 }
 
-// Two panels of B, of which `value(k, column)` is an element.
+// Rows begin..end of each product's [depth / 2, kPanel], of two panels of B, of which
+// `value(k, column)` is an element. A sum of two floats is rounded once.
 template <class Value>
-void strassen_pack(int64_t depth, float* out, Value&& value) {
+void strassen_pack(int64_t depth, int64_t begin, int64_t end, float* out, Value&& value) {
   const int64_t half = depth / 2;
-  const auto product = [&](auto sum) {
-    for (int64_t k = 0; k < half; ++k)
-      for (int64_t j = 0; j < kPanel; ++j)
-        *out++ = static_cast<float>(sum(value(k, j), value(k, j + kPanel), value(k + half, j),
-                                        value(k + half, j + kPanel)));
-  };
-  using D = double;
-  product([](D b11, D, D, D b22) { return b11 + b22; });
-  product([](D b11, D, D, D) { return b11; });
-  product([](D, D, D, D b22) { return b22; });
-  product([](D, D b12, D, D b22) { return b12 - b22; });
-  product([](D b11, D, D b21, D) { return b21 - b11; });
-  product([](D b11, D b12, D, D) { return b11 + b12; });
-  product([](D, D, D b21, D b22) { return b21 + b22; });
+  for (int64_t k = begin; k < end; ++k) {
+    float b11[kPanel], b12[kPanel], b21[kPanel], b22[kPanel];
+    for (int64_t j = 0; j < kPanel; ++j) {
+      b11[j] = value(k, j), b12[j] = value(k, j + kPanel);
+      b21[j] = value(k + half, j), b22[j] = value(k + half, j + kPanel);
+    }
+    float* row = out + k * kPanel;
+    const auto product = [&](auto sum) {
+      for (int64_t j = 0; j < kPanel; ++j) row[j] = sum(j);
+      row += half * kPanel;
+    };
+    product([&](int64_t j) { return b11[j] + b22[j]; });
+    product([&](int64_t j) { return b11[j]; });
+    product([&](int64_t j) { return b22[j]; });
+    product([&](int64_t j) { return b12[j] - b22[j]; });
+    product([&](int64_t j) { return b21[j] - b11[j]; });
+    product([&](int64_t j) { return b11[j] + b12[j]; });
+    product([&](int64_t j) { return b21[j] + b22[j]; });
+  }
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY
