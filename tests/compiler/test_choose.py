@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from fastdiff.compiler import backend, explain
-from fastdiff.compiler.choose import algorithms, budget, timings
+from fastdiff.compiler.choose import algorithms, budget, measuring, timings
 from fastdiff.compiler.choose.budget import Option, spend
 from fastdiff.compiler.choose.timings import ALGORITHM_NAMES, Sizes
 from fastdiff.ops.conv2d import conv2d_pack
@@ -39,7 +39,8 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(timings, "_tables", {})
     monkeypatch.setattr(timings, "_unsure_keys", set())
-    monkeypatch.setattr(timings, "_interruptions", lambda: 0)
+    monkeypatch.setattr(timings, "_disturbed", {})
+    monkeypatch.setattr(measuring, "_interruptions", lambda: 0)
     return tmp_path / "cache"
 
 
@@ -49,11 +50,11 @@ def clock(monkeypatch):
     seen = []
 
     def prefer(name):
-        def measure(size, names):
+        def measure(size, names, weights):
             seen.append(size)
             return {n: ROW[n] / (100 if n == name else 1) for n in names}, True
 
-        monkeypatch.setattr(timings, "_measure", measure)
+        monkeypatch.setattr(timings, "measure", measure)
         return seen
 
     return prefer
@@ -72,7 +73,7 @@ def written(file):
 
 
 def test_measurements_are_kept(cache, monkeypatch):
-    monkeypatch.setattr(timings, "AGREEING_RATIO", 1e9)  # on a busy machine too
+    monkeypatch.setattr(measuring, "AGREEING_RATIO", 1e9)  # on a busy machine too
     first = timings.seconds_by_algorithm([SIZE, SIZE])
     assert first[0] == first[1]
     assert set(first[0]) == set(OF_3X3)
@@ -132,65 +133,124 @@ def test_measuring_any_size(size):
     assert all(0 < seconds < 10 for seconds in row.values())
 
 
-def test_slow_algorithms_are_not_repeated(monkeypatch):
-    calls = []
-    taken = {"plain": 1.0, "direct": 0.01, "winograd2": 0.001, "winograd4": 0.06}
+def test_every_weight_is_a_part_of_the_same_constants(monkeypatch):
+    """None is packed, since that takes longer than to time an algorithm."""
+    given, time = [], measuring._time
 
-    def time(sizes, name, *_):
-        calls.append(name)
-        return taken[name]
+    def spy(sizes, name, x, weights):
+        given.append((weights.data_ptr(), weights.nbytes))
+        return time(sizes, name, x, weights)
 
-    monkeypatch.setattr(timings, "_time", time)
-    assert timings._measure(SIZE, OF_3X3) == (taken, True)
-    assert {name: calls.count(name) for name in OF_3X3} == {
-        "plain": 1, "direct": 1, "winograd2": 4, "winograd4": 2,
-    }  # fmt: skip
-
-
-def test_a_cold_first_call_does_not_count(monkeypatch):
-    calls = {name: iter([5e-4, 2e-3, 1e-3, 1.1e-3]) for name in OF_3X3}
-    monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: next(calls[name]))
-    assert timings._measure(SIZE, OF_3X3) == (dict.fromkeys(OF_3X3, 1e-3), True)
+    monkeypatch.setattr(measuring, "_time", spy)
+    wide = replace(SIZE, spec=replace(SIZE.spec, filters=96))
+    timings.seconds_by_algorithm([SIZE, wide])
+    largest = max(algorithms.packed_bytes(name, wide.spec) for name in OF_3X3)
+    assert set(given) == {(given[0][0], largest)}
+    assert measuring.constants(5).tolist() == [0.5, 0.5, 0.5]
 
 
-def test_calls_that_were_interrupted_do_not_count(monkeypatch):
-    times, interruptions = iter([8e-3, 8e-3, 1e-3, 8e-3]), iter([0, 1, 1, 2, 2, 2])
-    monkeypatch.setattr(timings, "_time", lambda *_: next(times))
-    monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
-    assert timings._calm_time() == (1e-3, True)
+@pytest.fixture
+def scripted(monkeypatch):
+    """The measurement of ``SIZE`` from given seconds, calls and interruptions by algorithm."""
+
+    def measure(seconds, interrupted=()):
+        calls, turns = [], {name: iter(row) for name, row in seconds.items()}
+
+        def time(sizes, name, *_):
+            calls.append(name)
+            return next(turns[name])
+
+        count = itertools.count()
+        hits = {2 * i + 1 for i in interrupted}  # it is asked before and after each call
+        seen = itertools.accumulate(int(i in hits) for i in count)
+        monkeypatch.setattr(measuring, "_time", time)
+        monkeypatch.setattr(measuring, "_interruptions", lambda: next(seen))
+        result = measuring.measure(SIZE, tuple(seconds), torch.empty(0))
+        return result, {name: calls.count(name) for name in seconds}
+
+    return measure
 
 
-def test_slow_calls_are_not_repeated_because_they_were_interrupted(monkeypatch):
-    times, interruptions = iter([0.3, 0.2]), itertools.count()
-    monkeypatch.setattr(timings, "_time", lambda *_: next(times))
-    monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
-    assert timings._calm_time() == (0.3, True)
+def test_slow_algorithms_are_not_repeated(scripted):
+    (times, sure), calls = scripted(
+        {"plain": [1.0], "direct": [0.01], "winograd2": [0.001] * 3, "winograd4": [0.06]}
+    )
+    assert times == {"plain": 1.0, "direct": 0.01, "winograd2": 0.001, "winograd4": 0.06}
+    assert sure
+    assert calls == {"plain": 1, "direct": 1, "winograd2": 3, "winograd4": 1}
+
+
+def test_the_quicker_of_two_slow_calls_counts(scripted):
+    row = [0.31, 0.3]
+    (times, sure), calls = scripted({"plain": [0.33, 0.34], "direct": row})
+    assert times == {"plain": 0.33, "direct": 0.3}
+    assert sure
+    assert calls == {"plain": 2, "direct": 2}
+
+
+def test_what_is_clearly_slower_is_not_called_a_third_time(scripted):
+    (times, _), calls = scripted({"plain": [6e-3, 6e-3], "direct": [4e-3, 3e-3, 3e-3]})
+    assert times == {"plain": 6e-3, "direct": 3e-3}
+    assert calls == {"plain": 2, "direct": 3}
+
+
+def test_a_cold_first_call_does_not_count(scripted):
+    row = [5e-4, 2e-3, 1e-3, 1.1e-3]
+    (times, sure), _ = scripted({"plain": row, "direct": row})
+    assert times == {"plain": 1e-3, "direct": 1e-3}
+    assert sure
+
+
+def test_calls_that_were_interrupted_do_not_count(scripted):
+    row = [8e-3, 7e-3, 1e-3, 8e-3, 1.1e-3]
+    (times, sure), calls = scripted({"direct": row}, interrupted=[1, 3])
+    assert (times, sure, calls) == ({"direct": 1e-3}, True, {"direct": 5})
+
+
+def test_slow_calls_count_though_they_were_interrupted(scripted):
+    (times, sure), calls = scripted({"direct": [0.3, 0.2]}, interrupted=[0, 1])
+    assert (times, sure, calls) == ({"direct": 0.2}, True, {"direct": 2})
 
 
 def test_what_was_always_interrupted_is_chosen_by_its_size(monkeypatch):
     interruptions = itertools.count()
-    monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: ROW[name] / 100)
-    monkeypatch.setattr(timings, "_interruptions", lambda: next(interruptions))
-    assert timings._measure(SIZE, OF_3X3) == ({n: ROW[n] / 100 for n in OF_3X3}, False)
+    monkeypatch.setattr(measuring, "_time", lambda sizes, name, *_: ROW[name] / 100)
+    monkeypatch.setattr(measuring, "_interruptions", lambda: next(interruptions))
     monkeypatch.setattr(algorithms, "heuristic", lambda size: {**ROW, "direct": 1e-9})
     assert algorithms.choose(SIZE, ALGORITHM_NAMES, measured=True) == "direct"
+    rows = {SIZE.key: {name: ROW[name] / 100 for name in OF_3X3}}
     assert written(timings.cache_file())["seconds"] == {}
+    assert written(timings.cache_file())["disturbed"] == rows
 
 
-def test_a_busy_machine_is_asked_more_often(monkeypatch, caplog):
-    """And if no two times agree, later processes ask again."""
-    busy = [8.0, 4.0, 2.0, 1.0, 5.0, 0.5, 0.52]
-    calls = {name: iter([seconds * 1e-3 for seconds in busy]) for name in OF_3X3}
-    monkeypatch.setattr(timings, "_time", lambda sizes, name, *_: next(calls[name]))
-    assert timings._measure(SIZE, OF_3X3) == (dict.fromkeys(OF_3X3, 5e-4), True)
-    calls.update({name: iter([1e-3 / 1.2**turn for turn in range(13)]) for name in OF_3X3})
-    assert timings.seconds_by_algorithm([SIZE], ("plain", "direct"))[0].keys() == {
-        "plain",
-        "direct",
-    }
-    assert next(calls["direct"], None) is None
-    assert written(timings.cache_file())["seconds"] == {}
-    timings.seconds_by_algorithm([SIZE], ("plain", "direct"))
+def test_a_second_disturbed_measurement_is_final(clock, monkeypatch):
+    """A machine that is always busy does not measure in every process."""
+    seen, given = [], iter([{"plain": 2.0, "direct": 4.0}, {"plain": 5.0, "direct": 1.0}])
+
+    def measure(size, names, weights):
+        seen.append(size)
+        return next(given), False
+
+    monkeypatch.setattr(timings, "measure", measure)
+    names = ("plain", "direct")
+    assert timings.seconds_by_algorithm([SIZE], names) == [{"plain": 2.0, "direct": 4.0}]
+    assert timings.seconds_by_algorithm([SIZE], names) == [{"plain": 2.0, "direct": 4.0}]
+    assert not timings.is_sure(SIZE)
+    for _ in range(2):
+        forget()
+        assert timings.seconds_by_algorithm([SIZE], names) == [{"plain": 2.0, "direct": 1.0}]
+        assert timings.is_sure(SIZE)
+    assert seen == [SIZE, SIZE]
+    assert written(timings.cache_file())["disturbed"] == {}
+
+
+def test_a_busy_machine_is_asked_more_often(scripted):
+    busy = [8e-3, 1.9e-3, 1.6e-3, 1e-3, 1.9e-3, 0.5e-3, 0.52e-3]
+    (times, sure), _ = scripted({"plain": busy, "direct": busy})
+    assert (times, sure) == ({"plain": 0.5e-3, "direct": 0.5e-3}, True)
+    falling = [1e-3 / 1.2**turn for turn in range(13)]
+    (_, sure), calls = scripted({"plain": falling, "direct": falling})
+    assert (sure, calls) == (False, {"plain": 13, "direct": 13})
 
 
 def machine():
@@ -348,7 +408,10 @@ def test_threads_measure_once(clock):
     ],
 )
 def test_the_quickest_allowed(monkeypatch, row, allowed, wanted):
-    monkeypatch.setattr(timings, "_measure", lambda size, names: ({n: row[n] for n in names}, True))
+    def measure(size, names, weights):
+        return {name: row[name] for name in names}, True
+
+    monkeypatch.setattr(timings, "measure", measure)
     assert algorithms.choose(SIZE, allowed, measured=True) == wanted
 
 
@@ -356,7 +419,7 @@ def test_the_quickest_allowed(monkeypatch, row, allowed, wanted):
 def test_strassens_weights_must_be_worth_their_memory(monkeypatch, share, wanted):
     size = Sizes((2, 64, 8, 12), ConvSpec(32, 64), torch.float32, 1)
     row = {"plain": 1.0, "direct": 1e-3, "strassen": share * 1e-3}
-    monkeypatch.setattr(timings, "_measure", lambda size, names: (row, True))
+    monkeypatch.setattr(timings, "measure", lambda size, names, weights: (row, True))
     assert algorithms.choose(size, ALGORITHM_NAMES, measured=True) == wanted
 
 
@@ -403,7 +466,7 @@ def test_an_unknown_plan(monkeypatch, value):
 
 @torch.no_grad()
 def test_measured_for_real(cache, caplog, monkeypatch):
-    monkeypatch.setattr(timings, "AGREEING_RATIO", 1e9)
+    monkeypatch.setattr(measuring, "AGREEING_RATIO", 1e9)
     model, case = small_net(), small_inputs()
     with caplog.at_level(logging.INFO, logger="fastdiff.compiler"):
         assert_as_eager(compiled(model)(*case), model, case)
@@ -573,10 +636,10 @@ def test_memory_goes_where_it_saves_the_most(monkeypatch):
     ).eval()  # fmt: skip
     x = torch.randn(2, 16, 24, 24, generator=torch.Generator().manual_seed(0))
 
-    def measure(size, names):
+    def measure(size, names, weights):
         return {n: ROW[n] * size.x[2] for n in names}, True
 
-    monkeypatch.setattr(timings, "_measure", measure)
+    monkeypatch.setattr(timings, "measure", measure)
     for name in ("direct", "winograd2"):
         bound = algorithms.packed_bytes(name, ConvSpec(16, 16, (3, 3)))
         rows = explain(model, x, options={"packed_bytes": bound}).fused

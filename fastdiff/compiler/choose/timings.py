@@ -14,39 +14,23 @@ import os
 import platform
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastdiff.ops import reference
+from fastdiff.compiler.choose.measuring import constants, measure, weight_bytes
 from fastdiff.ops.backend import isa
-from fastdiff.ops.conv2d import conv2d_pack
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
 from fastdiff.ops.conv2d_spec import ConvSpec
-
-try:
-    import resource
-except ImportError:  # not a Unix
-    resource = None  # type: ignore[assignment]
 
 log = logging.getLogger("fastdiff.compiler")
 FILE_VERSION = 4  # of the file's format and of the kernels' speed; other versions are ignored
 # ``plain`` is PyTorch's convolution, which packs no weight.
 ALGORITHM_NAMES = ("plain", *ALGORITHMS)
-# Each algorithm is called from 3 to 12 times, until its two quickest calls agree within the ratio.
-LEAST_CALLS, MOST_CALLS, AGREEING_RATIO = 3, 12, 1.15
-CALM_TRIES = 4  # a call is repeated up to so often until the scheduler does not interrupt it
-SLOW_SECONDS = 0.05  # a call that takes longer is not repeated: its time counts alone
-# An algorithm is not called again after a call of more than both ratio * best and these seconds.
-HOPELESS_RATIO, HOPELESS_SECONDS = 2.0, 0.005
-LARGE_WEIGHT_BYTES = 8 << 20  # of larger weights only one packed form is in memory at a time
 _lock = threading.RLock()
-_op = torch.ops.fastdiff.conv2d.default
 Table = dict[str, dict[str, float]]  # seconds, by ``Sizes.key`` and algorithm
 
 
@@ -105,15 +89,20 @@ def seconds_by_algorithm(
         file = cache_file()
         table = _tables.get(file)
         if table is None:
-            table = _tables[file] = _load(file)
+            table, _disturbed[file] = _load(file)
+            _tables[file] = table
         missing = [s for s in dict.fromkeys(sizes) if _lacks(table, s, names)]
         if missing:
             log.info("measuring %d convolutions for %s", len(missing), file or "this process")
+            weights = constants(max(weight_bytes(size, size.among(names)) for size in missing))
             for size in missing:
                 if not _lacks(table, size, names):
                     continue  # an earlier size with the same key was measured just now
-                row, sure = _measure(size, size.among(names))
+                row, sure = measure(size, size.among(names), weights)
+                before = _disturbed.get(file, {}).get(size.key, {})
+                row = {name: min(row[name], before.get(name, math.inf)) for name in row}
                 table.setdefault(size.key, {}).update(row)
+                sure = sure or before.keys() >= row.keys()
                 (_unsure_keys.discard if sure else _unsure_keys.add)(size.key)
             _save(file, table)
         return [dict(table[s.key]) for s in sizes]
@@ -165,29 +154,33 @@ def _machine() -> dict[str, Any]:
 
 
 _tables: dict[Path | None, Table] = {}
-_unsure_keys: set[str] = set()  # of measurements that were disturbed, and are not saved
+_unsure_keys: set[str] = set()  # of measurements of this process that were disturbed
+# Measurements of earlier processes that were disturbed. One more measurement makes them final, so
+# that a machine that is always busy does not measure in every process.
+_disturbed: dict[Path | None, Table] = {}
 
 
-def _load(file: Path | None, level: int = logging.WARNING) -> Table:
-    """The valid rows of a file. Whatever else the file has is logged at ``level``."""
+def _load(file: Path | None, level: int = logging.WARNING) -> tuple[Table, Table]:
+    """The valid rows of a file, and those that were disturbed. All else is logged at ``level``."""
     if file is None:
-        return {}
+        return {}, {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["machine"] != _machine():
             log.log(level, "%s is of another version or machine: measuring anew", file)
-            return {}
+            return {}, {}
         rows = content["seconds"].items()
+        disturbed = content.get("disturbed", {}).items()
     except FileNotFoundError:
-        return {}
+        return {}, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.log(level, "%s cannot be used (%r): measuring anew", file, error)
-        return {}
-    table = {key: row for key, row in rows if _is_row(row)}
-    if len(table) < len(rows):
-        wrong = len(rows) - len(table)
+        return {}, {}
+    table, unsure = ({key: row for key, row in of if _is_row(row)} for of in (rows, disturbed))
+    wrong = len(rows) - len(table) + len(disturbed) - len(unsure)
+    if wrong:
         log.log(level, "%s: %d rows are not seconds by algorithm: measuring anew", file, wrong)
-    return table
+    return table, unsure
 
 
 def _is_row(row: Any) -> bool:
@@ -203,15 +196,21 @@ def _save(file: Path | None, table: Table) -> None:
     if file is None:
         return
     # The file may have new rows, from other processes.
-    for key, row in _load(file, logging.DEBUG).items():
-        table[key] = {**row, **table.get(key, {})}
+    of_others, disturbed = _load(file, logging.DEBUG)
+    for key, row in of_others.items():
+        mine = table.get(key, {})
+        table[key] = {**mine, **row} if key in _unsure_keys else {**row, **mine}
+        _unsure_keys.discard(key)
     kept = {key: row for key, row in table.items() if key not in _unsure_keys}
+    disturbed |= {key: table[key] for key in _unsure_keys if key in table}
+    disturbed = {key: row for key, row in disturbed.items() if key not in kept}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".new")
         try:
             with open(descriptor, "w", encoding="utf-8") as new:
-                json.dump({"machine": _machine(), "seconds": kept}, new)
+                rows = {"seconds": kept, "disturbed": disturbed}
+                json.dump({"machine": _machine(), **rows}, new)
             os.replace(name, file)
         except OSError:
             with contextlib.suppress(OSError):
@@ -219,77 +218,3 @@ def _save(file: Path | None, table: Table) -> None:
             raise
     except OSError as error:
         log.warning("%s cannot be written (%s): the next process measures again", file, error)
-
-
-def _measure(sizes: Sizes, names: Sequence[str]) -> tuple[dict[str, float], bool]:
-    """Time each algorithm on constant tensors: times do not depend on the values.
-
-    The algorithms take turns, so that other work of the machine slows all of them alike. With large
-    weights they follow one another, so that only one packed weight is in memory.
-
-    Returns:
-        Seconds by algorithm, and whether the times of the quickest were reproducible.
-    """
-    times_of: dict[str, list[float]] = {}  # ascending
-    disturbed: set[str] = set()
-    with torch.inference_mode():
-        n, c, h, w = sizes.x
-        x = torch.full((n, h, w, c), 0.5, dtype=sizes.dtype, device="cpu").permute(0, 3, 1, 2)
-        weight = torch.full(sizes.spec.weight, 0.5, dtype=sizes.dtype, device="cpu")
-        large = 4 * weight.numel() > LARGE_WEIGHT_BYTES
-        packed: dict[str, Tensor] = {}
-        likely = list(reversed(names))  # probably the quickest first, so that slow ones end early
-        left = [[name] for name in likely] if large else [likely]
-        for together in left:
-            packed.clear()
-            for turn in range(MOST_CALLS + 1):
-                for name in list(together):
-                    if name != "plain" and name not in packed:
-                        packed[name] = conv2d_pack(weight, name)
-                    seconds, calm = _calm_time(sizes, name, x, weight, packed.get(name))
-                    if not calm:
-                        disturbed.add(name)
-                    times_of[name] = sorted([*(times_of[name] if turn > 1 else ()), seconds])
-                    best = min(times[0] for times in times_of.values())
-                    hopeless = seconds > max(HOPELESS_RATIO * best, HOPELESS_SECONDS)
-                    agreed = turn >= LEAST_CALLS and _agree(times_of[name])
-                    if hopeless or agreed or (turn > 0 and seconds > SLOW_SECONDS):
-                        together.remove(name)
-    quickest = min(times_of, key=lambda name: times_of[name])
-    sure = _agree(times_of[quickest]) and quickest not in disturbed
-    return {name: times[0] for name, times in times_of.items()}, sure
-
-
-def _agree(times: Sequence[float]) -> bool:
-    return times[0] > SLOW_SECONDS or (len(times) > 1 and times[1] <= AGREEING_RATIO * times[0])
-
-
-def _calm_time(*args: Any) -> tuple[float, bool]:
-    """Seconds of ``_time``, and whether no thread of this process was preempted meanwhile.
-
-    If a thread is preempted, the other threads wait for it. That adds one time slice of the
-    scheduler, which matters only for short calls.
-    """
-    quickest = math.inf
-    for _ in range(CALM_TRIES):
-        before = _interruptions()
-        seconds = _time(*args)
-        if seconds > SLOW_SECONDS or _interruptions() == before:
-            return seconds, True
-        quickest = min(quickest, seconds)
-    return quickest, False
-
-
-def _interruptions() -> int:
-    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-def _time(sizes: Sizes, name: str, x: Tensor, weight: Tensor, packed: Tensor | None) -> float:
-    spec = sizes.spec.bare
-    numbers = spec.encode()
-    begin = time.perf_counter()
-    if packed is None:
-        reference.conv2d(x, weight, spec)
-    else:
-        _op(x, packed, numbers, ALGORITHMS[name].number)
-    return time.perf_counter() - begin
