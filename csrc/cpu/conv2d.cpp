@@ -43,7 +43,10 @@ void prefer_large_pages(const at::Tensor& memory) {
 }
 
 at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t number) {
-  check_float_or_bfloat16(weight, "weight");
+  const auto type = weight.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+                   "weight must be float32, bfloat16 or float16, got ", type);
+  check_device(weight, at::kCPU, "weight");
   const auto& algorithm = conv2d_algorithm(number);
   const ConvWeight size = decode_weight(weight.sizes());
   int64_t count = algorithm.packed_count(size);

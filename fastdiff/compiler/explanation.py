@@ -26,12 +26,14 @@ class Fused:
 
     Attributes:
         what: names of the operations that it computes.
+        dtype: of its input and its result: what it computes in, though its sums are float32.
         shape: sizes of its weight and of the inputs that it has had.
         algorithm: the algorithm for each of these inputs.
         packed_bytes: memory of its packed weights that no row above counts.
     """
 
     what: str
+    dtype: str
     shape: str
     algorithm: str
     packed_bytes: int
@@ -73,8 +75,10 @@ class Explanation:
         lines += [f"runs uncompiled: {reason}" for reason in self.uncompiled]
         lines += [f"  break: {reason}" for reason in self.breaks]
         lines += [f"not on the fast path: {reason}" for reason in self.reasons]
-        rows = [("fused", "shape", "algorithm", "packed")]
-        rows += [(r.what, r.shape, r.algorithm, _mebibytes(r.packed_bytes)) for r in self.fused]
+        rows = [("fused", "dtype", "shape", "algorithm", "packed")]
+        rows += [
+            (r.what, r.dtype, r.shape, r.algorithm, _mebibytes(r.packed_bytes)) for r in self.fused
+        ]
         lines += _table(rows)
         lines += _table(
             [("left", "count", "why")]
@@ -208,6 +212,7 @@ def _row(emitted: Emitted, counted: set[tuple[PackedWeight, str]]) -> Fused:
                 size += used
     return Fused(
         emitted.what,
+        str(emitted.dtype).removeprefix("torch."),
         " on ".join("x".join(map(str, size)) for size in sizes),
         ", ".join(dict.fromkeys(plans.values())) or "streamed",
         size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from fastdiff import ops
@@ -16,9 +17,13 @@ from fastdiff.compiler.graph.nodes import is_weight
 from fastdiff.compiler.match.anchors import find
 from fastdiff.compiler.report import GraphReport
 from fastdiff.compiler.rewrite import composed
+from fastdiff.compiler.rewrite.autocast import Autocast, make_explicit
 from fastdiff.compiler.rewrite.fuse import fuse
 from fastdiff.compiler.rewrite.gated import gated
+from fastdiff.compiler.rewrite.lower import lower
 from fastdiff.compiler.rewrite.strides import restore_strides
+from fastdiff.compiler.rewrite.weights_node import convert_once
+from fastdiff.compiler.run.calls import without_autocast
 from fastdiff.compiler.run.replay import Replay
 
 Compiled = Callable[..., Any]
@@ -43,12 +48,30 @@ def fused(
         precision: see ``fastdiff.compiler.backend``.
         packed_bytes: see ``fastdiff.compiler.backend``.
     """
+    around = Autocast.around()
+    with torch.autocast("cpu", enabled=False):
+        compiled = _fused(gm, report, around, measured, precision, packed_bytes)
+    return without_autocast(compiled) if around.enabled else compiled
+
+
+def _fused(
+    gm: GraphModule,
+    report: GraphReport,
+    around: Autocast,
+    measured: bool,
+    precision: str,
+    packed_bytes: int | None,
+) -> Compiled:
+    """``fused``, as a function to be called without autocast."""
     graph = gm.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     remove_unused(graph)
     canonicalise(gm)
+    make_explicit(gm, around)
     remove_unused(graph)
     pinned = pinned_nodes(graph)
+    lower(graph, pinned, precision)
+    remove_unused(graph)
     gated(graph, pinned)
     order = {node: i for i, node in enumerate(graph.nodes)}
     chosen = plan(find(graph, pinned), order, pinned, precision, packed_bytes, measured)
@@ -56,11 +79,12 @@ def fused(
     report.emitted = fusion.emitted
     report.composed = composed.norms(graph, pinned, alone=True)
     report.composed += sum(node.target is ops.geglu for node in graph.nodes)
+    weights = convert_once(graph, fusion.weights)
     restore_strides(graph, pinned)
     report.leave(graph, pinned)
     graph.lint()
     gm.recompile()
-    if fusion.weights is None:
+    if weights is None:
         return gm.forward
     varying = [i for i, node in enumerate(placeholders) if not is_weight(node)]
-    return Replay(gm, fusion.weights, varying)
+    return Replay(gm, weights, varying)

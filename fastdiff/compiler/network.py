@@ -28,6 +28,7 @@ from fastdiff.common.per_model import PerModel
 from fastdiff.compiler.choose import timings
 from fastdiff.compiler.inference import Compiled, fused
 from fastdiff.compiler.report import GraphReport
+from fastdiff.compiler.rewrite.autocast import Autocast
 from fastdiff.compiler.trace import BATCH, NotTraceableError, trace
 from fastdiff.ops.backend import kernel_runs
 
@@ -41,9 +42,10 @@ _graphs: PerModel[OrderedDict[Hashable, _Graph | None]] = PerModel(OrderedDict)
 class FusedNetwork(nn.Module):
     """Calls a network through fused graphs of its layers, one for each size of image.
 
-    The network itself is called where no graph can replace the call: with gradients, under
-    autocast, with tensors that are not float32 or bfloat16 on a CPU, on the reference backend, and
-    under modes that observe PyTorch's calls. Make a new ``FusedNetwork`` after the network's
+    Under autocast the graph computes as autocast does. float16 networks are computed in float32
+    (``rewrite.lower``). The network itself is called where no graph can replace the call: with
+    gradients, with tensors that are not on a CPU, on the reference backend, and under modes that
+    observe PyTorch's calls. Make a new ``FusedNetwork`` after the network's
     modules have been changed. New values of parameters are seen at every call.
 
     Args:
@@ -86,13 +88,13 @@ class FusedNetwork(nn.Module):
             and kernel_runs(x)
             and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
             and not _is_watched()
         )
 
     def _layers(self, x: Tensor, rows: Tensor) -> Tensor:
         """The network's layers of images [N, C, H, W] and embeddings [N or 1, P]."""
-        sizes = (tuple(x.shape[1:]), x.stride()[1:], rows.shape[0] == 1)
+        kind = rows.shape[0] == 1, rows.dtype, Autocast.around()
+        sizes = (tuple(x.shape[1:]), x.stride()[1:], *kind)
         if sizes not in self._by_size:
             self._by_size[sizes] = self._graph(sizes, x, rows)
         entry = self._by_size[sizes]
@@ -121,7 +123,8 @@ class FusedNetwork(nn.Module):
         count = 1 if rows.shape[0] == 1 else BATCH
         like_rows = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device="cpu")
         try:
-            gm, read = trace(self.network.layers, (like_x, like_rows), self._weights)
+            with Autocast.around().without_cache():
+                gm, read = trace(self.network.layers, (like_x, like_rows), self._weights)
         except NotTraceableError:
             return None
         return fused(gm, GraphReport(), measured=timings.measured("heuristic")), read

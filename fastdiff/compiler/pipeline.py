@@ -18,7 +18,7 @@ from fastdiff.compiler import dynamo
 from fastdiff.compiler.choose import timings
 from fastdiff.compiler.choose.algorithms import PRECISIONS
 from fastdiff.compiler.graph.canonical import mark_parameters
-from fastdiff.compiler.graph.effects import changes_modes
+from fastdiff.compiler.graph.effects import changes_autocast, changes_modes
 from fastdiff.compiler.graph.nodes import value
 from fastdiff.compiler.graph.regions import open_regions
 from fastdiff.compiler.inference import Compiled, fused
@@ -149,7 +149,8 @@ def compile_graph(
     values = _values(gm)
     devices = sorted({v.device.type for v in values})
     if devices != ["cuda"]:  # Inductor opens regions itself, and its code depends on the threads
-        open_regions(gm, wants_gradients(values) or changes_modes(gm.graph))
+        switches = changes_modes(gm.graph) or changes_autocast(gm.graph)
+        open_regions(gm, wants_gradients(values) or switches)
         values = _values(gm)
         dynamo.set_guards()
     report.reason = why_slow(gm, values, devices)
@@ -162,6 +163,11 @@ def compile_graph(
             packed_bytes=options.packed_bytes,
         )
     if devices == ["cuda"]:
+        if options.precision == "bf16":
+            raise ValueError(
+                'precision "bf16" is for tensors on a CPU, got a graph of CUDA tensors: convert '
+                "the model by model.to(torch.bfloat16)"
+            )
         report.composed = composed.gpu(gm)
         report.leave(gm.graph)
         gm.recompile()

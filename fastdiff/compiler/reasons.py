@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdiff.compiler.graph.effects import (
+    changes_autocast,
     changes_modes,
     functional_argument,
     is_active_dropout,
@@ -35,13 +36,11 @@ class Reason:
 
 
 AUTOCAST = Reason(
-    "autocast is on",
-    "It converts weights at every call: convert the model once, by model.to(torch.bfloat16), and "
-    "call it without autocast",
+    "autocast is on, or switched within the graph",
     untouched=True,
 )
 MODE_CHANGE = Reason(
-    "within the graph, gradients, autocast or vmap are switched on or off",
+    "within the graph, gradients or vmap are switched on or off",
     "Switch them around the call of the compiled model",
     untouched=True,
 )
@@ -74,10 +73,18 @@ def why_slow(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
             untouched=not devices,
         )
     reason = _special(gm, values, devices)
+    autocast = torch.is_autocast_enabled("cpu") or changes_autocast(gm.graph)
     if wants_gradients(values):
-        return GRADIENTS if reason is None else replace(reason, advice=None)
-    if reason is not None:
-        return reason
+        reason = reason or (AUTOCAST if autocast else GRADIENTS)
+        return replace(reason, advice=None)
+    if reason is None:
+        reason = _ordinary(gm, values)
+    # Without the fast path autocast stays the model's own affair.
+    return reason and replace(reason, untouched=reason.untouched or autocast)
+
+
+def _ordinary(gm: GraphModule, values: list[Tensor]) -> Reason | None:
+    """A reason that does not hold for graphs with gradients; else None."""
     if any(isinstance(size, int) and size == 0 for v in values for size in v.shape):
         return EMPTY
     random = next((n for n in gm.graph.nodes if _is_training(n)), None)
@@ -87,10 +94,10 @@ def why_slow(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
     floats = {v.dtype for v in values if v.dtype.is_floating_point}
     if not floats:
         return Reason("no tensor of floating point")
-    if not floats & set(FUSED_DTYPES):
+    if not floats & {*FUSED_DTYPES, torch.float16}:
         names = ", ".join(sorted(str(d) for d in floats))
         return Reason(
-            f"dtype {names}, wanted float32 or bfloat16",
+            f"dtype {names}, wanted float32, bfloat16 or float16",
             "Convert the model and its inputs, by model.float() or model.to(torch.bfloat16)",
         )
     return None
@@ -106,8 +113,6 @@ def _special(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
         )
     if any(is_traceable_wrapper_subclass(v) for v in values):
         return SUBCLASS
-    if torch.is_autocast_enabled("cpu"):
-        return AUTOCAST
     if forward_ad._current_level >= 0:  # fused operations have no forward-mode derivative
         return FORWARD
     return MODE_CHANGE if changes_modes(gm.graph) else None

@@ -13,6 +13,7 @@ from fastdiff.compiler.graph.effects import name_of, written
 from fastdiff.compiler.graph.nodes import argument, dtype_of, is_weight, op, value
 from fastdiff.compiler.reasons import Reason
 from fastdiff.compiler.rewrite.fuse import Emitted
+from fastdiff.compiler.rewrite.weights_node import is_converted_parameter
 
 
 @dataclass
@@ -34,7 +35,7 @@ class GraphReport:
     def leave(self, graph: Graph, pinned: set[Node] | None = None) -> None:
         """Count the nodes that are not fused."""
         for node in graph.nodes:
-            ours = node.meta.get(OURS)
+            ours = node.meta.get(OURS) or is_converted_parameter(node)
             if node.op in ("call_function", "call_method", "call_module") and not ours:
                 name = str(name_of(node) or getattr(node.target, "__name__", node.target))
                 self.left[name, _why(node, pinned or set(), self.reason is None)] += 1
@@ -53,7 +54,7 @@ def _why(node: Node, pinned: set[Node], fast: bool) -> str:
     if kind == "group_norm":
         return "its result is read by more than convolutions"
     weight, x = argument(node, "weight"), argument(node, "input")
-    if not is_weight(weight):
+    if not is_weight(weight) and not is_converted_parameter(weight):
         return "its weight is computed"
     if dtype_of(weight) != dtype_of(x):
         return "dtypes differ"

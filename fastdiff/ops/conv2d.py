@@ -125,7 +125,8 @@ def conv2d_pack(weight: Tensor, algorithm: str) -> Tensor:
     """A weight in the layout that an algorithm of the C++ kernel reads.
 
     Args:
-        weight: [K, C, R, S], float32 or bfloat16, on the CPU.
+        weight: [K, C, R, S], float32, bfloat16 or float16, on the CPU. It is rounded once, to the
+            dtype in which the algorithm keeps it, which may be another one than that of the images.
         algorithm: a name as in ``conv2d``.
 
     Returns:

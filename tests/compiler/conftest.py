@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from fastdiff.compiler.run import recording
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -22,6 +25,20 @@ def _no_graphs() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[recording.Recording]:
+    """The lists of operations that C++ has run, in order."""
+    found: list[recording.Recording] = []
+    run = recording.Recording.run
+
+    def noted(self: recording.Recording, *args: Any) -> Any:
+        found.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(recording.Recording, "run", noted)
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from fastdiff.compiler import explain
 from fastdiff.compiler.pipeline import MODES, _inductor, _warned
 
 BAD = [
-    ({"precision": "exact"}, "fast, strict, got 'exact'"),
-    ({"precision": None}, "fast, strict, got None"),
+    ({"precision": "exact"}, "fast, bf16, strict, got 'exact'"),
+    ({"precision": None}, "fast, bf16, strict, got None"),
     ({"packed_bytes": -1}, "whole number from 0, got -1"),
     ({"packed_bytes": 1.5}, "whole number from 0, got 1.5"),
     ({"packed_bytes": True}, "whole number from 0, got True"),
@@ -181,13 +181,7 @@ def test_explanation_where_dropout_is_drawn():
 @torch.no_grad()
 def test_explanation_of_another_dtype():
     case = small_inputs(dtype=torch.float64)
-    assert "float64, wanted float32 or bfloat16" in explained(small_net().double(), *case)
-
-
-@torch.no_grad()
-def test_explanation_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in explained(small_net(), *small_inputs())
+    assert "float64, wanted float32, bfloat16 or float16" in explained(small_net().double(), *case)
 
 
 @torch.no_grad()
@@ -260,23 +254,18 @@ def training(model, case):
     return model.train(), case
 
 
-def half(model, case):
-    return model.half(), tuple(value.half() for value in case)
-
-
 def double(model, case):
     return model.double(), tuple(value.double() for value in case)
 
 
-def autocast(model, case):
-    return torch.autocast("cpu", torch.bfloat16)(model.forward), case
+def modes(model, case):
+    return torch.enable_grad()(model.eval().forward), case
 
 
 SLOW = {
-    "float16": (half, "dtype torch.float16, wanted float32 or bfloat16", "model.float()"),
-    "float64": (double, "dtype torch.float64, wanted float32 or bfloat16", "model.float()"),
+    "float64": (double, "torch.float64, wanted float32, bfloat16 or float16", "model.float()"),
     "train": (training, "training mode: dropout", "model.eval()"),
-    "modes": (autocast, "within the graph, gradients, autocast", "around the call"),
+    "modes": (modes, "within the graph, gradients or vmap", "around the call"),
 }
 
 
@@ -297,18 +286,16 @@ def test_a_warning_where_a_model_is_slow_for_no_reason(notices, name):
         assert not notices()
 
 
-def test_a_warning_of_autocast_unless_in_training(notices):
+def test_a_note_of_autocast_in_training_alone(notices):
     model, case = small_net(), small_inputs()
     with torch.autocast("cpu", torch.bfloat16):
         compiled(model)(*case)
         ((level, text),) = notices()
         assert level == logging.INFO
+        assert "autocast is on" in text
         with torch.no_grad():
             compiled(model)(*case)
-        ((level, text),) = notices()
-    assert level == logging.WARNING
-    assert "autocast is on" in text
-    assert "model.to(torch.bfloat16)" in text
+        assert not notices()
 
 
 @torch.no_grad()

@@ -450,13 +450,3 @@ def test_why_not(model: nn.Module, x: Tensor, reason: str) -> None:
     found = explain(model, x)
     assert not found.fused
     assert reason in found.reasons[0]
-
-
-@torch.no_grad()
-def test_autocast_is_left_alone() -> None:
-    model = _randomise(Block(lambda m, x: m.conv(m.act(m.norm(x)))))
-    (x,) = _inputs((X,))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = torch.compile(model, backend="fastdiff", fullgraph=True)(x)
-        assert torch.equal(found, model(x))
-        assert "autocast" in explain(model, x).reasons[0]

@@ -13,7 +13,8 @@ import weakref
 
 import pytest
 import torch
-from judging import assert_as_eager, settled
+from judging import assert_as_eager, distance, settled
+from models import in_float64
 from nn.unet_cases import CASES, TINY, inputs, randomized
 from ops.accuracy import CountCalls
 from torch import nn
@@ -50,7 +51,7 @@ def calls(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_agrees_with_the_network(options, dtype, layout, calls):
     model = unet(options).to(dtype)
@@ -265,6 +266,23 @@ def test_to_bfloat16_and_back(calls):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast(dtype, calls):
+    """In bfloat16 at most twice the network's error, and no more than the network's in float16."""
+    model, args = unet(SCALED), inputs(SCALED)
+    net, exact = quick(model), in_float64(model, args, {})
+    before = net(*args)
+    with torch.autocast("cpu", dtype):
+        found, wanted = settled(net, args), model(*args)
+        assert torch.is_autocast_enabled("cpu")
+    assert (found.dtype, found.stride()) == (dtype, wanted.stride())
+    times = 2 if dtype == torch.bfloat16 else 1
+    assert distance(found, exact) <= times * distance(wanted, exact)
+    assert torch.equal(net(*args), before)
+    assert len(calls) == 5
+
+
+@torch.no_grad()
 def test_train_and_eval_again(calls):
     model, args = unet(), inputs(TINY)
     wanted = settled(quick(model), args)
@@ -293,11 +311,6 @@ def test_threads_and_backend_may_change_meanwhile(calls):
 
 def with_gradients(net, args):
     with torch.enable_grad():
-        return net(*args)
-
-
-def under_autocast(net, args):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
         return net(*args)
 
 
@@ -353,7 +366,7 @@ def under_forward_derivatives(net, args):
 
 
 SEEN = [
-    with_gradients, under_autocast, of_another_dtype, of_a_subclass, of_other_strides, of_no_images,
+    with_gradients, of_another_dtype, of_a_subclass, of_other_strides, of_no_images,
     under_a_dispatch_mode, under_a_function_mode, under_vmap, under_forward_derivatives,
 ]  # fmt: skip
 

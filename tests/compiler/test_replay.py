@@ -14,24 +14,11 @@ from test_threads import run_together
 from torch import nn
 
 import fastdiff
-from fastdiff.compiler.run import recording, replay
+from fastdiff.compiler.run import replay
 from fastdiff.compiler.run.recording import Recorder
 from fastdiff.ops.backend import isa
 
 pytestmark = pytest.mark.skipif(isa() == "none", reason="without the C++ extension none are")
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """The lists that have been run, in order."""
-    found, run = [], recording.Recording.run
-
-    def noted(self, *args):
-        found.append(self)
-        return run(self, *args)
-
-    monkeypatch.setattr(recording.Recording, "run", noted)
-    return found
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from fastdiff.ops.conv2d_spec import ConvSpec
 
 PRECISIONS = {
     "fast": ALGORITHM_NAMES,
+    "bf16": ALGORITHM_NAMES,
     "strict": ("plain", *(name for name, row in ALGORITHMS.items() if row.strict)),
 }
 # Seconds are divided by a handicap before they are compared. PyTorch's convolution has one because

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from fastdiff.compiler.choose.budget import Budget
-from fastdiff.compiler.graph.nodes import is_weight
+from fastdiff.compiler.graph.dtypes import parameter_of
 from fastdiff.compiler.match import single_head
 from fastdiff.compiler.match.fused import Match, joined
 from fastdiff.compiler.match.single_head import SingleHead
@@ -51,14 +51,14 @@ def plan(
         matches: from ``match.anchors.find``.
         order: the place of each node in the graph.
         pinned: nodes that must stay as they are.
-        precision: ``fast`` or ``strict``.
+        precision: ``fast``, ``bf16`` or ``strict``.
         packed_bytes: bound of the memory that packed weights take; None for any.
         measured: choose algorithms by the clock; else by the sizes alone.
     """
     budget = Budget(precision, packed_bytes, measured)
     heads: list[SingleHead] = []
     # Merged projections round the products of weights, and the bound does not count their memory.
-    if precision == "fast" and packed_bytes is None:
+    if precision != "strict" and packed_bytes is None:
         heads, matches = single_head.take(matches, pinned)
     groups, single = budget.plan(*_merged(matches, order))
     return Plan(single, groups, heads, budget)
@@ -75,7 +75,7 @@ def _merged(
     single = []
     for m in matches:
         plain = m.end.node is m.anchor and not m.spec.statistics
-        if m.kind != "linear" or not plain or not (m.bias is None or is_weight(m.bias)):
+        if m.kind != "linear" or not plain or not (m.bias is None or parameter_of(m.bias)):
             single.append(m)
             continue
         norm = m.norm and m.norm.last

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fastdiff.compiler.graph.dtypes import in_dtype
 from fastdiff.compiler.graph.effects import is_known, is_random, written
 from fastdiff.compiler.graph.nodes import value
 
@@ -35,6 +36,13 @@ def call(
     else:
         node = graph.call_function(target, args, kwargs)
     node.meta["example_value"] = _example(node) if like is None else value(like)
+    return node
+
+
+def convert_to(graph: Graph, x: Node, dtype: torch.dtype) -> Node:
+    """A new node that converts a tensor to ``dtype``."""
+    node = graph.call_method("to", (x, dtype))
+    node.meta["example_value"] = in_dtype(value(x), dtype)
     return node
 
 

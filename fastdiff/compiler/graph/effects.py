@@ -6,7 +6,7 @@ A node whose operation is not known here is assumed to have every effect.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,10 +50,10 @@ _NO_TENSOR_OPS = _words(
     size dim numel item getattr sym_sum _log_api_usage_once ndimension is_floating_point __len__ len
     """
 )
+_SIZES = _words("shape ndim device")  # attributes that do not depend on a tensor's values
+_AUTOCAST_SWITCHES = ("_enter_autocast", "_exit_autocast")
 _MODE_SWITCHES = (
     "_set_grad_enabled",
-    "_enter_autocast",
-    "_exit_autocast",
     "_enter_inference_mode",
     "_exit_inference_mode",
     "_saved_tensors_hooks_disable",
@@ -70,18 +70,24 @@ _IN_PLACE_OPS = {
 }  # fmt: skip
 
 
+def function_of(node: Node) -> Any:
+    """What a node calls; where that only calls another function in some mode, that function."""
+    return getattr(node.target, "stands_for", node.target)
+
+
 def name_of(node: Node) -> str | None:
     """The name of an operation of PyTorch or Python; None for any other operation."""
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
         return None
-    module = getattr(node.target, "__module__", None) or ""
+    target = function_of(node)
+    module = getattr(target, "__module__", None) or ""
     home = module.split(".")[0]
     if module.startswith("torch._ops") or module.startswith("torch.ops"):
         return None
     if home in ("torch", "_operator", "operator", "builtins", "math", ""):
-        return str(getattr(node.target, "__name__", ""))
+        return str(getattr(target, "__name__", ""))
     return None
 
 
@@ -122,10 +128,27 @@ def is_random(node: Node) -> bool:
     return is_active_dropout(node)
 
 
+def asks_for_sizes(node: Node) -> bool:
+    """Whether a node reads no values of its arguments, only their sizes or their device."""
+    name = name_of(node)
+    if name == "getattr":
+        return node.args[1] in _SIZES
+    return name in _NO_TENSOR_OPS and name != "item"
+
+
 def changes_modes(graph: Graph) -> bool:
-    """Whether nodes switch gradients, autocast, vmap or the like on or off."""
+    """Whether nodes switch gradients, vmap or the like on or off; autocast does not count."""
+    return _calls_any(graph, _MODE_SWITCHES)
+
+
+def changes_autocast(graph: Graph) -> bool:
+    """Whether nodes switch autocast on or off."""
+    return _calls_any(graph, _AUTOCAST_SWITCHES)
+
+
+def _calls_any(graph: Graph, names: Sequence[str]) -> bool:
     return any(
-        any(mode in str(getattr(node.target, "__name__", node.target)) for mode in _MODE_SWITCHES)
+        any(name in str(getattr(node.target, "__name__", node.target)) for name in names)
         for node in graph.nodes
         if node.op == "call_function"
     )
@@ -136,7 +159,7 @@ def _bound_argument(node: Node, name: str) -> Any:
     if name in node.kwargs:
         return node.kwargs[name]
     try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        bound = inspect.signature(function_of(node)).bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):
         return None
     return bound.arguments.get(name)
@@ -171,9 +194,10 @@ def written(node: Node) -> list[Node]:
 
 
 def _written_by_operation(node: Node) -> list[Node]:
-    schema = getattr(node.target, "_schema", None)
+    target = function_of(node)
+    schema = getattr(target, "_schema", None)
     if schema is None:
-        default = getattr(node.target, "default", None)
+        default = getattr(target, "default", None)
         schema = getattr(default, "_schema", None)
     if schema is None:
         return list(node.all_input_nodes)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastdiff.compiler.graph.nodes import argument, dtype_of, is_weight, op, pair, value
+from fastdiff.compiler.graph.dtypes import parameter_of
+from fastdiff.compiler.graph.nodes import argument, dtype_of, op, pair, value
 from fastdiff.compiler.match.patterns import Norm
 from fastdiff.ops.conv2d_algorithms import within_limits
 from fastdiff.ops.conv2d_spec import ConvSpec
@@ -38,7 +39,7 @@ class Match:
         anchor: the convolution or linear layer.
         kind: ``conv2d``, ``conv1d`` or ``linear``.
         spec: what is computed, the prologue and the epilogue included.
-        weight: the node of the weight.
+        weight: the node of the parameter. The anchor may read a conversion of it to another dtype.
         x: its input.
         skip: a second input, concatenated behind the channels of x.
         norm: the norm of its prologue.
@@ -64,7 +65,7 @@ class Match:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all its inputs, weights and results."""
+        """The dtype of all its inputs and results."""
         dtype = dtype_of(self.anchor)
         assert dtype is not None
         return dtype
@@ -82,7 +83,8 @@ def anchor(node: Node, dtypes: Sequence[torch.dtype]) -> Match | None:
         return None
     x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
     images, result = value(x), value(node)
-    if images is None or result is None or not is_weight(weight):
+    parameter = parameter_of(weight)
+    if images is None or result is None or parameter is None:
         return None
     tensors = [v for v in (x, weight, bias) if v is not None]
     if result.dtype not in dtypes or any(dtype_of(v) != result.dtype for v in tensors):
@@ -97,7 +99,8 @@ def anchor(node: Node, dtypes: Sequence[torch.dtype]) -> Match | None:
     if spec is None or not within_limits(spec):
         return None
     channel = images.ndim - 1 if kind == "linear" else 1
-    return Match(node, kind, spec, weight, bias, Activation(x, channel), Activation(node, channel))
+    start, end = Activation(x, channel), Activation(node, channel)
+    return Match(node, kind, spec, parameter, bias, start, end)
 
 
 def _spec(node: Node, shape: torch.Size, ndim: int) -> ConvSpec | None:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fastdiff.compiler.graph.nodes import argument, equal, is_weight, op, value
+from fastdiff.compiler.graph.dtypes import parameter_of
+from fastdiff.compiler.graph.nodes import argument, equal, op, value
 from fastdiff.compiler.graph.reshapes import LAYOUT_OPS, order_of
 from fastdiff.compiler.match.fused import Activation, Match
 from fastdiff.compiler.match.patterns import plain_attention
@@ -34,20 +35,19 @@ _VIEW_OPS = LAYOUT_OPS | {"unsqueeze"}
 
 @dataclass(frozen=True)
 class Scores:
-    """Computes A [C, C] and c [C] from Wq [D, C], bq [D] if ``bias``, and Wk [D, C]."""
+    """Computes A [C, C] and c [C] from Wq [D, C], bq [D] if ``bias``, and Wk [D, C], in float32."""
 
     bias: bool
 
     def __call__(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """A and c in the dtype of the parts; c is None without bq."""
+        """A and c; c is None without bq."""
         q, *bias, k = (part.detach().double() for part in parts)
-        dtype = parts[0].dtype
-        return (k.T @ q).to(dtype), (k.T @ bias[0]).to(dtype) if self.bias else None
+        return (k.T @ q).float(), (k.T @ bias[0]).float() if self.bias else None
 
 
 @dataclass(frozen=True)
 class Values:
-    """Computes B [K, C] and b [K] from Wo [K, D], bo [K], Wv [D, C] and bv [D].
+    """Computes B [K, C] and b [K] from Wo [K, D], bo [K], Wv [D, C] and bv [D], in float32.
 
     Attributes:
         out_bias: whether bo is among the parts.
@@ -58,15 +58,15 @@ class Values:
     bias: bool
 
     def __call__(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """B and b in the dtype of the parts; b is None without bo and bv."""
+        """B and b; b is None without bo and bv."""
         rest = [part.detach().double() for part in parts]
-        dtype, out = parts[0].dtype, rest.pop(0)
+        out = rest.pop(0)
         both: Tensor | None = rest.pop(0) if self.out_bias else None
         v = rest.pop(0)
         if self.bias:
             moved = out @ rest.pop(0)
             both = moved if both is None else both + moved
-        return (out @ v).to(dtype), None if both is None else both.to(dtype)
+        return (out @ v).float(), None if both is None else both.float()
 
 
 @dataclass(eq=False)
@@ -96,14 +96,19 @@ class SingleHead:
 
     def scores(self) -> tuple[list[Node], Scores]:
         """The nodes of the parts of A and c, and the function that computes A and c from them."""
-        bias = [self.q.bias] if self.q.bias is not None else []
+        bias = _parameters(self.q.bias)
         return [self.q.weight, *bias, self.k.weight], Scores(bool(bias))
 
     def values(self) -> tuple[list[Node], Values]:
         """The nodes of the parts of B and b, and the function that computes B and b from them."""
-        both = [[m.bias] if m.bias is not None else [] for m in (self.out, self.v)]
+        both = [_parameters(m.bias) for m in (self.out, self.v)]
         parts = [self.out.weight, *both[0], self.v.weight, *both[1]]
         return parts, Values(bool(both[0]), bool(both[1]))
+
+
+def _parameters(bias: Node | None) -> list[Node]:
+    parameter = parameter_of(bias)
+    return [] if parameter is None else [parameter]
 
 
 def take(matches: list[Match], pinned: set[Node]) -> tuple[list[SingleHead], list[Match]]:
@@ -173,7 +178,9 @@ def _is_plain_linear(m: Match) -> bool:
     bias, weight = value(m.bias), value(m.weight)
     assert weight is not None
     return m.bias is None or (
-        is_weight(m.bias) and bias is not None and tuple(bias.shape) == tuple(weight.shape[:1])
+        parameter_of(m.bias) is not None
+        and bias is not None
+        and tuple(bias.shape) == tuple(weight.shape[:1])
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fastdiff import ops
-from fastdiff.compiler.graph.edit import call_ours, redirect, remove_unused
+from fastdiff.compiler.graph.dtypes import parameter_of
+from fastdiff.compiler.graph.edit import call_ours, convert_to, redirect, remove_unused
 from fastdiff.compiler.graph.effects import functionalise, pinned_nodes
 from fastdiff.compiler.graph.nodes import argument, dtype_of, equal, is_number, op, value
 from fastdiff.compiler.match.anchors import find
@@ -44,11 +45,11 @@ def norms(
         silu = op(node) == "silu"
         if node in pinned or not (silu or (alone and op(node) == "group_norm")):
             continue
-        call = _group_norm_silu(node, argument(node, "input") if silu else node, pinned,
-                                statistics or {})  # fmt: skip
-        if call is None:
+        of_norm = _group_norm_silu(node, argument(node, "input") if silu else node, pinned,
+                                   statistics or {}, convert=alone)  # fmt: skip
+        if of_norm is None:
             continue
-        args, kwargs = call
+        args, kwargs = of_norm
         if not silu:
             kwargs["silu"] = False
         with graph.inserting_before(node):
@@ -65,11 +66,12 @@ def training(gm: GraphModule) -> int:
 
 
 def _group_norm_silu(
-    node: Node, here: Any, pinned: set[Node], statistics: Statistics
+    node: Node, here: Any, pinned: set[Node], statistics: Statistics, *, convert: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Arguments of the ``ops.group_norm_silu`` that computes ``node``; None where it cannot.
 
-    ``here`` is the input of the SiLU: a group norm, or its scale or shift.
+    ``here`` is the input of the SiLU: a group norm, or its scale or shift. With ``convert``, a gain
+    and an offset that are parameters of another dtype than x are converted to that of x.
     """
     kwargs: dict[str, Any] = {}
     path = [here]
@@ -93,8 +95,10 @@ def _group_norm_silu(
     weight, bias = argument(here, "weight"), argument(here, "bias")
     if not isinstance(groups, int) or not is_number(eps):
         return None
-    if any(dtype_of(v) != example.dtype for v in (weight, bias) if v is not None):
-        return None
+    for v in (weight, bias):
+        fits = v is None or dtype_of(v) == example.dtype
+        if not fits and not (convert and parameter_of(v)):
+            return None
     for name, v in list(kwargs.items()):
         row = value(v)
         if row is None or row.dtype != example.dtype:
@@ -103,12 +107,19 @@ def _group_norm_silu(
             return None
         with node.graph.inserting_before(node):
             kwargs[name] = node.graph.call_function(torch.flatten, (v, 1))
+    with node.graph.inserting_before(node):
+        weight, bias = (_in_dtype(v, example.dtype) for v in (weight, bias))
     both = pair_of(x) if isinstance(x, Node) else None
     if both is not None:
         x, kwargs["skip"] = both
     elif x in statistics:
         kwargs["statistics"] = statistics[x]
     return (x, groups, weight, bias, eps), kwargs
+
+
+def _in_dtype(parameter: Node | None, dtype: torch.dtype) -> Node | None:
+    source = None if dtype_of(parameter) == dtype else parameter_of(parameter)
+    return parameter if source is None else convert_to(source.graph, source, dtype)
 
 
 def gpu(gm: GraphModule) -> int:
@@ -145,7 +156,9 @@ def _epilogue(graph: Graph, match: Match, statistics: Statistics) -> None:
     with graph.inserting_before(end):
         sizes = [argument(conv, name, default) for name, default in
                  (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))]  # fmt: skip
-        bare = graph.call_function(torch.conv2d, (match.x.node, match.weight, None, *sizes))
+        bare = graph.call_function(
+            torch.conv2d, (match.x.node, argument(conv, "weight"), None, *sizes)
+        )
         emb = match.emb
         if emb is not None:
             emb = graph.call_function(torch.flatten, (emb, 1))

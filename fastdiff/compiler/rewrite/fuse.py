@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from fastdiff.compiler.choose.plan import Plan
 from fastdiff.compiler.graph.edit import call_ours, redirect, remove_unused
-from fastdiff.compiler.graph.nodes import argument, is_number, value
+from fastdiff.compiler.graph.nodes import argument, dtype_of, is_number, value
 from fastdiff.compiler.match.fused import Activation, Match, joined
 from fastdiff.compiler.match.patterns import Norm, as_rows, plain_attention
 from fastdiff.compiler.match.single_head import SingleHead
@@ -27,12 +27,14 @@ class Emitted:
     Attributes:
         call: what its node calls.
         what: names of the operations that it computes.
+        dtype: of its inputs and its result.
         stands_for: how many convolutions, linear layers or attentions it replaces.
         weight_size: sizes [K, C, R, S] of its weight; empty without a weight.
     """
 
     call: calls.Convolution | calls.Product | calls.Attention
     what: str
+    dtype: torch.dtype
     stands_for: int
     weight_size: tuple[int, ...]
 
@@ -189,8 +191,8 @@ class _Emitter:
             y = self._call(attention, heads[0], heads[1], heads[1])
             self.replacements[head.out.x.node] = self._call(torch.squeeze, y, 1)
         what = "norm + linear" if norm is not None else "linear"
-        self.emitted.append(Emitted(product, what, 3, query.spec.weight))
-        self.emitted.append(Emitted(attention, "single-head attention", 1, ()))
+        self.emitted.append(Emitted(product, what, query.dtype, 3, query.spec.weight))
+        self.emitted.append(Emitted(attention, "single-head attention", query.dtype, 1, ()))
 
     def _derived_bias(self, index: int) -> Node:
         return self._call(getattr, self._call(operator.getitem, self.packed, index), "bias")
@@ -200,7 +202,9 @@ class _Emitter:
         q, k, v = (argument(node, name) for name in ("query", "key", "value"))
         with self.graph.inserting_before(node):
             self._replace(node, self._call(call, q, k, v))
-        self.emitted.append(Emitted(call, "attention", 1, ()))
+        dtype = dtype_of(q)
+        assert dtype is not None
+        self.emitted.append(Emitted(call, "attention", dtype, 1, ()))
 
     def _convolution(self, match: Match, index: int, spec: ConvSpec) -> calls.Convolution:
         return calls.Convolution(
@@ -268,4 +272,4 @@ class _Emitter:
         after = [w for w in match.absorbed if w not in before]
         name = f"{parts} x {name}" if parts > 1 else name
         what = [*before, name, *after, *(["statistics"] if match.spec.statistics else [])]
-        self.emitted.append(Emitted(call, " + ".join(what), parts, size))
+        self.emitted.append(Emitted(call, " + ".join(what), match.dtype, parts, size))

@@ -1,17 +1,24 @@
 """The node that gives a fused graph its packed weights: the first call of the graph.
 
-Every fused operation reads its packed weight at an index of the list that this node returns.
+Every fused operation reads its packed weight at an index of the list that this node returns, and so
+does every node that reads a parameter in another dtype than the parameter's own.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 
-from fastdiff.compiler.graph.edit import call_ours
-from fastdiff.compiler.run.packing import Combine, Watch, concatenate
+from fastdiff.compiler.graph.dtypes import parameter_of
+from fastdiff.compiler.graph.edit import call_ours, replace
+from fastdiff.compiler.graph.nodes import dtype_of
+from fastdiff.compiler.run.packing import Combine, Converted, Watch, concatenate
+
+CONVERTED = "fastdiff_converted"  # the key in ``Node.meta`` that marks converted parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,26 +27,60 @@ class Weight:
 
     Attributes:
         parts: the nodes of the parameters that it is made of.
-        kernel: its height and width.
+        kernel: its height and width; None for a parameter that keeps its shape.
         combine: the function that makes it of its parts; by default they are concatenated.
     """
 
     parts: list[Node]
-    kernel: tuple[int, int]
+    kernel: tuple[int, int] | None
     combine: Combine = concatenate
 
 
 def weights_node(graph: Graph, weights: Sequence[Weight]) -> Node:
     """Insert the node that packs ``weights``, before all other calls."""
-    watch = Watch(
-        [len(weight.parts) for weight in weights],
-        [weight.kernel for weight in weights],
-        [weight.combine for weight in weights],
-    )
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        parts = [_early(graph, part) for weight in weights for part in weight.parts]
-        return call_ours(graph, watch, *parts)
+        node = call_ours(graph, Watch())
+    for weight in weights:
+        _add(node, weight)
+    return node
+
+
+def convert_once(graph: Graph, node: Node | None) -> Node | None:
+    """Compute the conversions of parameters once, not at every call.
+
+    Args:
+        graph: changed in place.
+        node: that of ``weights_node``, which takes them up; None where there is none yet.
+
+    Returns:
+        The node that gives weights and converted parameters; None if there are neither.
+    """
+    for conversion in list(graph.nodes):
+        parameter, dtype = parameter_of(conversion), dtype_of(conversion)
+        if parameter is None or parameter is conversion or dtype is None:
+            continue
+        node = weights_node(graph, []) if node is None else node
+        index = _add(node, Weight([parameter], None, Converted(dtype)))
+        with graph.inserting_before(conversion):
+            held = call_ours(graph, operator.getitem, node, index)
+            converted = graph.call_function(getattr, (held, "weight"))
+        converted.meta[CONVERTED] = True
+        replace(conversion, converted)
+    return node
+
+
+def is_converted_parameter(node: Any) -> bool:
+    """Whether a node reads what ``convert_once`` has inserted."""
+    return isinstance(node, Node) and bool(node.meta.get(CONVERTED))
+
+
+def _add(node: Node, weight: Weight) -> int:
+    """Let a node of ``weights_node`` pack one more weight; its index in the node's list."""
+    assert isinstance(node.target, Watch)
+    with node.graph.inserting_before(node):
+        node.args = (*node.args, *(_early(node.graph, part) for part in weight.parts))
+    return node.target.add(len(weight.parts), weight.kernel, weight.combine)
 
 
 def _early(graph: Graph, weight: Node) -> Node:

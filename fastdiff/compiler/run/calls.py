@@ -140,7 +140,7 @@ class Convolution(Planned):
             # Timings are of channels-last inputs, for which PyTorch's result is channels-last too.
             x = x.contiguous(memory_format=torch.channels_last)
             y, _ = reference.conv2d(
-                x, weight.weight, self.without_statistics, skip=skip, bias=bias, norm=norm,
+                x, weight.plain(x.dtype), self.without_statistics, skip=skip, bias=bias, norm=norm,
                 emb=emb, residual=residual, scale=scale,
             )  # fmt: skip
             statistics = channel_statistics(y) if self.spec.statistics else None
@@ -175,8 +175,9 @@ class Product(Planned):
     def __call__(self, weights: Sequence[PackedWeight], x: Tensor, bias: Tensor | None) -> Tensor:
         """x [N, C] to [N, K]."""
         packed = weights[self.index]
-        weight, algorithm = packed.weight, self.algorithm(x, packed)
+        algorithm = self.algorithm(x, packed)
         if algorithm == "plain":
+            weight = packed.plain(x.dtype)
             return F.linear(F.silu(x) if self.spec.silu else x, weight.view(weight.shape[:2]), bias)
         rows, number = x.unsqueeze(2).unsqueeze(3), ALGORITHMS[algorithm].number
         y, _ = _conv2d(rows, packed.packed(algorithm), self.numbers, number, None, bias)
@@ -263,6 +264,40 @@ def join(*parts: Tensor) -> Tensor:
 def split(y: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     """Split the last dimension into views of the given sizes."""
     return torch.split_with_sizes(y, sizes, -1)
+
+
+class UnderAutocast:
+    """Calls an operation of PyTorch as ``torch.autocast("cpu", dtype)`` does.
+
+    Args:
+        operation: the function.
+        dtype: bfloat16 or float16.
+    """
+
+    __name__ = "under_autocast"
+    __qualname__ = "under_autocast"
+
+    def __init__(self, operation: Callable[..., Any], dtype: torch.dtype) -> None:
+        self.stands_for, self.dtype = operation, dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The operation's result. Nothing is cached: a cached tensor could not be recorded."""
+        with torch.autocast("cpu", dtype=self.dtype, cache_enabled=False):
+            return self.stands_for(*args, **kwargs)
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is called under autocast, and switches it off while it runs."""
+
+    def run(*args: Any) -> Any:
+        # Not by torch.autocast(enabled=False), which would take longer than all else in Python.
+        torch.set_autocast_enabled("cpu", False)
+        try:
+            return function(*args)
+        finally:
+            torch.set_autocast_enabled("cpu", True)
+
+    return run
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """Packed weights of the convolutions: packed once, and again when the parameters have changed.
 
 A packed weight belongs to its parameters, not to a graph: graphs for other input sizes share it,
-and it is freed when the parameters are freed. ``fastdiff.ops.weights_state`` tells whether
+and it is freed when the parameters are freed. It is packed straight from the parameters, in
+whatever dtype these are: nothing is rounded twice. ``fastdiff.ops.weights_state`` tells whether
 parameters have changed.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,18 @@ _lock = threading.RLock()
 _packed: dict[tuple[Any, ...], PackedWeight] = {}
 
 
+@dataclass(frozen=True)
+class Converted:
+    """Converts a single parameter to ``dtype``."""
+
+    dtype: torch.dtype
+
+    def __call__(self, parts: Sequence[Tensor]) -> tuple[Tensor, None]:
+        """The converted parameter, and no bias."""
+        (part,) = parts
+        return part.detach().to(self.dtype), None
+
+
 def concatenate(parts: Sequence[Tensor]) -> tuple[Tensor, None]:
     """The parts, concatenated along the output channels, and no bias."""
     weights = [part.detach() for part in parts]
@@ -35,24 +49,30 @@ class PackedWeight:
 
     Args:
         parts: the parameters.
-        kernel: height and width of the weight.
+        kernel: height and width of the weight; None for a parameter that is no weight of a
+            convolution, which keeps its shape.
         combine: computes the weight from the parts; instances that compute the same are equal.
 
     Attributes:
-        weight: [K, C, R, S]; made of a single part, it shares that part's memory.
+        weight: [K, C, R, S], of the parts' dtype; one that is a single part shares its memory.
         bias: [K], or None where ``combine`` gives none.
     """
 
     def __init__(
-        self, parts: Sequence[Tensor], kernel: tuple[int, int], combine: Combine = concatenate
+        self,
+        parts: Sequence[Tensor],
+        kernel: tuple[int, int] | None,
+        combine: Combine = concatenate,
     ) -> None:
         self.key = (combine, *map(id, parts))
         self.references = [weakref.ref(part, self._forget) for part in parts]
         # Read before packing: a write during packing then makes the state differ at the next call.
         self.state = weights_state(parts)
         flat, self.bias = combine(parts)
-        self.weight = flat.view(*flat.shape[:2], *kernel)
+        self.weight = flat if kernel is None else flat.view(*flat.shape[:2], *kernel)
+        self.copied = combine is not concatenate or len(parts) > 1
         self.by_algorithm: dict[str, Tensor] = {}
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
 
     def _forget(self, _: object) -> None:
         with _lock:
@@ -74,15 +94,28 @@ class PackedWeight:
                     packed = self.by_algorithm[algorithm] = conv2d_pack(self.weight, algorithm)
         return packed
 
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The weight for PyTorch's own operation on tensors of ``dtype``, converted once."""
+        if self.weight.dtype == dtype:
+            return self.weight
+        with _lock:
+            if dtype not in self.by_dtype:
+                self.by_dtype[dtype] = self.weight.to(dtype)
+            return self.by_dtype[dtype]
+
     def memory(self) -> dict[str, int]:
-        """Bytes of each packed form, by algorithm, and under ``copy`` of the joined parts."""
-        copied = self.weight.nbytes if len(self.references) > 1 else 0
-        packed = list(self.by_algorithm.items())
-        return {"copy": copied, **{name: weight.nbytes for name, weight in packed}}
+        """Bytes by algorithm, and under ``copy`` of what was joined or combined from the parts.
+
+        ``plain`` are the copies in other dtypes that PyTorch's own operations read.
+        """
+        copied = self.weight.nbytes if self.copied else 0
+        packed = {name: weight.nbytes for name, weight in list(self.by_algorithm.items())}
+        plain = sum(weight.nbytes for weight in list(self.by_dtype.values()))
+        return {"copy": copied, "plain": plain, **packed}
 
 
 def current(
-    parts: Sequence[Tensor], kernel: tuple[int, int], combine: Combine = concatenate
+    parts: Sequence[Tensor], kernel: tuple[int, int] | None, combine: Combine = concatenate
 ) -> PackedWeight:
     """The packed weight of ``parts`` with their present contents."""
     key = (combine, *map(id, parts))
@@ -98,29 +131,31 @@ def current(
 class Watch:
     """The first call of a fused graph: takes all its parameters and returns their packed weights.
 
-    Args:
-        counts: how many parameters make up each packed weight.
-        kernels: height and width of each packed weight.
-        combines: the function that makes each weight of its parts; by default ``concatenate``.
+    Attributes:
+        slices: which of its arguments make up each packed weight.
+        kernels: height and width of each packed weight; None where it keeps its shape.
+        combines: the function that makes each weight of its parts.
     """
 
     __name__ = "weights"
     __qualname__ = "weights"
 
-    def __init__(
-        self,
-        counts: Sequence[int],
-        kernels: Sequence[tuple[int, int]],
-        combines: Sequence[Combine] | None = None,
-    ) -> None:
-        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-        self.slices = [slice(e - c, e) for e, c in zip(ends, counts, strict=True)]
-        self.kernels = list(kernels)
-        self.combines = list(combines or [concatenate] * len(self.kernels))
+    def __init__(self) -> None:
+        self.slices: list[slice] = []
+        self.kernels: list[tuple[int, int] | None] = []
+        self.combines: list[Combine] = []
         self.last: tuple[int, list[weakref.ref[PackedWeight]]] | None = None
 
+    def add(self, count: int, kernel: tuple[int, int] | None, combine: Combine) -> int:
+        """Take ``count`` more parameters, for one more weight, whose index is returned."""
+        begin = self.slices[-1].stop if self.slices else 0
+        self.slices.append(slice(begin, begin + count))
+        self.kernels.append(kernel)
+        self.combines.append(combine)
+        return len(self.slices) - 1
+
     def __call__(self, *weights: Tensor) -> list[PackedWeight | None]:
-        """One packed weight for each of ``counts``."""
+        """One packed weight for each of ``slices``."""
         # Read first: a write meanwhile then makes the state differ at the next call.
         state, last = weights_state(weights), self.last
         if last is not None and last[0] == state:

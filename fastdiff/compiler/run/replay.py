@@ -112,6 +112,8 @@ class Replay:
                 yield weight.bias, partial(_weight, i, "bias")
             for name, packed in list(weight.by_algorithm.items()):
                 yield packed, partial(_packed, i, name)
+            for dtype, plain in list(weight.by_dtype.items()):
+                yield plain, partial(_plain, i, dtype)
 
 
 def _input(i: int, inputs: Sequence[Any], _: Sequence[PackedWeight]) -> Any:
@@ -128,6 +130,10 @@ def _weight(i: int, name: str, _: Sequence[Any], weights: Sequence[PackedWeight]
 
 def _packed(i: int, algorithm: str, _: Sequence[Any], weights: Sequence[PackedWeight]) -> Any:
     return weights[i].packed(algorithm)
+
+
+def _plain(i: int, dtype: torch.dtype, _: Sequence[Any], weights: Sequence[PackedWeight]) -> Any:
+    return weights[i].plain(dtype)
 
 
 def _is_number(node: Node) -> bool:
