@@ -25,11 +25,11 @@ RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$
 timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
-.PHONY: help sample test test-slow asan bench bench-unet quality theory gpu gpu-audit cuda-check wheel lint \
-	format doctor venv clean
+.PHONY: help sample test test-slow asan bench bench-unet bench-bf16 scaling quality theory gpu \
+	gpu-audit cuda-check wheel lint format doctor venv clean
 
 help:  ## list these commands
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 14
 
 sample: venv  ## draw the digits 0-9 with the model that comes with fastdiff: samples.png
 	@$(call timed,sampled,$(RUN) -m fastdiff sample --out samples.png --per-class 5 --compare)
@@ -57,6 +57,12 @@ bench: $(VENV)/.test  ## the benchmarks, peers side by side
 
 bench-unet: $(VENV)/.test $(VENV)/.peers  ## a U-Net compiled by fastdiff and by every peer: tables, an hour
 	$(RUN) -m benchmarks.unet --sampling --breakdown $(UNET)
+
+bench-bf16: $(VENV)/.test $(VENV)/.peers  ## float32 and bfloat16 beside the best peers: time, memory, first calls
+	$(RUN) -m benchmarks.unet --suite bfloat16 $(UNET)
+
+scaling: $(VENV)/.test $(VENV)/.peers $(VENV)/.plot  ## time against batch, image size and threads: table and plot, an hour
+	$(RUN) -m benchmarks.unet --suite scaling --resume --limit 300 $(UNET)
 
 quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations: table and plot, 40 minutes
 	$(RUN) -m benchmarks.sampler_quality $(QUALITY)

@@ -23,14 +23,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def facts(threads: int) -> dict[str, Any]:
-    """Processor, instruction sets, threads, date and versions, as plain values."""
+def facts(threads: int | None) -> dict[str, Any]:
+    """Processor, instruction sets, threads, date and versions, as plain values.
+
+    ``isa`` is what the processor has, ``kernels`` the set that fastdiff's kernels use of it.
+    ``threads`` is None where each figure has its own.
+    """
+    from fastdiff.ops.backend import isa  # not before a caller wants it: it loads PyTorch
+
     info = _cpu_info()
     flags = info.get("flags", info.get("Features", "")).split()
     wanted = ("avx2", "avx512f", "bf16", *NATIVE_BFLOAT16)
     return {
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "isa": [flag for flag in wanted if flag in flags],
+        "kernels": isa(),
         "native_bfloat16": any(flag in flags for flag in ("bf16", *NATIVE_BFLOAT16)),
         "cores": cores(),
         "threads": threads,
@@ -45,16 +52,23 @@ def with_this_one(machines: list[dict[str, Any]], threads: int) -> list[dict[str
     return machines if here in machines else [*machines, here]
 
 
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two results of :func:`facts` are of one processor, used in the same way."""
+    return all(one.get(name) == other.get(name) for name in ("cpu", "isa", "kernels", "cores"))
+
+
 def line(measured_on: dict[str, Any]) -> str:
     """The result of :func:`facts` in one line of text."""
     versions = ", ".join(
         f"{name} {number}" for name, number in measured_on["versions"].items() if number != ABSENT
     )
     bfloat16 = "" if measured_on["native_bfloat16"] else " (no native bfloat16)"
-    threads = f"{measured_on['threads']} thread{'' if measured_on['threads'] == 1 else 's'}"
+    kernels = f", fastdiff on {measured_on['kernels']}" if "kernels" in measured_on else ""
+    threads = measured_on["threads"]
+    of = "" if threads is None else f"{threads} thread{'' if threads == 1 else 's'} of "
     return (
-        f"{measured_on['cpu']}, {', '.join(measured_on['isa']) or platform.machine()}{bfloat16}, "
-        f"{threads} of {measured_on['cores']} cores, {measured_on['date']}; {versions}"
+        f"{measured_on['cpu']}, {', '.join(measured_on['isa']) or platform.machine()}{bfloat16}"
+        f"{kernels}, {of}{measured_on['cores']} cores, {measured_on['date']}; {versions}"
     )
 
 

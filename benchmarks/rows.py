@@ -8,7 +8,7 @@ and the audit of the GPU kernels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Row = list[str]
@@ -82,9 +82,68 @@ def other_networks(results: Results) -> list[Row]:
     from benchmarks.unet.models import NETWORKS
 
     calls = [r for r in results["records"] if r["kind"] == "call" and r["network"] != "cifar10"]
-    table = by_peer(calls, 1e3)
     titles = [f"{NETWORKS[r['network']].title}, batch {r['batch']}, {r['dtype']}" for r in calls]
-    return [["", *titles], *table[1:]]
+    return [["", *titles], *by_peer(calls, 1e3)[1:]]
+
+
+# The suite of bfloat16: bfloat16.json.
+
+
+def bfloat16_calls(results: Results) -> list[Row]:
+    """Every peer on every case: milliseconds a call, and the time over fastdiff's."""
+    return _suite(results, lambda record, kind: _best(record, kind, 1e3))
+
+
+def bfloat16_memory(results: Results) -> list[Row]:
+    """Resident memory in MiB: while it runs, and the peak, which is that of the compilation."""
+    return _suite(results, _figures("running_memory", "peak_memory", "{:.0f}"))
+
+
+def bfloat16_first_calls(results: Results) -> list[Row]:
+    """Seconds of the first call: with empty caches, and with those of an earlier process."""
+    return _suite(results, _figures("first_call", "warm_first_call", "{:.1f}"))
+
+
+def _suite(results: Results, cell: Callable[[Results, str], str]) -> list[Row]:
+    """One row a kind of peer, one column a case."""
+    from benchmarks.unet.models import NETWORKS
+
+    calls = [r for r in results["records"] if r["kind"] == "call"]
+    titles = [f"{NETWORKS[r['network']].title}, {r['dtype']}, batch {r['batch']}" for r in calls]
+    return [["", *titles], *_by_kind(calls, cell)]
+
+
+def _figures(first: str, second: str, form: str) -> Callable[[Results, str], str]:
+    """A cell with two figures of the fastest variant of a kind of peer."""
+
+    def cell(record: Results, kind: str) -> str:
+        row = _fastest(record, kind)
+        figures = [] if row is None else [row[first], row[second]]
+        return ", ".join("-" if value is None else form.format(value) for value in figures)
+
+    return cell
+
+
+# The suite of scaling: scaling.json.
+
+
+def scaling(results: Results) -> list[Row]:
+    """One row a batch, size and number of threads; one column a dtype and peer: milliseconds."""
+    from benchmarks.unet.peers import PEERS
+
+    calls = [r for r in results["records"] if r["kind"] == "call"]
+    axes = ("batch", "size", "threads")
+    points = sorted({tuple(record[axis] for axis in axes) for record in calls})
+    dtypes = dict.fromkeys(record["dtype"] for record in calls)
+    peers = dict.fromkeys(row["peer"] for record in calls for row in record["rows"])
+    kinds = list(dict.fromkeys(PEERS[peer].summary for peer in peers))
+    at = {(*(record[axis] for axis in axes), record["dtype"]): record for record in calls}
+    table = [[*axes, *(f"{kind}, {dtype}" for dtype in dtypes for kind in kinds)]]
+    for point in points:
+        found = [at.get((*point, dtype)) for dtype in dtypes]
+        cells = [_best(record, kind, 1e3) if record else "" for record in found for kind in kinds]
+        table.append([*map(str, point), *cells])
+    return table
 
 
 def _records(results: Results, kind: str, network: str) -> list[Results]:
@@ -98,31 +157,46 @@ def _record(results: Results, kind: str, network: str, batch: int) -> Results:
 
 def by_peer(records: list[Results], scale: float) -> list[Row]:
     """One row a kind of peer, the fastest of its variants; one column a record."""
+    head = ["", *(f"batch {r['batch']}, {r['dtype']}" for r in records)]
+    return [head, *_by_kind(records, lambda record, kind: _best(record, kind, scale))]
+
+
+def _by_kind(records: list[Results], cell: Callable[[Results, str], str]) -> list[Row]:
+    """A row of cells for each kind of peer that any record has."""
     from benchmarks.unet.peers import PEERS
 
-    table = [["", *(f"batch {r['batch']}, {r['dtype']}" for r in records)]]
+    table = []
     kinds = [peer.summary for peer in PEERS.values()]
     for kind in dict.fromkeys(kinds):
-        cells = [_best(record, kind, scale) for record in records]
+        cells = [cell(record, kind) for record in records]
         if any(cells):
             table.append([kind + (" (best)" if kinds.count(kind) > 1 else ""), *cells])
     return table
+
+
+def _fastest(record: Results, kind: str) -> Results | None:
+    """The row of the fastest variant of a kind of peer; None if none was timed."""
+    from benchmarks.unet.peers import PEERS
+
+    rows = [r for r in record["rows"] if PEERS[r["peer"]].summary == kind]
+    timed = [r for r in rows if r["median"] is not None and not r["failed"]]
+    return min(timed, key=lambda row: row["median"], default=None)
 
 
 def _best(record: Results, kind: str, scale: float, unit: str = "") -> str:
     """The fastest variant of a kind of peer, and its time over fastdiff's."""
     from benchmarks.unet.peers import OURS, PEERS
 
-    rows = [r for r in record["rows"] if PEERS[r["peer"]].summary == kind]
-    times = [r["median"] for r in rows if r["median"] is not None and not r["failed"]]
-    if not times:
+    best = _fastest(record, kind)
+    if best is None:
+        rows = [r for r in record["rows"] if PEERS[r["peer"]].summary == kind]
         return "failed" if any(r["failed"] for r in rows) else ""
-    text = f"{scale * min(times):.{1 if scale > 1 else 2}f}{f' {unit}' if unit else ''}"
+    text = f"{scale * best['median']:.{1 if scale > 1 else 2}f}{f' {unit}' if unit else ''}"
     ours = next(
         (r["median"] for r in record["rows"] if r["peer"] == OURS and not r["failed"]), None
     )
     return text if kind == PEERS[OURS].summary or not ours else (
-        f"{text} ({min(times) / ours:.2f}x)"
+        f"{text} ({best['median'] / ours:.2f}x)"
     )  # fmt: skip
 
 

@@ -37,18 +37,29 @@ class Table:
         results: the file of figures in ``RESULTS``, without its ending ``.json``.
         rows: the file's content as rows of cells, the head first.
         numbers: whether all columns but the first are aligned to the right.
+        picture: of the same figures, shown above the table: its path from docs, and what it is of.
     """
 
     command: str
     results: str
     rows: Callable[[Any], list[Row]]
     numbers: bool = True
+    picture: tuple[str, str] | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where the figures are kept; there is none before the command's first run."""
+        return RESULTS / f"{self.results}.json"
 
     def text(self) -> str:
         """The table in Markdown, and a line that says how, where and when it was measured."""
-        results = json.loads((RESULTS / f"{self.results}.json").read_text(encoding="utf-8"))
+        if not self.file.exists():
+            return f"\n*Not measured yet: `{self.command}`.*\n\n"
+        results = json.loads(self.file.read_text(encoding="utf-8"))
+        shown = "\n![{1}]({0})\n".format(*self.picture) if self.picture else ""
         taken = "; and ".join(machine.line(facts) for facts in rows.machines(results))
-        return f"\n{markdown(self.rows(results), self.numbers)}\n*`{self.command}`: {taken}.*\n\n"
+        table = markdown(self.rows(results), self.numbers)
+        return f"{shown}\n{table}\n*`{self.command}`: {taken}.*\n\n"
 
 
 TABLES = {
@@ -58,6 +69,15 @@ TABLES = {
     "unet-sampling": Table("make bench-unet", "unet", rows.unet_sampling),
     "other-networks": Table(
         'make bench-unet UNET="--models sd15 vae"', "unet", rows.other_networks
+    ),
+    "bfloat16": Table("make bench-bf16", "bfloat16", rows.bfloat16_calls),
+    "bfloat16-memory": Table("make bench-bf16", "bfloat16", rows.bfloat16_memory),
+    "bfloat16-first-calls": Table("make bench-bf16", "bfloat16", rows.bfloat16_first_calls),
+    "scaling": Table(
+        "make scaling",
+        "scaling",
+        rows.scaling,
+        picture=("images/scaling.png", "Time against batch, image size and threads"),
     ),
     "operations": Table("make bench", "operations", rows.operations),
     "training-objective": Table("make bench", "operations", rows.training_objective),

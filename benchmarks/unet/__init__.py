@@ -1,6 +1,7 @@
 """A U-Net's call through fastdiff's compiler backend and through every peer, in turns.
 
-``python -m benchmarks.unet --help`` describes the options; ``make bench-unet`` runs it.
+``python -m benchmarks.unet --help`` describes the options; ``make bench-unet``, ``make
+bench-bf16`` and ``make scaling`` run it.
 
     models.py            the networks and their inputs, random but seeded
     peers.py             how each PyTorch peer prepares a network for its calls
@@ -8,8 +9,10 @@
     worker.py            the program of the process in which one peer runs
     process.py           starting, asking and ending that process
     turns.py             the order of preparing, checking and timing
+    suites.py            sets of cases that one command measures
+    scaling.py           time against batch, size and threads: the suite, its table and its picture
     sampling.py          whole sampling loops
     breakdown.py         the time of each part of a call
     breakdown_tables.py  a breakdown as tables
-    report.py            unet.json and unet.md
+    report.py            the files of figures and tables
 """

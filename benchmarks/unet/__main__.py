@@ -4,12 +4,16 @@
     python -m benchmarks.unet --sampling --breakdown      with 50 steps of DDIM, and where time goes
     python -m benchmarks.unet --models sd15 vae           other networks
     python -m benchmarks.unet --models tiny --out /tmp/x  a quick test of the benchmark itself
+    python -m benchmarks.unet --suite bfloat16            both dtypes, small and large networks
+    python -m benchmarks.unet --suite scaling --resume    time against batch, size and threads
 
 Run it from the repository's root, on a machine that does nothing else. Each peer runs in its own
 process; its output is checked against eager float64 before it is timed. The row of a peer that is
 missing, fails or takes too long says so. unet.json and unet.md are saved in --out after every new
-figure; figures of earlier runs for other networks, batch sizes and dtypes stay in them. Progress
-goes to standard error, the tables to standard output at the end.
+figure; figures of earlier runs for other networks, batch sizes and dtypes stay in them. A suite is
+a fixed set of cases and peers with files of its own name, which hold figures of one processor;
+--models, --batches, --dtypes and --peers leave out the rest of it. Progress goes to standard error,
+the tables to standard output at the end.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import machine, tables
+from benchmarks.unet.job import Case
 from benchmarks.unet.models import DTYPES, NETWORKS
 from benchmarks.unet.peers import OURS, PEERS
 from benchmarks.unet.report import Report
+from benchmarks.unet.suites import SUITES
 from benchmarks.unet.turns import Run, Settings, say
 
 BUSY = 0.5  # load average above which other work is likely to disturb the figures
@@ -38,21 +44,54 @@ def main() -> None:
     load = os.getloadavg()[0]
     if load > BUSY:
         say(f"this machine is busy: a load of {load:.2f}, at most {BUSY} is wanted for figures")
-    report = Report(args.out)
+    suite = SUITES[args.suite] if args.suite else None
+    report = Report(args.out, args.suite, suite.text) if suite else Report(args.out)
+    cases = _cases(args)
+    facts = machine.facts(args.threads)
+    if suite:
+        left_out = report.keep(lambda record: machine.same(record["machine"], facts))
+        if left_out:
+            say(f"{report.json}: {left_out} records of another processor will be left out")
+        if suite.draw:
+            suite.draw([], args.out)
     with tempfile.TemporaryDirectory(prefix="fastdiff-unet-") as scratch:
         settings = Settings(
-            args.threads, args.rounds, args.limit, not args.plain_heap, args.sampling,
+            args.rounds, args.limit, not args.plain_heap, bool(suite and suite.warm), args.sampling,
             args.breakdown, args.logs or Path(scratch),
         )  # fmt: skip
-        say(machine.line(machine.facts(args.threads)))
-        for name in args.models:
-            network = NETWORKS[name]
-            peers = args.peers or [p for p in PEERS if network.peers is None or p in network.peers]
-            for dtype in args.dtypes or network.dtypes:
-                for batch in args.batches or network.batches:
-                    Run(name, batch, dtype, peers, settings, report.put).run()
+        say(machine.line(facts))
+        for number, case in enumerate(cases, 1):
+            if args.resume and report.has(case):
+                say(f"{case.title}: already in {report.json}")
+                continue
+            say(f"{case.title}: case {number} of {len(cases)}")
+            peers = args.peers or (suite.peers if suite else NETWORKS[case.network].peers) or PEERS
+            Run(case, [name for name in PEERS if name in peers], settings, report.put).run()
     print(report.text())
+    if suite and suite.draw:
+        suite.draw(report.records, args.out)
     tables.publish(args.out)
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    """The cases of the command line: those asked for of a suite, or every combination."""
+    if not args.suite:
+        return [
+            Case(name, batch, dtype, args.threads)
+            for name in args.models or ["cifar10"]
+            for dtype in args.dtypes or NETWORKS[name].dtypes
+            for batch in args.batches or NETWORKS[name].batches
+        ]
+    cases = [
+        case
+        for case in SUITES[args.suite].cases(args.threads)
+        if case.network in (args.models or NETWORKS)
+        and case.dtype in (args.dtypes or DTYPES)
+        and case.batch in (args.batches or [case.batch])
+    ]
+    if not cases:
+        raise SystemExit(f"the suite {args.suite} has no such case; see its file in --out")
+    return cases
 
 
 def _arguments() -> argparse.Namespace:
@@ -64,10 +103,20 @@ def _arguments() -> argparse.Namespace:
     )
     options.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER",
-        help="for unet.json and unet.md; default %(default)s",
+        help="for unet.json and unet.md, or those of the suite; default %(default)s",
     )  # fmt: skip
     options.add_argument(
-        "--models", nargs="+", choices=NETWORKS, default=["cifar10"],
+        "--suite", choices=SUITES,
+        help="bfloat16: calls, memory and first calls of three networks, with fastdiff, OpenVINO, "
+        "Inductor and eager; scaling: the CIFAR-10 U-Net from 1 to 32 images, 16 to 128 pixels and "
+        "1 to all threads, with a picture",
+    )  # fmt: skip
+    options.add_argument(
+        "--resume", action="store_true",
+        help="leave out the cases that the file of figures has already",
+    )  # fmt: skip
+    options.add_argument(
+        "--models", nargs="+", choices=NETWORKS,
         help="networks; sd15 is run by one process at a time and needs 16 GiB; default cifar10",
     )  # fmt: skip
     options.add_argument(

@@ -5,9 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """The calls that all peers are timed on.
+
+    Attributes:
+        network: a key of ``models.NETWORKS``.
+        batch: number of images.
+        dtype: a key of ``models.DTYPES``.
+        threads: of every peer.
+        size: height and width of the images; None for the network's own.
+    """
+
+    network: str
+    batch: int
+    dtype: str
+    threads: int
+    size: int | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What identifies the case in a report; threads are told where sizes vary."""
+        key = {"network": self.network, "batch": self.batch, "dtype": self.dtype}
+        return key if self.size is None else key | {"size": self.size, "threads": self.threads}
+
+    @property
+    def title(self) -> str:
+        """For lines of progress and names of files."""
+        title = f"{self.network}, batch {self.batch}, {self.dtype}"
+        if self.size is None:
+            return title
+        plural = "" if self.threads == 1 else "s"
+        return f"{title}, {self.size}x{self.size}, {self.threads} thread{plural}"
 
 
 @dataclass(frozen=True)
@@ -15,19 +50,15 @@ class Job:
     """The task of a worker: one network, prepared by one peer.
 
     Attributes:
-        network: a key of ``models.NETWORKS``.
+        case: the network and the calls.
         peer: a key of ``PEERS``, or ``worker.REFERENCE``.
-        batch, dtype, threads: of the calls.
         folder: for the peer's files, empty at its first start.
         expected: file of the inputs and of the output of eager float64.
         keep_heap: keep freed memory in the process.
     """
 
-    network: str
+    case: Case
     peer: str
-    batch: int
-    dtype: str
-    threads: int
     folder: Path
     expected: Path
     keep_heap: bool

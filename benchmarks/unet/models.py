@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,10 @@ class Network:
             )
         return module
 
+    def sized(self, size: int | None) -> Network:
+        """The same network for images of another height and width; None leaves them."""
+        return self if size is None else replace(self, shape=(self.shape[0], size, size))
+
     def inputs(self, batch: int) -> tuple[Tensor, ...]:
         """Float32 images, and int64 times [N] and float32 context where the network takes them."""
         generator = torch.Generator().manual_seed(batch)
@@ -172,9 +176,11 @@ NETWORKS = {
         heavy=True,
         peers=(
             "fastdiff",
+            "fastdiff bf16",
             "inductor channels_last",
             "inductor channels_last, frozen",
             "openvino",
+            "eager channels_last",
         ),
     ),
     "vae": Network(

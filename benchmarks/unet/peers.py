@@ -45,6 +45,7 @@ class Torch(Peer):
         channels_last: of the weights and the inputs.
         frozen: Inductor treats the weights as constants and packs them.
         mode, options: of torch.compile.
+        model_dtype: of the module and its inputs, where it is not the dtype of computation.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class Torch(Peer):
         frozen: bool = False,
         mode: str | None = None,
         options: dict[str, Any] | None = None,
+        model_dtype: str | None = None,
     ) -> None:
         super().__init__(summary, dtypes)
         self.backend, self.channels_last, self.frozen = backend, channels_last, frozen
-        self.mode, self.options = mode, options
+        self.mode, self.options, self.model_dtype = mode, options, model_dtype
 
     def prepare(self, job: Job, network: Network, module: nn.Module) -> Prepared:
-        dtype = DTYPES[job.dtype]
+        dtype = DTYPES[self.model_dtype or job.case.dtype]
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         module = in_layout(module.to(dtype), layout)
         if self.frozen:
@@ -106,6 +108,13 @@ PEERS: dict[str, Peer] = {
         ("float32",),
         backend="fastdiff",
         options={"precision": "strict"},
+    ),
+    "fastdiff bf16": Torch(
+        "fastdiff, float32 model computed in bfloat16",
+        ("bfloat16",),
+        backend="fastdiff",
+        options={"precision": "bf16"},
+        model_dtype="float32",
     ),
     "openvino": OpenVino("OpenVINO"),
     "onnxruntime": OnnxRuntime("ONNX Runtime"),

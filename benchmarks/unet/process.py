@@ -35,8 +35,8 @@ class Process:
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": str(job.folder / "inductor"),
             "XDG_CACHE_HOME": str(job.folder / "cache"),
-            "OMP_NUM_THREADS": str(job.threads),
-            "MKL_NUM_THREADS": str(job.threads),
+            "OMP_NUM_THREADS": str(job.case.threads),
+            "MKL_NUM_THREADS": str(job.case.threads),
         }
         from benchmarks.unet.worker import main
 

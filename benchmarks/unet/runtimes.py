@@ -16,17 +16,17 @@ NAMES = ("x", "t", "context")  # names of the inputs
 
 
 def onnxruntime(job: Job, network: Network, module: nn.Module) -> Prepared:
-    """A session with all of its graph optimisations, in one pool of ``job.threads``."""
+    """A session with all of its graph optimisations, in one pool of ``job.case.threads``."""
     import onnxruntime as ort
 
-    dtype = DTYPES[job.dtype]
-    given = Prepared(module, dtype).fit(network.inputs(job.batch))
+    dtype = DTYPES[job.case.dtype]
+    given = Prepared(module, dtype).fit(network.inputs(job.case.batch))
     path = job.folder / "network.onnx"
     notes = [export(Plain(network, module.to(dtype)), given, path)]
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.intra_op_num_threads = job.threads
+    options.intra_op_num_threads = job.case.threads
     options.inter_op_num_threads = 1
     # Threads that spin for work after a call would slow down the next peer.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -56,15 +56,15 @@ def openvino(job: Job, network: Network, module: nn.Module) -> Prepared:
     """A model compiled for latency; inputs and outputs are float32 for any dtype of computation."""
     import openvino as ov
 
-    inputs = network.inputs(job.batch)
+    inputs = network.inputs(job.case.batch)
     shapes = [list(value.shape) for value in inputs]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = ov.convert_model(Plain(network, module), example_input=inputs, input=shapes)
-    wanted = {"float32": "f32", "bfloat16": "bf16"}[job.dtype]
+    wanted = {"float32": "f32", "bfloat16": "bf16"}[job.case.dtype]
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": job.threads,
+        "INFERENCE_NUM_THREADS": job.case.threads,
         "INFERENCE_PRECISION_HINT": wanted,
     }
     compiled = ov.Core().compile_model(converted, "CPU", settings)

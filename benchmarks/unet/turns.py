@@ -11,13 +11,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.unet.job import Job
+from benchmarks.unet.job import Case, Job
 from benchmarks.unet.models import NETWORKS
 from benchmarks.unet.peers import INDUCTOR, OURS, PEERS
 from benchmarks.unet.process import Process, WorkerError, idle_share
@@ -28,7 +28,11 @@ SLOW_ROUNDS = 3  # rounds of peers whose call takes longer than SLOW
 HEAVY_ROUNDS, HEAVY_TURNS = 2, 3  # rounds, and turns per round, of heavy networks
 SAMPLING_ROUNDS = 3
 BREAKDOWN_CALLS = 10
-NOT_SAMPLED = ("eager", "fastdiff strict")  # peers without sampling loops, being like another peer
+NOT_SAMPLED = (
+    "eager",
+    "fastdiff strict",
+    "fastdiff bf16",
+)  # peers without sampling loops, being like another peer
 
 Store = Callable[[dict[str, Any]], None]
 
@@ -38,19 +42,20 @@ class Settings:
     """Options of the command line for every run.
 
     Attributes:
-        threads: of every peer.
         rounds: number of turns of each peer.
         limit: longest time for an answer, compilation included, in seconds.
         keep_heap: keep freed memory in the process.
+        warm: start every peer again after its first calls, for the time of a first call with the
+            caches that an earlier process left; heavy networks always are.
         sampling: steps of a sampling loop; None for no loops.
         breakdown: the peer whose calls are broken down; None for none.
         folder: for the files and logs of the processes.
     """
 
-    threads: int
     rounds: int
     limit: float
     keep_heap: bool
+    warm: bool
     sampling: int | None
     breakdown: str | None
     folder: Path
@@ -65,6 +70,7 @@ class Row:
         failed: the reason why figures are missing, or None.
         times: of each call, or of each sampling loop.
         error, first_call, call, notes: see ``worker.Readiness``.
+        warm_first_call: a later process's first call, with the caches that the first one left.
         peak_memory, running_memory: see ``Worker.memory``.
     """
 
@@ -73,6 +79,7 @@ class Row:
     times: list[float] = field(default_factory=list)
     error: float | None = None
     first_call: float | None = None
+    warm_first_call: float | None = None
     call: float | None = None
     peak_memory: float | None = None
     running_memory: float | None = None
@@ -90,10 +97,10 @@ def say(text: str) -> None:
 
 
 class Run:
-    """One network at one batch size and dtype, all peers.
+    """One case, all peers.
 
     Args:
-        network, batch, dtype: of the run; ``network`` is a key of ``NETWORKS``.
+        case: what is timed.
         peers: keys of ``PEERS``; peers that do not support the dtype are left out.
         settings: options of the command line.
         store: called with the record after every change of it.
@@ -101,23 +108,28 @@ class Run:
 
     def __init__(
         self,
-        network: str,
-        batch: int,
-        dtype: str,
-        peers: list[str],
+        case: Case,
+        peers: Sequence[str],
         settings: Settings,
         store: Store,
     ) -> None:
-        self.network, self.batch, self.dtype, self.settings = network, batch, dtype, settings
-        self.title = f"{network}, batch {batch}, {dtype}"
-        self.rows = {name: Row(name) for name in peers if dtype in PEERS[name].dtypes}
-        self.expected = settings.folder / f"{network}-{batch}.pt"
-        self.facts = machine.facts(settings.threads)
+        self.case, self.settings, self.title = case, settings, case.title
+        self.network = NETWORKS[case.network]
+        self.rows = {name: Row(name) for name in peers if case.dtype in PEERS[name].dtypes}
+        # float64's output is the same for every dtype and number of threads.
+        self.expected = settings.folder / f"{case.network}-{case.batch}-{case.size}.pt"
+        self.facts = machine.facts(case.threads if case.size is None else None)
+        self._finished = False
         self._store = store
         self._disturbed = [0.0]  # cores that others took, turn by turn
 
     def run(self) -> None:
         """Everything that was asked for; failures end up in the rows."""
+        self._run()
+        self._finished = True
+        self._save()
+
+    def _run(self) -> None:
         say(f"{self.title}: what float64 makes of it")
         try:
             if not self.expected.exists():
@@ -126,19 +138,22 @@ class Run:
             say(f"{self.title}: not run: {error}")
             for row in self.rows.values():
                 row.failed = f"nothing to check it against: {error}"
-            self._save()
             return
-        if NETWORKS[self.network].heavy:
+        if self.network.heavy:
             self._one_at_a_time()
             return
         alive: dict[str, Process] = {}
         try:
             for name in self.rows:
                 process = self._ready(name)
+                if process is not None and self.settings.warm:
+                    with process:
+                        self._ask_memory(self.rows[name], process)
+                    process = None if self.rows[name].failed else self._ready(name)
                 if process is not None:
                     alive[name] = process
             self._rounds(alive)
-            if self.settings.sampling is not None and NETWORKS[self.network].takes_time:
+            if self.settings.sampling is not None and self.network.takes_time:
                 self._sampling(alive, self.settings.sampling)
             if self.settings.breakdown in alive:
                 self._breakdown(alive[self.settings.breakdown], self.settings.breakdown)
@@ -149,10 +164,7 @@ class Run:
     def _job(self, peer: str) -> Job:
         folder = f"{self.title}-{peer}".replace(", ", "-").replace(" ", "-")
         settings = self.settings
-        return Job(
-            self.network, peer, self.batch, self.dtype, settings.threads,
-            settings.folder / folder, self.expected, settings.keep_heap,
-        )  # fmt: skip
+        return Job(self.case, peer, settings.folder / folder, self.expected, settings.keep_heap)
 
     def _reference(self, *request: Any) -> None:
         with Process(self._job(REFERENCE), self.settings.limit) as process:
@@ -174,9 +186,11 @@ class Run:
             self._save()
             return None
         row.call = readiness.call
-        if row.error is None:  # else a later round of a heavy network, with warm caches
+        if row.error is None:
             row.error, row.first_call = readiness.error, readiness.first_call
             row.notes = readiness.notes
+        elif row.warm_first_call is None:
+            row.warm_first_call = readiness.first_call
         say(
             f"{self.title}: {name}: first call {readiness.first_call:.1f} s, "
             f"then {1e3 * readiness.call:.1f} ms, error {readiness.error:.1e}"
@@ -283,11 +297,11 @@ class Run:
     def _save(self) -> None:
         self._put(
             "call",
+            finished=self._finished,
             disturbed=max(self._disturbed),
             ours=OURS,
             rows=[row.as_dict() for row in self.rows.values()],
         )
 
     def _put(self, kind: str, **values: Any) -> None:
-        key = {"kind": kind, "network": self.network, "batch": self.batch, "dtype": self.dtype}
-        self._store(key | {"machine": self.facts} | values)
+        self._store({"kind": kind} | self.case.key | {"machine": self.facts} | values)

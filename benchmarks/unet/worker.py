@@ -51,14 +51,14 @@ class Worker:
     """Answers the requests of ``process.Process``."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.network = job, NETWORKS[job.network]
+        self.job, self.network = job, NETWORKS[job.case.network].sized(job.case.size)
         self.prepared: Prepared | None = None
         self.inputs: tuple[torch.Tensor, ...] = ()
         self.whole_peak: float | None = None
 
     def expect(self) -> None:
         """Write the file that all peers are checked with: inputs, and eager float64's output."""
-        inputs = self.network.inputs(self.job.batch)
+        inputs = self.network.inputs(self.job.case.batch)
         module = self.network.make().double()
         fitted = Prepared(module, torch.float64).fit(inputs)
         torch.save((inputs, self.network.call(module, *fitted)), self.job.expected)
@@ -67,7 +67,7 @@ class Worker:
         """Write the file for the check of sampling loops: the images of eager float32."""
         module = in_layout(self.network.make(), torch.channels_last)
         prepared = Prepared(lambda *inputs: self.network.call(module, *inputs), torch.float32)
-        x_T = self.network.inputs(self.job.batch)[0]
+        x_T = self.network.inputs(self.job.case.batch)[0]
         torch.save(sampling.with_diffusers(prepared, x_T, steps), self._samples(steps))
 
     def prepare(self) -> Readiness:
@@ -115,7 +115,7 @@ class Worker:
             ArithmeticError: the images differ by more than the tolerance.
         """
         assert self.prepared is not None
-        x_T = self.network.inputs(self.job.batch)[0]
+        x_T = self.network.inputs(self.job.case.batch)[0]
         ours = self.job.peer.startswith("fastdiff")
         run = sampling.with_fastdiff if ours else sampling.with_diffusers
         start = time.perf_counter()
@@ -135,7 +135,7 @@ class Worker:
 
         ``of`` is the dtype of the eager network that computed ``expected``, for the error.
         """
-        error, tolerance = deviation(output, expected), TOLERANCE[self.job.dtype]
+        error, tolerance = deviation(output, expected), TOLERANCE[self.job.case.dtype]
         if not error <= tolerance:
             raise ArithmeticError(
                 f"wrong result: {error:.1e} of the output's scale from eager {of}, "
@@ -165,7 +165,7 @@ def main(connection: Connection, job: Job, log: str) -> None:
     with open(log, "a", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(job.case.threads)
     if job.keep_heap:
         machine.keep_heap()
     worker = Worker(job)

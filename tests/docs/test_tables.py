@@ -54,6 +54,9 @@ def test_every_table_says_where_and_when():
     for name, table in tables.TABLES.items():
         text = table.text()
         assert table.command in text, name
+        if not table.file.exists():
+            assert "Not measured yet" in text, name
+            continue
         assert re.search(r"\d{4}-\d\d-\d\d; python .*torch", text), name
 
 
