@@ -82,15 +82,17 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             for dtype in args.dtypes or NETWORKS[name].dtypes
             for batch in args.batches or NETWORKS[name].batches
         ]
+    every = SUITES[args.suite].cases(args.threads)
     cases = [
         case
-        for case in SUITES[args.suite].cases(args.threads)
+        for case in every
         if case.network in (args.models or NETWORKS)
         and case.dtype in (args.dtypes or DTYPES)
         and case.batch in (args.batches or [case.batch])
     ]
     if not cases:
-        raise SystemExit(f"the suite {args.suite} has no such case; see its file in --out")
+        known = "\n".join(case.title for case in every)
+        raise SystemExit(f"the suite {args.suite} has none of these cases, it has\n{known}")
     return cases
 
 

@@ -35,6 +35,7 @@ class Process:
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": str(job.folder / "inductor"),
             "XDG_CACHE_HOME": str(job.folder / "cache"),
+            "FASTDIFF_CACHE": str(job.folder / "cache"),  # which a user may have set
             "OMP_NUM_THREADS": str(job.case.threads),
             "MKL_NUM_THREADS": str(job.case.threads),
         }
