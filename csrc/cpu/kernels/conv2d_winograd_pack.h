@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/kernels/conv2d_pack.h"
+#include "cpu/kernels/conv2d_phases.h"
 #include "cpu/kernels/conv2d_winograd.h"
 
 namespace fastdiff::CPU_CAPABILITY {
@@ -15,25 +16,6 @@ namespace fastdiff::CPU_CAPABILITY {
 // A register of float64, and as many float32.
 using D = double __attribute__((vector_size(kLanes * 4)));
 using HalfF = float __attribute__((vector_size(kLanes * 2)));
-
-// The taps of a 3x3 kernel that a phase's kernel has in place of each of its r.
-template <int r>
-FASTDIFF_INLINE void taps(const D (&g)[9], int64_t phase, D (&out)[r][r]) {
-  // Of an even number of rows above, 0 and 1 are the same pixel, else 1 and 2.
-  const auto first = [](int a, bool odd) { return a == 0 ? 0 : odd ? 1 : 2; };
-  const auto last = [](int a, bool odd) { return a == 1 ? 2 : odd ? 0 : 1; };
-  for (int a = 0; a < r; ++a)
-    for (int q = 0; q < r; ++q) {
-      if (r == 3) {
-        out[a][q] = g[a * 3 + q];
-        continue;
-      }
-      const bool odd_row = phase / 2, odd_column = phase % 2;
-      out[a][q] = D{};
-      for (int i = first(a, odd_row); i <= last(a, odd_row); ++i)
-        for (int j = first(q, odd_column); j <= last(q, odd_column); ++j) out[a][q] += g[i * 3 + j];
-    }
-}
 
 // G g G^T of a register of filters: element (a, q) goes to out[(a * kTile + q) * kPanel].
 template <int m, int r>
@@ -87,7 +69,7 @@ void winograd_pack(const ConvWeight& size, const float* weight, void* packed, in
                        std::memcpy(&value, g[tap] + k, sizeof(value));
                        whole[tap] = __builtin_convertvector(value, D);
                      }
-                     taps<r>(whole, phase, of_phase);
+                     phase_taps<r>(whole, phase, of_phase);
                      transform_weight<m, r>(of_phase, rows[0] + k);
                    }
                    float* row = out + phase * phase_size + first * kPlanes * depth + c * columns;

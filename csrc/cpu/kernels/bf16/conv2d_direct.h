@@ -6,6 +6,7 @@
 // next piece is; meanwhile that is fetched into L2. Sums are kept in memory between the pieces.
 #pragma once
 
+#include "cpu/kernels/bf16/conv2d_pack.h"
 #include "cpu/kernels/bf16/conv2d_patch.h"
 #include "cpu/kernels/conv2d_direct.h"
 #include "cpu/kernels/conv2d_epilogue.h"
@@ -290,13 +291,6 @@ struct DirectBf16 {
   }
 };
 
-template <int kParts>
-int64_t packed_values(const ConvWeight& size) {
-  const int64_t planes = (size.channels + kColumns - 1) / kColumns;
-  const int64_t panels = (size.filters + kColumns - 1) / kColumns;
-  return panels * planes * size.kernel_h * size.kernel_w * kParts * kStepValues;
-}
-
 template <class T, int kParts>
 void direct_bf16(const Conv2d& p) {
   Array<double> partials;
@@ -306,7 +300,7 @@ void direct_bf16(const Conv2d& p) {
 }
 
 // A 3x3 convolution of an upsampled image as four of the image itself, by kernels of 2x2 taps that
-// are sums of the 3x3 one's (conv2d_winograd.h): 16 products where there were 36.
+// are sums of the 3x3 one's (conv2d_phases.h): 16 products where there were 36.
 template <class T>
 void direct_phases_bf16(const Conv2d& p) {
   constexpr int64_t kStep = 2, kPhases = kStep * kStep;
@@ -325,37 +319,6 @@ void direct_phases_bf16(const Conv2d& p) {
     direct.run();
     if (number + 1 == kPhases) direct.join();
   }
-}
-
-// Panels of 32 filters, and in them planes of 32 channels, taps, and parts: steps as in products.h.
-// `taps_of(k, c)` points to the taps of a filter and channel.
-template <int kParts, class TapsOf>
-void pack_direct_bf16(const ConvWeight& size, bf16* packed, const Threads& threads,
-                      TapsOf&& taps_of) {
-  const int64_t taps = size.kernel_h * size.kernel_w;
-  const int64_t panels = (size.filters + kColumns - 1) / kColumns;
-  const int64_t panel_values = packed_values<kParts>(size) / panels;
-  share(threads, panels, [&](int64_t begin, int64_t end) {
-    bf16* out = packed + begin * panel_values;
-    std::memset(static_cast<void*>(out), 0, (end - begin) * panel_values * sizeof(bf16));
-    for (int64_t panel = begin; panel < end; ++panel, out += panel_values)
-      for (int64_t column = 0; column < std::min(kColumns, size.filters - panel * kColumns);
-           ++column)
-        for (int64_t c = 0; c < size.channels; ++c) {
-          const int64_t deep = c % kColumns;
-          bf16* to = out + c / kColumns * taps * kParts * kStepValues + column / 16 * 512 +
-                     deep / 2 * 32 + column % 16 * 2 + deep % 2;
-          const auto from = taps_of(panel * kColumns + column, c);
-          for (int64_t t = 0; t < taps; ++t, to += kParts * kStepValues) {
-            const float value = from[t];
-            to[0] = static_cast<bf16>(value);
-            if constexpr (kParts > 1) {
-              const float rest = value - static_cast<float>(to[0]);
-              to[kStepValues] = static_cast<bf16>(rest == rest ? rest : 0.f);
-            }
-          }
-        }
-  });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY
