@@ -35,7 +35,8 @@ Neither a normalised nor an activated tensor is written to memory. The files:
     pipeline.py  the backend: decides how a graph is compiled
     inference.py calls the stages in their order
     trace.py, network.py   the graphs of the U-Nets of fastdiff.nn, made without Dynamo
-    graph/       nodes: a node's operation, arguments and value; effects: what it writes, whether it
+    graph/       nodes: a node's operation, arguments and value; dtypes: which operations compute in
+                 any dtype; effects: what it writes, whether it
                  shares memory or uses random numbers; canonical: the form that matchers read;
                  reshapes: the channel dimension after a view; regions: graphs within the graph;
                  edit: insert, replace and remove nodes
@@ -45,6 +46,7 @@ Neither a normalised nor an activated tensor is written to memory. The files:
     choose/      plan: which matches are computed together; algorithms: the algorithm of each;
                  measuring, timings: measured times; budget: memory for packed weights
     rewrite/     fuse: replaces matches by calls; weights_node: the call that packs the weights;
+                 autocast: autocast's conversions as nodes; lower: computes in another dtype;
                  gated: a * gelu(b); composed: operations with gradients or for GPUs; strides:
                  restores the strides that the caller expects
     run/         calls: the functions that the nodes call; packing: weights, packed again when they

@@ -42,7 +42,7 @@ def fused(
     Args:
         gm: a graph of functions of ``torch`` and ``torch.nn.functional`` and methods of tensors,
             with example values and a mark on each placeholder that is a parameter; rewritten in
-            place.
+            place. It computes in the autocast, or without, in which this function is called.
         report: what was fused and what was left is written to it.
         measured: choose algorithms by measured times, else by the sizes alone.
         precision: see ``fastdiff.compiler.backend``.

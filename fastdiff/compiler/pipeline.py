@@ -39,7 +39,8 @@ class Options:
     """The options of ``torch.compile(..., mode=..., options={...})``.
 
     Attributes:
-        precision: ``fast``, or ``strict`` for direct arithmetic alone.
+        precision: ``fast``, ``bf16`` for activations in bfloat16, or ``strict`` for direct
+            arithmetic alone.
         packed_bytes: bound of the bytes for packed and joined weights; None for no bound.
         mode: one of ``MODES``.
     """
@@ -80,19 +81,25 @@ def backend(
 ) -> Compiled:
     """Compile a graph: ``torch.compile(model, backend="fastdiff", options=...)``.
 
-    Without gradients on a CPU, in float32 or bfloat16, the graph is fused. On CUDA tensors it gets
-    fastdiff's operations and Inductor compiles it. With gradients, or in training mode, it gets
-    only operations that have gradients. Otherwise it runs unchanged.
+    Without gradients on a CPU, in float32, bfloat16 or float16, under autocast or not, the graph is
+    fused. On CUDA tensors it gets fastdiff's operations and Inductor compiles it. With gradients,
+    or in training mode, it gets only operations that have gradients. Otherwise it runs unchanged.
 
-    Where the user can put a graph on the fast path (float16 on a CPU, autocast, training mode
-    without gradients, tensors on several devices), the logger ``fastdiff.compiler`` says so in a
-    warning, once per process and reason. All other reasons are logged at level INFO.
+    float16 is computed in float32, which has kernels on a CPU, and results are converted back.
+    Under autocast the graph computes in the dtypes that autocast gives each operation; float16
+    among them is computed in float32 too.
+
+    Where the user can put a graph on the fast path (float64, training mode without gradients,
+    tensors on several devices), the logger ``fastdiff.compiler`` says so in a warning, once per
+    process and reason. All other reasons are logged at level INFO.
 
     Args:
         gm: the graph that Dynamo made of the model.
         example_inputs: inputs with the sizes and dtypes that later calls will have.
-        options: ``precision``: "fast" (Winograd convolutions, the default) or "strict" (direct
-            arithmetic alone). ``packed_bytes``: how many bytes this graph's packed and joined
+        options: ``precision``: "fast" (Winograd convolutions, the default), "strict" (direct
+            arithmetic alone), or "bf16" (what "fast" does, and float32 and float16 are computed
+            with activations in bfloat16: statistics, softmax and sums stay in float32, parameters
+            and results keep their dtypes; for graphs on a CPU without gradients). ``packed_bytes``: how many bytes this graph's packed and joined
             weights may take besides the model's own, spent where they save the most time; None (the
             default) for no bound.
         mode: of ``torch.compile``: "default", "reduce-overhead", "max-autotune" or
@@ -101,7 +108,8 @@ def backend(
             Python between them. A graph on CUDA tensors is compiled by Inductor in that mode.
 
     Raises:
-        ValueError: an option, its value, the mode, or the value of FASTDIFF_PLAN is unknown.
+        ValueError: an option, its value, the mode, or the value of FASTDIFF_PLAN is unknown; or
+            ``precision`` is "bf16" and the tensors are on a CUDA device.
     """
     compiled, report = compile_and_report(gm, example_inputs, Options.of(options, mode))
     if report.reason is not None:

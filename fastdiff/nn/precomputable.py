@@ -51,7 +51,7 @@ _LAYERS = (
     nn.Dropout,
     nn.ModuleList,
 )
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
@@ -81,7 +81,7 @@ def only_own_layers_run(unet: nn.Module, original: type[nn.Module]) -> bool:
     """Whether, besides, nothing else sees or answers the calls of any module.
 
     A part that is compiled, in training mode or of two dtypes, or weights that are no plain
-    parameters on a CPU, in float32 or bfloat16, count as something else.
+    parameters on a CPU, in float32, bfloat16 or float16, count as something else.
 
     Args:
         unet: an instance of ``original``.

@@ -87,7 +87,7 @@ def in_dtype(example: Any, dtype: torch.dtype) -> Any:
 def parameter_of(node: Any) -> Node | None:
     """The parameter that a node is, or that it converts to another dtype; None for other nodes."""
     if is_weight(node):
-        return node  # type: ignore[no-any-return]
+        return node
     if not isinstance(node, Node) or conversion(node) not in NARROW_DTYPES:
         return None
     source: Any = node.args[0]

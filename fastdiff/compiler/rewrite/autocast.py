@@ -88,7 +88,7 @@ def _explicit(gm: GraphModule, node: Node, dtype: torch.dtype) -> None:
 def _function(gm: GraphModule, node: Node) -> Callable[..., Any]:
     """What a node calls, as a function."""
     if node.op == "call_method":
-        return getattr(torch.Tensor, str(node.target))  # type: ignore[no-any-return]
+        return getattr(torch.Tensor, str(node.target))
     if node.op == "call_module":
         return gm.get_submodule(str(node.target))
     return node.target  # type: ignore[return-value]
