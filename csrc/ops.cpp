@@ -69,5 +69,10 @@ PYBIND11_MODULE(_C, m) {
     return fastdiff::isa_name(fastdiff::isa());
   });
   m.def("why_no_tiles", fastdiff::why_no_tiles);
+#ifdef FASTDIFF_TILES_EMULATED
+  m.attr("emulates_tiles") = true;
+#else
+  m.attr("emulates_tiles") = false;
+#endif
   fastdiff::add_conv2d(m);
 }

@@ -53,17 +53,30 @@ def _facts() -> dict[str, Any]:
         "backends": missing(),  # for each the reason why it cannot run, or None
         **describe(),
         "instruction_sets": [] if extension is None else list(extension.instruction_sets),
+        "bfloat16_products": None if extension is None else _products(),
         "models": list(checkpoint.shipped()),
     }
 
 
 def _sets(built: Sequence[str]) -> str:
     """Which instruction sets were compiled for and which runs, and what is missed by that."""
-    text = f"built for {', '.join(built)}; {isa()} runs"
+    emulated = "AMX" if extension.emulates_tiles else None
+    names = [f"{name} (emulated, for tests)" if name == emulated else name for name in built]
+    text = f"built for {', '.join(names)}; {isa()} runs"
     best = torch.backends.cpu.get_cpu_capability()
     if isa() == "DEFAULT" and best in ("AVX2", "AVX512"):
         text += f"; {best} would be faster: reinstall fastdiff on this machine to build for it"
     return text
+
+
+def _products() -> str:
+    """What multiplies bfloat16 here, and why it is not tiles."""
+    why_not = extension.why_no_tiles()
+    if isa() == "AMX":
+        return "by emulated tiles, slowly" if extension.emulates_tiles else "by tiles (AMX)"
+    if isa() == "AVX512_BF16":
+        return f"by dot products (AVX512_BF16); {why_not}"
+    return f"in float32: neither tiles nor dot products run; {why_not}"
 
 
 def _print(facts: dict[str, Any], records: Sequence[selfcheck.Record]) -> None:
@@ -76,6 +89,7 @@ def _print(facts: dict[str, Any], records: Sequence[selfcheck.Record]) -> None:
     print("runs by default    {backend}, {isa}, {threads} threads".format(**facts))
     if facts["instruction_sets"]:
         print(f"instruction sets   {_sets(facts['instruction_sets'])}")
+        print(f"bfloat16 products  {_products()}")
     print(f"shipped models     {', '.join(facts['models']) or 'none'}")
     print("self-check against float64:")
     print(f"  {'operation':<24} {'':<23} {'error':>8} {'allowed':>8} {'time':>9}")

@@ -59,6 +59,10 @@ def test_text_has_a_line_for_every_check(run: Callable) -> None:
     assert sum(line.endswith("  ok") for line in lines) == len(selfcheck.run())
     triton = "runs" if missing()["triton"] is None else f"missing: {missing()['triton']}"
     assert f"backend triton     {triton}" in lines
+    if extension is not None:
+        (products,) = (line for line in lines if line.startswith("bfloat16 products"))
+        how = {"AMX": "tiles", "AVX512_BF16": "by dot products"}.get(isa(), "in float32")
+        assert how in products
 
 
 def test_failed_check_sets_the_exit_code(run: Callable, broken: selfcheck.Record) -> None:

@@ -2,8 +2,8 @@
 // are the pixels of a patch (conv2d_patch.h), and the steps of a plane of 32 channels are the taps
 // of the kernel: they read the same few KiB of the patch from L1, while the weight streams from L2.
 //
-// Of a block all pixels are multiplied with a piece of a panel's weight, of kPieceBytes, before the
-// next piece is; meanwhile that is fetched into L2. Sums are kept in memory between the pieces.
+// Of a block all pixels are multiplied with a slice of a panel's weight, of kSliceBytes, before the
+// next slice is; meanwhile that is fetched into L2. Sums are kept in memory between the slices.
 #pragma once
 
 #include "cpu/kernels/bf16/conv2d_pack.h"
@@ -54,12 +54,12 @@ template <class T, int kParts>
 struct DirectBf16 {
 #ifdef FASTDIFF_TILES
   static constexpr int64_t kPatchBytes = 384 << 10, kManyBytes = 1 << 20;  // of a block's patch
-  static constexpr int64_t kPointwisePiece = 40 << 10;
+  static constexpr int64_t kPointwiseSlice = 40 << 10;
 #else
   static constexpr int64_t kPatchBytes = 256 << 10, kManyBytes = 512 << 10;
-  static constexpr int64_t kPointwisePiece = 20 << 10;
+  static constexpr int64_t kPointwiseSlice = 20 << 10;
 #endif
-  static constexpr int64_t kPieceBytes = 108 << 10;
+  static constexpr int64_t kSliceBytes = 108 << 10;
   static constexpr int64_t kLeastBlocks = 8;   // of many pixels
   static constexpr int64_t kHeavy = 16 << 20;  // bytes of a weight that is better read once
   // A 1x1 convolution's blocks are of fewer pixels, since each panel writes a line of 64 bytes of
@@ -190,21 +190,21 @@ struct DirectBf16 {
     }
     const int64_t pairs = (groups.size() + 1) / 2;
     const int64_t deep =
-        std::max<int64_t>(1, (taps > 1 ? kPieceBytes : kPointwisePiece) / plane_steps);
-    const int64_t pieces = (planes + deep - 1) / deep, ld = gates * kColumns;
-    // One pair's sums, or, between pieces, all of them.
-    float* sums = scratch.at_least((pieces > 1 ? pairs : 1) * kTogetherRows * ld);
+        std::max<int64_t>(1, (taps > 1 ? kSliceBytes : kPointwiseSlice) / plane_steps);
+    const int64_t slices = (planes + deep - 1) / deep, ld = gates * kColumns;
+    // One pair's sums, or, between slices, all of them.
+    float* sums = scratch.at_least((slices > 1 ? pairs : 1) * kTogetherRows * ld);
     for (int64_t panel = begin; panel < end; ++panel) {
       const auto compute = [&](auto& writer) {
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t first = planes * piece / pieces, last = planes * (piece + 1) / pieces;
+        for (int64_t slice = 0; slice < slices; ++slice) {
+          const int64_t first = planes * slice / slices, last = planes * (slice + 1) / slices;
           for (int64_t pair = 0; pair < pairs; ++pair) {
             const Group& one = groups[2 * pair];
             const bool two = 2 * pair + 1 < groups.size();
             const Group& other = groups[2 * pair + two];
             const Rows rows{one.at + first * walk.plane, other.at + first * walk.plane,
                             two ? kGroup + other.count : one.count};
-            float* c = sums + (pieces > 1 ? pair : 0) * kTogetherRows * ld;
+            float* c = sums + (slices > 1 ? pair : 0) * kTogetherRows * ld;
             for (int64_t gate = 0; gate < gates; ++gate) {
               const char* b = static_cast<const char*>(p.packed) +
                               ((gate * panels + panel) * planes + first) * plane_steps;
@@ -214,9 +214,9 @@ struct DirectBf16 {
               const Fetch fetch{b + (last - first) * plane_steps + pair * lines * 64 * products,
                                 lines};
               CPU_CAPABILITY::multiply(rows, walk, last - first, b, outputs - panel * kColumns,
-                                       c + gate * kColumns, ld, piece > 0, fetch);
+                                       c + gate * kColumns, ld, slice > 0, fetch);
             }
-            if (piece + 1 < pieces) continue;
+            if (slice + 1 < slices) continue;
             writer.write(one, c, ld);
             if (two) writer.write(other, c + kGroup * ld, ld);
           }
