@@ -99,9 +99,9 @@ def backend(
         options: ``precision``: "fast" (Winograd convolutions, the default), "strict" (direct
             arithmetic alone), or "bf16" (what "fast" does, and float32 and float16 are computed
             with activations in bfloat16: statistics, softmax and sums stay in float32, parameters
-            and results keep their dtypes; for graphs on a CPU without gradients). ``packed_bytes``: how many bytes this graph's packed and joined
-            weights may take besides the model's own, spent where they save the most time; None (the
-            default) for no bound.
+            and results keep their dtypes; for graphs on a CPU without gradients). ``packed_bytes``:
+            how many bytes this graph's packed and joined weights may take besides the model's own,
+            spent where they save the most time; None (the default) for no bound.
         mode: of ``torch.compile``: "default", "reduce-overhead", "max-autotune" or
             "max-autotune-no-cudagraphs". A graph on a CPU is the same in all of them: its
             algorithms are always chosen by measured times, and its operations always run without
