@@ -42,43 +42,45 @@ using V = Probs::V;
 
 constexpr int64_t whole(int64_t count) { return (count + kColumns - 1) / kColumns * kColumns; }
 
-// The first `count` of 32 values, and zeros.
-struct Line {
-  bf16 value[kColumns];
+// Writes the first `count` of 32 values, and zeros behind them.
+FASTDIFF_INLINE void load_line(const bf16* from, int64_t count, void* to) {
+  using At = at::vec::Vectorized<bf16>;
+  for (int64_t i = 0; i < kColumns; i += At::size())
+    At::loadu(from + i, std::clamp<int64_t>(count - i, 0, At::size()))
+        .store(static_cast<bf16*>(to) + i);
+}
 
-  Line(const bf16* from, int64_t count) {
-    using At = at::vec::Vectorized<bf16>;
-    for (int64_t i = 0; i < kColumns; i += At::size())
-      At::loadu(from + i, std::clamp<int64_t>(count - i, 0, At::size())).store(value + i);
-  }
-};
-
-// [32 keys][step][2 halves][16 pairs][16 keys][2].
-void pack_keys(const bf16* k, int64_t stride, int64_t keys, int64_t width, bf16* to) {
+// [32 keys][step][2 halves][16 pairs][16 keys][2]: 16 keys by 16 pairs are transposed at a time,
+// where a float is only a pair's 32 bits.
+void pack_keys(const bf16* k, int64_t stride, int64_t keys, int64_t width, float* to) {
   for (int64_t first = 0; first < keys; first += kColumns)
-    for (int64_t d = 0; d < width; d += kColumns, to += kStepValues)
-      for (int64_t j = 0; j < kColumns; ++j) {
-        const Line line(k + std::min(first + j, keys - 1) * stride + d, width - d);
-        bf16* const column = to + j / 16 * (kStepValues / 2) + j % 16 * 2;
-        for (int64_t i = 0; i < kColumns; i += 2)
-          __builtin_memcpy(column + i * 16, line.value + i, 2 * sizeof(bf16));
+    for (int64_t d = 0; d < width; d += kColumns)
+      for (int64_t half = 0; half < kColumns; half += 16, to += kStepValues / 4) {
+        float pairs[16 * 16];
+        for (int64_t j = 0; j < 16; ++j)
+          load_line(k + std::min(first + half + j, keys - 1) * stride + d, width - d,
+                    pairs + j * 16);
+        at::vec::transpose_mxn<float, 16, 16>(pairs, 16, to, 16);
       }
 }
 
 // [32 columns][step][2 halves][16 pairs of keys][16 columns][2].
 void pack_values(const bf16* v, int64_t stride, int64_t keys, int64_t width, bf16* to) {
+  using Bits = uint32_t __attribute__((vector_size(sizeof(F))));
   for (int64_t first = 0; first < width; first += kColumns)
     for (int64_t key = 0; key < keys; key += kColumns, to += kStepValues)
       for (int64_t i = 0; i < kColumns; i += 2) {
         const bf16* row = v + (key + i) * stride + first;
-        const Line even(row, key + i < keys ? width - first : 0);
-        const Line odd(row + stride, key + i + 1 < keys ? width - first : 0);
-        for (int64_t half = 0; half < 2; ++half) {
-          bf16* const pairs = to + half * (kStepValues / 2) + i * 16;
-          for (int64_t c = 0; c < 16; ++c) {
-            pairs[2 * c] = even.value[half * 16 + c];
-            pairs[2 * c + 1] = odd.value[half * 16 + c];
-          }
+        bf16 even[kColumns], odd[kColumns];
+        load_line(row, key + i < keys ? width - first : 0, even);
+        load_line(row + stride, key + i + 1 < keys ? width - first : 0, odd);
+        for (int64_t c = 0; c < kColumns; c += kLanes) {
+          // A bfloat16 is the upper half of a float.
+          const auto low = reinterpret_cast<Bits>(load_lanes(even + c)) >> 16;
+          const auto high = reinterpret_cast<Bits>(load_lanes(odd + c));
+          bf16* const pairs = to + c / 16 * (kStepValues / 2) + i * 16 + c % 16 * 2;
+          const Bits both = low | high;
+          __builtin_memcpy(pairs, &both, sizeof both);
         }
       }
 }
@@ -137,10 +139,9 @@ void multiply_row(float* row, int64_t count, float by) {
 void load_queries(const Attention& p, const bf16* q, int64_t count, bf16* to) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < p.width; d += kColumns, to += kColumns) {
-      Line line(q + i * p.q_strides[2] + d, p.width - d);
+      load_line(q + i * p.q_strides[2] + d, p.width - d, to);
       if (p.scale < 0)
-        for (bf16& value : line.value) value.x ^= 0x8000;
-      __builtin_memcpy(to, &line, sizeof line);
+        for (int64_t j = 0; j < kColumns; ++j) to[j].x ^= 0x8000;
     }
 }
 
@@ -231,7 +232,7 @@ void attention_bf16_pack(const Attention& p, int64_t begin, int64_t end) {
       return static_cast<const bf16*>(x) + image * strides[0] + head * strides[1];
     };
     pack_keys(of_head(p.k, p.k_strides), p.k_strides[2], p.keys, p.width,
-              static_cast<bf16*>(p.packed_k) + unit * attention_bf16_packed(p.keys, p.width));
+              static_cast<float*>(p.packed_k) + unit * attention_bf16_packed(p.keys, p.width) / 2);
     pack_values(
         of_head(p.v, p.v_strides), p.v_strides[2], p.keys, p.value_width,
         static_cast<bf16*>(p.packed_v) + unit * attention_bf16_packed(p.keys, p.value_width));
