@@ -12,6 +12,7 @@ FASTDIFF_DECLARE_CONV2D(conv2d_phases4)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_direct_bf16)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_phases_bf16)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_split_bf16)
+FASTDIFF_DECLARE_CONV2D_BF16(conv2d_winograd2_bf16)
 
 namespace {
 
@@ -24,7 +25,12 @@ bool of_halves(const ConvWeight& weight) {
   return weight.kernel_h == 1 && weight.kernel_w == 1 && weight.channels % 32 == 0;
 }
 
+// Tiles multiply so fast that transforms would take longer than the products that they save.
+bool of_3x3_by_dots(const ConvWeight& weight) { return of_3x3(weight) && isa() == Isa::Avx512Bf16; }
+
 bool steps_of_1(const ConvSpec& spec) { return spec.stride_h == 1 && spec.stride_w == 1; }
+
+bool steps_of_1_after_silu(const ConvSpec& spec) { return steps_of_1(spec) && spec.silu; }
 
 bool in_phases(const ConvSpec& spec) {
   return steps_of_1(spec) && spec.upsample && (spec.top + spec.bottom) % 2 == 0 &&
@@ -110,6 +116,17 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .cost = {.share = tiles ? 0.08 : 0.35, .narrow = 16, .narrow_share = tiles ? 0.5 : 1},
        .pack = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16_pack),
        .run = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16)},
+      // Of other convolutions its rounding would show (kernels/bf16/conv2d_winograd.cpp).
+      {.name = "winograd2_bf16",
+       .purpose = "3x3 kernels and stride 1 after SiLU, by dot products",
+       .packs = of_3x3_by_dots,
+       .suits = steps_of_1_after_silu,
+       .dtypes = {at::kBFloat16},
+       .isa = Isa::Avx512Bf16,
+       .packed_dtype = at::kBFloat16,
+       .cost = {.share = 0.2, .narrow = 16, .narrow_share = 0.9},
+       .pack = FASTDIFF_BF16_KERNEL(conv2d_winograd2_bf16_pack),
+       .run = FASTDIFF_BF16_KERNEL(conv2d_winograd2_bf16)},
       // 16/9 of direct_bf16's packed weight.
       {.name = "phases_bf16",
        .purpose = kUpsampledPurpose,

@@ -84,9 +84,10 @@ def conv2d(
             1/2.25 and 1/4 of its multiplications. If such a convolution also upsamples, with an
             even sum of paddings in each direction, ``phases4``, four 2x2 convolutions of the
             smaller image by F(4x4), takes 1/5.76. For R = S = 1 and channels in multiples of 32
-            ``strassen`` (Strassen 1969, Numerische Mathematik 13) takes 7/8. Their accuracy is
-            stated in csrc/cpu/kernels/conv2d_winograd.h and strassen.h. Without the C++ extension
-            the name is ignored.
+            ``strassen`` (Strassen 1969, Numerische Mathematik 13) takes 7/8. ``winograd2_bf16`` is
+            F(2x2) with products of bfloat16, for bfloat16 images, ``silu`` and processors with
+            AVX512-BF16 and no tiles. Accuracies are stated in csrc/cpu/kernels/conv2d_winograd.h,
+            strassen.h and bf16/conv2d_winograd.cpp. Without the C++ extension the name is ignored.
 
     Returns:
         y [N, K, H', W'], or gated [N, K / 2, H', W'], channels-last; and its statistics or None:

@@ -17,10 +17,21 @@ DTYPES = (torch.float32, torch.bfloat16)
 DTYPE_IDS = ("f32", "bf16")
 
 
+def needs(algorithm):
+    """Options without which an algorithm refuses every convolution."""
+    after_silu = ConvSpec(1, 1, (3, 3), silu=True)
+    bare = suits(algorithm, after_silu.bare) or not suits(algorithm, after_silu)
+    return {} if bare else {"silu": True}
+
+
 def _suited(kernel):
     """Algorithms and dtypes for convolutions of a kernel, whatever their channels."""
-    spec = ConvSpec(1, 1, kernel)
-    return [(name, dtype) for name in ALGORITHMS for dtype in DTYPES if suits(name, spec, dtype)]
+    return [
+        (name, dtype)
+        for name in ALGORITHMS
+        for dtype in DTYPES
+        if suits(name, ConvSpec(1, 1, kernel, **needs(name)), dtype)
+    ]
 
 
 def _every(pairs):
@@ -45,7 +56,7 @@ class Case(NamedTuple):
     upsample: bool = False
 
     def suits(self, algorithm, dtype=None):
-        return suits(algorithm, self.spec(), dtype)
+        return suits(algorithm, self.spec(**needs(algorithm)), dtype)
 
     def spec(self, **options):
         return ConvSpec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accuracy import assert_as_accurate
+from conv2d_cases import needs
 from torch import Tensor
 
 import fastdiff
@@ -16,6 +17,7 @@ BOUNDS = {"winograd4": 2e-5, "phases4": 2e-5, "strassen": 2e-6, "split_bf16": 2e
 
 def call(algorithm, names, **options):
     """A function of the tensors that returns y."""
+    options |= needs(algorithm)
 
     def run(*tensors: Tensor):
         values = dict(zip(names, tensors, strict=True))

@@ -19,6 +19,7 @@ from conv2d_cases import (
     Case,
     every_3x3,
     make,
+    needs,
 )
 from conv2d_judging import BOUNDS, call, judge, relative
 from hypothesis import assume, given, settings
@@ -71,9 +72,9 @@ def test_a_packed_weight_gives_the_same_bits(algorithm, dtype) -> None:
     values = make(CASES["many filters"], dtype, OPTIONS)
     packed = ops.conv2d_pack(values["weight"], algorithm)
     assert (packed.dtype, packed.ndim) == (ALGORITHMS[algorithm].packed_dtype, 1)
-    y, _ = ops.conv2d(**values, padding=(1, 1, 1, 1), algorithm=algorithm)
+    y, _ = ops.conv2d(**values, **AROUND, algorithm=algorithm)
     values["weight"] = torch.full_like(values["weight"], torch.nan)  # only its shape is read
-    again, _ = ops.conv2d(**values, padding=(1, 1, 1, 1), algorithm=algorithm, packed=packed)
+    again, _ = ops.conv2d(**values, **AROUND, algorithm=algorithm, packed=packed)
     assert torch.equal(again, y)
 
 
@@ -110,6 +111,34 @@ def test_accuracy_of_zero_means(channels, data) -> None:
     assert all(error[name] < bound for name, bound in BOUNDS.items() if name in error)
 
 
+OF_SILU = [name for name, _ in ANY_OF_3X3 if needs(name)]
+
+
+@pytest.mark.parametrize("data", ["plain", "through a norm"])
+@pytest.mark.parametrize("mean", [0, 3])
+@pytest.mark.parametrize("channels", [16, 128, 512])
+@pytest.mark.parametrize("algorithm", OF_SILU)
+def test_products_after_silu_round_less_than_twice_as_much_as_pytorch(
+    algorithm, channels, mean, data
+) -> None:
+    """As csrc/cpu/kernels/bf16/conv2d_winograd.cpp states, of the data of the tests above."""
+    g = torch.Generator().manual_seed(channels)
+    x = torch.randn(1, channels, 20, 20, generator=g)
+    x += mean * torch.randn(channels, 1, 1, generator=g)
+    weight = torch.randn(24, channels, 3, 3, generator=g) / math.sqrt(9 * channels)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    options = {"padding": (1, 1, 1, 1), "norm": None, "silu": True}
+    if data != "plain":
+        gain = torch.randn(1, channels, generator=g).exp()
+        options["norm"] = torch.stack((gain, torch.randn(1, channels, generator=g)), dim=1)
+    with fastdiff.backend("reference"):
+        plain, _ = ops.conv2d(x, weight, **options)
+        wanted, _ = ops.conv2d(x.double(), weight.double(), **options)
+    y, _ = ops.conv2d(x, weight, algorithm=algorithm, **options)
+    bound = 1.95 if data == "plain" else 1.6
+    assert relative(y, wanted) < bound * relative(plain, wanted)
+
+
 def of_sums(terms) -> float:
     """Relative error of float32 sums of terms that have a mean of zero.
 
@@ -141,7 +170,8 @@ def test_statistics_of_what_was_written(case, algorithm, dtype, mean) -> None:
     """However large the mean is."""
     values = make(case, dtype, ("norm", "residual"))
     values["bias"] = torch.full((case.filters,), mean, dtype=dtype)
-    y, found = ops.conv2d(**values, **case.settings(), statistics=True, algorithm=algorithm)
+    options = {**case.settings(), **needs(algorithm), "statistics": True}
+    y, found = ops.conv2d(**values, **options, algorithm=algorithm)
     assert (found.dtype, found.shape) == (torch.float64, (case.x[0], case.filters, 2))
     with fastdiff.backend("reference"):
         wanted = ops.channel_statistics(y.double())
@@ -177,7 +207,8 @@ def test_what_is_not_finite_shows(algorithm, dtype, bad) -> None:
     """In its image, and in the statistics; it may spread over a Winograd tile, but no further."""
     values = make(CASES["vector tails"], dtype, ())
     values["x"][1, 4, 5, 3] = bad
-    y, found = ops.conv2d(**values, padding=(1, 1, 1, 1), statistics=True, algorithm=algorithm)
+    options = {**AROUND, "silu": False, **needs(algorithm)}
+    y, found = ops.conv2d(**values, **options, algorithm=algorithm)
     broken = ~torch.isfinite(y)
     assert broken[1, :, 4:7, 2:5].all()
     assert not broken[[0, 2]].any()

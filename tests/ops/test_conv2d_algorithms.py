@@ -31,6 +31,7 @@ SPECS = {
     "3x3, stride 2": replace(OF_3X3, stride=(2, 2)),
     "3x3, upsampled": replace(OF_3X3, upsample=True),
     "3x3, upsampled, padded oddly": replace(OF_3X3, upsample=True, padding=(1, 0, 1, 1)),
+    "3x3 after SiLU": replace(OF_3X3, silu=True),
     "5x5": replace(OF_3X3, kernel=(5, 5)),
     "gated": replace(OF_1X1, gated=True),
     "gated, of 192 filters": replace(OF_1X1, gated=True, filters=192),
@@ -43,7 +44,7 @@ def test_every_algorithm_computes_what_it_suits(name) -> None:
     algorithm = ALGORITHMS[name]
     case = next((case for case in CASES.values() if case.suits(name) and min(case.x) > 1), None)
     if case is None:
-        with pytest.raises(ValueError, match=f"{name} needs A"):
+        with pytest.raises(ValueError, match=f"{name} (needs A|is for .* by dot products)"):
             ops.conv2d_pack(torch.zeros(8, 8, 3, 3), name)
         return
     for dtype in algorithm.dtypes:
@@ -63,7 +64,7 @@ def test_python_and_the_operator_refuse_the_same(name, spec) -> None:
     dtype = torch.float32 if torch.float32 in algorithm.dtypes else torch.bfloat16
     x, weight = torch.randn(1, spec.channels, 4, 4).to(dtype), torch.randn(spec.weight).to(dtype)
     options = {"stride": spec.stride, "padding": spec.padding, "upsample": spec.upsample}
-    options |= {"gated": spec.gated, "algorithm": name}
+    options |= {"gated": spec.gated, "silu": spec.silu, "algorithm": name}
     reason = refusal(algorithm, spec, dtype)
     assert suits(name, spec, dtype) == (reason is None)
     if reason is None:
@@ -89,6 +90,7 @@ def test_each_spec_has_the_algorithms_that_it_should() -> None:
         "3x3, stride 2": ["direct"],
         "3x3, upsampled": ["direct", "winograd2", "winograd4", "phases4"],
         "3x3, upsampled, padded oddly": ["direct", "winograd2", "winograd4"],
+        "3x3 after SiLU": ["direct", "winograd2", "winograd4"],
         "5x5": ["direct"],
         "gated": ["direct", "strassen"],
         "gated, of 192 filters": [],
@@ -101,8 +103,10 @@ def test_each_spec_has_the_algorithms_that_it_should() -> None:
     products = ["direct_bf16"] if isa() in ("AVX512_BF16", "AMX") else []
     for key, spec in SPECS.items():
         names = [n for n in ALGORITHMS if suits(n, spec, torch.bfloat16)]
+        after_silu = key == "3x3 after SiLU" and isa() == "AVX512_BF16"
+        winograd = ["winograd2_bf16"] if after_silu else []
         phases = ["phases_bf16"] if products and "phases4" in wanted[key] else []
-        assert names == wanted[key] + products + phases
+        assert names == wanted[key] + products + winograd + phases
 
 
 def test_other_dtypes() -> None:

@@ -201,7 +201,7 @@ REFUSED = [
      "skip must have the dtype of x"),
     ("an unknown algorithm", lambda: ops.conv2d(X, W, algorithm="fft"), ValueError,
      "unknown algorithm 'fft', wanted one of direct, winograd2, winograd4, strassen, phases4, "
-     "split_bf16, direct_bf16, phases_bf16"),
+     "split_bf16, direct_bf16, winograd2_bf16, phases_bf16"),
     ("winograd of 1x1", lambda: ops.conv2d(X, W[..., :1, :1], algorithm="winograd2"), ValueError,
      r"winograd2 is for 3x3 kernels and stride 1, got a weight of \(5, 6, 1, 1\)"),
     ("winograd of stride 2", lambda: ops.conv2d(X, W, stride=(2, 2), algorithm="winograd4"),

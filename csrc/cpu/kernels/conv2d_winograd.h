@@ -20,121 +20,66 @@
 #include "cpu/kernels/conv2d_epilogue.h"
 #include "cpu/kernels/conv2d_grid.h"
 #include "cpu/kernels/conv2d_patch.h"
-#include "cpu/kernels/dtypes.h"
-#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/conv2d_winograd_matrices.h"
 
 namespace fastdiff::CPU_CAPABILITY {
 
-// The matrices of F(m, r) for the first m + r - 2 points of 0, 1, -1, 2, -2, and infinity, in one
-// dimension: input() is B^T, output() is A^T, and kWeight is G.
-template <int m, int r>
-struct Filtering;
+template <class Element>
+constexpr int64_t kLineOf = kLine * sizeof(float) / sizeof(Element);  // elements of a cache line
 
-template <>
-struct Filtering<2, 3> {
-  static constexpr double kWeight[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
-
-  static FASTDIFF_INLINE void input(const F* d, int64_t step, F* out, int64_t out_step) {
-    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
-    out[0] = a - c;
-    out[out_step] = b + c;
-    out[2 * out_step] = c - b;
-    out[3 * out_step] = e - b;
-  }
-
-  static FASTDIFF_INLINE void output(const F* d, int64_t step, F* out, int64_t out_step) {
-    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
-    out[0] = a + b + c;
-    out[out_step] = b - c + e;
-  }
-};
-
-template <>
-struct Filtering<4, 2> {
-  static constexpr double kWeight[5][2] = {
-      {1. / 2, 0}, {-1. / 2, -1. / 2}, {-1. / 6, 1. / 6}, {1. / 6, 1. / 3}, {0, 1}};
-
-  static FASTDIFF_INLINE void input(const F* d, int64_t step, F* out, int64_t out_step) {
-    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], f = d[4 * step];
-    const F outer = e - b;
-    out[0] = 2.f * (a - c) + outer;
-    out[out_step] = outer - (b + c);
-    out[2 * out_step] = e + 2.f * b - 3.f * c;
-    out[3 * out_step] = outer;
-    out[4 * out_step] = f - c - 2.f * outer;
-  }
-
-  static FASTDIFF_INLINE void output(const F* d, int64_t step, F* out, int64_t out_step) {
-    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], f = d[4 * step];
-    const F sum = b + c, difference = b - c;
-    out[0] = a + sum + e;
-    out[out_step] = difference + 2.f * e;
-    out[2 * out_step] = sum + 4.f * e;
-    out[3 * out_step] = difference + 8.f * e + f;
-  }
-};
-
-template <>
-struct Filtering<4, 3> {
-  static constexpr double kWeight[6][3] = {{1. / 4, 0, 0},
-                                           {-1. / 6, -1. / 6, -1. / 6},
-                                           {-1. / 6, 1. / 6, -1. / 6},
-                                           {1. / 24, 1. / 12, 1. / 6},
-                                           {1. / 24, -1. / 12, 1. / 6},
-                                           {0, 0, 1}};
-
-  static FASTDIFF_INLINE void input(const F* d, int64_t step, F* out, int64_t out_step) {
-    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], f = d[4 * step],
-            g = d[5 * step];
-    const F even = f - 4.f * c, odd = e - 4.f * b, outer = f - c, inner = 2.f * (e - b);
-    out[0] = 4.f * a - 5.f * c + f;
-    out[out_step] = even + odd;
-    out[2 * out_step] = even - odd;
-    out[3 * out_step] = outer + inner;
-    out[4 * out_step] = outer - inner;
-    out[5 * out_step] = 4.f * b - 5.f * e + g;
-  }
-
-  static FASTDIFF_INLINE void output(const F* d, int64_t step, F* out, int64_t out_step) {
-    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], f = d[4 * step],
-            g = d[5 * step];
-    const F sum = b + c, difference = b - c, sum2 = e + f, difference2 = e - f;
-    out[0] = a + sum + sum2;
-    out[out_step] = difference + 2.f * difference2;
-    out[2 * out_step] = sum + 4.f * sum2;
-    out[3 * out_step] = difference + 8.f * difference2 + g;
-  }
-};
-
-// The distance of planes of that many floats: an odd number of cache lines, so that a line of each
-// goes to a set of the cache of its own. Were they multiples of 16 lines apart, as tiles and
+// The distance of planes of that many elements: an odd number of cache lines, so that a line of
+// each goes to a set of the cache of its own. Were they multiples of 16 lines apart, as tiles and
 // channels would have it, 9 of 36 would share each set of 8.
-constexpr int64_t odd_lines(int64_t floats) {
-  return (rounded_up(floats, kLine) / kLine | 1) * kLine;
+template <class Element>
+constexpr int64_t odd_lines(int64_t count) {
+  constexpr int64_t line = kLineOf<Element>;
+  return (rounded_up(count, line) / line | 1) * line;
 }
 
 // One of the convolutions that make up the whole: of outputs (row, column) and every kStep further
 // ones, whose first window begins at (top, left) of the input.
+template <class Element>
 struct Phase {
   int64_t number, row, column, top, left;
-  const float* packed;
+  const Element* packed;
 };
 
-template <class T, int m, int r>
+// Elements that the weight of one phase takes when it is packed.
+template <int m, int r, class Products>
+constexpr int64_t packed_count(const ConvWeight& size) {
+  constexpr int kTile = m + r - 1;
+  return kTile * kTile * rounded_up(size.channels, Products::kDepth) *
+         Products::width(size.filters);
+}
+
+// T is the images' type. Products multiplies the planes. It has
+//
+//   Element         what the transformed input and weight are rounded to
+//   kPanel          filters of a panel of the weight
+//   kDepth, kHeight what the channels and tiles of a plane are padded to, with zeros and with rows
+//                   that may hold anything
+//   kChannels       that are read and transformed at a time
+//   kTiles          of a block: with more its planes and products leave the cache, with less the
+//                   weight is read more often; kManyTiles where that comes from memory
+//   width(filters)  columns that so many filters take up in the weight's panels
+//   kRows, pack()   how many channels of a panel conv2d_winograd_pack.h writes at a time, and how
+//
+// and, of the rows of one block, multiply(): one plane times one panel of its weight.
+template <class T, int m, int r, class Products>
 struct Winograd {
+  using Element = typename Products::Element;
+  using Phase = CPU_CAPABILITY::Phase<Element>;
+  static constexpr int64_t kPanel = Products::kPanel, kChannels = Products::kChannels;
   static constexpr int kTile = m + r - 1, kPlanes = kTile * kTile;
   static constexpr int64_t kStep = r == 2 ? 2 : 1, kPhases = kStep * kStep;
-  static constexpr int64_t kChannels = kLine;  // that are read and transformed at a time
-  static constexpr int64_t kRow = 8;           // tiles that are transformed together
-  // Tiles of a block: with more its planes and products leave the cache, with less the weight is
-  // read more often, which counts where it comes from memory.
-  static constexpr int64_t kTiles = 48, kManyTiles = 128;
+  static constexpr int64_t kRow = 8;  // tiles that are transformed together
 
   const Conv2d p;
   const int64_t height, width;  // outputs of a phase
+  const int64_t depth;          // of a row of the transformed input
   const int64_t weight_floats;
   const Grid grid;
-  const int64_t depth, ld, plane;  // of the transformed input
+  const int64_t ld, plane;  // of the transformed input
   const Division division;
   const int64_t chunk, chunk_ld, product_plane;  // filters at a time, and of the products
   const int64_t channel_chunks, filter_chunks;
@@ -144,19 +89,23 @@ struct Winograd {
       : p(at_once(given)),
         height(p.out_height / kStep),
         width(p.out_width / kStep),
-        weight_floats(kPhases * kPlanes * p.channels * p.filters),
+        depth(rounded_up(p.channels, Products::kDepth)),
+        weight_floats(in_floats(kPhases * kPlanes * p.channels * p.filters)),
         grid(make_grid(p.images, (height + m - 1) / m, (width + m - 1) / m,
-                       weight_floats > kShared ? kManyTiles : kTiles)),
-        depth(rounded_up(p.channels, kLanes)),
-        ld(depth + kLine),
-        plane(odd_lines(grid.largest * ld)),
-        division(divide(grid, p.filters, weight_floats, kPlanes * plane, p.threads.count, kPanel)),
+                       weight_floats > kShared ? Products::kManyTiles : Products::kTiles)),
+        ld(depth + kLineOf<Element>),
+        plane(odd_lines<Element>(rounded_up(grid.largest, Products::kHeight) * ld)),
+        division(divide(grid, p.filters, weight_floats, in_floats(kPlanes * plane), p.threads.count,
+                        kPanel)),
         chunk(division.chunk),
         chunk_ld(chunk),
-        product_plane(odd_lines(grid.largest * chunk_ld)),
+        product_plane(odd_lines<float>(rounded_up(grid.largest, Products::kHeight) * chunk_ld)),
         channel_chunks((p.channels + kChannels - 1) / kChannels),
         filter_chunks((p.filters + chunk - 1) / chunk),
         partials(p.statistics ? grid.segments.size() * kPhases * 2 * p.filters : 0) {}
+
+  // Elements in floats that take as many bytes.
+  static constexpr int64_t in_floats(int64_t count) { return count / (kLineOf<Element> / kLine); }
 
   // A phase reads the image as it is.
   static Conv2d at_once(Conv2d p) {
@@ -166,7 +115,7 @@ struct Winograd {
 
   Phase phase(int64_t number) const {
     const int64_t row = number / kStep, column = number % kStep;
-    const auto* packed = static_cast<const float*>(p.packed);
+    const auto* packed = static_cast<const Element*>(p.packed);
     if (r == 3) return {number, row, column, -p.top, -p.left, packed};
     // Row 2 i + row has taps at p.top rows above of the upsampled image and at the next two: which
     // two of them are the same pixel depends on whether the first is the lower half of one.
@@ -176,14 +125,14 @@ struct Winograd {
             column,
             (row - p.top) >> 1,
             (column - p.left) >> 1,
-            packed + which * kPlanes * depth * packed_columns(p.filters)};
+            packed + which * packed_count<m, r, Products>(p)};
   }
 
   void run() {
     if (division.by_block) {
       share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
-        float* v = scratch.at_least(kPlanes * plane);
+        Element* v = scratch.at_least<Element>(kPlanes * plane);
         for (int64_t block = begin; block < end; ++block)
           for (int64_t i = 0; i < kPhases; ++i) {
             read(block, phase(i), 0, channel_chunks, v);
@@ -192,7 +141,7 @@ struct Winograd {
       });
     } else {
       static thread_local Scratch scratch;
-      float* v = scratch.at_least(kPlanes * plane);
+      Element* v = scratch.at_least<Element>(kPlanes * plane);
       // Two units a thread: a core then reads neighbouring cache lines of a pixel together.
       const int64_t units = std::min(channel_chunks, 2 * p.threads.count);
       for (int64_t block = 0; block < grid.count(); ++block)
@@ -212,7 +161,7 @@ struct Winograd {
   }
 
   // Transforms chunks begin..end of the input channels of a block into v.
-  void read(int64_t block, const Phase& phase, int64_t begin, int64_t end, float* v) const {
+  void read(int64_t block, const Phase& phase, int64_t begin, int64_t end, Element* v) const {
     static thread_local Scratch scratch;
     for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s) {
       const Segment& segment = grid.segments[s];
@@ -221,17 +170,17 @@ struct Winograd {
       float* patch = scratch.at_least(rows * columns * kChannels);
       for (int64_t index = begin; index < end; ++index) {
         const int64_t c0 = index * kChannels, c1 = std::min(p.channels, c0 + kChannels);
+        const int64_t deep = rounded_up(c1 - c0, Products::kDepth);
         read_patch<T>(p, segment.image, segment.top * m + phase.top, segment.left * m + phase.left,
                       rows, columns, c0, c1, patch, kChannels);
-        if (c1 % kLanes != 0)
+        if (c1 - c0 < deep)
           for (int64_t i = 0; i < rows * columns; ++i)
-            for (int64_t c = c1 - c0; c < rounded_up(c1 - c0, kLanes); ++c)
-              patch[i * kChannels + c] = 0;
+            for (int64_t c = c1 - c0; c < deep; ++c) patch[i * kChannels + c] = 0;
         for (int64_t i = 0; i < segment.bottom - segment.top; ++i)
           for (int64_t j = 0; j < segment.width(); j += kRow) {
             const float* from = patch + (i * m * columns + j * m) * kChannels;
-            float* to = v + (segment.first + i * segment.width() + j) * ld + c0;
-            for (int64_t c = 0; c < c1 - c0; c += kLanes)
+            Element* to = v + (segment.first + i * segment.width() + j) * ld + c0;
+            for (int64_t c = 0; c < deep; c += kLanes)
               transform_input(from + c, columns * kChannels, std::min(kRow, segment.width() - j),
                               to + c);
           }
@@ -242,7 +191,7 @@ struct Winograd {
   // Transforms `tiles` neighbours in a row, at most kRow: first down each column of pixels, of
   // which two neighbours share r - 1, then across.
   FASTDIFF_INLINE void transform_input(const float* from, int64_t row, int64_t tiles,
-                                       float* to) const {
+                                       Element* to) const {
     constexpr int64_t kMost = kRow * m + r - 1;
     F down[kTile][kMost];
     for (int64_t j = 0; j < tiles * m + r - 1; ++j) {
@@ -263,39 +212,29 @@ struct Winograd {
   }
 
   // Filters k and further ones of the weight's plane a.
-  const float* panel(const Phase& phase, int64_t k, int64_t a) const {
+  const Element* panel(const Phase& phase, int64_t k, int64_t a) const {
     return phase.packed +
-           (k * kPlanes + a * packed_columns(std::min(kPanel, p.filters - k))) * depth;
+           (k * kPlanes + a * Products::width(std::min(kPanel, p.filters - k))) * depth;
   }
 
   // Computes and writes chunks begin..end-1 of a block's filters: the products of the planes, then
   // their transform back.
-  void multiply(int64_t block, const Phase& phase, int64_t begin, int64_t end, const float* v) {
+  void multiply(int64_t block, const Phase& phase, int64_t begin, int64_t end, const Element* v) {
     static thread_local Scratch scratch;
     float* products = scratch.at_least(kPlanes * product_plane);
     const Segment& last = grid.segments[grid.blocks[block + 1] - 1];
-    const int64_t tiles = last.first + last.tiles();
-    Array<const float*> rows(tiles);
-    for (int64_t t = 0; t < tiles; ++t) rows.add(v + t * ld);
+    const Products multiplier(v, last.first + last.tiles(), ld, depth);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t k0 = index * chunk, k1 = std::min(p.filters, k0 + chunk);
       for (int64_t a = 0; a < kPlanes; ++a) {
-        const float* following = v + (a + 1) % kPlanes * plane;
+        const Element* following = v + (a + 1) % kPlanes * plane;
         for (int64_t k = k0; k < k1; k += kPanel) {
-          const float* b = panel(phase, k, a);
-          const float* next = k + kPanel < k1   ? panel(phase, k + kPanel, a)
-                              : a + 1 < kPlanes ? panel(phase, k0, a + 1)
-                                                : panel(phase, k1, 0);
-          const int64_t columns = std::min(kPanel, k1 - k), packed = packed_columns(columns);
-          float* c = products + a * product_plane + k - k0;
-          for (int64_t d = 0; d < depth; d += kDepth) {
-            const int64_t deep = std::min(kDepth, depth - d);
-            const float* from = b + d * packed;
-            multiply_panel(tiles, rows.data(), a * plane + d, deep, from, columns,
-                           {d + deep < depth ? from + deep * packed : next, following},
-                           Into{c, chunk_ld, d > 0});
-            following += deep * packed;
-          }
+          const Element* next = k + kPanel < k1   ? panel(phase, k + kPanel, a)
+                                : a + 1 < kPlanes ? panel(phase, k0, a + 1)
+                                                  : panel(phase, k1, 0);
+          multiplier.multiply(a * plane, panel(phase, k, a), std::min(kPanel, k1 - k),
+                              {next, following + (k - k0) * depth},
+                              products + a * product_plane + k - k0, chunk_ld);
         }
       }
       for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s)
@@ -359,10 +298,5 @@ struct Winograd {
     for (int a = 0; a < m; ++a) Filtering<m, r>::output(columns + a * kTile, 1, out + a * m, 1);
   }
 };
-
-template <int m, int r>
-void winograd(const Conv2d& p) {
-  for_float_or_bfloat16(p.dtype, [&]<class T>() { Winograd<T, m, r>(p).run(); });
-}
 
 }  // namespace fastdiff::CPU_CAPABILITY

@@ -1,8 +1,8 @@
 // The weight of conv2d_winograd.h: G g G^T of each filter and channel, in float64.
 //
-// For each phase panels of [planes, C, filters], each plane's rows padded with zeros to whole
-// vectors of channels. Planes are multiples of a page apart, where their lines would push each
-// other out of the cache: so the rows of all planes are computed into a buffer, and written whole.
+// For each phase panels of [planes, C, filters], each plane padded with zeros. Planes are multiples
+// of a page apart, where their lines would push each other out of the cache: so the rows of all
+// planes are computed into a buffer, and written in whole lines.
 #pragma once
 
 #include <cstring>
@@ -17,9 +17,9 @@ namespace fastdiff::CPU_CAPABILITY {
 using D = double __attribute__((vector_size(kLanes * 4)));
 using HalfF = float __attribute__((vector_size(kLanes * 2)));
 
-// G g G^T of a register of filters: element (a, q) goes to out[(a * kTile + q) * kPanel].
+// G g G^T of a register of filters: element (a, q) goes to out[(a * kTile + q) * ld].
 template <int m, int r>
-FASTDIFF_INLINE void transform_weight(const D (&g)[r][r], float* out) {
+FASTDIFF_INLINE void transform_weight(const D (&g)[r][r], float* out, int64_t ld) {
   constexpr int kTile = m + r - 1;
   const auto& G = Filtering<m, r>::kWeight;
   D half[kTile][r];
@@ -39,42 +39,47 @@ FASTDIFF_INLINE void transform_weight(const D (&g)[r][r], float* out) {
 #pragma GCC unroll 2
       for (int i = 1; i < r; ++i) u += G[q][i] * half[a][i];
       const HalfF rounded = __builtin_convertvector(u, HalfF);
-      std::memcpy(out + (a * kTile + q) * kPanel, &rounded, sizeof(rounded));
+      std::memcpy(out + (a * kTile + q) * ld, &rounded, sizeof(rounded));
     }
 }
 
-template <int m, int r>
+template <int m, int r, class Products>
 void winograd_pack(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
                    const Threads& threads) {
+  using Element = typename Products::Element;
   constexpr int kTile = m + r - 1, kPlanes = kTile * kTile, kPhases = r == 2 ? 4 : 1;
-  constexpr int64_t kHalf = kLanes / 2;
-  const int64_t channels = size.channels, depth = rounded_up(channels, kLanes),
-                phase_size = kPlanes * depth * packed_columns(size.filters);
-  auto* out = static_cast<float*>(packed);
+  constexpr int64_t kPanel = Products::kPanel, kRows = Products::kRows, kHalf = kLanes / 2;
+  const int64_t channels = size.channels, depth = rounded_up(channels, Products::kDepth),
+                phase_size = packed_count<m, r, Products>(size);
+  auto* out = static_cast<Element*>(packed);
   *count = kPhases * phase_size;
   if (!out) return;
   pack_parts(threads, size.filters, kPanel, depth,
              [&](int64_t first, int64_t filters, int64_t begin, int64_t end) {
-               const int64_t columns = packed_columns(filters);
-               alignas(64) float g[9][kPanel] = {}, rows[kPlanes][kPanel];
-               for (int64_t c = begin; c < end; ++c) {
-                 for (int64_t k = 0; k < filters; ++k)
-                   for (int64_t tap = 0; tap < 9; ++tap)
-                     g[tap][k] = c < channels ? weight[((first + k) * channels + c) * 9 + tap] : 0;
+               const int64_t columns = Products::width(filters);
+               alignas(64) float g[kRows][9][kPanel] = {}, rows[kRows][kPlanes][kPanel];
+               for (int64_t c = begin; c < end; c += kRows) {
+                 for (int64_t i = 0; i < kRows; ++i)
+                   for (int64_t k = 0; k < filters; ++k)
+                     for (int64_t tap = 0; tap < 9; ++tap)
+                       g[i][tap][k] = c + i < channels
+                                          ? weight[((first + k) * channels + c + i) * 9 + tap]
+                                          : 0;
                  for (int64_t phase = 0; phase < kPhases; ++phase) {
-                   for (int64_t k = 0; k < columns; k += kHalf) {
-                     D whole[9], of_phase[r][r];
-                     for (int tap = 0; tap < 9; ++tap) {
-                       HalfF value;
-                       std::memcpy(&value, g[tap] + k, sizeof(value));
-                       whole[tap] = __builtin_convertvector(value, D);
+                   for (int64_t i = 0; i < kRows; ++i)
+                     for (int64_t k = 0; k < columns; k += kHalf) {
+                       D whole[9], of_phase[r][r];
+                       for (int tap = 0; tap < 9; ++tap) {
+                         HalfF value;
+                         std::memcpy(&value, g[i][tap] + k, sizeof(value));
+                         whole[tap] = __builtin_convertvector(value, D);
+                       }
+                       phase_taps<r>(whole, phase, of_phase);
+                       transform_weight<m, r>(of_phase, rows[i][0] + k, kPanel);
                      }
-                     phase_taps<r>(whole, phase, of_phase);
-                     transform_weight<m, r>(of_phase, rows[0] + k);
-                   }
-                   float* row = out + phase * phase_size + first * kPlanes * depth + c * columns;
-                   for (int plane = 0; plane < kPlanes; ++plane, row += depth * columns)
-                     std::memcpy(row, rows[plane], columns * sizeof(float));
+                   Element* plane = out + phase * phase_size + first * kPlanes * depth;
+                   for (int a = 0; a < kPlanes; ++a, plane += depth * columns)
+                     Products::pack(rows[0][a], kPlanes * kPanel, columns, c, plane);
                  }
                }
              });

@@ -34,10 +34,6 @@ constexpr int64_t kDepth = 384;                // rows of a panel that are multi
 // How many k are unrolled. Where the sums take all registers, more than two would spill them.
 constexpr int steps(int vectors) { return vectors <= kVectors ? 4 : 2; }
 
-constexpr int64_t rounded_up(int64_t value, int64_t step) {
-  return (value + step - 1) / step * step;
-}
-
 // Columns of the next panel where `left` columns are left and panels may differ in width. A single
 // last vector would not keep the multiply-adds busy, so it joins the panel before it where there
 // are registers for that.

@@ -30,6 +30,10 @@ constexpr int64_t kLanes = 4;
 #endif
 constexpr int64_t kLine = 16;  // floats of a cache line
 
+constexpr int64_t rounded_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
+
 using F = float __attribute__((vector_size(kLanes * 4)));
 
 template <class V>
@@ -84,7 +88,11 @@ FASTDIFF_INLINE void store_lanes(T* p, V value) {
     __builtin_memcpy(p, &value, sizeof(value));
   } else {
     static_assert(std::is_same_v<V, F>);
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(__AVX512BF16__)
+    const auto half =
+        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#elif defined(CPU_CAPABILITY_AVX512)
     const auto half = at::vec::cvtfp32_bf16(reinterpret_cast<__m512>(value));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 #elif defined(CPU_CAPABILITY_AVX2)
