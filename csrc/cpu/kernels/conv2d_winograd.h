@@ -72,7 +72,8 @@ struct Winograd {
   static constexpr int64_t kPanel = Products::kPanel, kChannels = Products::kChannels;
   static constexpr int kTile = m + r - 1, kPlanes = kTile * kTile;
   static constexpr int64_t kStep = r == 2 ? 2 : 1, kPhases = kStep * kStep;
-  static constexpr int64_t kRow = 8;  // tiles that are transformed together
+  static constexpr int64_t kRow = 8;               // tiles that are transformed together
+  static constexpr int64_t kWritten = kLineOf<T>;  // filters of a tile that are written together
 
   const Conv2d p;
   const int64_t height, width;  // outputs of a phase
@@ -238,21 +239,21 @@ struct Winograd {
         }
       }
       for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s)
-        for (int64_t k = k0; k < k1; k += kLine) {
+        for (int64_t k = k0; k < k1; k += kWritten) {
           if (p.statistics) {
-            write<true>(s, phase, k, std::min(k + kLine, k1), products + k - k0);
+            write<true>(s, phase, k, std::min(k + kWritten, k1), products + k - k0);
           } else {
-            write<false>(s, phase, k, std::min(k + kLine, k1), products + k - k0);
+            write<false>(s, phase, k, std::min(k + kWritten, k1), products + k - k0);
           }
         }
     }
   }
 
-  // Filters k..end of a segment, at most a cache line's.
+  // Filters k..end of a segment, at most kWritten.
   template <bool kStatistics>
   void write(int64_t s, const Phase& phase, int64_t k, int64_t end, const float* products) {
     const Segment& segment = grid.segments[s];
-    Epilogues<T, kStatistics, kLine> epilogues(p, segment.image, k, end);
+    Epilogues<T, kStatistics, kWritten> epilogues(p, segment.image, k, end);
     const float* from = products + segment.first * chunk_ld;
     // Copies, since y might be p's memory.
     const int64_t across = kStep, down = kStep * p.out_width;  // to the next pixel of the phase
