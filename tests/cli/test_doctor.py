@@ -94,7 +94,10 @@ def test_missing_backend_is_shown_with_its_reason(
 def test_instruction_sets_are_shown(
     run: Callable, monkeypatch: pytest.MonkeyPatch, runs: str, best: str, more: str
 ) -> None:
-    built = SimpleNamespace(torch_version="2", instruction_sets=("DEFAULT", "AVX512"))
+    built = SimpleNamespace(
+        torch_version="2", instruction_sets=("DEFAULT", "AVX512"), emulates_tiles=False,
+        why_no_tiles=lambda: "no tiles",
+    )  # fmt: skip
     monkeypatch.setattr(doctor, "extension", built)
     monkeypatch.setattr(doctor, "isa", lambda: runs)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: best)
