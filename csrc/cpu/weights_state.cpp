@@ -5,10 +5,15 @@
 // or when a sample of a tensor's values changes. The sample is needed because PyTorch does not
 // count writes through `.data`, by which averaged weights are swapped in. It is a diagonal of the
 // tensor, so that it has values of every output channel and of every input channel.
+//
+// fastdiff::drop_weights frees the memory of weights that are no longer needed. The tensors keep
+// their sizes, and whatever asks for their memory gets an error. They have no values to sample.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cstring>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/tensors.h"
@@ -46,11 +51,17 @@ uint64_t sample(const at::Tensor& weight, uint64_t state) {
   return state;
 }
 
+bool is_dropped(c10::StorageImpl* storage) {
+  return storage->nbytes() > 0 && !storage->_mutable_data_ptr_no_checks();
+}
+
 uint64_t state_of(const at::Tensor& weight) {
   uint64_t state = reinterpret_cast<uintptr_t>(weight.unsafeGetTensorImpl());
-  state = mixed(state, reinterpret_cast<uintptr_t>(weight.const_data_ptr()));
   if (!weight.is_inference())
     state = mixed(state, weight.unsafeGetTensorImpl()->version_counter().current_version());
+  auto* storage = weight.storage().unsafeGetStorageImpl();
+  if (is_dropped(storage)) return mixed(state, reinterpret_cast<uintptr_t>(storage));
+  state = mixed(state, reinterpret_cast<uintptr_t>(weight.const_data_ptr()));
   if (weight.numel() == 0 || weight.dim() == 0) return state;
   switch (weight.element_size()) {
     case 2:
@@ -76,8 +87,25 @@ int64_t weights_state_cpu(at::TensorList weights) {
   return static_cast<int64_t>(all);
 }
 
+void drop_weights_cpu(at::TensorList weights, std::string message) {
+  for (const auto& weight : weights) {
+    check_device(weight, at::kCPU, "weights");
+    auto* storage = weight.storage().unsafeGetStorageImpl();
+    TORCH_CHECK_VALUE(weight.layout() == at::kStrided && weight.is_non_overlapping_and_dense() &&
+                          static_cast<size_t>(weight.nbytes()) == storage->nbytes(),
+                      "a weight can be dropped only where it fills its storage, got ",
+                      weight.sizes(), " in ", storage->nbytes(), " bytes");
+    const auto freed = std::exchange(storage->_mutable_data_ptr_no_checks(),
+                                     at::DataPtr(nullptr, at::Device(at::kCPU)));
+    storage->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
+  }
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("weights_state", weights_state_cpu); }
+TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("weights_state", weights_state_cpu);
+  m.impl("drop_weights", drop_weights_cpu);
+}
 
 }  // namespace fastdiff

@@ -22,7 +22,7 @@ from fastdiff.compiler.rewrite.fuse import fuse
 from fastdiff.compiler.rewrite.gated import gated
 from fastdiff.compiler.rewrite.lower import lower
 from fastdiff.compiler.rewrite.strides import restore_strides
-from fastdiff.compiler.rewrite.weights_node import convert_once
+from fastdiff.compiler.rewrite.weights_node import convert_once, mark_droppable
 from fastdiff.compiler.run.calls import without_autocast
 from fastdiff.compiler.run.replay import Replay
 
@@ -36,6 +36,7 @@ def fused(
     measured: bool,
     precision: str = "fast",
     packed_bytes: int | None = None,
+    drop_weights: bool = False,
 ) -> Compiled:
     """Fuse a graph, and return it as a function of its inputs, parameters among them.
 
@@ -47,10 +48,11 @@ def fused(
         measured: choose algorithms by measured times, else by the sizes alone.
         precision: see ``fastdiff.compiler.backend``.
         packed_bytes: see ``fastdiff.compiler.backend``.
+        drop_weights: see ``fastdiff.compiler.backend``.
     """
     around = Autocast.around()
     with torch.autocast("cpu", enabled=False):
-        compiled = _fused(gm, report, around, measured, precision, packed_bytes)
+        compiled = _fused(gm, report, around, measured, precision, packed_bytes, drop_weights)
     return without_autocast(compiled) if around.enabled else compiled
 
 
@@ -61,6 +63,7 @@ def _fused(
     measured: bool,
     precision: str,
     packed_bytes: int | None,
+    drop_weights: bool,
 ) -> Compiled:
     """``fused``, as a function to be called without autocast."""
     graph = gm.graph
@@ -86,5 +89,7 @@ def _fused(
     gm.recompile()
     if weights is None:
         return gm.forward
+    if drop_weights:
+        mark_droppable(weights)
     varying = [i for i, node in enumerate(placeholders) if not is_weight(node)]
     return Replay(gm, weights, varying)

@@ -42,22 +42,24 @@ class Options:
         precision: ``fast``, ``bf16`` for activations in bfloat16, or ``strict`` for direct
             arithmetic alone.
         packed_bytes: bound of the bytes for packed and joined weights; None for no bound.
+        drop_weights: whether the model's own weights are freed once they are packed.
         mode: one of ``MODES``.
     """
 
     precision: str = "fast"
     packed_bytes: int | None = None
+    drop_weights: bool = False
     mode: str = "default"
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
         """Options from those of ``torch.compile``; ValueError names what is allowed."""
         given = dict(given or {})
-        unknown = set(given) - {"precision", "packed_bytes"}
+        unknown = set(given) - {"precision", "packed_bytes", "drop_weights"}
         if unknown:
             raise ValueError(
                 f"unknown option {', '.join(map(repr, sorted(unknown)))} of the backend fastdiff, "
-                "wanted precision or packed_bytes"
+                "wanted precision, packed_bytes or drop_weights"
             )
         options = cls(**given, mode="default" if mode is None else mode)
         if options.mode not in MODES:
@@ -69,6 +71,8 @@ class Options:
         size = options.packed_bytes
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
             raise ValueError(f"packed_bytes must be None or a whole number from 0, got {size!r}")
+        if not isinstance(options.drop_weights, bool):
+            raise ValueError(f"drop_weights must be True or False, got {options.drop_weights!r}")
         return options
 
 
@@ -99,9 +103,13 @@ def backend(
         options: ``precision``: "fast" (Winograd convolutions, the default), "strict" (direct
             arithmetic alone), or "bf16" (what "fast" does, and float32 and float16 are computed
             with activations in bfloat16: statistics, softmax and sums stay in float32, parameters
-            and results keep their dtypes; for graphs on a CPU without gradients). ``packed_bytes``:
-            how many bytes this graph's packed and joined weights may take besides the model's own,
-            spent where they save the most time; None (the default) for no bound.
+            and results keep their dtypes; for graphs on a CPU without gradients).
+            ``packed_bytes``: how many bytes this graph's packed and joined weights may take besides
+            the model's own, spent where they save the most time; None (the default) for a gibibyte,
+            and for more where it saves enough time: packed weights as large as the model's own must
+            save 8% of the time. ``drop_weights``: True frees the model's own weights, each as soon
+            as it is packed. Whatever reads, saves or changes them then raises a RuntimeError that
+            says so; the default is False.
         mode: of ``torch.compile``: "default", "reduce-overhead", "max-autotune" or
             "max-autotune-no-cudagraphs". A graph on a CPU is the same in all of them: its
             algorithms are always chosen by measured times, and its operations always run without
@@ -169,6 +177,7 @@ def compile_graph(
             measured=timings.measured(),
             precision=options.precision,
             packed_bytes=options.packed_bytes,
+            drop_weights=options.drop_weights,
         )
     if devices == ["cuda"]:
         if options.precision == "bf16":

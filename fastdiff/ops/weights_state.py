@@ -1,4 +1,7 @@
-"""A number by which a change of weights is noticed after something was computed from them."""
+"""A number by which a change of weights is noticed after something was computed from them.
+
+And a way to free the weights' memory then.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 torch.library.define("fastdiff::weights_state", "(Tensor[] weights) -> int")
+torch.library.define("fastdiff::drop_weights", "(Tensor(a!)[] weights, str message) -> ()")
 
 
 def weights_state(weights: Sequence[Tensor]) -> int:
@@ -26,6 +30,23 @@ def weights_state(weights: Sequence[Tensor]) -> int:
         ValueError: a tensor is not dense, or not on a CPU.
     """
     return torch.ops.fastdiff.weights_state(list(weights))
+
+
+def drop_weights(weights: Sequence[Tensor], message: str) -> None:
+    """Free the memory of weights, which keep their sizes. What reads or writes them gets an error.
+
+    ``weights_state`` still tells them from other tensors. New memory can be given to a weight by
+    ``weight.data = ...``.
+
+    Args:
+        weights: dense tensors on a CPU, each of which fills its storage.
+        message: of the RuntimeError that reading and writing raise.
+
+    Raises:
+        NotImplementedError: the C++ extension is not built.
+        ValueError: a tensor is a part of a larger storage, or not on a CPU.
+    """
+    torch.ops.fastdiff.drop_weights([weight.detach() for weight in weights], message)
 
 
 @torch.library.impl("fastdiff::weights_state", "CompositeExplicitAutograd")

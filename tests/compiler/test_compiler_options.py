@@ -23,7 +23,8 @@ BAD = [
     ({"packed_bytes": 1.5}, "whole number from 0, got 1.5"),
     ({"packed_bytes": True}, "whole number from 0, got True"),
     ({"packed_bytes": "1GB"}, "whole number from 0, got '1GB'"),
-    ({"precisoin": "fast"}, "'precisoin'.*wanted precision or packed_bytes"),
+    ({"drop_weights": 1}, "drop_weights must be True or False, got 1"),
+    ({"precisoin": "fast"}, "'precisoin'.*wanted precision, packed_bytes or drop_weights"),
 ]
 
 

@@ -5,7 +5,7 @@ The choices are the algorithms of ``ops.conv2d_algorithms``, and ``plain``: PyTo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -25,20 +25,40 @@ PRECISIONS = {
 PLAIN_HANDICAP = 0.8
 
 
-def choose(sizes: Sizes, allowed: Sequence[str], measured: bool) -> str:
-    """The quickest of the algorithms ``allowed`` that suits a convolution.
+def choose(
+    sizes: Sizes,
+    allowed: Sequence[str],
+    measured: bool,
+    seconds_per_byte: float = 0.0,
+    held: Collection[str] = (),
+) -> str:
+    """Of the algorithms ``allowed`` the quickest that suits a convolution and is worth its memory.
 
     Args:
         sizes: of the convolution.
-        allowed: from ``timings.ALGORITHM_NAMES``; ``plain``, which suits every convolution, must be
-            among them.
+        allowed: from ``timings.ALGORITHM_NAMES``.
         measured: choose by measured times (each size is measured once), else by the sizes alone.
+        seconds_per_byte: how many seconds a byte of packed weight must save.
+        held: the algorithms for which the weight is packed already, and takes no more memory.
+
+    Raises:
+        RuntimeError: none suits it. ``plain`` suits every convolution.
     """
     names = sizes.among(allowed)
+    if not names:
+        raise RuntimeError(
+            f"none of {', '.join(allowed) or 'no algorithms'} can compute the convolution "
+            f"{sizes.key}, and its weight was dropped, so that it cannot be packed in another form"
+        )
     if len(names) == 1:
         return names[0]
     seconds = estimates([sizes], names, measured)[0]
-    return min(reversed(names), key=lambda name: cost(seconds, name))
+
+    def price(name: str) -> float:
+        size = 0 if name in held else packed_bytes(name, sizes.spec)
+        return cost(seconds, name) + seconds_per_byte * size
+
+    return min(reversed(names), key=price)
 
 
 def estimates(

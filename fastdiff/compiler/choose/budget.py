@@ -16,6 +16,10 @@ from fastdiff.compiler.graph.nodes import value
 from fastdiff.compiler.match.fused import Match, joined
 from fastdiff.ops.backend import kernel_runs
 
+# Without a bound, packed weights may take FREE_BYTES for the quickest algorithms. Where these take
+# more, packed weights as large as the weights themselves must save MEMORY_SHARE of the time that
+# the graph's convolutions and linear layers take.
+MEMORY_SHARE, FREE_BYTES = 0.08, 1 << 30
 CALL_OVERHEAD_SECONDS = 5e-6  # per call of an operation, besides its computation
 DEFAULT_DIMENSION = 32  # assumed for a dynamic dimension for which the graph has no example
 Table = dict[Sizes, dict[str, float]]  # seconds by algorithm
@@ -52,13 +56,18 @@ class Budget:
 
     Args:
         precision: a key of ``algorithms.PRECISIONS``.
-        bound: of the bytes that the graph's weights may be packed and copied into; None for any.
+        bound: of the bytes that the graph's weights may be packed and copied into; None for any
+            that save enough time.
         measured: choose by the clock where kernels run, else by the sizes alone.
+
+    Attributes:
+        seconds_per_byte: how many seconds a byte of packed weight must save; 0 with a bound.
     """
 
     def __init__(self, precision: str, bound: int | None, measured: bool) -> None:
         self.names, self.bound = PRECISIONS[precision], bound
         self.measured = measured and kernel_runs(torch.empty(0, device="cpu"))
+        self.seconds_per_byte = 0.0
         self._allowed: dict[tuple[Node, ...], tuple[str, ...]] = {}
 
     def allowed(self, weights: Sequence[Node]) -> tuple[str, ...]:
@@ -81,6 +90,7 @@ class Budget:
         """
         table = self._table(groups, single)
         if self.bound is None:
+            self.seconds_per_byte = _seconds_per_byte([*groups, *([m] for m in single)], table)
             return groups, single
         units = [self._together(group, table) for group in groups]
         by_weight: dict[Node, list[Match]] = {}
@@ -112,8 +122,6 @@ class Budget:
         return kept, apart
 
     def _table(self, groups: list[list[Match]], single: list[Match]) -> Table:
-        if self.bound is None and not self.measured:
-            return {}
         wanted = [[m] for m in single] + groups
         if self.bound is not None:
             wanted += [[m] for group in groups for m in group]
@@ -194,6 +202,25 @@ def spend(options: Sequence[Sequence[Option]], bound: int) -> tuple[list[Option]
             chosen[i], left = j, left - size
             consider(i)
     return [row[j] for row, j in zip(options, chosen, strict=True)], left
+
+
+def _seconds_per_byte(units: Sequence[list[Match]], table: Table) -> float:
+    """How many seconds a byte of packed weight must save."""
+    seconds, packed = 0.0, 0
+    weights: dict[Node, int] = {}
+    for unit in units:
+        if _reads_matrix(unit[0]):
+            continue
+        size = _sizes(unit)
+        row = table[size]
+        quickest = min(row, key=lambda name: cost(row, name))
+        seconds += cost(row, quickest)
+        packed += packed_bytes(quickest, size.spec)
+        for match in unit:
+            weight = value(match.weight)
+            assert weight is not None
+            weights[match.weight] = weight.nbytes
+    return MEMORY_SHARE * seconds / sum(weights.values()) if packed > FREE_BYTES else 0.0
 
 
 def _reads_matrix(match: Match) -> bool:

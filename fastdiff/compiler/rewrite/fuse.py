@@ -211,6 +211,7 @@ class _Emitter:
             index, spec, match.x.form, match.end.form,
             allowed=self.plan.budget.allowed(self.weights[index].parts),
             measured=self.plan.budget.measured,
+            seconds_per_byte=self.plan.budget.seconds_per_byte,
         )  # fmt: skip
 
     def _replace(self, old: Node, new: Node) -> None:

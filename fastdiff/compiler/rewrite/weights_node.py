@@ -7,6 +7,7 @@ does every node that reads a parameter in another dtype than the parameter's own
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,22 @@ def _add(node: Node, weight: Weight) -> int:
     with node.graph.inserting_before(node):
         node.args = (*node.args, *(_early(node.graph, part) for part in weight.parts))
     return node.target.add(len(weight.parts), weight.kernel, weight.combine)
+
+
+def mark_droppable(node: Node) -> None:
+    """Let the weights be freed once they are packed that the graph reads for nothing else."""
+    assert isinstance(node.target, Watch)
+    names = [_name(part) for part in node.args]  # type: ignore[arg-type]
+    reads = Counter(names)
+    reads.update(_name(n) for n in node.graph.nodes if set(n.users) - {node})
+    node.target.droppable = frozenset(
+        i for i, parts in enumerate(node.target.slices) if all(reads[n] == 1 for n in names[parts])
+    )
+
+
+def _name(node: Node) -> str:
+    """Name of a parameter; nodes of one attribute have the same."""
+    return str(node.target) if node.op == "get_attr" else node.name
 
 
 def _early(graph: Graph, weight: Node) -> Node:

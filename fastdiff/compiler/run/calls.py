@@ -83,6 +83,7 @@ class Convolution(Planned):
         y_form: number of dimensions and channel dimension of its result and its residual.
         allowed: the algorithms that it may use, from ``timings.ALGORITHM_NAMES``.
         measured: whether the algorithm is chosen by measured times.
+        seconds_per_byte: how many seconds a byte of packed weight must save.
     """
 
     __name__ = "conv2d"
@@ -97,6 +98,7 @@ class Convolution(Planned):
         *,
         allowed: Sequence[str],
         measured: bool,
+        seconds_per_byte: float,
     ) -> None:
         super().__init__(index)
         self.enter, self.enter_y = _TO_IMAGES[x_form], _TO_IMAGES[y_form]
@@ -104,6 +106,7 @@ class Convolution(Planned):
         self.spec, self.numbers = spec, spec.encode()  # encoded once, not at every call
         self.without_statistics = replace(spec, statistics=False)
         self.allowed, self.measured = allowed, measured
+        self.seconds_per_byte = seconds_per_byte
         self.regroups = x_form[0] != y_form[0]
 
     def __call__(
@@ -154,7 +157,14 @@ class Convolution(Planned):
         n, _, height, width = x.shape
         size = (n, self.spec.channels, height, width)
         sizes = Sizes(size, self.spec, x.dtype, torch.get_num_threads())
-        return algorithms.choose(sizes, self.allowed, self.measured and x.numel() > 0)
+        return algorithms.choose(
+            sizes,
+            _packable(weight, self.allowed),
+            self.measured and x.numel() > 0,
+            self.seconds_per_byte,
+            # Without the clock a choice depends on the sizes alone, not on what came before.
+            held=weight.by_algorithm if self.measured else (),
+        )
 
 
 class Product(Planned):
@@ -184,8 +194,13 @@ class Product(Planned):
         return y.flatten(1)
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
-        few = x.shape[0] <= MOST_PRODUCT_ROWS
+        few = x.shape[0] <= MOST_PRODUCT_ROWS or weight.is_dropped
         return algorithms.product(self.spec, x.dtype) if few else "plain"
+
+
+def _packable(weight: PackedWeight, allowed: Sequence[str]) -> Sequence[str]:
+    """The algorithms among ``allowed`` that can still get their form of the weight."""
+    return [n for n in allowed if n in weight.by_algorithm] if weight.is_dropped else allowed
 
 
 class Attention:

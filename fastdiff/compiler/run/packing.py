@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops.conv2d import conv2d_pack
-from fastdiff.ops.weights_state import weights_state
+from fastdiff.ops.weights_state import drop_weights, weights_state
 
 # Computes a weight [K, C, ...], and a bias [K] or None, from the parts.
 Combine = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
+DROPPED = (
+    "the weight was dropped after it had been packed for fastdiff's kernels, as the option "
+    "drop_weights of torch.compile says: it can be neither read nor saved, nor packed in another "
+    "form. Load the model again without the option, or give it new weights "
+    "(load_state_dict(..., assign=True))"
+)
 _lock = threading.RLock()
 _packed: dict[tuple[Any, ...], PackedWeight] = {}
 
@@ -44,8 +50,18 @@ def concatenate(parts: Sequence[Tensor]) -> tuple[Tensor, None]:
     return weights[0] if len(weights) == 1 else torch.cat(weights), None
 
 
+def _fills_its_storage(x: Tensor) -> bool:
+    dense = x.is_contiguous() or (
+        x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    return dense and x.untyped_storage().nbytes() == x.nbytes
+
+
 class PackedWeight:
     """A weight made of one or several parameters, as they are when it is made.
+
+    A weight that is computed from the parts is kept only until it is packed: the kernels read the
+    packed form alone.
 
     Args:
         parts: the parameters.
@@ -54,8 +70,9 @@ class PackedWeight:
         combine: computes the weight from the parts; instances that compute the same are equal.
 
     Attributes:
-        weight: [K, C, R, S], of the parts' dtype; one that is a single part shares its memory.
-        bias: [K], or None where ``combine`` gives none.
+        droppable: whether the parts' own memory may be freed once they are packed, because no
+            call of a graph reads anything but the packed form.
+        is_dropped: whether it has been freed. No other form can be packed then.
     """
 
     def __init__(
@@ -68,11 +85,16 @@ class PackedWeight:
         self.references = [weakref.ref(part, self._forget) for part in parts]
         # Read before packing: a write during packing then makes the state differ at the next call.
         self.state = weights_state(parts)
-        flat, self.bias = combine(parts)
-        self.weight = flat if kernel is None else flat.view(*flat.shape[:2], *kernel)
+        self.kernel, self.combine = kernel, combine
         self.copied = combine is not concatenate or len(parts) > 1
+        self.droppable = self.is_dropped = False
         self.by_algorithm: dict[str, Tensor] = {}
         self.by_dtype: dict[torch.dtype, Tensor] = {}
+        self._made: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._knows_bias = combine is concatenate  # which gives none
+        self._keeps_made = False  # for operations that read it at every call
+        self._is_read = False  # by other than the kernels
 
     def _forget(self, _: object) -> None:
         with _lock:
@@ -84,6 +106,38 @@ class PackedWeight:
         alive = all(ref() is part for ref, part in zip(self.references, parts, strict=True))
         return alive and weights_state(parts) == self.state
 
+    @property
+    def weight(self) -> Tensor:
+        """[K, C, R, S]; made of a single part, it shares that part's memory."""
+        with _lock:
+            self._keeps_made = self._is_read = True
+            return self._make()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[K], or None where ``combine`` gives none."""
+        with _lock:
+            if not self._knows_bias:
+                self._make()
+            return self._bias
+
+    def tensors(self) -> Iterator[tuple[str | torch.dtype, Tensor]]:
+        """What is in memory: packed forms by algorithm or dtype, ``weight`` and ``bias``."""
+        yield from list(self.by_algorithm.items())
+        yield from list(self.by_dtype.items())
+        for name, x in (("weight", self._made), ("bias", self._bias)):
+            if x is not None:
+                yield name, x
+
+    def _make(self) -> Tensor:
+        """The weight, from the parts unless it is there."""
+        if self._made is None:
+            parts = [ref() for ref in self.references]
+            flat, self._bias = self.combine(parts)  # type: ignore[arg-type]
+            self._knows_bias = True
+            self._made = flat if self.kernel is None else flat.view(*flat.shape[:2], *self.kernel)
+        return self._made
+
     def packed(self, algorithm: str) -> Tensor:
         """The weight packed for an algorithm, by ``conv2d_pack`` at the first call."""
         packed = self.by_algorithm.get(algorithm)
@@ -91,24 +145,36 @@ class PackedWeight:
             with _lock:
                 packed = self.by_algorithm.get(algorithm)
                 if packed is None:
-                    packed = self.by_algorithm[algorithm] = conv2d_pack(self.weight, algorithm)
+                    packed = self.by_algorithm[algorithm] = conv2d_pack(self._make(), algorithm)
+                    if not self._keeps_made:
+                        self._made = None
+                    self._drop()
         return packed
 
     def plain(self, dtype: torch.dtype) -> Tensor:
         """The weight for PyTorch's own operation on tensors of ``dtype``, converted once."""
-        if self.weight.dtype == dtype:
-            return self.weight
         with _lock:
             if dtype not in self.by_dtype:
-                self.by_dtype[dtype] = self.weight.to(dtype)
+                made, self._is_read = self._make(), True
+                if made.dtype == dtype:
+                    return self.weight
+                self.by_dtype[dtype] = made.to(dtype)
             return self.by_dtype[dtype]
+
+    def _drop(self) -> None:
+        """Free the memory of the parts, where that is allowed."""
+        parts = [part for ref in self.references if (part := ref()) is not None]
+        if self.droppable and not self._is_read and all(map(_fills_its_storage, parts)):
+            drop_weights(parts, DROPPED)
+            self.is_dropped, self.state = True, weights_state(parts)
 
     def memory(self) -> dict[str, int]:
         """Bytes by algorithm, and under ``copy`` of what was joined or combined from the parts.
 
         ``plain`` are the copies in other dtypes that PyTorch's own operations read.
         """
-        copied = self.weight.nbytes if self.copied else 0
+        made = self._made
+        copied = made.nbytes if made is not None and self.copied else 0
         packed = {name: weight.nbytes for name, weight in list(self.by_algorithm.items())}
         plain = sum(weight.nbytes for weight in list(self.by_dtype.values()))
         return {"copy": copied, "plain": plain, **packed}
@@ -135,6 +201,8 @@ class Watch:
         slices: which of its arguments make up each packed weight.
         kernels: height and width of each packed weight; None where it keeps its shape.
         combines: the function that makes each weight of its parts.
+        droppable: the indices of the weights of which the graph reads nothing but the packed form,
+            and whose parts' own memory is to be freed.
     """
 
     __name__ = "weights"
@@ -144,6 +212,7 @@ class Watch:
         self.slices: list[slice] = []
         self.kernels: list[tuple[int, int] | None] = []
         self.combines: list[Combine] = []
+        self.droppable: frozenset[int] = frozenset()
         self.last: tuple[int, list[weakref.ref[PackedWeight]]] | None = None
 
     def add(self, count: int, kernel: tuple[int, int] | None, combine: Combine) -> int:
@@ -166,5 +235,7 @@ class Watch:
             current(weights[part], kernel, combine)
             for part, kernel, combine in zip(self.slices, self.kernels, self.combines, strict=True)
         ]
+        for index in self.droppable:
+            packed[index].droppable = True
         self.last = state, [weakref.ref(weight) for weight in packed]
         return [*packed]

@@ -62,6 +62,8 @@ class Replay:
         weights = self._weights(inputs)
         if isinstance(state, Recording):
             return state.run(inputs, weights)
+        if not all(any(weight.tensors()) for weight in weights):
+            return self.gm.forward(*inputs)  # new weights, which this call makes or packs
         recorder = Recorder(self._names(inputs, weights), [inputs[i] for i in self.numbers])
         with recorder:
             result = self.gm.forward(*inputs)
@@ -107,13 +109,11 @@ class Replay:
             if isinstance(x := attrgetter(name)(self.gm), Tensor):
                 yield x, partial(_constant, self.gm, name)
         for i, weight in enumerate(weights):
-            yield weight.weight, partial(_weight, i, "weight")
-            if weight.bias is not None:
-                yield weight.bias, partial(_weight, i, "bias")
-            for name, packed in list(weight.by_algorithm.items()):
-                yield packed, partial(_packed, i, name)
-            for dtype, plain in list(weight.by_dtype.items()):
-                yield plain, partial(_plain, i, dtype)
+            for form, x in weight.tensors():
+                if isinstance(form, torch.dtype):
+                    yield x, partial(_plain, i, form)
+                else:
+                    yield x, partial(_weight if form in ("weight", "bias") else _packed, i, form)
 
 
 def _input(i: int, inputs: Sequence[Any], _: Sequence[PackedWeight]) -> Any:
