@@ -44,7 +44,7 @@ Neither a normalised nor an activated tensor is written to memory. The files:
                  epilogue: what is fused before and after the convolution; single_head: attention
                  with one head; patterns: patterns of single nodes and of norms
     choose/      plan: which matches are computed together; algorithms: the algorithm of each;
-                 measuring, timings: measured times; budget: memory for packed weights
+                 sizes, measuring, timings: measured times; budget: memory for packed weights
     rewrite/     fuse: replaces matches by calls; weights_node: the call that packs the weights;
                  autocast: autocast's conversions as nodes; lower: computes in another dtype;
                  gated: a * gelu(b); composed: operations with gradients or for GPUs; strides:

@@ -20,7 +20,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from fastdiff.compiler import backend, explain
 from fastdiff.compiler.choose import algorithms, budget, measuring, timings
 from fastdiff.compiler.choose.budget import Option, spend
-from fastdiff.compiler.choose.timings import ALGORITHM_NAMES, Sizes
+from fastdiff.compiler.choose.sizes import Sizes
+from fastdiff.compiler.choose.timings import ALGORITHM_NAMES
 from fastdiff.ops.conv2d import conv2d_pack
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
 from fastdiff.ops.conv2d_spec import ConvSpec

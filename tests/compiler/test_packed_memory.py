@@ -14,7 +14,8 @@ from torch import nn
 
 from fastdiff.compiler import explain
 from fastdiff.compiler.choose import algorithms, budget
-from fastdiff.compiler.choose.timings import ALGORITHM_NAMES, Sizes
+from fastdiff.compiler.choose.sizes import Sizes
+from fastdiff.compiler.choose.timings import ALGORITHM_NAMES
 from fastdiff.compiler.run import packing
 from fastdiff.ops import backend
 from fastdiff.ops.conv2d_spec import ConvSpec

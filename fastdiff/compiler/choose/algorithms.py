@@ -10,7 +10,8 @@ from collections.abc import Collection, Sequence
 import torch
 
 from fastdiff.compiler.choose import timings
-from fastdiff.compiler.choose.timings import ALGORITHM_NAMES, Sizes
+from fastdiff.compiler.choose.sizes import Sizes
+from fastdiff.compiler.choose.timings import ALGORITHM_NAMES
 from fastdiff.ops import conv2d_algorithms
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 from fastdiff.ops.conv2d_spec import ConvSpec

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from fastdiff.compiler.choose.algorithms import PRECISIONS, cost, estimates, packed_bytes, product
-from fastdiff.compiler.choose.timings import Sizes
+from fastdiff.compiler.choose.sizes import Sizes
 from fastdiff.compiler.graph.nodes import value
 from fastdiff.compiler.match.fused import Match, joined
 from fastdiff.ops.backend import kernel_runs

@@ -8,16 +8,13 @@ import mmap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastdiff.compiler.choose.sizes import Sizes
 from fastdiff.ops import reference
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, packed_bytes
-
-if TYPE_CHECKING:
-    from fastdiff.compiler.choose.timings import Sizes
 
 try:
     import resource

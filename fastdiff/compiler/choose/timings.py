@@ -15,16 +15,15 @@ import platform
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdiff.compiler.choose.measuring import constants, measure, weight_bytes
+from fastdiff.compiler.choose.sizes import Sizes
 from fastdiff.ops.backend import isa
-from fastdiff.ops.conv2d_algorithms import ALGORITHMS, suits
-from fastdiff.ops.conv2d_spec import ConvSpec
+from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 
 log = logging.getLogger("fastdiff.compiler")
 FILE_VERSION = 4  # of the file's format and of the kernels' speed; other versions are ignored
@@ -32,35 +31,6 @@ FILE_VERSION = 4  # of the file's format and of the kernels' speed; other versio
 ALGORITHM_NAMES = ("plain", *ALGORITHMS)
 _lock = threading.RLock()
 Table = dict[str, dict[str, float]]  # seconds, by ``Sizes.key`` and algorithm
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the time of a convolution depends on.
-
-    Attributes:
-        x: sizes [N, C, H, W] of the input, the channels of a skip included.
-        spec: the convolution. It is measured without prologue and epilogue, which take the same
-            time whichever algorithm computes the convolution.
-        dtype: of input and weight.
-        threads: how many threads compute it.
-    """
-
-    x: tuple[int, ...]
-    spec: ConvSpec
-    dtype: torch.dtype
-    threads: int
-
-    @property
-    def key(self) -> str:
-        """The name of its row in the file."""
-        spec = self.spec
-        numbers = (*self.x, *spec.weight, *spec.stride, *spec.padding, int(spec.upsample))
-        return f"{','.join(map(str, numbers))},{str(self.dtype)[6:]},{self.threads}"
-
-    def among(self, names: Sequence[str]) -> list[str]:
-        """The algorithms in ``names`` that suit this convolution."""
-        return [name for name in names if name == "plain" or suits(name, self.spec, self.dtype)]
 
 
 def measured(otherwise: str = "measured") -> bool:

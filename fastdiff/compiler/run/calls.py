@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.compiler.choose import algorithms
-from fastdiff.compiler.choose.timings import Sizes
+from fastdiff.compiler.choose.sizes import Sizes
 from fastdiff.compiler.run.packing import PackedWeight
 from fastdiff.ops import reference
 from fastdiff.ops.conv2d import kernel_runs
