@@ -85,10 +85,10 @@ def test_measurements_are_kept(cache, monkeypatch):
 
 
 def test_rows_are_named_as_in_files_that_users_have():
-    assert SIZE.key == "2,16,8,12,32,16,3,3,1,1,1,1,1,1,0,float32,1"
+    assert SIZE.key == "2,16,8,12,32,16,3,3,1,1,1,1,1,1,0,0,float32,1"
     upsampled = replace(SIZE.spec, upsample=True, padding=(0, 2, 3, 1), stride=(1, 2))
     other = replace(SIZE, spec=upsampled, dtype=torch.bfloat16, threads=4)
-    assert other.key == "2,16,8,12,32,16,3,3,1,2,0,2,3,1,1,bfloat16,4"
+    assert other.key == "2,16,8,12,32,16,3,3,1,2,0,2,3,1,1,0,bfloat16,4"
 
 
 def test_what_is_not_measured_is_not_measured_twice(clock):

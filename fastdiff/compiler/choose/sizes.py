@@ -17,8 +17,8 @@ class Sizes:
 
     Attributes:
         x: sizes [N, C, H, W] of the input, the channels of a skip included.
-        spec: the convolution. It is measured without prologue and epilogue, which take the same
-            time whichever algorithm computes the convolution.
+        spec: the convolution. It is measured without norm and epilogue, which take the same time
+            whichever algorithm computes the convolution.
         dtype: of input and weight.
         threads: how many threads compute it.
     """
@@ -32,7 +32,8 @@ class Sizes:
     def key(self) -> str:
         """The name of its row in the file."""
         spec = self.spec
-        numbers = (*self.x, *spec.weight, *spec.stride, *spec.padding, int(spec.upsample))
+        numbers = (*self.x, *spec.weight, *spec.stride, *spec.padding)
+        numbers += (int(spec.upsample), int(spec.silu))
         return f"{','.join(map(str, numbers))},{str(self.dtype)[6:]},{self.threads}"
 
     def among(self, names: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from fastdiff.ops.backend import isa
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 
 log = logging.getLogger("fastdiff.compiler")
-FILE_VERSION = 4  # of the file's format and of the kernels' speed; other versions are ignored
+FILE_VERSION = 5  # of the file's format and of the kernels' speed; other versions are ignored
 # ``plain`` is PyTorch's convolution, which packs no weight.
 ALGORITHM_NAMES = ("plain", *ALGORITHMS)
 _lock = threading.RLock()
