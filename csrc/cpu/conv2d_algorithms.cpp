@@ -124,7 +124,7 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .dtypes = {at::kBFloat16},
        .isa = Isa::Avx512Bf16,
        .packed_dtype = at::kBFloat16,
-       .cost = {.share = 0.2, .narrow = 16, .narrow_share = 0.9},
+       .cost = {.share = 0.2, .narrow = 16, .narrow_share = 0.7},
        .pack = FASTDIFF_BF16_KERNEL(conv2d_winograd2_bf16_pack),
        .run = FASTDIFF_BF16_KERNEL(conv2d_winograd2_bf16)},
       // 16/9 of direct_bf16's packed weight.
