@@ -15,16 +15,21 @@ constexpr int64_t kTogether = 32;   // pixels
 constexpr int64_t kRun = 8;         // pixels of a line that are written together
 constexpr int64_t kNear = 1 << 18;  // elements of y that are in L2 when they are written
 
-// One vector of channels, k..k + lanes, of one segment, with copies of what it needs of Conv2d.
+// What a run of pixels adds to the sums of one vector of channels. A struct of its own, which stays
+// in registers: the compiler must assume that a write to y may change an object's members.
+struct Sums {
+  F first, sum{}, squares{};
+};
+
+// Where one vector of channels, k..k + lanes, of one segment goes, and what is added to it: copies
+// of what is needed of Conv2d. A copy of a whole Output may stay in registers.
 template <class T, bool kStatistics>
-struct Epilogue {
+struct Output {
   int64_t lanes, filters, residual_ld;
   const T* residual;  // or null
   T* y;
   float scale;
-  F add{}, first{}, sum{}, squares{};
-  int64_t pending = 0, joined = 0;  // pixels in the sums, and in mean and deviations
-  double mean[kLanes] = {}, deviations[kLanes] = {};
+  F add{};
 
   FASTDIFF_INLINE void begin(const Conv2d& p, int64_t image, int64_t k) {
     lanes = std::min(kLanes, p.filters - k);
@@ -38,30 +43,13 @@ struct Epilogue {
     add *= scale;
   }
 
-  // Values of `count` pixels follow, of which `value` is the first.
-  FASTDIFF_INLINE void expect(int64_t count, int64_t pixel, F value) {
-    if constexpr (kStatistics) {
-      if (pending >= kTogether) join();
-      if (pending == 0) {
-        first = finished(residual_at(pixel), lanes, value);
-        if constexpr (!std::is_same_v<T, float>) {
-          T rounded[kLanes];
-          store_lanes(rounded, first);
-          first = load_lanes(rounded);
-        }
-      }
-      pending += count;
-    }
-  }
-
-  // What a run of pixels adds to the sums. A struct of its own, which stays in registers: the
-  // compiler must assume that a write to y may change this object's members.
-  struct Sums {
-    F first, sum{}, squares{};
-  };
-
   FASTDIFF_INLINE void write(int64_t pixel, F value, Sums& sums) const {
     put(y + pixel * filters, residual_at(pixel), lanes, value, sums);
+  }
+
+  // The same where no lane is missing.
+  FASTDIFF_INLINE void write_whole(int64_t pixel, F value, Sums& sums) const {
+    put(y + pixel * filters, residual_at(pixel), kLanes, value, sums);
   }
 
   // `values` [m, m] of pixels that are `down` and `across` apart.
@@ -78,11 +66,6 @@ struct Epilogue {
     } else {
       put_tile<m>(to, nullptr, down, across, kLanes, values, sums);
     }
-  }
-
-  FASTDIFF_INLINE void include(const Sums& sums) {
-    sum += sums.sum;
-    squares += sums.squares;
   }
 
   // The residual goes into L2 only: in L1 its lines would displace those of y, of the same sets.
@@ -126,6 +109,35 @@ struct Epilogue {
             values[a * m + q], sums);
       }
   }
+};
+
+// One vector of channels of one segment, with the statistics of what was written.
+template <class T, bool kStatistics>
+struct Epilogue : Output<T, kStatistics> {
+  F first{}, sum{}, squares{};
+  int64_t pending = 0, joined = 0;  // pixels in the sums, and in mean and deviations
+  double mean[kLanes] = {}, deviations[kLanes] = {};
+
+  // Values of `count` pixels follow, of which `value` is the first.
+  FASTDIFF_INLINE void expect(int64_t count, int64_t pixel, F value) {
+    if constexpr (kStatistics) {
+      if (pending >= kTogether) join();
+      if (pending == 0) {
+        first = this->finished(this->residual_at(pixel), this->lanes, value);
+        if constexpr (!std::is_same_v<T, float>) {
+          T rounded[kLanes];
+          store_lanes(rounded, first);
+          first = load_lanes(rounded);
+        }
+      }
+      pending += count;
+    }
+  }
+
+  FASTDIFF_INLINE void include(const Sums& sums) {
+    sum += sums.sum;
+    squares += sums.squares;
+  }
 
   void join() {
     const JoinChannels moments(joined, pending);
@@ -139,9 +151,9 @@ struct Epilogue {
   // Leaves mean and deviations in a segment's [2, K], of which `partial` is this vector's first.
   void finish(double* partial) {
     if (pending > 0) join();
-    for (int64_t i = 0; i < lanes; ++i) {
+    for (int64_t i = 0; i < this->lanes; ++i) {
       partial[i] = mean[i];
-      partial[filters + i] = deviations[i];
+      partial[this->filters + i] = deviations[i];
     }
   }
 };
@@ -166,24 +178,46 @@ struct Epilogues {
     if (far) each[v].prefetch(pixel);
   }
 
-  // `count` pixels, at most kRun, each `step` after the last, whose products lie `ld` apart.
+  // `count` pixels, at most kRun, each `step` after the last, whose products lie `ld` apart. Two
+  // vectors of a pixel are written together, since two of bfloat16 are one line of the cache.
   FASTDIFF_INLINE void write_run(int64_t pixel, int64_t count, const float* from, int64_t ld,
                                  int64_t step = 1) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const float* products = from + v * kLanes;
-      each[v].expect(count, pixel, load_lanes(products));
-      typename Epilogue<T, kStatistics>::Sums sums{each[v].first};
-      for (int64_t i = 0; i < count; ++i, products += ld) {
-        if (v * kLanes % kLine == 0) prefetch(pixel + (i + kRun) * step, v);
-        each[v].write(pixel + i * step, load_lanes(products), sums);
-      }
-      each[v].include(sums);
-    }
+    int64_t v = 0;
+    for (; v + 1 < vectors && each[v + 1].lanes == kLanes; v += 2)
+      write_vectors<2, true>(v, pixel, count, from + v * kLanes, ld, step);
+    for (; v < vectors; ++v) write_vectors<1, false>(v, pixel, count, from + v * kLanes, ld, step);
   }
 
   // Leaves mean and deviations in a segment's [2, K], of which `partial` is the first channel's.
   void finish(double* partial) {
     for (int64_t v = 0; v < vectors; ++v) each[v].finish(partial + v * kLanes);
+  }
+
+ private:
+  template <int kCount, bool kWhole>
+  FASTDIFF_INLINE void write_vectors(int64_t v, int64_t pixel, int64_t count, const float* from,
+                                     int64_t ld, int64_t step) {
+    Output<T, kStatistics> to[kCount];
+    Sums sums[kCount];
+    for (int c = 0; c < kCount; ++c) {
+      each[v + c].expect(count, pixel, load_lanes(from + c * kLanes));
+      to[c] = each[v + c];
+      sums[c].first = each[v + c].first;
+    }
+    const bool prefetches = far && v * kLanes % kLine == 0;
+    for (int64_t i = 0; i < count; ++i, from += ld) {
+      if (prefetches) to[0].prefetch(pixel + (i + kRun) * step);
+#pragma GCC unroll 2
+      for (int c = 0; c < kCount; ++c) {
+        const F value = load_lanes(from + c * kLanes);
+        if constexpr (kWhole) {
+          to[c].write_whole(pixel + i * step, value, sums[c]);
+        } else {
+          to[c].write(pixel + i * step, value, sums[c]);
+        }
+      }
+    }
+    for (int c = 0; c < kCount; ++c) each[v + c].include(sums[c]);
   }
 };
 

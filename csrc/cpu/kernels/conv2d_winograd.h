@@ -271,7 +271,7 @@ struct Winograd {
           transform_output(from + v * kLanes, out);
           auto& epilogue = epilogues[v];
           epilogue.expect(rows * columns, pixel, out[0]);
-          typename Epilogue<T, kStatistics>::Sums sums{epilogue.first};
+          Sums sums{epilogue.first};
           if (rows == m && columns == m) {
             epilogue.template write_tile<m>(pixel, down, across, out, sums);
           } else {

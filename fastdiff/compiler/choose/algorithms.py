@@ -24,6 +24,9 @@ PRECISIONS = {
 # Seconds are divided by a handicap before they are compared. PyTorch's convolution has one because
 # it leaves the norm and the additions to separate passes.
 PLAIN_HANDICAP = 0.8
+# So has an algorithm that packs a weight in a wider dtype than the images', where another packs it
+# in theirs: a few percent are not worth several times the memory.
+WIDE_HANDICAP = 0.85
 
 
 def choose(
@@ -57,7 +60,7 @@ def choose(
 
     def price(name: str) -> float:
         size = 0 if name in held else packed_bytes(name, sizes.spec)
-        return cost(seconds, name) + seconds_per_byte * size
+        return cost(seconds, name, sizes.dtype) + seconds_per_byte * size
 
     return min(reversed(names), key=price)
 
@@ -92,10 +95,24 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
     }
 
 
-def cost(seconds: dict[str, float], name: str) -> float:
-    """The seconds of an algorithm divided by its handicap, as algorithms are compared."""
-    handicap = PLAIN_HANDICAP if name == "plain" else ALGORITHMS[name].handicap
-    return seconds[name] / handicap
+def cost(seconds: dict[str, float], name: str, dtype: torch.dtype) -> float:
+    """The seconds of an algorithm divided by its handicap, as algorithms are compared.
+
+    Args:
+        seconds: by algorithm.
+        name: the algorithm.
+        dtype: of the images.
+    """
+    if name == "plain":
+        return seconds[name] / PLAIN_HANDICAP
+    row = ALGORITHMS[name]
+    wide = row.packed_dtype.itemsize > dtype.itemsize and _packs(dtype)
+    return seconds[name] / (row.handicap * (WIDE_HANDICAP if wide else 1.0))
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this machine has an algorithm for every convolution that packs weights in a dtype."""
+    return ALGORITHMS[product(ConvSpec(1, 1), dtype)].packed_dtype == dtype
 
 
 def product(spec: ConvSpec, dtype: torch.dtype) -> str:

@@ -136,7 +136,7 @@ class Budget:
             names = [size.among(("plain", name)) for size in sizes]
             if name == "plain" or any(name in allowed for allowed in names):
                 seconds = sum(
-                    min(cost(table[size], n) for n in allowed)
+                    min(cost(table[size], n, size.dtype) for n in allowed)
                     for size, allowed in zip(sizes, names, strict=True)
                 )
                 options.append(Option(packed_bytes(name, sizes[0].spec), seconds, name))
@@ -158,14 +158,17 @@ class Budget:
         options = [
             Option(
                 sum(packed_bytes(name, match.spec) for match in group),
-                sum(cost(table[_sizes([m])], name) + CALL_OVERHEAD_SECONDS for m in group),
+                sum(
+                    cost(table[_sizes([m])], name, whole.dtype) + CALL_OVERHEAD_SECONDS
+                    for m in group
+                ),
                 name,
             )
             for name in names
         ]
         for name in names[1:]:
             size = copied + packed_bytes(name, whole.spec)
-            seconds = cost(table[whole], name) + CALL_OVERHEAD_SECONDS
+            seconds = cost(table[whole], name, whole.dtype) + CALL_OVERHEAD_SECONDS
             options.append(Option(size, seconds, name, together=True))
         return _Unit(group, options, group=True)
 
@@ -213,8 +216,8 @@ def _seconds_per_byte(units: Sequence[list[Match]], table: Table) -> float:
             continue
         size = _sizes(unit)
         row = table[size]
-        quickest = min(row, key=lambda name: cost(row, name))
-        seconds += cost(row, quickest)
+        quickest = min(row, key=lambda name: cost(row, name, size.dtype))
+        seconds += cost(row, quickest, size.dtype)
         packed += packed_bytes(quickest, size.spec)
         for match in unit:
             weight = value(match.weight)
