@@ -76,6 +76,7 @@ struct DirectBf16 {
   const Outputs phase;
   const int64_t taps, planes, plane_steps;  // bytes of the weight a plane
   const int64_t gates, outputs, panels;     // panels of y's channels
+  const bool in_place;                      // whether pixels are multiplied where they are
   const Grid grid;
   const Division division;
   double* const partials;  // of all phases' statistics, [segments, phases, 2, K]; or null
@@ -90,7 +91,8 @@ struct DirectBf16 {
         gates(p.gated ? 2 : 1),
         outputs(p.filters / gates),
         panels((outputs + kColumns - 1) / kColumns),
-        grid(make_grid(p.images, p.out_height, p.out_width, block_pixels())),
+        in_place(reads_in_place()),
+        grid(make_blocks()),
         division(divide(grid, outputs, gates * panels * planes * plane_steps / 4,
                         grid.largest * planes * kColumns / 2, p.threads.count, kColumns)),
         partials(room(partials)) {}
@@ -99,6 +101,31 @@ struct DirectBf16 {
     if (!p.statistics) return nullptr;
     partials.reserve(grid.segments.size() * phase.count * 2 * p.filters);
     return partials.data();
+  }
+
+  // Where nothing is applied to the pixels of a 1x1 convolution: unless tiles would read behind the
+  // last one, or pixels are whole pages apart, so that their lines push each other out of L1.
+  bool reads_in_place() const {
+    constexpr int64_t kPage = 4096;
+    if (!std::is_same_v<T, bf16> || !pointwise(p) || p.skip || p.norm || p.silu) return false;
+#ifdef FASTDIFF_TILES
+    if (p.out_width % kGroup != 0) return false;
+#endif
+    return p.channels % kColumns == 0 && p.x_ld * int64_t{sizeof(T)} % kPage != 0;
+  }
+
+  // A line of a 1x1 convolution, a whole image, is divided between groups.
+  Grid make_blocks() const {
+    const int64_t target = block_pixels();
+    if (!pointwise(p)) return make_grid(p.images, p.out_height, p.out_width, target);
+    Grid grid = make_grid(p.images, 1, (p.out_width + kGroup - 1) / kGroup, target / kGroup);
+    for (int64_t s = 0; s < grid.segments.size(); ++s) {
+      Segment& segment = grid.segments[s];
+      segment.left *= kGroup, segment.first *= kGroup;
+      segment.right = std::min(segment.right * kGroup, p.out_width);
+    }
+    grid.largest *= kGroup;
+    return grid;
   }
 
   int64_t block_pixels() const {
@@ -120,17 +147,18 @@ struct DirectBf16 {
       share(p.threads, grid.count(), [&](int64_t begin, int64_t end) {
         const Tiles tiles;
         for (int64_t block = begin; block < end; ++block) {
-          char* patch = patch_memory(block);
-          read(block, 0, units(block), patch);
+          char* patch = in_place ? nullptr : patch_memory(block);
+          if (!in_place) read(block, 0, units(block), patch);
           multiply(block, 0, panels, patch);
         }
       });
     } else {
       const int64_t each = std::max<int64_t>(1, division.chunk / kColumns);
       for (int64_t block = 0; block < grid.count(); ++block) {
-        char* patch = patch_memory(block);
-        share(p.threads, units(block),
-              [&](int64_t begin, int64_t end) { read(block, begin, end, patch); });
+        char* patch = in_place ? nullptr : patch_memory(block);
+        if (!in_place)
+          share(p.threads, units(block),
+                [&](int64_t begin, int64_t end) { read(block, begin, end, patch); });
         share(p.threads, (panels + each - 1) / each, [&](int64_t begin, int64_t end) {
           const Tiles tiles;
           multiply(block, begin * each, std::min(panels, end * each), patch);
@@ -145,6 +173,9 @@ struct DirectBf16 {
       join_statistics(p, grid.segments, phase.count, partials,
                       [](const Segment& segment) { return static_cast<double>(segment.tiles()); });
   }
+
+  // Pairs of the last plane that are not all zero, in fours.
+  int64_t last_pairs() const { return rounded_up((p.channels - 1) % kColumns + 1, 8) / 2; }
 
   using PatchOf = Patch<T, kParts>;
 
@@ -175,18 +206,20 @@ struct DirectBf16 {
     static thread_local Scratch scratch;
     const PatchOf patch = patch_of(block);
     const Steps<kParts> steps(p, patch);
-    const Walk walk{patch.spacing(),
-                    patch.plane_bytes,
-                    taps * Steps<kParts>::kProducts,
-                    steps.tap.data(),
-                    kParts > 1 ? steps.step.data() : nullptr,
-                    plane_steps};
+    Walk walk{in_place ? p.x_ld * int64_t{sizeof(T)} : patch.spacing(),
+              in_place ? kColumns * int64_t{sizeof(T)} : patch.plane_bytes,
+              taps * Steps<kParts>::kProducts,
+              steps.tap.data(),
+              kParts > 1 ? steps.step.data() : nullptr,
+              plane_steps};
     Array<Group> groups;
     for (int64_t s = 0; s < segments_of(block); ++s) {
       const Segment& segment = grid.segments[grid.blocks[block] + s];
       for (int64_t pixel = 0; pixel < segment.tiles(); pixel += kGroup)
         groups.add({grid.blocks[block] + s, pixel, std::min(kGroup, segment.tiles() - pixel),
-                    memory + s * patch.bytes() + patch.at(pixel)});
+                    in_place ? static_cast<const char*>(p.x) +
+                                   (segment.image * p.width + segment.left + pixel) * walk.spacing
+                             : memory + s * patch.bytes() + patch.at(pixel)});
     }
     const int64_t pairs = (groups.size() + 1) / 2;
     const int64_t deep =
@@ -198,6 +231,7 @@ struct DirectBf16 {
       const auto compute = [&](auto& writer) {
         for (int64_t slice = 0; slice < slices; ++slice) {
           const int64_t first = planes * slice / slices, last = planes * (slice + 1) / slices;
+          walk.last_pairs = last < planes ? 16 : last_pairs();
           for (int64_t pair = 0; pair < pairs; ++pair) {
             const Group& one = groups[2 * pair];
             const bool two = 2 * pair + 1 < groups.size();

@@ -132,8 +132,11 @@ struct Patch {
       }
       alignas(64) bf16 values[kParts][kColumns];
       if constexpr (std::is_same_v<T, bf16> && !kNorm && !kSilu) {
-        if (count < kColumns) std::memset(values[0], 0, 64);
-        std::memcpy(values[0], from, count * sizeof(T));
+        if (count == kColumns) {
+          std::memcpy(values[0], from, sizeof(values[0]));
+        } else {
+          for (int64_t i = 0; i < kColumns; ++i) values[0][i] = i < count ? from[i] : T{};
+        }
       } else {
         for (int v = 0; v < kVectors; ++v) {
           const int64_t first = v * kLanes, lanes = std::clamp<int64_t>(count - first, 0, kLanes);
