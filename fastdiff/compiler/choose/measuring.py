@@ -27,13 +27,23 @@ SLOW_SECONDS = 0.02  # a call that takes longer is repeated once; the quicker of
 # An algorithm whose best call took more than both ratio * best of all and these seconds is not
 # called again. A first call may be slow for other reasons than the algorithm.
 HOPELESS, HOPELESS_FIRST = (1.5, 0.002), (2.0, 0.005)
+# A model's weights are more than any cache holds, so that each comes from memory at every call. So
+# no call is given those bytes of the constants that one of the last calls has read.
+COLD_BYTES = 128 << 20
+_LINE = 32  # bfloat16 numbers of a cache line
 _op = torch.ops.fastdiff.conv2d.default
 
 
 def weight_bytes(sizes: Sizes, names: Sequence[str]) -> int:
     """Bytes of the largest form of a convolution's weight that ``measure`` reads."""
-    packed = [packed_bytes(name, sizes.spec.weight) for name in names if name != "plain"]
-    return max(sizes.dtype.itemsize * math.prod(sizes.spec.weight), *packed, 0)
+    return max(_bytes(sizes, name) for name in names)
+
+
+def _bytes(sizes: Sizes, name: str) -> int:
+    """Bytes of the weight that an algorithm reads."""
+    if name == "plain":
+        return sizes.dtype.itemsize * math.prod(sizes.spec.weight)
+    return packed_bytes(name, sizes.spec.weight)
 
 
 def constants(size: int) -> Tensor:
@@ -103,10 +113,14 @@ def measure(sizes: Sizes, names: Sequence[str], weights: Tensor) -> tuple[dict[s
         n, c, h, w = sizes.x
         x = torch.full((n, h, w, c), 0.5, dtype=sizes.dtype, device="cpu").permute(0, 3, 1, 2)
         left = list(reversed(names))  # probably the quickest first, so that slow ones end early
+        at = 0
         for turn in range(MOST_CALLS + 1):
             for name in left:
                 before = _interruptions()
-                seconds = _time(sizes, name, x, weights)
+                count = _bytes(sizes, name) // weights.itemsize
+                at = 0 if at + count > weights.numel() else at
+                seconds = _time(sizes, name, x, weights[at : at + count])
+                at += -(-count // _LINE) * _LINE
                 if turn == 0:
                     times[name] = _Times(seconds)
                 else:
@@ -125,17 +139,16 @@ def _interruptions() -> int:
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def _time(sizes: Sizes, name: str, x: Tensor, weights: Tensor) -> float:
+def _time(sizes: Sizes, name: str, x: Tensor, weight: Tensor) -> float:
     # SiLU stays: it costs each algorithm the same, but one of them is for nothing else.
     spec = replace(sizes.spec, gated=False, statistics=False)
     if name == "plain":
-        count = sizes.dtype.itemsize * math.prod(spec.weight) // 2
-        weight = weights[:count].view(sizes.dtype).view(spec.weight)
+        weight = weight.view(sizes.dtype).view(spec.weight)
         begin = time.perf_counter()
         reference.conv2d(x, weight, spec)
         return time.perf_counter() - begin
     algorithm, numbers = ALGORITHMS[name], spec.encode()
-    packed = weights[: packed_bytes(name, spec.weight) // 2].view(algorithm.packed_dtype)
+    packed = weight.view(algorithm.packed_dtype)
     begin = time.perf_counter()
     _op(x, packed, numbers, algorithm.number)
     return time.perf_counter() - begin

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from fastdiff.compiler.choose.measuring import constants, measure, weight_bytes
+from fastdiff.compiler.choose.measuring import COLD_BYTES, constants, measure, weight_bytes
 from fastdiff.compiler.choose.sizes import Sizes
 from fastdiff.ops.backend import isa
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 
 log = logging.getLogger("fastdiff.compiler")
-FILE_VERSION = 5  # of the file's format and of the kernels' speed; other versions are ignored
+FILE_VERSION = 6  # of the file's format and of the kernels' speed; other versions are ignored
 # ``plain`` is PyTorch's convolution, which packs no weight.
 ALGORITHM_NAMES = ("plain", *ALGORITHMS)
 _lock = threading.RLock()
@@ -64,7 +64,8 @@ def seconds_by_algorithm(
         missing = [s for s in dict.fromkeys(sizes) if _lacks(table, s, names)]
         if missing:
             log.info("measuring %d convolutions for %s", len(missing), file or "this process")
-            weights = constants(max(weight_bytes(size, size.among(names)) for size in missing))
+            largest = max(weight_bytes(size, size.among(names)) for size in missing)
+            weights = constants(max(largest, COLD_BYTES))
             for size in missing:
                 if not _lacks(table, size, names):
                     continue  # an earlier size with the same key was measured just now
