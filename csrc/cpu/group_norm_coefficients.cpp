@@ -54,11 +54,18 @@ at::Tensor group_norm_coefficients_cpu(at::TensorList statistics, int64_t groups
   TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
   // What scales and shifts, as float32 rows [N or 1, C].
   std::vector<at::Tensor> held;
+  std::vector<std::vector<float>> converted;
   const auto rows = [&](const Optional& value, at::IntArrayRef sizes, const char* name) {
     if (!value) return static_cast<const float*>(nullptr);
     TORCH_CHECK_VALUE(value->sizes() == sizes, name, " must have shape ", sizes, ", got ",
                       value->sizes());
     check_floating(*value, name);
+    if (value->scalar_type() == at::kBFloat16 && value->is_contiguous()) {
+      // A call of PyTorch would take longer than all else that is done here.
+      const auto* from = value->const_data_ptr<at::BFloat16>();
+      converted.emplace_back(from, from + value->numel());
+      return const_cast<const float*>(converted.back().data());
+    }
     held.push_back(value->to(at::kFloat).contiguous());
     return held.back().const_data_ptr<float>();
   };
