@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -42,6 +43,26 @@ void prefer_large_pages(const at::Tensor& memory) {
 #endif
 }
 
+// The weight as contiguous float32. Its memory is kept for the next weight where that is not much:
+// new memory takes longer to get than to write.
+at::Tensor widened(const at::Tensor& weight) {
+  constexpr int64_t kKept = 16 << 20;  // floats
+  if (weight.scalar_type() == at::kFloat && weight.is_contiguous()) return weight;
+  static thread_local at::Tensor kept;
+  const int64_t count = weight.numel();
+  at::Tensor memory = kept;
+  if (!memory.defined() || memory.numel() < count) {
+    memory = at::empty({count}, weight.options().dtype(at::kFloat));
+    prefer_large_pages(memory);
+    if (count <= kKept) kept = memory;
+  }
+  // A tensor of its own, as memory that was made in inference mode must not be written outside.
+  auto plain = at::from_blob(
+      memory.mutable_data_ptr(), weight.sizes(), [memory](void*) {},
+      weight.options().dtype(at::kFloat));
+  return plain.copy_(weight);
+}
+
 at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t number) {
   const auto type = weight.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
@@ -52,12 +73,7 @@ at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t number) {
   int64_t count = algorithm.packed_count(size);
   auto out = at::empty({count}, weight.options().dtype(algorithm.packed_dtype));
   prefer_large_pages(out);
-  auto plain = weight;
-  if (weight.scalar_type() != at::kFloat || !weight.is_contiguous()) {
-    plain = at::empty(weight.sizes(), weight.options().dtype(at::kFloat));
-    prefer_large_pages(plain);
-    plain.copy_(weight);
-  }
+  const auto plain = widened(weight);
   algorithm.pack(size, plain.const_data_ptr<float>(), out.mutable_data_ptr(), &count, threads());
   return out;
 }

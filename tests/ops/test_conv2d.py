@@ -292,3 +292,11 @@ def test_any_shape(
     values = make(case, dtype, options, seed=channels)
     run = call(algorithm, list(values), silu=silu, **case.settings())
     judge(algorithm, run, *values.values())
+
+
+def test_packing_in_and_outside_inference_mode() -> None:
+    """Memory that one call keeps for the next belongs to neither mode."""
+    weight = torch.randn(9, 8, 3, 3).bfloat16()
+    with torch.inference_mode():
+        packed = ops.conv2d_pack(weight, "direct")
+    assert torch.equal(ops.conv2d_pack(weight, "direct"), packed)
