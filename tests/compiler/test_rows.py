@@ -61,7 +61,7 @@ def test_without_kernels() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("spare", [0, -1])
 def test_a_bound(spare: int) -> None:
-    """The copy and its packed form fit, or nothing is fused: other numbers of rows may need both."""
+    """The copy and its packed form fit, or nothing is fused: other rows may need both."""
     packed = algorithms.packed_bytes("direct", ConvSpec(64, 24))
     options = {"packed_bytes": 4 * 64 * 24 + packed + spare}
     found = explain(Projections().eval(), torch.randn(3, 24), options=options)
