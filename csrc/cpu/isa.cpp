@@ -9,6 +9,7 @@
 #include <iterator>
 
 #if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -53,9 +54,8 @@ bool built(Isa isa) { return kBuilt[static_cast<int>(isa)]; }
 bool processor_has_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of CPUID leaf 7, EDX
-  unsigned a = 7, b = 0, c = 0, d = 0;
-  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return (d & kBf16) && (d & kTile);
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile);
 #else
   return false;
 #endif
