@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 _MOST = 2**63 - 1  # the largest integer in the arguments of an operator
 
@@ -63,11 +63,6 @@ class ConvSpec:
         """Whether each pixel of the result depends on the one input pixel at its place."""
         plain = self.stride == (1, 1) and not any(self.padding) and not self.upsample
         return self.kernel == (1, 1) and plain
-
-    @property
-    def bare(self) -> ConvSpec:
-        """The convolution and its upsampling alone, without activation, gate and statistics."""
-        return replace(self, silu=False, gated=False, statistics=False)
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Height and width of the result for images of height and width ``size``."""

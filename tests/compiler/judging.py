@@ -29,6 +29,21 @@ def settled(net: Any, args: Any, kwargs: Any | None = None) -> Any:
     return third
 
 
+def assert_changes_are_seen(net: Any, model: nn.Module, args: Any, dtype: torch.dtype) -> None:
+    """Nothing but the caller changes a parameter of ``dtype``, and each such change shows."""
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    last = settled(net, args)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, before[name])
+        if name == "k.bias":
+            continue  # softmax does not see it
+        parameter.data.mul_(-1.5)
+        found = net(*args)
+        assert (found - last).abs().max() > 1e-3, name
+        last = found
+
+
 def assert_as_eager(
     found: Any,
     model: nn.Module,

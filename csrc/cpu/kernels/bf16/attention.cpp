@@ -161,12 +161,11 @@ void store_outputs(const Attention& p, const float* from, int64_t ld, const Seen
 // How products read rows of bfloat16 that lie `ld` apart, of which `columns` are not zero.
 Walk walk(int64_t ld, int64_t columns) {
   static constexpr int64_t kTap = 0;
-  const int64_t last = (columns - 1) % kColumns + 1;
   return {.spacing = ld * 2,
           .plane = kColumns * 2,
           .taps = 1,
           .tap = &kTap,
-          .last_pairs = (last + 7) / 8 * 4};
+          .last_pairs = pairs_of_last_plane(columns)};
 }
 
 Rows rows(const bf16* a, int64_t ld, int64_t count) {

@@ -174,9 +174,6 @@ struct DirectBf16 {
                       [](const Segment& segment) { return static_cast<double>(segment.tiles()); });
   }
 
-  // Pairs of the last plane that are not all zero, in fours.
-  int64_t last_pairs() const { return rounded_up((p.channels - 1) % kColumns + 1, 8) / 2; }
-
   using PatchOf = Patch<T, kParts>;
 
   // The others of a block's segments are like its first.
@@ -231,7 +228,7 @@ struct DirectBf16 {
       const auto compute = [&](auto& writer) {
         for (int64_t slice = 0; slice < slices; ++slice) {
           const int64_t first = planes * slice / slices, last = planes * (slice + 1) / slices;
-          walk.last_pairs = last < planes ? 16 : last_pairs();
+          walk.last_pairs = last < planes ? 16 : pairs_of_last_plane(p.channels);
           for (int64_t pair = 0; pair < pairs; ++pair) {
             const Group& one = groups[2 * pair];
             const bool two = 2 * pair + 1 < groups.size();

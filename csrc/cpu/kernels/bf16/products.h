@@ -54,6 +54,11 @@ struct Walk {
   }
 };
 
+// Walk::last_pairs for rows of that many columns.
+constexpr int64_t pairs_of_last_plane(int64_t columns) {
+  return ((columns - 1) % kColumns + 8) / 8 * 4;
+}
+
 // Up to 32 rows of A: two groups of 16, of which the second may be missing. Tiles read and write
 // whole groups, so that the memory behind `rows` must exist, in A and in C.
 struct Rows {
