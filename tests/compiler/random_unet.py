@@ -6,11 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import hypothesis
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from models import randomized
 from torch import Tensor, nn
+
+# For tests of drawn networks. Those that failed in an earlier run are not drawn again.
+DRAWS = hypothesis.settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
+)
 
 EMB = 6  # channels of the embedding that blocks may add
 

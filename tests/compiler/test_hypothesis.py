@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from judging import LAYOUTS, assert_as_eager, compiled, settled
-from random_unet import EMB, build, nets
+from random_unet import DRAWS, EMB, build, nets
 
 
 @pytest.mark.slow
@@ -22,12 +22,7 @@ from random_unet import EMB, build, nets
     precision=st.sampled_from(["fast", "strict"]),
     dynamic=st.sampled_from([None, None, None, True]),
 )
-@hypothesis.settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
-)
+@DRAWS
 @torch.no_grad()
 def test_drawn_nets(spec, batch, size, layout, dtype, precision, dynamic):
     torch.compiler.reset()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from judging import LAYOUTS, assert_changes_are_seen, compiled, distance, graphs, settled
 from lowering import case, case_in, error, fused, run
 from models import CASES, in_float64
-from random_unet import EMB, build, nets
+from random_unet import DRAWS, EMB, build, nets
 from small import small_inputs, small_net
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -61,12 +61,7 @@ def test_as_much_is_fused_as_in_a_bfloat16_model(name):
     layout=st.sampled_from(list(LAYOUTS)),
     dynamic=st.sampled_from([None, None, None, True]),
 )
-@hypothesis.settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
-)
+@DRAWS
 @torch.no_grad()
 def test_drawn_nets(spec, batch, size, layout, dynamic):
     torch.compiler.reset()
