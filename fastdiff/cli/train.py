@@ -38,7 +38,7 @@ from fastdiff.training.trainer import (
     make_diffusion,
     recorded_options,
 )
-from fastdiff.training.training_options import TIMESTEP_SAMPLERS, WEIGHTINGS
+from fastdiff.training.training_options import TIMESTEP_SAMPLERS, WEIGHTINGS, WITHOUT_RECORD
 
 DIGITS = "digits"  # the value of --data for scikit-learn's digits
 PATHS = ("data", "out")  # arguments that are paths
@@ -130,6 +130,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     how.add_argument(
         "--channels-last", action=switch, default=True, help="channels_last memory format"
+    )
+    how.add_argument(
+        "--compile",
+        action=switch,
+        default=defaults.compile,
+        help="fused operations with gradients on a CPU; without them a step takes longer",
     )
     how.add_argument(
         "--save-every", type=int, default=defaults.save_every, help="steps between checkpoints"
@@ -268,6 +274,7 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
     checkpoint.load(folder)  # raises for a damaged checkpoint before images are read
     checkpoint.read_state(folder)
     recorded, given = (_with_tuples(values) for values in (arguments, _given(args, argv)))
+    recorded = {**WITHOUT_RECORD, **recorded}
     recorded |= {k: as_path(recorded[k]) for k in PATHS if isinstance(recorded.get(k), str)}
     fixed = {"data"} if DIGITS in (given.get("data"), recorded.get("data")) else set()
     for name, value in given.items():

@@ -79,11 +79,15 @@ class Layered(Precomputing, Protocol):
         """The network's output."""
 
 
-def layered(model: Any) -> Layered | None:
+def layered(model: Any, *, training: bool = False) -> Layered | None:
     """The network that a model is, if a graph of its layers may be called instead, or None.
 
     ``torch.optim.swa_utils.AveragedModel`` around it, as an average of weights is kept in,
     changes nothing.
+
+    Args:
+        model: anything.
+        training: the mode in which the network must be.
     """
     network = model
     if type(model) is AveragedModel:
@@ -91,7 +95,8 @@ def layered(model: Any) -> Layered | None:
             return None
         network = model.module
     may = getattr(type(network), "may_fuse", None)
-    return network if may is not None and may(network) else None
+    fits = may is not None and network.training == training and may(network)
+    return network if fits else None
 
 
 def precomputing(model: Any) -> Precomputing | None:

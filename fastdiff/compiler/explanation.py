@@ -14,9 +14,8 @@ from torch import nn
 
 from fastdiff.compiler import dynamo
 from fastdiff.compiler.pipeline import Options, compile_and_report
-from fastdiff.compiler.reasons import GRADIENTS
 from fastdiff.compiler.report import GraphReport
-from fastdiff.compiler.rewrite.fuse import Emitted
+from fastdiff.compiler.rewrite.emitter import Emitted
 from fastdiff.compiler.run.packing import PackedWeight
 
 
@@ -52,6 +51,7 @@ class Explanation:
         composed: number of calls of ``fastdiff.ops`` that were inserted besides the fused
             operations, such as ``group_norm_silu``.
         uncompiled: why the model, or some calls of it, run without any graph.
+        gradients: whether a graph is one with gradients.
         sampling: the result of the same call under ``torch.no_grad()``, where the model was called
             with gradients; else None.
     """
@@ -63,6 +63,7 @@ class Explanation:
     left: dict[tuple[str, str], int]
     composed: int
     uncompiled: tuple[str, ...] = ()
+    gradients: bool = False
     sampling: Explanation | None = None
 
     @property
@@ -137,7 +138,7 @@ def explain(
         model = copy.copy(model)  # has the same parameters, but is not compiled in place
     call = partial(_explain, model, inputs, kwargs, options, dynamic, full)
     explanation = call()
-    if GRADIENTS.text not in explanation.reasons:
+    if not explanation.gradients:
         return explanation
     with torch.no_grad():
         return replace(explanation, sampling=call())
@@ -195,6 +196,7 @@ def _explain(
         left=dict(left),
         composed=sum(report.composed for report in reports),
         uncompiled=tuple(uncompiled),
+        gradients=any(report.gradients for report in reports),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import GraphModule
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -30,6 +31,7 @@ from fastdiff.compiler.inference import Compiled, fused
 from fastdiff.compiler.report import GraphReport
 from fastdiff.compiler.rewrite.autocast import Autocast
 from fastdiff.compiler.trace import BATCH, NotTraceableError, trace
+from fastdiff.compiler.training import trained
 from fastdiff.ops.backend import kernel_runs
 
 MOST_GRAPHS = 16  # kept of a network; the least recently used graph is dropped first
@@ -52,14 +54,17 @@ class FusedNetwork(nn.Module):
         network: a network for which ``fastdiff.common.model.layered`` holds.
     """
 
+    _with_gradients = False  # the mode in which a graph replaces the network
+
     def __init__(self, network: Layered) -> None:
         super().__init__()
         self.network = network
-        self.training = False
+        self.training = network.training
         weights = list(network.named_parameters(remove_duplicate=False))
         self._weights = [weight for _, weight in weights]
         self._by_size: dict[Hashable, _Graph | None] = {}  # the graphs that this instance has used
-        self._key = (timings.measured("heuristic"), *_signature(network, weights))
+        chosen = timings.measured("heuristic")
+        self._key = (self._with_gradients, chosen, *_signature(network, weights))
 
     def may_precompute(self) -> bool:
         """Whether a sampling loop may use :meth:`precompute`; the network decides."""
@@ -87,7 +92,7 @@ class FusedNetwork(nn.Module):
             and x.is_cpu
             and kernel_runs(x)
             and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-            and not torch.is_grad_enabled()
+            and torch.is_grad_enabled() == self._with_gradients
             and not _is_watched()
         )
 
@@ -127,7 +132,27 @@ class FusedNetwork(nn.Module):
                 gm, read = trace(self.network.layers, (like_x, like_rows), self._weights)
         except NotTraceableError:
             return None
-        return fused(gm, GraphReport(), measured=timings.measured("heuristic")), read
+        return self._finish(gm), read
+
+    def _finish(self, gm: GraphModule) -> Compiled:
+        return fused(gm, GraphReport(), measured=timings.measured("heuristic"))
+
+
+class TrainedNetwork(FusedNetwork):
+    """The same with gradients, for a network in training mode or not, dropout included.
+
+    The network itself is called without gradients. A gradient cannot be differentiated again.
+    Algorithms are chosen by the sizes alone, whatever FASTDIFF_PLAN says.
+    """
+
+    _with_gradients = True
+
+    def _compile(self, x: Tensor, rows: Tensor) -> _Graph | None:
+        with torch.random.fork_rng(devices=()), torch.no_grad():  # the run draws dropout's numbers
+            return super()._compile(x.detach(), rows.detach())
+
+    def _finish(self, gm: GraphModule) -> Compiled:
+        return trained(gm, GraphReport())
 
 
 def _is_watched() -> bool:

@@ -25,6 +25,7 @@ from fastdiff.compiler.inference import Compiled, fused
 from fastdiff.compiler.reasons import Reason, wants_gradients, why_slow
 from fastdiff.compiler.report import GraphReport
 from fastdiff.compiler.rewrite import composed
+from fastdiff.compiler.training import trained
 
 log = logging.getLogger("fastdiff.compiler")
 InnerCompiler = Callable[[GraphModule, Sequence[Any]], Compiled]
@@ -169,7 +170,10 @@ def compile_graph(
         open_regions(gm, wants_gradients(values) or switches)
         values = _values(gm)
         dynamo.set_guards()
+    report.gradients = wants_gradients(values)
     report.reason = why_slow(gm, values, devices)
+    if report.reason is None and report.gradients:
+        return trained(gm, report, precision=options.precision)
     if report.reason is None:
         return fused(
             gm,

@@ -26,7 +26,7 @@ class Reason:
 
     Attributes:
         text: the reason.
-        advice: what the user can do; None where nothing is wrong, as in training.
+        advice: what the user can do; None where nothing is wrong.
         untouched: whether the graph must stay as it is, without any operation of fastdiff.
     """
 
@@ -35,10 +35,6 @@ class Reason:
     untouched: bool = False
 
 
-AUTOCAST = Reason(
-    "autocast is on, or switched within the graph",
-    untouched=True,
-)
 MODE_CHANGE = Reason(
     "within the graph, gradients or vmap are switched on or off",
     "Switch them around the call of the compiled model",
@@ -50,7 +46,6 @@ SUBCLASS = Reason(
     untouched=True,
 )
 FORWARD = Reason("forward-mode differentiation is on", untouched=True)
-GRADIENTS = Reason("gradients are enabled and a tensor requires them")
 EMPTY = Reason("an empty tensor")
 
 
@@ -72,39 +67,38 @@ def why_slow(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
             f"tensors on {', '.join(devices) or 'no device'}: Inductor compiles CUDA graphs",
             untouched=not devices,
         )
-    reason = _special(gm, values, devices)
     autocast = torch.is_autocast_enabled("cpu") or changes_autocast(gm.graph)
-    if wants_gradients(values):
-        reason = reason or (AUTOCAST if autocast else GRADIENTS)
-        return replace(reason, advice=None)
-    if reason is None:
-        reason = _ordinary(gm, values)
-    # Without the fast path autocast stays the model's own affair.
-    return reason and replace(reason, untouched=reason.untouched or autocast)
+    reason = _special(gm, values, devices) or _ordinary(gm, values)
+    if reason is None or not wants_gradients(values):
+        # Without the fast path autocast stays the model's own affair.
+        return reason and replace(reason, untouched=reason.untouched or autocast)
+    return replace(reason, advice=None, untouched=reason.untouched or autocast)
 
 
 def _ordinary(gm: GraphModule, values: list[Tensor]) -> Reason | None:
-    """A reason that does not hold for graphs with gradients; else None."""
+    """A reason in what the graph computes and in its dtypes; else None."""
     if any(isinstance(size, int) and size == 0 for v in values for size in v.shape):
         return EMPTY
+    gradients = wants_gradients(values)
     random = next((n for n in gm.graph.nodes if _is_training(n)), None)
-    if random is not None:
+    if random is not None and not gradients:
         name = random.target if random.op == "call_method" else name_of(random)
         return Reason(f"training mode: {name}", "Call model.eval() before sampling")
     floats = {v.dtype for v in values if v.dtype.is_floating_point}
     if not floats:
         return Reason("no tensor of floating point")
-    if not floats & {*FUSED_DTYPES, torch.float16}:
+    wanted = "float32 or bfloat16" if gradients else "float32, bfloat16 or float16"
+    if not floats & {*FUSED_DTYPES, *(() if gradients else (torch.float16,))}:
         names = ", ".join(sorted(str(d) for d in floats))
         return Reason(
-            f"dtype {names}, wanted float32, bfloat16 or float16",
+            f"dtype {names}, wanted {wanted}",
             "Convert the model and its inputs, by model.float() or model.to(torch.bfloat16)",
         )
     return None
 
 
 def _special(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reason | None:
-    """A reason that holds with gradients as well as without them; else None."""
+    """A reason in the kind of the tensors and the modes around them; else None."""
     if devices != ["cpu"]:
         return Reason(
             f"tensors on {', '.join(devices)}",

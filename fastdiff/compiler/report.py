@@ -12,7 +12,7 @@ from fastdiff.compiler.graph.edit import OURS
 from fastdiff.compiler.graph.effects import name_of, written
 from fastdiff.compiler.graph.nodes import argument, dtype_of, is_weight, op, value
 from fastdiff.compiler.reasons import Reason
-from fastdiff.compiler.rewrite.fuse import Emitted
+from fastdiff.compiler.rewrite.emitter import Emitted
 from fastdiff.compiler.rewrite.weights_node import is_converted_parameter
 
 
@@ -21,12 +21,14 @@ class GraphReport:
     """The report of one graph.
 
     Attributes:
+        gradients: whether the graph is one with gradients.
         reason: why the graph is not on the fast path; None if it is.
         emitted: its fused operations.
         composed: how many other operations of ``fastdiff.ops`` were inserted.
         left: count of all other nodes, by (operation, reason).
     """
 
+    gradients: bool = False
     reason: Reason | None = None
     emitted: list[Emitted] = field(default_factory=list)
     composed: int = 0

@@ -80,8 +80,8 @@ def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
 def only_own_layers_run(unet: nn.Module, original: type[nn.Module]) -> bool:
     """Whether, besides, nothing else sees or answers the calls of any module.
 
-    A part that is compiled, in training mode or of two dtypes, or weights that are no plain
-    parameters on a CPU, in float32, bfloat16 or float16, count as something else.
+    A part that is compiled, in another mode (training or evaluation) than the U-Net, or weights that are no plain
+    parameters of one dtype on a CPU, float32, bfloat16 or float16, count as something else.
 
     Args:
         unet: an instance of ``original``.
@@ -94,7 +94,7 @@ def only_own_layers_run(unet: nn.Module, original: type[nn.Module]) -> bool:
     for part in parts:
         if type(part) not in _BY_ROW and type(part) not in _LAYERS:
             return False
-        if not _is_plain(part) or part.training or part._compiled_call_impl is not None:
+        if not _is_plain(part) or part.training != unet.training or part._compiled_call_impl is not None:
             return False
     weights = list(unet.parameters())
     dtype = weights[0].dtype

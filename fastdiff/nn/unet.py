@@ -213,7 +213,7 @@ class UNet2DModel(nn.Module):
 
     def may_fuse(self) -> bool:
         """Whether a graph of :meth:`layers` may be called in their place and nobody could tell."""
-        return not self.training and only_own_layers_run(self, UNet2DModel)
+        return not self._checkpointing and only_own_layers_run(self, UNet2DModel)
 
     def layers(self, x: Tensor, rows: Tensor) -> Tensor:
         """All that ``forward`` computes from images and embeddings, for a fixed size of image.

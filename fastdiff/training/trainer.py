@@ -25,7 +25,7 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import optional_field
 from fastdiff.common.errors import CheckpointError, DataError, InputError, TrainingError
 from fastdiff.common.inputs import checked_seeds
-from fastdiff.common.model import Model
+from fastdiff.common.model import Model, layered
 from fastdiff.common.seeds import seeded
 from fastdiff.data import image_grid
 from fastdiff.data.datasets import ImageSet, batch_indices, stream_generator, stream_seed
@@ -254,9 +254,20 @@ class Trainer:
 
         def model(x_t: Tensor, t: Tensor) -> Any:
             with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.options.bf16):
-                return self.model(x_t, t, labels)
+                return self._called(x_t, t, labels)
 
         return self.diffusion.objective.loss(model, x0, t, weights, noise)
+
+    @cached_property
+    def _called(self) -> nn.Module:
+        """What is called for the model: it computes the same, with fused operations if it can."""
+        bare = self.options.compile and self.model is self.network
+        network = layered(self.network, training=True) if bare else None
+        if network is None:
+            return self.model
+        from fastdiff.compiler.network import TrainedNetwork  # which others need not import
+
+        return TrainedNetwork(network)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""

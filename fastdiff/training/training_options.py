@@ -15,6 +15,8 @@ from fastdiff.losses import score_matching, weights
 
 LR_SCHEDULES = ("cosine", "constant")
 WEIGHTINGS = ("none", *weights.NAMES, *score_matching.WEIGHTINGS)
+# Options of runs that began before there was the option, whose arithmetic may not change.
+WITHOUT_RECORD = {"compile": False}
 TIMESTEP_SAMPLERS = ("default", *objectives.TIMESTEPS)
 
 
@@ -40,6 +42,9 @@ class TrainingOptions:
         timestep_sampler: how the times of a batch are sampled, see ``fastdiff.objectives.make``;
             "default" is the objective's default.
         channels_last: keep weights and images in channels_last memory format.
+        compile: train a network of this library that is on a CPU through fused operations with
+            gradients (``fastdiff.compiler.network.TrainedNetwork``), unless it is compiled already
+            or in a wrapper, or something observes its layers, such as a hook.
         save_every: steps between checkpoints; the last step always has one.
         sample_every: steps between sample grids; 0 for no grids.
         keep: number of the newest checkpoints to keep.
@@ -62,6 +67,7 @@ class TrainingOptions:
     weighting: str = "none"
     timestep_sampler: str = "default"
     channels_last: bool = True
+    compile: bool = True
     save_every: int = 500
     sample_every: int = 500
     keep: int = 2
@@ -114,6 +120,6 @@ def recorded_options(facts: Mapping[str, Any], folder: Path) -> TrainingOptions:
     if not isinstance(options, dict) or not set(options) <= known:
         raise CheckpointError(unusable)
     try:
-        return TrainingOptions(**options)
+        return TrainingOptions(**{**WITHOUT_RECORD, **options})
     except (TypeError, InputError) as error:
         raise CheckpointError(f"{unusable}: {error}") from None

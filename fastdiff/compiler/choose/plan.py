@@ -60,11 +60,11 @@ def plan(
     # Merged projections round the products of weights, and the bound does not count their memory.
     if precision != "strict" and packed_bytes is None:
         heads, matches = single_head.take(matches, pinned)
-    groups, single = budget.plan(*_merged(matches, order))
+    groups, single = budget.plan(*merged(matches, order))
     return Plan(single, groups, heads, budget)
 
 
-def _merged(
+def merged(
     matches: Sequence[Match], order: dict[Node, int]
 ) -> tuple[list[list[Match]], list[Match]]:
     """Groups of linear layers with the same input, and all other matches.

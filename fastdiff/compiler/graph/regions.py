@@ -12,11 +12,11 @@ from typing import Any
 
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import checkpoint
 
-from fastdiff.compiler.graph.nodes import attribute, op
+from fastdiff.compiler.graph.nodes import attribute, is_weight, op, value
 
 # Operations that call a region, and how many of their arguments come before the region's inputs.
 _REGION_OPS = {tag_activation_checkpoint: 1, invoke_subgraph: 2}
@@ -61,6 +61,21 @@ def recomputed(region: GraphModule, *args: Any, **options: Any) -> Any:
     if context is not None:
         options["context_fn"] = context
     return checkpoint(region, *args, **options)
+
+
+def recomputed_regions(graph: Graph) -> list[GraphModule]:
+    """The regions that ``recomputed`` computes, their parameters marked as those of the graph."""
+    regions = []
+    for node in graph.nodes:
+        if node.target is not recomputed:
+            continue
+        region = attribute(node.args[0])  # type: ignore[arg-type]
+        inputs = [n for n in region.graph.nodes if n.op == "placeholder"]
+        for inner, given in zip(inputs, node.args[1:], strict=True):
+            inner.meta.setdefault("example_value", value(given))
+            inner.meta["fastdiff_parameter"] = is_weight(given)
+        regions.append(region)
+    return regions
 
 
 def _region(node: Node) -> GraphModule | None:

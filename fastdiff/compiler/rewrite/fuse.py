@@ -10,33 +10,15 @@ import torch
 from torch.fx import Graph, Node
 
 from fastdiff.compiler.choose.plan import Plan
-from fastdiff.compiler.graph.edit import call_ours, redirect, remove_unused
-from fastdiff.compiler.graph.nodes import argument, dtype_of, is_number, value
+from fastdiff.compiler.graph.edit import call_ours, remove_unused
+from fastdiff.compiler.graph.nodes import argument, dtype_of, value
 from fastdiff.compiler.match.fused import Activation, Match, joined
-from fastdiff.compiler.match.patterns import Norm, as_rows, plain_attention
+from fastdiff.compiler.match.patterns import Norm, plain_attention
 from fastdiff.compiler.match.single_head import SingleHead
+from fastdiff.compiler.rewrite.emitter import Emitted, Emitter
 from fastdiff.compiler.rewrite.weights_node import Weight, weights_node
 from fastdiff.compiler.run import calls
 from fastdiff.ops.conv2d_spec import ConvSpec
-
-
-@dataclass(eq=False)
-class Emitted:
-    """A fused operation in the graph, for the report.
-
-    Attributes:
-        call: what its node calls.
-        what: names of the operations that it computes.
-        dtype: of its inputs and its result.
-        stands_for: how many convolutions, linear layers or attentions it replaces.
-        weight_size: sizes [K, C, R, S] of its weight; empty without a weight.
-    """
-
-    call: calls.Convolution | calls.Product | calls.Attention
-    what: str
-    dtype: torch.dtype
-    stands_for: int
-    weight_size: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +45,17 @@ def fuse(graph: Graph, plan: Plan, pinned: set[Node]) -> Fusion:
     return _Emitter(graph, plan).run(pinned)
 
 
-class _Emitter:
+class _Emitter(Emitter):
     """Emits the calls of one plan.
 
     Attributes:
-        replacements: for a replaced node, the node that now gives its value.
-        statistics: for an activation that a norm reads, the node that gives its statistics.
         norms: for a norm and its inputs, the node that gives its coefficients.
     """
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
-        self.graph, self.plan = graph, plan
-        self.replacements: dict[Node, Node] = {}
-        self.statistics: dict[Activation, Node] = {}
+        super().__init__(graph)
+        self.plan = plan
         self.norms: dict[tuple[Node, Node, Node | None], Node] = {}
-        self.emitted: list[Emitted] = []
         self.of_head = {head.out.anchor: head for head in plan.heads}
 
     def run(self, pinned: set[Node]) -> Fusion:
@@ -118,12 +96,6 @@ class _Emitter:
         products, values = head.values()
         return Weight(products, step.spec.kernel, values)
 
-    def _value(self, node: Any) -> Any:
-        return self.replacements.get(node, node) if isinstance(node, Node) else node
-
-    def _call(self, target: Any, *args: Any) -> Node:
-        return call_ours(self.graph, target, *args)
-
     def _convolved(self, convolution: calls.Convolution, x: Any, **operands: Any) -> Node:
         """A call of ``convolution`` with the operands that are not None."""
         present = {name: value for name, value in operands.items() if value is not None}
@@ -139,19 +111,19 @@ class _Emitter:
             derived = match.anchor in self.of_head
             y = node = self._convolved(
                 convolution,
-                self._value(match.x.node),
-                skip=self._value(match.skip),
-                bias=self._derived_bias(index) if derived else self._value(match.bias),
+                self.current(match.x.node),
+                skip=self.current(match.skip),
+                bias=self._derived_bias(index) if derived else self.current(match.bias),
                 norm=norm,
-                emb=self._per_channel(match.emb),
-                residual=self._value(match.residual),
-                scale=self._scale(match),
+                emb=self.per_channel(match.emb),
+                residual=self.current(match.residual),
+                scale=self.factor(match),
             )
             if match.spec.statistics:
-                y = self._call(operator.getitem, node, 0)
-                self.statistics[match.end] = self._call(operator.getitem, node, 1)
-        self._replace(match.end.node, y)
-        self._tell(convolution, match, 1, tuple(weight.shape))
+                y = self.call(operator.getitem, node, 0)
+                self.statistics[match.end] = self.call(operator.getitem, node, 1)
+        self.replace(match.end.node, y)
+        self.tell(convolution, match, 1, tuple(weight.shape))
 
     def _several(self, group: list[Match], index: int) -> None:
         """Emit linear layers with the same input as one product."""
@@ -161,18 +133,18 @@ class _Emitter:
         spec, sizes = joined(group), [m.spec.filters for m in group]
         call: Any = calls.Product(index, spec) if rows else self._convolution(first, index, spec)
         with self.graph.inserting_before(first.anchor):
-            biases = [self._value(m.bias) for m in group if m.bias is not None]
-            bias = self._call(calls.join, *biases) if biases else None
-            x = self._value(first.x.node)
+            biases = [self.current(m.bias) for m in group if m.bias is not None]
+            bias = self.call(calls.join, *biases) if biases else None
+            x = self.current(first.x.node)
             if rows:
-                y = self._call(call, self.packed, x, bias)
+                y = self.call(call, self.packed, x, bias)
             else:
-                y = self._convolved(call, x, skip=self._value(first.skip), bias=bias, norm=norm)
-            parts = self._call(calls.split, y, sizes)
+                y = self._convolved(call, x, skip=self.current(first.skip), bias=bias, norm=norm)
+            parts = self.call(calls.split, y, sizes)
         for i, match in enumerate(group):
             with self.graph.inserting_before(match.anchor):
-                self._replace(match.anchor, self._call(operator.getitem, parts, i))
-        self._tell(call, first, len(group), spec.weight)
+                self.replace(match.anchor, self.call(operator.getitem, parts, i))
+        self.tell(call, first, len(group), spec.weight)
 
     def _single_head(self, head: SingleHead, index: int) -> None:
         """Emit the rows x, x A^T + c, and the attention. The output projection is a later step."""
@@ -180,28 +152,28 @@ class _Emitter:
         product = self._convolution(query, index, query.spec)
         attention = calls.Attention(head.scale)
         with self.graph.inserting_before(head.attention):
-            rows = self._value(head.q.x.node)
+            rows = self.current(head.q.x.node)
             if norm is not None:
-                affine = (self._value(argument(norm.node, name)) for name in ("weight", "bias"))
+                affine = (self.current(argument(norm.node, name)) for name in ("weight", "bias"))
                 groups, eps = argument(norm.node, "num_groups"), argument(norm.node, "eps", 1e-5)
-                rows = self._call(calls.normalised_rows, rows, groups, *affine, self._value(eps))
+                rows = self.call(calls.normalised_rows, rows, groups, *affine, self.current(eps))
             bias = self._derived_bias(index)
             q = self._convolved(product, rows, bias=bias)
-            heads = [self._call(torch.unsqueeze, x, 1) for x in (q, rows)]
-            y = self._call(attention, heads[0], heads[1], heads[1])
-            self.replacements[head.out.x.node] = self._call(torch.squeeze, y, 1)
+            heads = [self.call(torch.unsqueeze, x, 1) for x in (q, rows)]
+            y = self.call(attention, heads[0], heads[1], heads[1])
+            self.replacements[head.out.x.node] = self.call(torch.squeeze, y, 1)
         what = "norm + linear" if norm is not None else "linear"
         self.emitted.append(Emitted(product, what, query.dtype, 3, query.spec.weight))
         self.emitted.append(Emitted(attention, "single-head attention", query.dtype, 1, ()))
 
     def _derived_bias(self, index: int) -> Node:
-        return self._call(getattr, self._call(operator.getitem, self.packed, index), "bias")
+        return self.call(getattr, self.call(operator.getitem, self.packed, index), "bias")
 
     def _attention(self, node: Node) -> None:
         call = calls.Attention(argument(node, "scale"))
         q, k, v = (argument(node, name) for name in ("query", "key", "value"))
         with self.graph.inserting_before(node):
-            self._replace(node, self._call(call, q, k, v))
+            self.replace(node, self.call(call, q, k, v))
         dtype = dtype_of(q)
         assert dtype is not None
         self.emitted.append(Emitted(call, "attention", dtype, 1, ()))
@@ -213,28 +185,6 @@ class _Emitter:
             measured=self.plan.budget.measured,
             seconds_per_byte=self.plan.budget.seconds_per_byte,
         )  # fmt: skip
-
-    def _replace(self, old: Node, new: Node) -> None:
-        self.replacements[old] = new
-        redirect(old, new)
-
-    def _per_channel(self, node: Node | None) -> Node | None:
-        """A node [N, C] for a node [N, C, 1, ...]."""
-        if node is None:
-            return None
-        rows = as_rows(node)
-        if rows is not None:
-            return self._value(rows)
-        return self._call(torch.flatten, self._value(node), 1)
-
-    def _scale(self, match: Match) -> Any:
-        scale: Any = 1.0
-        for factor, times in match.scale:
-            if is_number(scale) and is_number(factor):
-                scale = scale * factor if times else scale / factor
-            else:
-                scale = self._call(operator.mul if times else operator.truediv, scale, factor)
-        return scale
 
     def _coefficients(self, match: Match) -> Node | None:
         norm = match.norm
@@ -248,29 +198,12 @@ class _Emitter:
 
     def _norm(self, norm: Norm, match: Match) -> Node:
         sources = [match.x] if match.skip is None else [match.x, Activation(match.skip, 1)]
-        statistics = [self._statistics(source) for source in sources]
+        statistics = [self.statistics_of(source) for source in sources]
         node = norm.node
-        return self._call(
+        return self.call(
             calls.coefficients, statistics, argument(node, "num_groups"),
-            *(self._value(argument(node, name)) for name in ("weight", "bias")),
-            argument(node, "eps", 1e-5), self._per_channel(norm.scale),
-            self._per_channel(norm.shift),
+            *(self.current(argument(node, name)) for name in ("weight", "bias")),
+            argument(node, "eps", 1e-5), self.per_channel(norm.scale),
+            self.per_channel(norm.shift),
         )  # fmt: skip
 
-    def _statistics(self, source: Activation) -> Node:
-        if source not in self.statistics:
-            x = self._value(source.node)
-            assert self.packed is not None
-            with self.graph.inserting_after(self.packed if x.op == "placeholder" else x):
-                self.statistics[source] = self._call(calls.statistics_of, x, source.channel)
-        return self.statistics[source]
-
-    def _tell(self, call: Any, match: Match, parts: int, size: tuple[int, ...]) -> None:
-        size = size if len(size) == 4 else (*size[:2], *match.spec.kernel)
-        kernel = "x".join(map(str, match.spec.kernel))
-        name = f"conv {kernel}" if match.kind == "conv2d" else "linear"
-        before = [w for w in match.absorbed if w in ("cat", "norm", "silu", "upsample", "pad")]
-        after = [w for w in match.absorbed if w not in before]
-        name = f"{parts} x {name}" if parts > 1 else name
-        what = [*before, name, *after, *(["statistics"] if match.spec.statistics else [])]
-        self.emitted.append(Emitted(call, " + ".join(what), match.dtype, parts, size))

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fastdiff.compiler.graph.edit import OURS
-from fastdiff.compiler.graph.effects import ALIASING_OPS, FRESH_OPS, name_of
+from fastdiff.compiler.graph.effects import ALIASING_OPS, FRESH_OPS, is_random, name_of
 from fastdiff.compiler.graph.nodes import op, value
 from fastdiff.compiler.run import calls
 
@@ -51,6 +51,8 @@ def restore_strides(graph: Graph, pinned: set[Node]) -> None:
 def _takes_any(node: Node) -> bool:
     """Whether a node computes the same values for any strides of its inputs."""
     name = name_of(node)
+    if is_random(node):  # random numbers go to elements in the order of the memory
+        return False
     if name == "view":  # a view as another dtype depends on strides
         before, after = value(node.args[0]), value(node)
         return before is not None and after is not None and before.dtype == after.dtype

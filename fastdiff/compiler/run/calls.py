@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.compiler.choose import algorithms
 from fastdiff.compiler.choose.sizes import Sizes
+from fastdiff.compiler.run.forms import Forms, channels_last
 from fastdiff.compiler.run.packing import PackedWeight
 from fastdiff.ops import reference
 from fastdiff.ops.conv2d import kernel_runs
@@ -25,20 +26,6 @@ from fastdiff.ops.group_norm_silu import group_norm_silu
 
 # With more rows than this PyTorch's linear, which repacks its weight at every call, is as fast.
 MOST_PRODUCT_ROWS = 64
-# Views of an activation as [N, C, H, W] and back, by (number of dimensions, channel dimension). In
-# channels-last memory they need no copy.
-_TO_IMAGES: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
-    (4, 1): None,
-    (3, 1): lambda x: x.unsqueeze(3),
-    (3, 2): lambda x: x.transpose(1, 2).unsqueeze(3),
-    (4, 3): lambda x: x.permute(0, 3, 1, 2),
-}
-_FROM_IMAGES: dict[tuple[int, int], Callable[[Tensor], Tensor] | None] = {
-    (4, 1): None,
-    (3, 1): lambda y: y.flatten(2),
-    (3, 2): lambda y: y.flatten(2).transpose(1, 2),
-    (4, 3): lambda y: y.permute(0, 2, 3, 1),
-}
 _conv2d = torch.ops.fastdiff.conv2d.default
 _attention = torch.ops.fastdiff.attention.default
 _coefficients = torch.ops.fastdiff.group_norm_coefficients.default
@@ -101,13 +88,11 @@ class Convolution(Planned):
         seconds_per_byte: float,
     ) -> None:
         super().__init__(index)
-        self.enter, self.enter_y = _TO_IMAGES[x_form], _TO_IMAGES[y_form]
-        self.leave = _FROM_IMAGES[y_form]
+        self.forms = Forms(x_form, y_form)
         self.spec, self.numbers = spec, spec.encode()  # encoded once, not at every call
         self.without_statistics = replace(spec, statistics=False)
         self.allowed, self.measured = allowed, measured
         self.seconds_per_byte = seconds_per_byte
-        self.regroups = x_form[0] != y_form[0]
 
     def __call__(
         self,
@@ -122,15 +107,8 @@ class Convolution(Planned):
         scale: float = 1.0,
     ) -> Any:
         """The result, or a pair of it and its statistics."""
-        if self.enter is not None:
-            x = self.enter(x)
-        weight, shape = weights[self.index], None
-        if residual is not None:
-            if self.enter_y is not None:
-                residual = self.enter_y(residual)
-            if self.regroups:  # the pixels are one dimension of x and two of the residual, or v.v.
-                shape = residual.shape
-                residual = residual.reshape(*shape[:2], *x.shape[2:])
+        weight = weights[self.index]
+        x, residual, shape = self.forms.enter(x, residual)
         if emb is not None and emb.shape[0] != x.shape[0]:
             emb = emb.expand(x.shape[0], -1)
         algorithm = self.algorithm(x, weight)
@@ -147,10 +125,7 @@ class Convolution(Planned):
                 emb=emb, residual=residual, scale=scale,
             )  # fmt: skip
             statistics = channel_statistics(y) if self.spec.statistics else None
-        if shape is not None:
-            y = _channels_last(y, shape)
-        if self.leave is not None:
-            y = self.leave(y)
+        y = self.forms.leave(y, shape)
         return (y, statistics) if self.spec.statistics else y
 
     def _choose(self, x: Tensor, weight: PackedWeight) -> str:
@@ -247,17 +222,9 @@ def coefficients(
 
 
 def statistics_of(x: Tensor, channel: int) -> Tensor:
-    """``channel_statistics`` of x, whose channels are dimension ``channel``."""
-    return channel_statistics(x if channel == 1 else x.movedim(channel, 1))
-
-
-def _channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory in the order [N, H, W, C] as images [N, C, H, W] of canonical channels-last strides.
-
-    A reshape may give a batch of one other strides, from which PyTorch does not infer the layout.
-    """
-    _, c, h, w = shape
-    return x.as_strided(shape, (c * h * w, 1, c * w, c))
+    """``channel_statistics`` of x, whose channels are dimension ``channel``, without gradient."""
+    with torch.no_grad():
+        return channel_statistics(x if channel == 1 else x.movedim(channel, 1))
 
 
 def normalised_rows(
@@ -266,7 +233,7 @@ def normalised_rows(
     """group_norm(x) of images [N, C, *pixels] as rows [N, L, C]."""
     rows = x.flatten(2).transpose(1, 2).contiguous()
     n, length, channels = rows.shape
-    images = _channels_last(rows, (n, channels, length, 1))
+    images = channels_last(rows, (n, channels, length, 1))
     y = group_norm_silu(images, num_groups, weight, bias, eps, silu=False)
     return y.flatten(2).transpose(1, 2)
 
