@@ -15,6 +15,17 @@ namespace fastdiff {
 
 namespace {
 
+pybind11::dict numbers(const ConvCost& cost) {
+  pybind11::dict fields;
+  fields["share"] = cost.share;
+  fields["narrow"] = cost.narrow;
+  fields["narrow_share"] = cost.narrow_share;
+  fields["small"] = cost.small;
+  fields["small_share"] = cost.small_share;
+  fields["handicap"] = cost.handicap;
+  return fields;
+}
+
 // What Python asks the list of convolution algorithms (fastdiff/ops/conv2d_algorithms.py).
 void add_conv2d(pybind11::module_& m) {
   using Numbers = std::vector<int64_t>;
@@ -28,18 +39,19 @@ void add_conv2d(pybind11::module_& m) {
       fields["dtypes"] = dtypes;
       fields["packed_dtype"] = std::string(c10::getDtypeNames(row.packed_dtype).first);
       fields["strict"] = row.strict;
-      fields["share"] = row.cost.share;
-      fields["narrow"] = row.cost.narrow;
-      fields["narrow_share"] = row.cost.narrow_share;
-      fields["small"] = row.cost.small;
-      fields["small_share"] = row.cost.small_share;
-      fields["handicap"] = row.cost.handicap;
+      fields["cost"] = numbers(row.cost);
+      fields["weight_gradient"] = row.weight_gradient
+                                      ? pybind11::object(numbers(row.weight_gradient_cost))
+                                      : pybind11::none();
       rows.append(fields);
     }
     return rows;
   });
   m.def("conv2d_refusal", [](int64_t number, const Numbers& spec) {
     return conv2d_algorithm(number).refusal(decode_spec(spec));
+  });
+  m.def("conv2d_weight_gradient_refusal", [](int64_t number, const Numbers& spec) {
+    return conv2d_algorithm(number).weight_gradient_refusal(decode_spec(spec));
   });
   m.def("conv2d_packed_count", [](int64_t number, const Numbers& weight) {
     return conv2d_algorithm(number).packed_count(decode_weight(weight));

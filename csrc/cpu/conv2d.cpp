@@ -1,6 +1,5 @@
 #include "cpu/kernels/conv2d.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
@@ -13,21 +12,12 @@
 #endif
 
 #include "cpu/conv2d_algorithms.h"
+#include "cpu/conv2d_input.h"
 #include "cpu/conv2d_spec.h"
-#include "cpu/parallel.h"
 #include "cpu/tensors.h"
 
 namespace fastdiff {
 namespace {
-
-using Optional = std::optional<at::Tensor>;
-
-Threads threads() {
-  return {at::in_parallel_region() ? 1 : at::get_num_threads(),
-          [](int64_t units, Threads::Body body, void* context) {
-            for_each_unit(units, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-          }};
-}
 
 // Asks for large pages, before anything is written: a weight is read from end to end, once a call,
 // and small ones would be faulted in one by one when it is first written.
@@ -74,24 +64,9 @@ at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t number) {
   auto out = at::empty({count}, weight.options().dtype(algorithm.packed_dtype));
   prefer_large_pages(out);
   const auto plain = widened(weight);
-  algorithm.pack(size, plain.const_data_ptr<float>(), out.mutable_data_ptr(), &count, threads());
+  algorithm.pack(size, plain.const_data_ptr<float>(), out.mutable_data_ptr(), &count,
+                 conv2d_threads());
   return out;
-}
-
-// x, or a copy of it, with the channels of a pixel side by side and the pixels in order, `ld`
-// apart.
-at::Tensor by_pixel(const at::Tensor& x, int64_t* ld) {
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  const auto lies = [](int64_t size, int64_t stride, int64_t wanted) {
-    return size <= 1 || stride == wanted;
-  };
-  // The distance of two pixels, from the innermost dimension that has two.
-  *ld = w > 1 ? x.stride(3) : h > 1 ? x.stride(2) : n > 1 ? x.stride(0) : c;
-  if (lies(c, x.stride(1), 1) && *ld >= c && lies(w, x.stride(3), *ld) &&
-      lies(h, x.stride(2), *ld * w) && lies(n, x.stride(0), *ld * w * h))
-    return x;
-  *ld = c;
-  return x.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 // value [N, K] or a copy of it with rows of neighbours, `ld` apart.
@@ -105,39 +80,24 @@ at::Tensor by_row(const at::Tensor& value, int64_t* ld) {
 
 std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const at::Tensor& packed,
                                               at::IntArrayRef numbers, int64_t number,
-                                              const Optional& skip, const Optional& bias,
-                                              const Optional& norm, const Optional& emb,
-                                              const Optional& residual, double scale) {
+                                              const OptionalTensor& skip,
+                                              const OptionalTensor& bias,
+                                              const OptionalTensor& norm, const OptionalTensor& emb,
+                                              const OptionalTensor& residual, double scale) {
   const auto& algorithm = conv2d_algorithm(number);
   const ConvSpec spec = decode_spec(numbers);
   const auto reason = algorithm.refusal(spec);
   TORCH_CHECK_VALUE(!reason, *reason, ", got the convolution ", numbers);
   const auto type = x.scalar_type();
   TORCH_CHECK_TYPE(algorithm.takes(type), algorithm.name, " is not for ", type);
-  check_device(x, at::kCPU, "x");
-  TORCH_CHECK_VALUE(x.dim() == 4, "x must be [N, C, H, W], got ", x.sizes());
-  const int64_t n = x.size(0), h = x.size(2), w = x.size(3), k = spec.filters;
-  int64_t channels = x.size(1);
-  if (skip) {
-    TORCH_CHECK_VALUE(skip->dim() == 4, "skip must be [N, C, H, W], got ", skip->sizes());
-    check_tensor(*skip, {n, skip->size(1), h, w}, type, "skip");
-    channels += skip->size(1);
-  }
-  TORCH_CHECK_VALUE(spec.channels == channels, "a weight for ", spec.channels,
-                    " channels does not fit an input of ", channels);
+  ConvInput input(spec, x, skip, norm);
+  Conv2d& p = input.p;
   check_tensor(packed, {algorithm.packed_count(spec)}, algorithm.packed_dtype, "packed");
   TORCH_CHECK_VALUE(packed.is_contiguous(), "packed must be contiguous");
-  const int64_t up = spec.upsample ? 2 : 1;
-  const int64_t tall = up * h + spec.top + spec.bottom, wide = up * w + spec.left + spec.right;
-  TORCH_CHECK_VALUE(h >= 1 && w >= 1 && tall >= spec.kernel_h && wide >= spec.kernel_w,
-                    "an input of ", x.sizes(), " is smaller than the kernel, ", spec.kernel_h,
-                    " by ", spec.kernel_w);
-  const int64_t out_h = (tall - spec.kernel_h) / spec.stride_h + 1,
-                out_w = (wide - spec.kernel_w) / spec.stride_w + 1;
+  const int64_t n = p.images, k = spec.filters, out_h = p.out_height, out_w = p.out_width;
   TORCH_CHECK_VALUE(!spec.gated || (!emb && !residual && scale == 1 && !spec.statistics),
                     "a gated convolution has no emb, residual, scale or statistics");
   if (bias) check_tensor(*bias, {k}, type, "bias");
-  if (norm) check_tensor(*norm, {n, 2, channels}, at::kFloat, "norm");
   if (emb) check_tensor(*emb, {n, k}, type, "emb");
   if (residual) check_tensor(*residual, {n, k, out_h, out_w}, type, "residual");
 
@@ -148,27 +108,15 @@ std::tuple<at::Tensor, at::Tensor> conv2d_cpu(const at::Tensor& x, const at::Ten
       spec.statistics ? at::empty({n, k, 2}, wide_options) : at::empty({0}, wide_options);
   if (n == 0) return {y, statistics};
 
-  Conv2d p{spec};
-  p.dtype = type;
-  p.images = n;
-  p.height = h;
-  p.width = w;
-  p.x_channels = x.size(1);
-  p.out_height = out_h;
-  p.out_width = out_w;
+  input.hold();
   p.scale = static_cast<float>(scale);
-  const auto x_held = by_pixel(x, &p.x_ld);
-  at::Tensor skip_held, norm_held, bias_held, emb_held, residual_held;
-  p.x = x_held.const_data_ptr();
-  if (skip) p.skip = (skip_held = by_pixel(*skip, &p.skip_ld)).const_data_ptr();
-  if (norm) p.norm = (norm_held = norm->contiguous()).const_data_ptr<float>();
+  at::Tensor bias_held, emb_held, residual_held;
   if (bias) p.bias = (bias_held = bias->contiguous()).const_data_ptr();
   if (emb) p.emb = (emb_held = by_row(*emb, &p.emb_ld)).const_data_ptr();
   if (residual) p.residual = (residual_held = by_pixel(*residual, &p.residual_ld)).const_data_ptr();
   p.packed = packed.const_data_ptr();
   p.y = y.mutable_data_ptr();
   p.y_statistics = spec.statistics ? statistics.mutable_data_ptr<double>() : nullptr;
-  p.threads = threads();
   algorithm.run(p);
   return {y, statistics};
 }

@@ -13,6 +13,7 @@ FASTDIFF_DECLARE_CONV2D_BF16(conv2d_direct_bf16)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_phases_bf16)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_split_bf16)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_winograd2_bf16)
+FASTDIFF_DECLARE_WEIGHT_GRADIENT(conv2d_direct)
 
 namespace {
 
@@ -50,7 +51,9 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .strict = true,
        .cost = {.share = 0.75},
        .pack = FASTDIFF_KERNEL(conv2d_direct_pack),
-       .run = FASTDIFF_KERNEL(conv2d_direct)},
+       .run = FASTDIFF_KERNEL(conv2d_direct),
+       .weight_gradient = FASTDIFF_KERNEL(conv2d_direct_weight_gradient),
+       .weight_gradient_cost = {.share = 0.75}},
       {.name = "winograd2",
        .purpose = "3x3 kernels and stride 1",
        .packs = of_3x3,
@@ -159,6 +162,12 @@ std::optional<std::string> ConvAlgorithm::refusal(const ConvSpec& spec) const {
   if (spec.gated && spec.filters % gated_multiple != 0)
     return std::string(name) + " gates filters in multiples of " + std::to_string(gated_multiple);
   return std::nullopt;
+}
+
+std::optional<std::string> ConvAlgorithm::weight_gradient_refusal(const ConvSpec& spec) const {
+  if (!weight_gradient) return std::string(name) + " computes no gradient of a weight";
+  if (spec.gated) return "the gradient of a weight is that of a convolution without gates";
+  return refusal(spec);
 }
 
 int64_t ConvAlgorithm::packed_count(const ConvWeight& weight) const {

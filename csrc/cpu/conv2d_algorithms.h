@@ -14,7 +14,7 @@
 namespace fastdiff {
 
 // What an algorithm takes, for choices that are made without a clock: shares of the time that
-// PyTorch's convolution takes.
+// PyTorch takes for the same.
 struct ConvCost {
   double share;
   // With fewer filters or input channels than `narrow`.
@@ -43,9 +43,14 @@ struct ConvAlgorithm {
   void (*pack)(const ConvWeight&, const float* weight, void* packed, int64_t* count,
                const Threads&);
   void (*run)(const Conv2d&);
+  // The gradient of the weight, and what it takes; null if the algorithm has none.
+  void (*weight_gradient)(const ConvWeightGradient&) = nullptr;
+  ConvCost weight_gradient_cost{};
 
   // Why it cannot compute such a convolution on this machine, as a sentence, or nothing if it can.
   std::optional<std::string> refusal(const ConvSpec& spec) const;
+  // The same of the gradient of such a convolution's weight.
+  std::optional<std::string> weight_gradient_refusal(const ConvSpec& spec) const;
   // How many elements of packed_dtype the packed weight has; ValueError if it is for no such one.
   int64_t packed_count(const ConvWeight& weight) const;
   bool takes(at::ScalarType dtype) const;

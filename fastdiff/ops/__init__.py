@@ -6,6 +6,7 @@ from fastdiff.common.checks import check_timesteps
 from fastdiff.ops.add_time_embedding import add_time_embedding
 from fastdiff.ops.attention import attention
 from fastdiff.ops.conv2d import conv2d, conv2d_pack
+from fastdiff.ops.conv2d_weight_gradient import conv2d_weight_gradient
 from fastdiff.ops.conv_epilogue import conv_epilogue
 from fastdiff.ops.denoising_loss import denoising_loss, denoising_loss_from_seed
 from fastdiff.ops.ema_update import ema_update
@@ -24,6 +25,7 @@ __all__ = [
     "check_timesteps",
     "conv2d",
     "conv2d_pack",
+    "conv2d_weight_gradient",
     "conv_epilogue",
     "denoising_loss",
     "denoising_loss_from_seed",

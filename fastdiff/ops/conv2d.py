@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.checks import (
-    check_device,
     check_floating,
     check_no_gradient,
     check_same_kind,
 )
 from fastdiff.ops import backend, conv2d_algorithms, reference
-from fastdiff.ops.conv2d_algorithms import ALGORITHMS, packed_count
+from fastdiff.ops.conv2d_algorithms import packed_count
+from fastdiff.ops.conv2d_checks import (
+    algorithm_number,
+    check_norm,
+    check_skip,
+    checked_output_size,
+)
 from fastdiff.ops.conv2d_spec import ConvSpec
 from fastdiff.ops.dispatch import check_devices
 from fastdiff.ops.profiling import span
@@ -106,7 +111,9 @@ def conv2d(
         upsample, silu, gated, statistics,
     )  # fmt: skip
     computes = kernel_runs(x)
-    number = _check_algorithm(algorithm, spec, x.dtype if computes else None)
+    number = algorithm_number(
+        algorithm, spec, x.dtype if computes else None, conv2d_algorithms.refusal
+    )
     _check_output(x, spec, bias, norm, emb, residual, scale)
     with span("conv2d"):
         if number is None or not computes:
@@ -154,35 +161,14 @@ def _check_input(x: Tensor, weight: Tensor, skip: Tensor | None) -> None:
             f"x and weight must be [N, C, H, W] and [K, C, R, S], got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
         )
-    n, channels, *size = x.shape
-    if skip is not None:
-        if skip.ndim != 4 or skip.shape != (n, skip.shape[1], *size):
-            raise ValueError(
-                f"skip must have the shape of x but for its channels, {tuple(x.shape)}, "
-                f"got {tuple(skip.shape)}"
-            )
-        check_same_kind(skip, x, "skip", "x")
-        channels += skip.shape[1]
-    if 0 in (*weight.shape, *size):
+    channels = check_skip(skip, x)
+    if 0 in (*weight.shape, *x.shape[2:]):
         raise ValueError(
             f"neither weight nor image may be empty, got {tuple(weight.shape)} and {tuple(x.shape)}"
         )
     if weight.shape[1] != channels:
         raise ValueError(f"weight is for {weight.shape[1]} channels, the input has {channels}")
     check_same_kind(weight, x, "weight", "x")
-
-
-def _check_algorithm(name: str, spec: ConvSpec, dtype: torch.dtype | None) -> int | None:
-    """The algorithm's number, or None if only the reference can compute such a convolution."""
-    if not ALGORITHMS:
-        return None
-    algorithm = conv2d_algorithms.named(name)
-    if not conv2d_algorithms.within_limits(spec):
-        return None
-    reason = conv2d_algorithms.refusal(algorithm, spec, dtype)
-    if reason is not None:
-        raise ValueError(f"{reason}, got {spec}")
-    return algorithm.number
 
 
 def _check_output(
@@ -201,9 +187,7 @@ def _check_output(
     if spec.gated and spec.filters % 2:
         raise ValueError(f"a gated convolution has two halves, got {spec.filters} filters")
     n, size = x.shape[0], x.shape[2:]
-    out = spec.output_size(size)
-    if min(out) < 1:
-        raise ValueError(f"images of {tuple(size)} are smaller than the kernel {list(spec.kernel)}")
+    out = checked_output_size(spec, size)
     for name, value, shape in (
         ("bias", bias, (spec.filters,)),
         ("emb", emb, (n, spec.filters)),
@@ -213,13 +197,7 @@ def _check_output(
             if value.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
             check_same_kind(value, x, name, "x")
-    if norm is not None:
-        check_device(norm, x, "norm", "x")
-        if norm.shape != (n, 2, spec.channels) or norm.dtype != torch.float32:
-            raise ValueError(
-                f"norm must be float32 [{n}, 2, {spec.channels}], got {norm.dtype} "
-                f"{tuple(norm.shape)}"
-            )
+    check_norm(norm, x, spec.channels)
 
 
 @torch.library.register_fake("fastdiff::conv2d_pack")

@@ -18,26 +18,16 @@ from fastdiff.ops.conv2d_spec import ConvSpec
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """A row of the list.
+class Cost:
+    """What an algorithm takes, for choices that are made without a clock.
 
     Attributes:
-        number: place in the list, by which the C++ operators know the algorithm.
-        name: by which Python knows the algorithm.
-        dtypes: dtypes of images that it can read.
-        packed_dtype: dtype of the result of ``conv2d_pack``.
-        strict: whether its rounding error is at most that of float32 sums of all products.
-        share: estimate of its time, as a share of the time of PyTorch's convolution.
+        share: estimate of its time, as a share of the time that PyTorch takes for the same.
         narrow, narrow_share: the share if filters or input channels are fewer than ``narrow``.
         small, small_share: else the share if output pixels are fewer than ``small``.
         handicap: its time is divided by this number, 1 or less, before it is compared.
     """
 
-    number: int
-    name: str
-    dtypes: frozenset[torch.dtype]
-    packed_dtype: torch.dtype
-    strict: bool
     share: float
     narrow: int
     narrow_share: float
@@ -52,9 +42,35 @@ class Algorithm:
         return self.small_share if pixels < self.small else self.share
 
 
+@dataclass(frozen=True)
+class Algorithm:
+    """A row of the list.
+
+    Attributes:
+        number: place in the list, by which the C++ operators know the algorithm.
+        name: by which Python knows the algorithm.
+        dtypes: dtypes of images that it can read.
+        packed_dtype: dtype of the result of ``conv2d_pack``.
+        strict: whether its rounding error is at most that of float32 sums of all products.
+        cost: of the convolution.
+        weight_gradient: cost of the gradient of the weight; None if the algorithm has none.
+    """
+
+    number: int
+    name: str
+    dtypes: frozenset[torch.dtype]
+    packed_dtype: torch.dtype
+    strict: bool
+    cost: Cost
+    weight_gradient: Cost | None
+
+
 def _algorithm(number: int, row: dict[str, Any]) -> Algorithm:
     row["dtypes"] = frozenset(getattr(torch, name) for name in row["dtypes"])
     row["packed_dtype"] = getattr(torch, row["packed_dtype"])
+    row["cost"] = Cost(**row["cost"])
+    if row["weight_gradient"] is not None:
+        row["weight_gradient"] = Cost(**row["weight_gradient"])
     return Algorithm(number, **row)
 
 
@@ -101,6 +117,18 @@ def refusal(algorithm: Algorithm, spec: ConvSpec, dtype: torch.dtype | None = No
     return _refusal(algorithm.number, spec.encode())
 
 
+def weight_gradient_refusal(
+    algorithm: Algorithm, spec: ConvSpec, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why the algorithm cannot compute the gradient of a weight, or None if it can.
+
+    Args as for :func:`refusal`.
+    """
+    if dtype is not None and dtype not in algorithm.dtypes:
+        return f"{algorithm.name} is not for {dtype}"
+    return _weight_gradient_refusal(algorithm.number, spec.encode())
+
+
 def suits(name: str, spec: ConvSpec, dtype: torch.dtype | None = None) -> bool:
     """Whether the algorithm of that name can compute a convolution on this machine."""
     return within_limits(spec) and refusal(named(name), spec, dtype) is None
@@ -139,6 +167,11 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
 @_constant
 def _refusal(number: int, numbers: tuple[int, ...]) -> str | None:
     return _kernel.conv2d_refusal(number, numbers)
+
+
+@_constant
+def _weight_gradient_refusal(number: int, numbers: tuple[int, ...]) -> str | None:
+    return _kernel.conv2d_weight_gradient_refusal(number, numbers)
 
 
 @_constant

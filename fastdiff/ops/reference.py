@@ -230,19 +230,8 @@ def conv2d(
     """(conv(up(act(norm(cat(x, skip))))) + bias + emb + residual) * scale, gated if the spec says
     so, and the statistics of the result or None.
     """
-    h = x if skip is None else torch.cat((x, skip), dim=1)
-    if norm is not None:
-        wide = torch.promote_types(h.dtype, torch.float32)
-        gain, offset = norm.to(wide).unbind(1)
-        h = (h.to(wide) * _per_channel(gain, h) + _per_channel(offset, h)).to(x.dtype)
-    if spec.silu:
-        h = F.silu(h)
-    if spec.upsample:
-        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-    top, bottom, left, right = spec.padding
-    if (top, left) != (bottom, right):  # F.conv2d pads both sides equally
-        h, top, left = F.pad(h, (left, right, top, bottom)), 0, 0
-    y = F.conv2d(h, weight, bias, spec.stride, (top, left))
+    h, padding = _conv2d_input(x, spec, skip, norm)
+    y = F.conv2d(h, weight, bias, spec.stride, padding)
     if emb is not None:
         y = y + _per_channel(emb, y)
     if residual is not None:
@@ -253,6 +242,41 @@ def conv2d(
         y = geglu(y.movedim(1, -1)).movedim(-1, 1)
     y = y.contiguous(memory_format=torch.channels_last)
     return y, channel_statistics(y) if spec.statistics else None
+
+
+def conv2d_weight_gradient(
+    dy: Tensor, x: Tensor, spec: ConvSpec, skip: Tensor | None = None, norm: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the weight of conv(up(act(norm(cat(x, skip))))), and dy's sums over pixels,
+    both in float32 at least.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h, padding = _conv2d_input(x.to(wide), spec, None if skip is None else skip.to(wide), norm)
+    dy = dy.to(wide)
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        dy, h, h.new_empty(()).expand(spec.weight), None, spec.stride, padding, (1, 1), False,
+        (0, 0), 1, (False, True, False),
+    )  # fmt: skip
+    return dw.contiguous(memory_format=torch.channels_last), dy.sum((2, 3))
+
+
+def _conv2d_input(
+    x: Tensor, spec: ConvSpec, skip: Tensor | None, norm: Tensor | None
+) -> tuple[Tensor, tuple[int, int]]:
+    """What conv2d multiplies by its weight, and the padding of rows and columns that is left."""
+    h = x if skip is None else torch.cat((x, skip), dim=1)
+    if norm is not None:
+        wide = torch.promote_types(h.dtype, torch.float32)
+        gain, offset = norm.to(wide).unbind(1)
+        h = (h.to(wide) * _per_channel(gain, h) + _per_channel(offset, h)).to(x.dtype)
+    if spec.silu:
+        h = F.silu(h)
+    if spec.upsample:
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+    top, bottom, left, right = spec.padding
+    if (top, left) == (bottom, right):
+        return h, (top, left)
+    return F.pad(h, (left, right, top, bottom)), (0, 0)  # F.conv2d pads both sides equally
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -283,6 +283,14 @@ def _conv2d(v: Values) -> Sequence[Tensor]:
     ]
 
 
+def _conv2d_weight_gradient(v: Values) -> Sequence[Tensor]:
+    statistics = [ops.channel_statistics(v["x"])]
+    return ops.conv2d_weight_gradient(
+        v["residual"], v["x"], (3, 3), padding=(1, 1, 1, 1), silu=True,
+        norm=ops.group_norm_coefficients(statistics, GROUPS),
+    )  # fmt: skip
+
+
 def _attention(v: Values) -> Sequence[Tensor]:
     n, c = SHAPE[:2]
     query, key, value = (
@@ -312,6 +320,7 @@ CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "channel_statistics": _channel_statistics,
     "group_norm_coefficients": _group_norm_coefficients,
     "conv2d": _conv2d,
+    "conv2d_weight_gradient": _conv2d_weight_gradient,
     "attention": _attention,
     "geglu": _geglu,
 }

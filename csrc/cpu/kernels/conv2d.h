@@ -68,4 +68,23 @@ struct Conv2d : ConvSpec {
   FASTDIFF_DECLARE_BF16(name##_pack, const ConvWeight&, const float* weight, void* packed, \
                         int64_t* count, const Threads&)
 
+// The gradient of a convolution's weight: with h the image that the convolution multiplies, padded,
+//
+//   dw[k, r, s, c] = sum over n, i, j of dy[n, i, j, k] h[n, i stride_h + r, j stride_w + s, c],
+//   sums[n, k] = sum over i, j of dy[n, i, j, k].
+//
+// Of Conv2d it is the sizes and what the input is read through that count, and not the weight, the
+// result and what is added to it. There is one image at least. The result does not depend on the
+// number of threads.
+struct ConvWeightGradient : Conv2d {
+  int64_t dy_ld;
+  const void* dy;  // [N, H', W', K] of `dtype`, its pixels `dy_ld` elements apart
+  float* dw;       // [K, R, S, C]
+  float* sums;     // [N, K]
+};
+
+// A third kernel that some algorithms have.
+#define FASTDIFF_DECLARE_WEIGHT_GRADIENT(name) \
+  FASTDIFF_DECLARE(name##_weight_gradient, const ConvWeightGradient&)
+
 }  // namespace fastdiff

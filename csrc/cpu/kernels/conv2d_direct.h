@@ -14,20 +14,6 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-inline bool pointwise(const Conv2d& p) {
-  return p.kernel_h * p.kernel_w * p.stride_h * p.stride_w == 1 && !p.upsample &&
-         p.out_height == p.height && p.out_width == p.width;
-}
-
-// A 1x1 convolution's images are one line each.
-inline Conv2d in_lines(Conv2d p) {
-  if (pointwise(p)) {
-    p.width = p.out_width = p.height * p.width;
-    p.height = p.out_height = 1;
-  }
-  return p;
-}
-
 // Rows of A are windows, each of several runs that are `row` floats apart.
 struct Windows {
   static constexpr int64_t kColumns = kPanel;

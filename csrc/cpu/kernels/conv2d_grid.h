@@ -9,6 +9,22 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
+// Whether each output is computed from the one pixel at its place.
+inline bool pointwise(const Conv2d& p) {
+  return p.kernel_h * p.kernel_w * p.stride_h * p.stride_w == 1 && !p.upsample &&
+         p.out_height == p.height && p.out_width == p.width;
+}
+
+// A convolution, or its gradient, of images that are one line each where it is pointwise.
+template <class Convolution>
+Convolution in_lines(Convolution p) {
+  if (pointwise(p)) {
+    p.width = p.out_width = p.height * p.width;
+    p.height = p.out_height = 1;
+  }
+  return p;
+}
+
 // A rectangle of one image's tiles. Within their block they are numbered from `first` on.
 struct Segment {
   int64_t image, top, bottom, left, right, first;

@@ -35,6 +35,8 @@ class Array {
     data_[size_++] = value;
   }
 
+  void clear() { size_ = 0; }
+
   void reserve(int64_t capacity) {
     if (capacity <= capacity_) return;
     void* grown = std::realloc(data_, capacity * sizeof(T));

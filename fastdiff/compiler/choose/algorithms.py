@@ -90,7 +90,7 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
     for size in spec.weight:
         plain *= size
     return {
-        name: plain if name == "plain" else plain * ALGORITHMS[name].time(spec, pixels)
+        name: plain if name == "plain" else plain * ALGORITHMS[name].cost.time(spec, pixels)
         for name in sizes.among(ALGORITHM_NAMES)
     }
 
@@ -107,7 +107,7 @@ def cost(seconds: dict[str, float], name: str, dtype: torch.dtype) -> float:
         return seconds[name] / PLAIN_HANDICAP
     row = ALGORITHMS[name]
     wide = row.packed_dtype.itemsize > dtype.itemsize and _packs(dtype)
-    return seconds[name] / (row.handicap * (WIDE_HANDICAP if wide else 1.0))
+    return seconds[name] / (row.cost.handicap * (WIDE_HANDICAP if wide else 1.0))
 
 
 def _packs(dtype: torch.dtype) -> bool:
