@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/group_norm_units.h"
 #include "cpu/tensors.h"
 
 namespace fastdiff {
@@ -16,64 +17,76 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-constexpr int64_t kCacheLine = 64;         // bytes
-constexpr int64_t kElements = kGrain / 4;  // of a thread at least; each takes an exponential
-
-// Groups in a unit. Channels-first a group is contiguous and a unit of its own. Channels-last whole
-// pixels are read and written fastest (measured: units of 256 bytes of each cost up to 2x), even if
-// an image is read from a slower cache the second time. So a pixel is divided among units only
-// where there are fewer images than threads, and then a unit has at least a few cache lines of it.
-int64_t groups_in_unit(const at::Tensor& x, int64_t groups, bool channels_last) {
-  if (!channels_last) return 1;
-  const int64_t per_group = x.size(1) / groups * x.element_size(), lines = 4 * kCacheLine;
-  const int64_t share = groups * x.size(0) / at::get_num_threads();
-  return std::clamp<int64_t>(std::max(share, lines / per_group), 1, groups);
-}
-
-// The inputs made dense, kept alive beside the kernel's arguments.
+// The inputs, dense but for pixels that are apart, kept alive beside the kernel's arguments.
 struct Call {
-  at::Tensor x;
   at::MemoryFormat format;
+  std::vector<int64_t> sizes;  // of the concatenation of x and skip
   std::vector<at::Tensor> held;
   GroupNormSilu args;
 
-  Call(const at::Tensor& input, int64_t groups, const Optional& weight, const Optional& bias,
-       double eps, const Optional& add, const Optional& scale, const Optional& shift, bool silu)
-      : format(layout_of(input)) {
-    check_floating(input, "x");
-    TORCH_CHECK_VALUE(input.dim() >= 2, "x must be [N, C, ...], got ", input.sizes());
-    const int64_t channels = input.size(1);
+  Call(const at::Tensor& x, const Optional& skip, int64_t groups, const Optional& weight,
+       const Optional& bias, double eps, const Optional& add, const Optional& scale,
+       const Optional& shift, bool silu)
+      : format(layout_of(x)), sizes(x.sizes().vec()) {
+    check_floating(x, "x");
+    TORCH_CHECK_VALUE(x.dim() >= 2, "x must be [N, C, ...], got ", x.sizes());
+    if (skip) {
+      auto like_x = sizes;
+      like_x[1] = skip->dim() == x.dim() ? skip->size(1) : -1;
+      check_tensor(*skip, like_x, x.scalar_type(), "skip");
+      sizes[1] += skip->size(1);
+    }
+    const int64_t channels = sizes[1];
     TORCH_CHECK_VALUE(groups >= 1 && channels >= 1 && channels % groups == 0,
                       "num_groups must divide the channels: got ", groups, " groups for ", channels,
                       " channels");
     TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
-    const auto check = [&](const Optional& value, at::IntArrayRef sizes, const char* name) {
-      if (value) check_tensor(*value, sizes, input.scalar_type(), name);
+    const auto check = [&](const Optional& value, at::IntArrayRef wanted, const char* name) {
+      if (value) check_tensor(*value, wanted, x.scalar_type(), name);
     };
-    const auto per_image = input.sizes().slice(0, 2), per_channel = input.sizes().slice(1, 1);
+    const at::IntArrayRef all(sizes), per_image = all.slice(0, 2), per_channel = all.slice(1, 1);
     check(weight, per_channel, "weight");
     check(bias, per_channel, "bias");
     check(add, per_image, "add");
     check(scale, per_image, "scale");
     check(shift, per_image, "shift");
-    x = input.contiguous(format);
-    const int64_t pixels = x.numel() / std::max<int64_t>(1, x.size(0) * channels);
-    const bool last = format != at::MemoryFormat::Contiguous;
+    const int64_t total = c10::multiply_integers(sizes);
     args = {.dtype = x.scalar_type(),
-            .channels_last = last,
+            .channels_last = format != at::MemoryFormat::Contiguous,
             .silu = silu,
             .channels = channels,
-            .pixels = pixels,
+            .pixels = total / std::max<int64_t>(1, x.size(0) * channels),
             .groups = groups,
             .unit_groups = 1,
             .eps = eps,
-            .x = x.const_data_ptr(),
             .weight = hold(weight),
             .bias = hold(bias),
             .add = hold(add),
             .scale = hold(scale),
             .shift = hold(shift)};
-    if (x.numel() > 0) args.unit_groups = groups_in_unit(x, groups, last);
+    args.x = input(x);
+    if (skip) args.skip = input(*skip);
+    if (total > 0) args.unit_groups = groups_in_unit(args, x.size(0));
+  }
+
+  // A tensor of x's layout, for reading.
+  NormTensor input(const at::Tensor& value) {
+    NormTensor out{.channels = value.size(1), .ld = value.size(1)};
+    held.push_back(format == at::MemoryFormat::ChannelsLast ? by_pixel(value, &out.ld)
+                                                            : value.contiguous(format));
+    out.data = const_cast<void*>(held.back().const_data_ptr());
+    return out;
+  }
+
+  // A dense tensor of x's layout, for writing.
+  NormTensor output(const at::Tensor& value) const {
+    return {value.mutable_data_ptr(), value.size(1), value.size(1)};
+  }
+
+  bool empty() const { return c10::multiply_integers(sizes) == 0; }
+
+  at::Tensor empty_of(at::IntArrayRef shape, const at::Tensor& x) const {
+    return at::empty(shape, x.options(), format);
   }
 
   const void* hold(const Optional& value) {
@@ -81,38 +94,16 @@ struct Call {
     held.push_back(value->contiguous());
     return held.back().const_data_ptr();
   }
-
-  // Runs kernel(begin, end) over all units.
-  template <class Kernel>
-  void run(Kernel&& kernel) const {
-    const int64_t units = (args.groups + args.unit_groups - 1) / args.unit_groups;
-    const int64_t width = args.unit_groups * (args.channels / args.groups);
-    at::parallel_for(0, x.size(0) * units, std::max<int64_t>(1, kElements / (width * args.pixels)),
-                     kernel);
-  }
 };
 
 at::Tensor statistics(const at::Tensor& x, int64_t groups) {
   return at::empty({x.size(0), groups}, x.options().dtype(at::kDouble));
 }
 
-// The concatenation of x and skip along the channels.
-at::Tensor joined(const at::Tensor& x, const Optional& skip) {
-  if (!skip) return x;
-  check_floating(x, "x");
-  TORCH_CHECK_VALUE(x.dim() >= 2, "x must be [N, C, ...], got ", x.sizes());
-  auto sizes = x.sizes().vec();
-  sizes[1] = skip->dim() == x.dim() ? skip->size(1) : -1;
-  check_tensor(*skip, sizes, x.scalar_type(), "skip");
-  const auto format = layout_of(x);
-  return at::cat({x.contiguous(format), skip->contiguous(format)}, 1).contiguous(format);
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_cpu(
     const at::Tensor& x, int64_t groups, const Optional& weight, const Optional& bias, double eps,
     const Optional& add, const Optional& scale, const Optional& shift, const Optional& residual,
     bool silu, const Optional& skip, const Optional& statistics_of_x) {
-  const auto input = joined(x, skip);
   // The statistics are checked but not used. This kernel takes its own while the data is in cache.
   if (statistics_of_x) {
     TORCH_CHECK_VALUE(!skip, "statistics and skip cannot both be given");
@@ -121,11 +112,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_cpu(
     check_tensor(*statistics_of_x, {x.size(0), statistics_of_x->size(1), 4, x.size(1)}, at::kFloat,
                  "statistics");
   }
-  Call call(input, groups, weight, bias, eps, add, scale, shift, silu);
-  if (residual) check_like(*residual, input, "residual");
-  auto out = empty_like(input, call.format), mean = statistics(input, groups),
-       rstd = statistics(input, groups);
-  if (out.numel() == 0) return {out, mean.zero_(), rstd.zero_()};
+  // Channels-first the statistics are of whole groups, which may lie in both tensors.
+  const bool joined = skip && layout_of(x) == at::MemoryFormat::Contiguous;
+  Call call(x, skip, groups, weight, bias, eps, add, scale, shift, silu);
+  if (joined) {
+    call.args.x = call.input(at::cat({x, *skip}, 1));
+    call.args.skip = {};
+  }
+  if (residual) check_tensor(*residual, call.sizes, x.scalar_type(), "residual");
+  auto out = call.empty_of(call.sizes, x), mean = statistics(x, groups),
+       rstd = statistics(x, groups);
+  if (call.empty()) return {out, mean.zero_(), rstd.zero_()};
 
   at::Tensor res;
   if (residual) call.args.residual = (res = residual->contiguous(call.format)).const_data_ptr();
@@ -133,7 +130,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_cpu(
   call.args.mean = mean.mutable_data_ptr<double>();
   call.args.rstd = rstd.mutable_data_ptr<double>();
   const auto kernel = FASTDIFF_KERNEL(group_norm_silu);
-  call.run([&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
+  for_units(call.args, x.size(0),
+            [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
   return {out, mean, rstd};
 }
 
@@ -142,39 +140,34 @@ group_norm_silu_backward_cpu(const at::Tensor& grad, const at::Tensor& x, const 
                              const at::Tensor& rstd, int64_t groups, const Optional& weight,
                              const Optional& bias, const Optional& add, const Optional& scale,
                              const Optional& shift, bool silu, const Optional& skip) {
-  const auto input = joined(x, skip);
-  Call call(input, groups, weight, bias, 0, add, scale, shift, silu);
-  check_like(grad, input, "grad");
-  check_tensor(mean, {input.size(0), groups}, at::kDouble, "mean");
-  check_tensor(rstd, {input.size(0), groups}, at::kDouble, "rstd");
-  const auto wide = wide_type(input.scalar_type());
+  Call call(x, skip, groups, weight, bias, 0, add, scale, shift, silu);
+  check_tensor(grad, call.sizes, x.scalar_type(), "grad");
+  check_tensor(mean, {x.size(0), groups}, at::kDouble, "mean");
+  check_tensor(rstd, {x.size(0), groups}, at::kDouble, "rstd");
+  const auto type = x.scalar_type(), wide = wide_type(type);
   const auto sums = [&] {
-    return at::empty(input.sizes().slice(0, 2), input.options().dtype(wide));
+    return at::empty({x.size(0), call.args.channels}, x.options().dtype(wide));
   };
-  auto dx = empty_like(input, call.format), sum_du = sums(), sum_du_h = sums(), sum_dx = sums();
-  if (dx.numel() == 0) {
+  auto dx = call.empty_of(x.sizes(), x), sum_du = sums(), sum_du_h = sums(), sum_dx = sums();
+  auto dskip = skip ? call.empty_of(skip->sizes(), x) : at::empty({0}, x.options());
+  if (call.empty()) {
     for (auto* value : {&sum_du, &sum_du_h, &sum_dx}) value->zero_();
   } else {
-    const auto g = grad.contiguous(call.format), m = mean.contiguous(), r = rstd.contiguous();
+    const auto m = mean.contiguous(), r = rstd.contiguous();
     call.args.mean = const_cast<double*>(m.const_data_ptr<double>());
     call.args.rstd = const_cast<double*>(r.const_data_ptr<double>());
     const GroupNormSiluBackward args{call.args,
-                                     g.const_data_ptr(),
-                                     dx.mutable_data_ptr(),
+                                     call.input(grad),
+                                     call.output(dx),
+                                     skip ? call.output(dskip) : NormTensor{},
                                      sum_du.mutable_data_ptr(),
                                      sum_du_h.mutable_data_ptr(),
                                      sum_dx.mutable_data_ptr()};
     const auto kernel = FASTDIFF_KERNEL(group_norm_silu_backward);
-    call.run([&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    for_units(call.args, x.size(0), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
   // value = (h w + b) (1 + scale) + shift, and du is its gradient.
-  const auto type = input.scalar_type();
-  auto dskip = at::empty({0}, input.options());
-  if (skip) {  // outputs may not share memory
-    dskip = dx.narrow(1, x.size(1), skip->size(1)).contiguous(call.format);
-    dx = dx.narrow(1, 0, x.size(1)).contiguous(call.format);
-  }
   auto dshift = sum_du, dscale = sum_du_h;
   if (weight) dscale = dscale.mul(*weight);
   if (bias) dscale = dscale.addcmul(sum_du, bias->to(wide));

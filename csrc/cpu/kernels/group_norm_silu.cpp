@@ -79,17 +79,19 @@ Moments moments_of_run(const T* x, int64_t length) {
   return m;
 }
 
-// Channels-first: a group's pixels lie together, so without `add` they are one run.
+// Channels-first: a group's pixels lie together, as there is no skip, so without `add` they are one
+// run.
 template <class T>
 void statistics_first(const Unit<T>& u) {
   const int64_t runs = u.a.add ? u.per_group : 1;
   const int64_t length = u.a.pixels * u.per_group / runs;
+  const Strip<T> x = u.strip(u.a.x, 0);
   double *mean = u.statistics(u.a.mean), *rstd = u.statistics(u.a.rstd);
   for (int64_t g = 0; g < u.groups; ++g) {
     Moments m;
     for (int64_t c = 0; c < runs; ++c) {
       const int64_t channel = g * u.per_group + c;
-      const Moments run = moments_of_run(u.at(u.a.x) + channel * u.stride, length);
+      const Moments run = moments_of_run(x.data + channel * x.step, length);
       m.join(run.count, run.mean + u.of_image(u.a.add, channel, 0), run.m2);
     }
     mean[g] = m.mean;
@@ -143,14 +145,20 @@ void statistics_last(const Unit<T>& u, double* memory) {
   double *mean = memory, *m2 = mean + padded;
   auto *pivot = reinterpret_cast<Wide*>(m2 + padded), *sum = pivot + padded,
        *squares = sum + padded;
-  const T* x = u.at(u.a.x);
+  // Of x before skip: what the last vector of x's channels has beyond them is overwritten.
+  const auto sum_pixels = [&](int64_t first, int64_t rows) {
+    u.for_inputs([&](const Strip<T>& x, int) {
+      sum_rows(x.data + first * x.step, rows, x.step, x.width, pivot + x.first, sum + x.first,
+               squares + x.first);
+    });
+  };
   for (int64_t i = 0; i < padded; ++i) pivot[i] = 0, sum[i] = 0, mean[i] = 0, m2[i] = 0;
   const int64_t few = std::min(pixels, kPivot);
-  sum_rows(x, few, u.stride, u.width, pivot, sum, squares);
+  sum_pixels(0, few);
   for (int64_t i = 0; i < u.width; ++i) pivot[i] = sum[i] / few;
   for (int64_t p = 0; p < pixels; p += kSummedRows) {
     const int64_t rows = std::min(pixels - p, kSummedRows);
-    sum_rows(x + p * u.stride, rows, u.stride, u.width, pivot, sum, squares);
+    sum_pixels(p, rows);
     const JoinChannels moments(p, rows);
     for (int64_t i = 0; i < u.width; ++i) {
       moments.join_sums(mean[i], m2[i], pivot[i], sum[i], squares[i]);
@@ -203,24 +211,29 @@ FASTDIFF_INLINE void apply_run(const T* x, const T* residual, T* out, int64_t le
 template <class T, bool kSilu, bool kResidual>
 void apply(const Unit<T>& u, const Affine<T>& f) {
   using X = Values<T>;
-  const T* x = u.at(u.a.x);
-  const T* residual = kResidual ? u.at(u.a.residual) : nullptr;
-  T* out = u.at(u.a.out);
-  const int64_t runs = u.a.channels_last ? u.a.pixels : u.width;
-  for (int64_t run = 0; run < runs; ++run) {
-    const int64_t o = run * u.stride;
-    const T* res = kResidual ? residual + o : nullptr;
-    if (u.a.channels_last) {
-      apply_run<T, kSilu, kResidual>(x + o, res, out + o, u.width, [&](int64_t c) FASTDIFF_HOT {
-        return Coefficients<T>{X::load_wide(f.center + c), X::load_wide(f.gain + c),
-                               X::load_wide(f.offset + c)};
-      });
-    } else {
-      const Coefficients<T> c{X(f.center[run]), X(f.gain[run]), X(f.offset[run])};
-      apply_run<T, kSilu, kResidual>(x + o, res, out + o, u.a.pixels,
-                                     [&](int64_t) FASTDIFF_HOT { return c; });
+  const int64_t step = u.a.channels_last ? u.a.channels : u.a.pixels;  // of what is dense
+  u.for_inputs([&](const Strip<T>& x, int) {
+    const T* residual = kResidual ? u.beside(x, u.a.residual) : nullptr;
+    T* out = u.beside(x, u.a.out);
+    const int64_t runs = u.a.channels_last ? u.a.pixels : x.width;
+    for (int64_t run = 0; run < runs; ++run) {
+      const T* from = x.data + run * x.step;
+      const T* res = kResidual ? residual + run * step : nullptr;
+      T* to = out + run * step;
+      if (u.a.channels_last) {
+        apply_run<T, kSilu, kResidual>(from, res, to, x.width, [&](int64_t i) FASTDIFF_HOT {
+          const int64_t c = x.first + i;
+          return Coefficients<T>{X::load_wide(f.center + c), X::load_wide(f.gain + c),
+                                 X::load_wide(f.offset + c)};
+        });
+      } else {
+        const int64_t i = x.first + run;
+        const Coefficients<T> c{X(f.center[i]), X(f.gain[i]), X(f.offset[i])};
+        apply_run<T, kSilu, kResidual>(from, res, to, u.a.pixels,
+                                       [&](int64_t) FASTDIFF_HOT { return c; });
+      }
     }
-  }
+  });
 }
 
 template <class T>

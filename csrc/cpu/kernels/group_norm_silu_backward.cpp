@@ -47,15 +47,34 @@ struct Plan {
   }
 };
 
+// The channels of a unit that lie in one tensor: strips of the tensors that are read and written.
+template <class T>
+struct Strips {
+  Strip<T> x, grad, dx;
+};
+
+// Calls body(strips) for x and for skip.
+template <class T, class Body>
+void for_strips(const Unit<T>& u, const GroupNormSiluBackward& b, Body&& body) {
+  const Strip<T> grad = u.strip(b.grad, 0);
+  u.for_inputs([&](const Strip<T>& x, int which) {
+    const Strip<T> dx = which == 0 ? u.strip(b.dx, 0) : u.strip(b.dskip, b.dx.channels);
+    T* from = grad.data + x.first * (u.a.channels_last ? 1 : u.a.pixels);
+    body(Strips<T>{x, {x.first, x.width, from, grad.step}, dx});
+  });
+}
+
 template <class T, bool kSilu>
-void sum_first(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T>& plan) {
+void sum_first(const Unit<T>& u, const Strips<T>& s, const Affine<T>& f, Plan<T>& plan) {
   using X = Values<T>;
-  const T* x = u.at(u.a.x);
   const int64_t pixels = u.a.pixels;
-  for (int64_t c = 0; c < u.width; ++c) {
+  for (int64_t channel = 0; channel < s.x.width; ++channel) {
+    const int64_t c = s.x.first + channel;
+    const T *x = s.x.data + channel * s.x.step, *grad = s.grad.data + channel * s.grad.step;
+    T* dx = s.dx.data + channel * s.dx.step;
     const X center(f.center[c]), gain(f.gain[c]), offset(f.offset[c]);
-    for (int64_t p = 0; p < pixels; p += kSummedElements) {
-      const int64_t n = std::min(pixels - p, kSummedElements), o = c * u.stride + p;
+    for (int64_t o = 0; o < pixels; o += kSummedElements) {
+      const int64_t n = std::min(pixels - o, kSummedElements);
       X sum_du(0), sum_du_x(0), sum_x(0);
       for_values<T>(n, [&](int64_t i, int64_t count) FASTDIFF_HOT {
         const X g = X::load(grad + o + i, count);
@@ -79,39 +98,42 @@ void sum_first(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<
 // A few rows are summed in the wide type, two rows at a time to halve the traffic of the sums with
 // the first-level cache. The second pass's coefficients lend their place to these sums.
 template <class T, bool kSilu>
-void sum_last(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T>& plan) {
+void sum_last(const Unit<T>& u, const Strips<T>& s, const Affine<T>& f, Plan<T>& plan) {
   using X = Values<T>;
   using Wide = typename Lanes<T>::Wide;
-  const T* x = u.at(u.a.x);
-  Wide *sum_du = plan.slope, *sum_du_x = plan.curve, *sum_x = plan.base;
+  const int64_t first = s.x.first, width = s.x.width;
+  Wide *sum_du = plan.slope + first, *sum_du_x = plan.curve + first, *sum_x = plan.base + first;
   for (int64_t begin = 0; begin < u.a.pixels; begin += kSummedRows) {
     const int64_t end = std::min(u.a.pixels, begin + kSummedRows);
-    for (int64_t i = 0; i < u.padded(); ++i) sum_du[i] = 0, sum_du_x[i] = 0, sum_x[i] = 0;
+    for (int64_t i = 0; i < width; ++i) sum_du[i] = 0, sum_du_x[i] = 0, sum_x[i] = 0;
     for (int64_t p = begin; p < end; p += 2) {
-      const int64_t o = p * u.stride, rows = end - p < 2 ? 1 : 2;
-      for_values<T>(u.width, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+      const T *x = s.x.data + p * s.x.step, *grad = s.grad.data + p * s.grad.step;
+      T* dx = s.dx.data + p * s.dx.step;
+      const int64_t rows = end - p < 2 ? 1 : 2;
+      for_values<T>(width, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+        const X center = X::load_wide(f.center + first + i),
+                gain = X::load_wide(f.gain + first + i),
+                offset = X::load_wide(f.offset + first + i);
         X du = X::load_wide(sum_du + i), du_x = X::load_wide(sum_du_x + i),
           all = X::load_wide(sum_x + i);
         for (int64_t row = 0; row < rows; ++row) {
-          const int64_t at = o + row * u.stride + i;
-          const X g = X::load(grad + at, count);
-          const X d = X::load(x + at, count) - X::load_wide(f.center + i);
-          const X v =
-              before_silu<T, kSilu>(g, d, X::load_wide(f.gain + i), X::load_wide(f.offset + i));
+          const X g = X::load(grad + row * s.grad.step + i, count);
+          const X d = X::load(x + row * s.x.step + i, count) - center;
+          const X v = before_silu<T, kSilu>(g, d, gain, offset);
           du = du + v;
           du_x = fmadd(v, d, du_x);
           all = all + d;
-          if constexpr (kSilu) v.store(dx + at, count);
+          if constexpr (kSilu) v.store(dx + row * s.dx.step + i, count);
         }
-        du.store_wide(sum_du + i);
-        du_x.store_wide(sum_du_x + i);
-        all.store_wide(sum_x + i);
+        du.store_wide(sum_du + i, count);
+        du_x.store_wide(sum_du_x + i, count);
+        all.store_wide(sum_x + i, count);
       });
     }
-    for (int64_t c = 0; c < u.width; ++c) {
-      plan.du[c] += sum_du[c];
-      plan.du_x[c] += sum_du_x[c];
-      plan.x[c] += sum_x[c];
+    for (int64_t c = 0; c < width; ++c) {
+      plan.du[first + c] += sum_du[c];
+      plan.du_x[first + c] += sum_du_x[c];
+      plan.x[first + c] += sum_x[c];
     }
   }
 }
@@ -120,8 +142,8 @@ void sum_last(const Unit<T>& u, const T* grad, T* dx, const Affine<T>& f, Plan<T
 template <class T>
 void solve(const Unit<T>& u, const GroupNormSiluBackward& b, const Affine<T>& f, Plan<T>& plan) {
   const double *mean = u.statistics(u.a.mean), *rstd = u.statistics(u.a.rstd);
-  auto *sum_du = u.per_channel(b.sum_du), *sum_du_h = u.per_channel(b.sum_du_h),
-       *sum_dx = u.per_channel(b.sum_dx);
+  auto *sum_du = u.per_channel(b.sum_du), *sum_du_h = u.per_channel(b.sum_du_h);
+  auto* sum_dx = b.sum_dx ? u.per_channel(b.sum_dx) : nullptr;
   const double pixels = static_cast<double>(u.a.pixels), size = pixels * u.per_group;
   const auto factor = [&](int64_t c) {  // G
     return u.of_channel(u.a.weight, c, 1) * (1 + u.of_image(u.a.scale, c, 0));
@@ -144,7 +166,7 @@ void solve(const Unit<T>& u, const GroupNormSiluBackward& b, const Affine<T>& f,
     for (int64_t c = first; c < last; ++c) {
       const double slope = r * factor(c), curve = -r * r * mean_gh;
       const double base = -r * (mean_g + rest(c) * mean_gh);
-      sum_dx[c] = plan.du[c] * slope + plan.x[c] * curve + pixels * base;
+      if (sum_dx) sum_dx[c] = plan.du[c] * slope + plan.x[c] * curve + pixels * base;
       plan.slope[c] = slope;
       plan.curve[c] = curve;
       plan.base[c] = base;
@@ -152,27 +174,30 @@ void solve(const Unit<T>& u, const GroupNormSiluBackward& b, const Affine<T>& f,
   }
 }
 
-// dx from du, which may lie where dx will.
-template <class T>
-void write(const Unit<T>& u, const T* du, T* dx, const Affine<T>& f, const Plan<T>& plan) {
+// dx from du, which the first pass has left where dx will be, or which is grad.
+template <class T, bool kSilu>
+void write(const Unit<T>& u, const Strips<T>& s, const Affine<T>& f, const Plan<T>& plan) {
   using X = Values<T>;
-  const T* x = u.at(u.a.x);
-  const auto apply = [&](int64_t o, int64_t length, auto&& coefficient) FASTDIFF_HOT {
+  const Strip<T>& du = kSilu ? s.dx : s.grad;
+  const int64_t runs = u.a.channels_last ? u.a.pixels : s.x.width;
+  const auto apply = [&](int64_t run, int64_t length, auto&& coefficient) FASTDIFF_HOT {
+    const T *x = s.x.data + run * s.x.step, *from = du.data + run * du.step;
+    T* to = s.dx.data + run * s.dx.step;
     for_values<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
-      const X centered = X::load(x + o + i, count) - coefficient(f.center, i);
+      const X centered = X::load(x + i, count) - coefficient(f.center, i);
       const X curved = fmadd(centered, coefficient(plan.curve, i), coefficient(plan.base, i));
-      fmadd(X::load(du + o + i, count), coefficient(plan.slope, i), curved)
-          .store(dx + o + i, count);
+      fmadd(X::load(from + i, count), coefficient(plan.slope, i), curved).store(to + i, count);
     });
   };
-  if (u.a.channels_last) {
-    for (int64_t p = 0; p < u.a.pixels; ++p)
-      apply(p * u.stride, u.width,
-            [](const auto* array, int64_t c) FASTDIFF_HOT { return X::load_wide(array + c); });
-  } else {
-    for (int64_t c = 0; c < u.width; ++c)
-      apply(c * u.stride, u.a.pixels,
-            [c](const auto* array, int64_t) FASTDIFF_HOT { return X(array[c]); });
+  for (int64_t run = 0; run < runs; ++run) {
+    if (u.a.channels_last) {
+      apply(run, s.x.width, [&](const auto* array, int64_t c) FASTDIFF_HOT {
+        return X::load_wide(array + s.x.first + c);
+      });
+    } else {
+      apply(run, u.a.pixels,
+            [&](const auto* array, int64_t) FASTDIFF_HOT { return X(array[s.x.first + run]); });
+    }
   }
 }
 
@@ -184,15 +209,33 @@ void units(const GroupNormSiluBackward& b, int64_t begin, int64_t end) {
     double* memory = scratch.at_least<double>(9 * u.padded());
     const Affine<T> f(u, 1, memory);
     Plan<T> plan(u, memory + 3 * u.padded());
-    const T* grad = u.at(b.grad);
-    T* dx = u.at(b.dx);
-    if (u.a.channels_last) {
-      sum_last<T, kSilu>(u, grad, dx, f, plan);
-    } else {
-      sum_first<T, kSilu>(u, grad, dx, f, plan);
-    }
+    for_strips(u, b, [&](const Strips<T>& s) {
+      u.a.channels_last ? sum_last<T, kSilu>(u, s, f, plan) : sum_first<T, kSilu>(u, s, f, plan);
+    });
     solve(u, b, f, plan);
-    write(u, kSilu ? dx : grad, dx, f, plan);
+    for_strips(u, b, [&](const Strips<T>& s) { write<T, kSilu>(u, s, f, plan); });
+  }
+}
+
+// A call without a norm has one group, so that a unit is an image.
+template <class T>
+void images(const GroupNormSiluBackward& b, int64_t begin, int64_t end) {
+  using X = Values<T>;
+  const X none(0), one(1);
+  for (int64_t image = begin; image < end; ++image) {
+    const Unit<T> u(b.forward, image);
+    for_strips(u, b, [&](const Strips<T>& s) {
+      const bool last = u.a.channels_last;
+      const int64_t runs = last ? u.a.pixels : s.x.width, length = last ? s.x.width : u.a.pixels;
+      for (int64_t run = 0; run < runs; ++run) {
+        const T *x = s.x.data + run * s.x.step, *grad = s.grad.data + run * s.grad.step;
+        T* dx = s.dx.data + run * s.dx.step;
+        for_values<T>(length, [&](int64_t i, int64_t count) FASTDIFF_HOT {
+          before_silu<T, true>(X::load(grad + i, count), X::load(x + i, count), one, none)
+              .store(dx + i, count);
+        });
+      }
+    });
   }
 }
 
@@ -202,6 +245,10 @@ void group_norm_silu_backward(const GroupNormSiluBackward& b, int64_t begin, int
   for_floating(b.forward.dtype, [&]<class T>() {
     b.forward.silu ? units<T, true>(b, begin, end) : units<T, false>(b, begin, end);
   });
+}
+
+void silu_backward(const GroupNormSiluBackward& b, int64_t begin, int64_t end) {
+  for_floating(b.forward.dtype, [&]<class T>() { images<T>(b, begin, end); });
 }
 
 }  // namespace fastdiff::CPU_CAPABILITY

@@ -17,7 +17,9 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-constexpr int64_t kPad = 64;  // arrays of coefficients are padded to this many elements
+// Arrays of coefficients end at a multiple of this, at least as many elements beyond the last,
+// since the vectors of channels that two tensors share may begin anywhere.
+constexpr int64_t kPad = 64;
 
 // How much is summed in the wide type before it is added up in float64: elements of a run, or rows
 // of pixels channels-last.
@@ -57,6 +59,15 @@ FASTDIFF_INLINE Values<T> quotient_plus(const Values<T>& a, const Values<T>& b,
   return a / b + c;
 }
 
+// Channels first..first+width-1 of a unit in one of the tensors that they lie in: from run to run,
+// a pixel channels-last and else a channel, it is `step` elements.
+template <class T>
+struct Strip {
+  int64_t first, width;
+  T* data;
+  int64_t step;
+};
+
 template <class T>
 struct Unit {
   using Wide = typename Lanes<T>::Wide;
@@ -64,7 +75,6 @@ struct Unit {
   int64_t n, group, groups;  // image, first group, number of groups
   int64_t per_group;         // channels in a group
   int64_t channel, width;    // first channel, number of channels
-  int64_t origin, stride;    // first element; from one pixel (or channel) to the next
 
   Unit(const GroupNormSilu& args, int64_t index) : a(args) {
     const int64_t units = (a.groups + a.unit_groups - 1) / a.unit_groups;
@@ -74,23 +84,52 @@ struct Unit {
     per_group = a.channels / a.groups;
     channel = group * per_group;
     width = groups * per_group;
-    stride = a.channels_last ? a.channels : a.pixels;
-    origin = n * a.channels * a.pixels + channel * (a.channels_last ? 1 : a.pixels);
   }
 
-  int64_t padded() const { return (width + kPad - 1) / kPad * kPad; }
-  const T* at(const void* p) const { return static_cast<const T*>(p) + origin; }
-  T* at(void* p) const { return static_cast<T*>(p) + origin; }
+  int64_t padded() const { return rounded_up(width, kPad) + kPad; }
+
+  // What a tensor, the first of whose channels is channel `offset`, has of the unit; its width may
+  // be 0.
+  Strip<T> strip(const NormTensor& tensor, int64_t offset) const {
+    const int64_t begin = std::clamp<int64_t>(channel - offset, 0, tensor.channels);
+    const int64_t end = std::clamp<int64_t>(channel + width - offset, 0, tensor.channels);
+    T* image = static_cast<T*>(tensor.data);
+    if (a.channels_last) {
+      image += n * a.pixels * tensor.ld + begin;
+    } else {
+      image += (n * tensor.channels + begin) * a.pixels;
+    }
+    return {begin + offset - channel, end - begin, image, a.channels_last ? tensor.ld : a.pixels};
+  }
+
+  // Calls body(strip, which) for the strips of x (0) and skip (1).
+  template <class Body>
+  void for_inputs(Body&& body) const {
+    const Strip<T> parts[] = {strip(a.x, 0), strip(a.skip, a.x.channels)};
+    for (int which = 0; which < 2; ++which)
+      if (parts[which].width > 0) body(parts[which], which);
+  }
+
+  // The same channels of a dense tensor of all channels.
+  T* beside(const Strip<T>& part, const void* dense) const {
+    const NormTensor tensor{const_cast<void*>(dense), a.channels, a.channels};
+    return strip(tensor, 0).data + part.first * (a.channels_last ? 1 : a.pixels);
+  }
   double* statistics(double* p) const { return p + n * a.groups + group; }
   Wide* per_channel(void* p) const { return static_cast<Wide*>(p) + n * a.channels + channel; }
 
   // Coefficient of channel c of the unit, or `missing`.
   double of_channel(const void* p, int64_t c, double missing) const {
-    return p ? static_cast<double>(static_cast<const T*>(p)[channel + c]) : missing;
+    return p ? parameter(p, channel + c) : missing;
   }
   double of_image(const void* p, int64_t c, double missing) const {
-    return p ? static_cast<double>(static_cast<const T*>(p)[n * a.channels + channel + c])
-             : missing;
+    return p ? parameter(p, n * a.channels + channel + c) : missing;
+  }
+
+ private:
+  double parameter(const void* p, int64_t index) const {
+    return a.wide_parameters ? static_cast<const Wide*>(p)[index]
+                             : static_cast<double>(static_cast<const T*>(p)[index]);
   }
 };
 
