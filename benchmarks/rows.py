@@ -1,7 +1,7 @@
 """Stored figures as rows of a table: one function a table, from a file's content to its cells.
 
 Each function returns the head first. What the files hold is said where they are written:
-``benchmarks.unet.report``, ``conftest``, ``sampler_quality``, ``objectives``, ``adaptive_steps``
+``benchmarks.turns.report``, ``conftest``, ``sampler_quality``, ``objectives``, ``adaptive_steps``
 and the audit of the GPU kernels.
 """
 
@@ -185,7 +185,8 @@ def _fastest(record: Results, kind: str) -> Results | None:
 
 def _best(record: Results, kind: str, scale: float, unit: str = "") -> str:
     """The fastest variant of a kind of peer, and its time over fastdiff's."""
-    from benchmarks.unet.peers import OURS, PEERS
+    from benchmarks.turns.job import OURS
+    from benchmarks.unet.peers import PEERS
 
     best = _fastest(record, kind)
     if best is None:

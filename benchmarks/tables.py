@@ -116,6 +116,11 @@ def rendered(page: str) -> str:
     return BLOCK.sub(lambda block: block[1] + block[2] + TABLES[block[1]].text(), page)
 
 
+def picture_folder(results: Path) -> Path:
+    """The folder of a picture: docs/images for the documentation's figures, else beside them."""
+    return ROOT / "docs" / "images" if results.resolve() == RESULTS else results
+
+
 def publish(folder: Path | str) -> None:
     """Render the documentation's tables, if ``folder`` is where their figures are kept.
 

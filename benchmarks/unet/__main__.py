@@ -19,31 +19,25 @@ the tables to standard output at the end.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import machine, tables
-from benchmarks.unet.job import Case
-from benchmarks.unet.models import DTYPES, NETWORKS
-from benchmarks.unet.peers import OURS, PEERS
+from benchmarks.turns.job import DTYPES, OURS, Case
+from benchmarks.turns.options import begin, parser, positive
+from benchmarks.turns.run import say
+from benchmarks.unet.models import NETWORKS
+from benchmarks.unet.peers import PEERS
 from benchmarks.unet.report import Report
+from benchmarks.unet.run import Run, Settings
 from benchmarks.unet.suites import SUITES
-from benchmarks.unet.turns import Run, Settings, say
 
-BUSY = 0.5  # load average above which other work is likely to disturb the figures
 SAMPLING_STEPS = 50
 
 
 def main() -> None:
     args = _arguments()
-    # SIGTERM raises SystemExit, so that the workers are ended too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        say(f"this machine is busy: a load of {load:.2f}, at most {BUSY} is wanted for figures")
+    begin()
     suite = SUITES[args.suite] if args.suite else None
     report = Report(args.out, args.suite, suite.text) if suite else Report(args.out)
     cases = _cases(args)
@@ -56,8 +50,8 @@ def main() -> None:
             suite.draw([], args.out)
     with tempfile.TemporaryDirectory(prefix="fastdiff-unet-") as scratch:
         settings = Settings(
-            args.rounds, args.limit, not args.plain_heap, bool(suite and suite.warm), args.sampling,
-            args.breakdown, args.logs or Path(scratch),
+            args.rounds, args.limit, not args.plain_heap, bool(suite and suite.warm),
+            args.breakdown, args.logs or Path(scratch), args.sampling,
         )  # fmt: skip
         say(machine.line(facts))
         for number, case in enumerate(cases, 1):
@@ -97,16 +91,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _arguments() -> argparse.Namespace:
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks.unet",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="peers:\n  " + "\n  ".join(PEERS),
-    )
-    options.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER",
-        help="for unet.json and unet.md, or those of the suite; default %(default)s",
-    )  # fmt: skip
+    options = parser("python -m benchmarks.unet", __doc__, PEERS)
     options.add_argument(
         "--suite", choices=SUITES,
         help="bfloat16: calls, memory and first calls of three networks, with fastdiff, OpenVINO, "
@@ -114,69 +99,18 @@ def _arguments() -> argparse.Namespace:
         "1 to all threads, with a picture",
     )  # fmt: skip
     options.add_argument(
-        "--resume", action="store_true",
-        help="leave out the cases that the file of figures has already",
-    )  # fmt: skip
-    options.add_argument(
         "--models", nargs="+", choices=NETWORKS,
         help="networks; sd15 is run by one process at a time and needs 16 GiB; default cifar10",
     )  # fmt: skip
     options.add_argument(
-        "--peers", nargs="+", choices=PEERS, metavar="PEER",
-        help="peers from the list below; default all peers of the network",
-    )  # fmt: skip
-    options.add_argument(
-        "--batches", nargs="+", type=_positive, metavar="N", help="default the network's own"
-    )
-    options.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=" or ".join(DTYPES)
-    )
-    options.add_argument(
-        "--threads", type=_positive, default=machine.cores(), metavar="N",
-        help="of every peer; default all cores, %(default)s here",
-    )  # fmt: skip
-    options.add_argument(
-        "--rounds", type=_positive, default=9, metavar="N",
-        help="turns of each peer; slow peers and large networks take fewer; default %(default)s",
-    )  # fmt: skip
-    options.add_argument(
-        "--sampling", nargs="?", type=_positive, const=SAMPLING_STEPS, metavar="STEPS",
+        "--sampling", nargs="?", type=positive, const=SAMPLING_STEPS, metavar="STEPS",
         help="also time sampling loops of the U-Nets, DDIM, 50 steps unless given",
     )  # fmt: skip
     options.add_argument(
         "--breakdown", nargs="?", choices=PEERS, const=OURS, metavar="PEER",
         help="also say where the time goes, of fastdiff or another PyTorch peer",
     )  # fmt: skip
-    options.add_argument(
-        "--limit", type=float, default=1200, metavar="SECONDS",
-        help="longest time to wait for a peer's answer; default %(default)s",
-    )  # fmt: skip
-    options.add_argument(
-        "--logs",
-        type=_new_folder,
-        metavar="FOLDER",
-        help="keep what the processes write, in a folder that is new or empty",
-    )
-    options.add_argument(
-        "--plain-heap", action="store_true",
-        help="let glibc return freed memory to the system; by default the process keeps it, which "
-        "makes every peer faster that allocates memory in its calls",
-    )  # fmt: skip
     return options.parse_args()
-
-
-def _new_folder(text: str) -> Path:
-    path = Path(text)
-    if path.exists() and any(path.iterdir()):
-        raise argparse.ArgumentTypeError(f"wanted a folder that is new or empty, got {text}")
-    return path.absolute()
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,16 +1,10 @@
-"""The time of each part of a call, and how close each convolution comes to the machine's peak.
-
-torch.profiler records a few calls, of which the median call is reported. Every operation, with all
-that it calls, belongs to a part of the network by its name. Other operations are "rest", and the
-time between the operations is Python's; so the parts sum to the call. The time of calls without the
-profiler is reported too.
-"""
+"""The parts of a U-Net's call, and how close each convolution comes to the machine's peak."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.unet.job import Prepared
+from benchmarks.turns import parts
+from benchmarks.unet.prepared import Prepared
 
-CALL = "benchmarks.unet call"
 LAYERS = "convolutions and linear layers"
 PARTS = {  # for each part the beginnings of its operations' names
     LAYERS: (
@@ -46,9 +39,12 @@ PARTS = {  # for each part the beginnings of its operations' names
         "aten::layer_norm",
         "aten::native_layer_norm",
     ),
-    "attention": ("aten::scaled_dot_product", "aten::_scaled_dot_product"),
+    "attention": (
+        "fastdiff::attention",
+        "aten::scaled_dot_product",
+        "aten::_scaled_dot_product",
+    ),
 }
-LISTED = 12  # number of operations of the rest that are listed
 
 
 @dataclass(frozen=True)
@@ -88,26 +84,11 @@ def measure(prepared: Prepared, inputs: tuple[Tensor, ...], calls: int) -> dict[
     """
     peak, where = peak_rate(prepared.dtype)
 
-    def call() -> float:
-        start = time.perf_counter()
-        prepared.call(*inputs)
-        return 1e3 * (time.perf_counter() - start)
+    def call() -> Tensor:
+        return prepared.call(*inputs)
 
-    call()
-    unrecorded = statistics.median(call() for _ in range(calls))
-    recorded = []  # whole, parts and rest of each call, in microseconds
-    for root in _record(prepared, inputs, calls, shapes=False):  # recording shapes takes time
-        parts, rest = Counter[str](), Counter[str]()
-        _add(root, parts, rest)
-        recorded.append((root.time_range.elapsed_us(), parts, rest))
-    recorded.sort(key=lambda call: call[0])
-    whole, parts, rest = recorded[len(recorded) // 2]
-    return {
-        "unrecorded": unrecorded,
-        "recorded": whole / 1e3,
-        "parts": {name: us / 1e3 for name, us in parts.items()},
-        "rest": {name: us / 1e3 for name, us in rest.most_common(LISTED)},
-        "convolutions": _convolutions(_record(prepared, inputs, calls, shapes=True)),
+    return parts.measure(call, calls, _part) | {
+        "convolutions": _convolutions(parts.record(call, calls, shapes=True)),
         "peak_gflops": peak,
         "peak_of": where,
     }
@@ -156,39 +137,8 @@ def _rate(flops: int, call: Callable[[], Tensor]) -> float:
     return flops / min(taken) / 1e9
 
 
-def _record(
-    prepared: Prepared, inputs: tuple[Tensor, ...], calls: int, *, shapes: bool
-) -> list[Any]:
-    """The profiler's event of each call, with the events inside the call as its children."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=shapes) as recorded:
-        for _ in range(calls + 1):
-            with record_function(CALL):
-                prepared.call(*inputs)
-    roots = [e for e in recorded.events() if e.name == CALL and e.cpu_parent is None]
-    if len(roots) != calls + 1:
-        raise RuntimeError(f"torch.profiler recorded {len(roots)} of {calls + 1} calls")
-    return roots[1:]  # the first warms the profiler up
-
-
-def _add(event: Any, parts: Counter[str], rest: Counter[str]) -> None:
-    """Add an event's microseconds to its part; if it has none, its children's to their parts."""
-    elapsed = event.time_range.elapsed_us()
-    part = _part(event)
-    if part is not None:
-        parts[part] += elapsed
-        return
-    own = elapsed - sum(child.time_range.elapsed_us() for child in event.cpu_children)
-    if event.cpu_children and "::" not in event.name:  # a region, not an operation
-        parts["between the operations"] += own
-    else:
-        parts["rest"] += own
-        rest[event.name] += own
-    for child in event.cpu_children:
-        _add(child, parts, rest)
-
-
-def _part(event: Any) -> str | None:
-    return next((part for part, begins in PARTS.items() if event.name.startswith(begins)), None)
+def _part(name: str, phase: str = "") -> str | None:
+    return parts.by_beginning(PARTS, name)
 
 
 def _convolutions(calls: list[Any]) -> list[dict[str, Any]]:
@@ -201,9 +151,9 @@ def _convolutions(calls: list[Any]) -> list[dict[str, Any]]:
         events = [call]
         while events:
             event = events.pop()
-            if _part(event) is None:
+            if _part(event.name) is None:
                 events += event.cpu_children
-            elif _part(event) == LAYERS and (shape := _convolution(event)) is not None:
+            elif _part(event.name) == LAYERS and (shape := _convolution(event)) is not None:
                 taken_by[shape][number].append(event.time_range.elapsed_us())
     rows = []
     for shape, taken in taken_by.items():

@@ -1,26 +1,15 @@
-"""The report's Markdown: tables, and those of a breakdown."""
+"""A breakdown of a U-Net's call as tables."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from benchmarks.tables import markdown
-
-
-def number(value: float | None, pattern: str = "{:.1f}") -> str:
-    """A figure, or nothing."""
-    return "" if value is None else pattern.format(value)
+from benchmarks.turns import parts
 
 
 def breakdown_tables(record: dict[str, Any]) -> str:
     """Where a call's time goes: by part, by convolution, and what the rest is made of."""
-    whole = record["recorded"]
-    parts = sorted(record["parts"].items(), key=lambda item: -item[1])
-    rows = [[name, f"{ms:.2f}", f"{ms / whole:.1%}"] for name, ms in parts]
-    rows.append(["sum", f"{sum(ms for _, ms in parts):.2f}", ""])
-    rows.append(["the call, recorded", f"{whole:.2f}", ""])
-    bare = record["unrecorded"]
-    rows.append(["the call, not recorded", f"{bare:.2f}", f"{bare / whole:.1%}"])
     peak = record["peak_gflops"]
     shapes = [
         [
@@ -34,17 +23,16 @@ def breakdown_tables(record: dict[str, Any]) -> str:
         ]
         for shape in record["convolutions"]
     ]
-    rest = [[f"`{name}`", f"{ms:.2f}"] for name, ms in record["rest"].items()]
     head = ["input", "weight", "algorithm", "calls", "ms", "GFLOP/s", "of peak"]
     return "\n".join(
         [
             f"### Where the time of {record['peer']} goes: batch {record['batch']}, "
             f"{record['dtype']}\n",
-            markdown([["part", "ms", "share"], *rows]),
+            parts.parts_table(record),
             f"Convolutions and linear layers, GFLOP/s as if computed directly; the peak is "
             f"{peak:.0f} GFLOP/s, a {record['peak_of']}.\n",
             markdown([head, *shapes]),
-            *(["The rest:\n", markdown([["operation", "ms"], *rest])] if rest else []),
+            *filter(None, [parts.rest_table(record)]),
         ]
     )
 

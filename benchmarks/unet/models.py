@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 CIFAR10: dict[str, Any] = {  # google/ddpm-cifar10-32
     "sample_size": 32,
     "in_channels": 3,

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.unet.job import Job, Prepared
-from benchmarks.unet.models import DTYPES, Network
-
-OURS = "fastdiff"
+from benchmarks.turns.job import DTYPES, OURS, Job
+from benchmarks.unet.models import Network
+from benchmarks.unet.prepared import Prepared
 
 
 def in_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.unet.job import Job, Prepared
-from benchmarks.unet.models import DTYPES, Network, Plain
+from benchmarks.turns.job import DTYPES, Job
+from benchmarks.unet.models import Network, Plain
+from benchmarks.unet.prepared import Prepared
 
 NAMES = ("x", "t", "context")  # names of the inputs
 

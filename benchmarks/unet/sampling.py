@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.unet.job import Prepared
+from benchmarks.unet.prepared import Prepared
 
 TRAIN_STEPS = 1000
 BETAS = (1e-4, 0.02)

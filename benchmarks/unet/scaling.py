@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows, tables
-from benchmarks.unet import report
-from benchmarks.unet.job import Case
-from benchmarks.unet.models import DTYPES
-from benchmarks.unet.peers import OURS, PEERS
+from benchmarks.turns import report
+from benchmarks.turns.job import DTYPES, OURS, Case
+from benchmarks.unet.peers import PEERS
 
 NETWORK = "cifar10"
 BATCH, SIZE = 1, 32
@@ -105,8 +104,7 @@ def draw(records: list[dict[str, Any]], results: Path) -> None:
         for panel in line:  # when the scale that they share is final
             _name_curves(panel)
     figure.suptitle(_title(records), fontsize=10)
-    ours = results.resolve() == tables.RESULTS
-    figure.savefig((tables.ROOT / "docs" / "images" if ours else results) / PICTURE)
+    figure.savefig(tables.picture_folder(results) / PICTURE)
     pyplot.close(figure)
 
 

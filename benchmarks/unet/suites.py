@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.turns.job import OURS, Case
+from benchmarks.turns.report import Record
 from benchmarks.unet import report, scaling
-from benchmarks.unet.job import Case
-from benchmarks.unet.peers import OURS
-from benchmarks.unet.report import Record
 
 FROZEN = "inductor channels_last, frozen"
 

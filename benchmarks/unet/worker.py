@@ -1,63 +1,35 @@
-"""The program of the process in which one peer runs: prepare and check a network, answer requests.
-
-A request is a tuple of the name of a method of ``Worker`` and its arguments; the reply is
-("done", result) or ("failed", reason).
-"""
+"""The worker of a U-Net's calls: prepares a network by one peer and checks its outputs."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
-import sys
 import time
-import traceback
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks.turns import worker
+from benchmarks.turns.job import Job
+from benchmarks.turns.worker import Readiness, serve
 from benchmarks.unet import breakdown, sampling
-from benchmarks.unet.job import Job, Prepared
 from benchmarks.unet.models import NETWORKS
 from benchmarks.unet.peers import PEERS, in_layout
+from benchmarks.unet.prepared import Prepared
 
-REFERENCE = "reference"  # the job that computes what is expected
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # largest error, as a share of the largest output
-SLOW = 3.0  # seconds of a call, from which on there are no warm-up calls
-TURN = 0.25  # approximate least duration of a turn, in seconds
 
 
-@dataclass
-class Readiness:
-    """The result of a peer's preparation.
-
-    Attributes:
-        first_call: seconds from the eager module to the first result.
-        call: seconds of a later call.
-        error: largest difference from eager float64, as a share of its largest value.
-        notes: see ``Prepared``.
-    """
-
-    first_call: float
-    call: float
-    error: float
-    notes: list[str]
-
-
-class Worker:
-    """Answers the requests of ``process.Process``."""
+class Worker(worker.Worker):
+    """Prepares a network for its calls; its error is that of its output, see ``deviation``."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.network = job, NETWORKS[job.case.network].sized(job.case.size)
+        super().__init__(job)
+        self.network = NETWORKS[job.case.network].sized(job.case.size)
         self.prepared: Prepared | None = None
         self.inputs: tuple[torch.Tensor, ...] = ()
-        self.whole_peak: float | None = None
 
     def expect(self) -> None:
-        """Write the file that all peers are checked with: inputs, and eager float64's output."""
+        """Write inputs, and eager float64's output."""
         inputs = self.network.inputs(self.job.case.batch)
         module = self.network.make().double()
         fitted = Prepared(module, torch.float64).fit(inputs)
@@ -71,42 +43,21 @@ class Worker:
         torch.save(sampling.with_diffusers(prepared, x_T, steps), self._samples(steps))
 
     def prepare(self) -> Readiness:
-        """Prepare the network and check its first output.
-
-        Raises:
-            ArithmeticError: the output differs by more than the tolerance.
-        """
         module = self.network.make()
         inputs, expected = torch.load(self.job.expected)
         start = time.perf_counter()
         self.prepared = PEERS[self.job.peer].prepare(self.job, self.network, module)
         self.inputs = self.prepared.fit(inputs)
-        y = self.prepared.call(*self.inputs)
+        y = self.call()
         first_call = time.perf_counter() - start
         error = self._checked(y, expected, "float64")
         del module, y, expected
-        call = self._timed()
-        if call < SLOW:
-            call = min(self._timed() for _ in range(3))
-        self.whole_peak = machine.peak_memory()
-        gc.collect()
-        machine.give_back_freed()
-        if not machine.reset_peak():
-            self.whole_peak = None
-        return Readiness(first_call, call, error, self.prepared.notes)
+        return self.ready(first_call, error, self.prepared.notes)
 
-    def turn(self, call: float) -> list[float]:
-        """Seconds of each call of a turn, for a peer whose call takes about ``call`` seconds."""
-        if call < SLOW:
-            self._timed()  # fills the caches again
-        return [self._timed() for _ in range(max(1, min(50, round(TURN / call))))]
-
-    def memory(self) -> tuple[float | None, float | None]:
-        """Peak memory in MiB: with the preparation, and since the preparation."""
-        running = machine.peak_memory()
-        if self.whole_peak is None or running is None:  # the peak could not be reset
-            return running, None
-        return max(self.whole_peak, running), running
+    def call(self) -> torch.Tensor:
+        """A call of the network."""
+        assert self.prepared is not None
+        return self.prepared.call(*self.inputs)
 
     def sample(self, steps: int, check: bool) -> tuple[float, float | None]:
         """Seconds of a sampling run, and with ``check`` the deviation of its images.
@@ -146,12 +97,6 @@ class Worker:
     def _samples(self, steps: int) -> str:
         return f"{self.job.expected}.{steps}.samples"
 
-    def _timed(self) -> float:
-        assert self.prepared is not None
-        start = time.perf_counter()
-        self.prepared.call(*self.inputs)
-        return time.perf_counter() - start
-
 
 def deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference as a share of the largest expected value; NaN if any value is NaN."""
@@ -160,29 +105,6 @@ def deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def main(connection: Connection, job: Job, log: str) -> None:
-    """Answer requests until the connection closes; all output goes into the file ``log``."""
-    os.setsid()  # a process group of its own, so that compilers' processes end with this one
-    with open(log, "a", encoding="utf-8") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    torch.set_num_threads(job.case.threads)
-    if job.keep_heap:
-        machine.keep_heap()
-    worker = Worker(job)
-    with contextlib.suppress(EOFError, KeyboardInterrupt), torch.no_grad():
-        while True:
-            name, *arguments = connection.recv()
-            try:
-                reply = ("done", getattr(worker, name)(*arguments))
-            except Exception as error:
-                traceback.print_exc()
-                sys.stderr.flush()
-                reply = ("failed", _reason(error))
-            connection.send(reply)
-
-
-def _reason(error: Exception) -> str:
-    lines = [entry.strip() for entry in str(error).splitlines() if entry.strip()]
-    if isinstance(error, ModuleNotFoundError):
-        return f"not installed: {error.name}"
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    """The program of a process, see ``serve``."""
+    with torch.no_grad():
+        serve(Worker, connection, job, log)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from benchmarks import machine, rows, tables
+from benchmarks.turns.job import Case
 from benchmarks.unet import scaling
-from benchmarks.unet.job import Case
 from benchmarks.unet.models import NETWORKS
 from benchmarks.unet.peers import PEERS
 from benchmarks.unet.report import Report
+from benchmarks.unet.run import Run, Settings
 from benchmarks.unet.suites import SUITES
-from benchmarks.unet.turns import Run, Settings
 
 HERE = {"cpu": "a", "isa": ["avx2"], "kernels": "AVX2", "cores": 2, "threads": None,
         "native_bfloat16": False, "date": "2026-01-01", "versions": {}}  # fmt: skip

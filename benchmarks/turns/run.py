@@ -1,9 +1,8 @@
-"""The order of a run: compute expected outputs, prepare and check every peer, then time in turns.
+"""The order of a run: compute what is expected, prepare and check every peer, then time in turns.
 
 All peers of a run are alive at once, each in its own process; while one is timed the others wait. A
 pause before each turn lets the threads of the previous peer go to sleep; the processor time that
-waiting processes take nevertheless is measured and reported. Networks too large for that are held
-by one process at a time, which is started, prepared and timed once per round.
+waiting processes take nevertheless is measured and reported.
 """
 
 from __future__ import annotations
@@ -17,22 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.unet.job import Case, Job
-from benchmarks.unet.models import NETWORKS
-from benchmarks.unet.peers import INDUCTOR, OURS, PEERS
-from benchmarks.unet.process import Process, WorkerError, idle_share
-from benchmarks.unet.worker import REFERENCE, SLOW
+from benchmarks.turns.job import OURS, REFERENCE, Case, Job
+from benchmarks.turns.process import Process, Program, WorkerError, idle_share
+from benchmarks.turns.worker import SLOW
 
 PAUSE = 0.05  # seconds before a turn; libgomp's threads spin for 5 ms, ONNX Runtime's for 1 ms
-SLOW_ROUNDS = 3  # rounds of peers whose call takes longer than SLOW
-HEAVY_ROUNDS, HEAVY_TURNS = 2, 3  # rounds, and turns per round, of heavy networks
-SAMPLING_ROUNDS = 3
-BREAKDOWN_CALLS = 10
-NOT_SAMPLED = (
-    "eager",
-    "fastdiff strict",
-    "fastdiff bf16",
-)  # peers without sampling loops, being like another peer
+SLOW_ROUNDS = 3  # rounds of peers whose call takes longer than ``Run.slow``
 
 Store = Callable[[dict[str, Any]], None]
 
@@ -46,8 +35,7 @@ class Settings:
         limit: longest time for an answer, compilation included, in seconds.
         keep_heap: keep freed memory in the process.
         warm: start every peer again after its first calls, for the time of a first call with the
-            caches that an earlier process left; heavy networks always are.
-        sampling: steps of a sampling loop; None for no loops.
+            caches that an earlier process left.
         breakdown: the peer whose calls are broken down; None for none.
         folder: for the files and logs of the processes.
     """
@@ -56,7 +44,6 @@ class Settings:
     limit: float
     keep_heap: bool
     warm: bool
-    sampling: int | None
     breakdown: str | None
     folder: Path
 
@@ -66,9 +53,9 @@ class Row:
     """A peer's figures in one run; times in seconds, memory in MiB.
 
     Attributes:
-        peer: a key of ``PEERS``.
+        peer: its name.
         failed: the reason why figures are missing, or None.
-        times: of each call, or of each sampling loop.
+        times: of each call.
         error, first_call, call, notes: see ``worker.Readiness``.
         warm_first_call: a later process's first call, with the caches that the first one left.
         peak_memory, running_memory: see ``Worker.memory``.
@@ -101,23 +88,24 @@ class Run:
 
     Args:
         case: what is timed.
-        peers: keys of ``PEERS``; peers that do not support the dtype are left out.
+        peers: names.
         settings: options of the command line.
         store: called with the record after every change of it.
+
+    Attributes:
+        program: of a peer's process.
+        slow: seconds of a call, from which on a peer has ``SLOW_ROUNDS`` turns at most.
+        breakdown_calls: number of calls that a breakdown records.
     """
 
-    def __init__(
-        self,
-        case: Case,
-        peers: Sequence[str],
-        settings: Settings,
-        store: Store,
-    ) -> None:
+    program: Program
+    slow = SLOW
+    breakdown_calls = 10
+
+    def __init__(self, case: Case, peers: Sequence[str], settings: Settings, store: Store) -> None:
         self.case, self.settings, self.title = case, settings, case.title
-        self.network = NETWORKS[case.network]
-        self.rows = {name: Row(name) for name in peers if case.dtype in PEERS[name].dtypes}
-        # float64's output is the same for every dtype and number of threads.
-        self.expected = settings.folder / f"{case.network}-{case.batch}-{case.size}.pt"
+        self.rows = {name: Row(name) for name in peers}
+        self.expected = settings.folder / f"{self._expected_by()}.pt"
         self.facts = machine.facts(case.threads if case.size is None else None)
         self._finished = False
         self._store = store
@@ -125,11 +113,17 @@ class Run:
 
     def run(self) -> None:
         """Everything that was asked for; failures end up in the rows."""
-        self._run()
+        if self._expect():
+            self._run()
         self._finished = True
         self._save()
 
-    def _run(self) -> None:
+    def _expected_by(self) -> str:
+        """Name of what the expected results depend on, for their file."""
+        return self.title.replace(", ", "-").replace(" ", "-")
+
+    def _expect(self) -> bool:
+        """Have the expected results written; False if that fails, with the reason in the rows."""
         say(f"{self.title}: what float64 makes of it")
         try:
             if not self.expected.exists():
@@ -138,10 +132,10 @@ class Run:
             say(f"{self.title}: not run: {error}")
             for row in self.rows.values():
                 row.failed = f"nothing to check it against: {error}"
-            return
-        if self.network.heavy:
-            self._one_at_a_time()
-            return
+            return False
+        return True
+
+    def _run(self) -> None:
         alive: dict[str, Process] = {}
         try:
             for name in self.rows:
@@ -153,28 +147,33 @@ class Run:
                 if process is not None:
                     alive[name] = process
             self._rounds(alive)
-            if self.settings.sampling is not None and self.network.takes_time:
-                self._sampling(alive, self.settings.sampling)
-            if self.settings.breakdown in alive:
-                self._breakdown(alive[self.settings.breakdown], self.settings.breakdown)
+            self._afterwards(alive)
         finally:
             for process in alive.values():
                 process.close()
+
+    def _afterwards(self, alive: dict[str, Process]) -> None:
+        """What is asked of the peers when all are timed."""
+        if self.settings.breakdown in alive:
+            self._breakdown(alive[self.settings.breakdown], self.settings.breakdown)
 
     def _job(self, peer: str) -> Job:
         folder = f"{self.title}-{peer}".replace(", ", "-").replace(" ", "-")
         settings = self.settings
         return Job(self.case, peer, settings.folder / folder, self.expected, settings.keep_heap)
 
+    def _process(self, peer: str) -> Process:
+        return Process(type(self).program, self._job(peer), self.settings.limit)
+
     def _reference(self, *request: Any) -> None:
-        with Process(self._job(REFERENCE), self.settings.limit) as process:
+        with self._process(REFERENCE) as process:
             process.ask(*request)
 
     def _ready(self, name: str) -> Process | None:
         """The process of a peer after its first calls, or None with the reason in its row."""
         row = self.rows[name]
         say(f"{self.title}: {name} gets ready")
-        process = Process(self._job(name), self.settings.limit)
+        process = self._process(name)
         try:
             readiness = process.ask("prepare")
         except BaseException as error:
@@ -203,7 +202,7 @@ class Run:
             say(f"{self.title}: round {number + 1} of {self.settings.rounds}")
             for name, process in list(alive.items()):
                 row = self.rows[name]
-                if (row.call or 0) > SLOW and number >= SLOW_ROUNDS:
+                if (row.call or 0) > self.slow and number >= SLOW_ROUNDS:
                     continue
                 self._turn(row, process, [p for p in alive.values() if p is not process])
                 if row.failed:
@@ -233,62 +232,10 @@ class Run:
         row.peak_memory = max(filter(None, (row.peak_memory, whole)), default=None)
         row.running_memory = max(filter(None, (row.running_memory, running)), default=None)
 
-    def _one_at_a_time(self) -> None:
-        for number in range(min(HEAVY_ROUNDS, self.settings.rounds)):
-            say(f"{self.title}: round {number + 1}, one process at a time")
-            for name, row in self.rows.items():
-                process = None if row.failed else self._ready(name)
-                if process is None:
-                    continue
-                with process:
-                    for _ in range(HEAVY_TURNS):
-                        if not row.failed:
-                            self._turn(row, process, [])
-                    if not row.failed:
-                        self._ask_memory(row, process)
-                    if not row.failed and number == 0 and self.settings.breakdown == name:
-                        self._breakdown(process, name)
-                self._save()
-
-    def _sampling(self, alive: dict[str, Process], steps: int) -> None:
-        chosen = [name for name in alive if self._is_sampled(name)]
-        say(f"{self.title}: {steps} steps of DDIM, what float32 makes of them")
-        try:
-            self._reference("expect_samples", steps)
-        except WorkerError as error:
-            say(f"{self.title}: no sampling: {error}")
-            return
-        rows = {name: Row(name) for name in chosen}
-        for number in range(-1, SAMPLING_ROUNDS):
-            for name in chosen:
-                row, process = rows[name], alive[name]
-                if row.failed or ((self.rows[name].call or 0) > SLOW and number > 0):
-                    continue
-                time.sleep(PAUSE)
-                try:
-                    if number < 0:  # warms up what only a loop does, and is checked
-                        _, row.error = process.ask("sample", steps, True)
-                    else:
-                        row.times.append(process.ask("sample", steps, False)[0])
-                except WorkerError as error:
-                    row.failed = str(error)
-                    alive.pop(name).close()
-                outcome = f"{row.times[-1]:.2f} s" if row.times else f"error {row.error}"
-                say(f"{self.title}: {steps} steps, {name}: {row.failed or outcome}")
-            self._put("sampling", steps=steps, rows=[row.as_dict() for row in rows.values()])
-
-    def _is_sampled(self, name: str) -> bool:
-        """Whether a peer is worth a loop: of Inductor's variants only the fastest is."""
-        if PEERS[name].summary != INDUCTOR:
-            return name not in NOT_SAMPLED
-        variants = [row for row in self.rows.values() if PEERS[row.peer].summary == INDUCTOR]
-        timed = [row for row in variants if row.times and not row.failed]
-        return bool(timed) and name == min(timed, key=lambda row: statistics.median(row.times)).peer
-
     def _breakdown(self, process: Process, name: str) -> None:
         say(f"{self.title}: where the time of {name} goes")
         try:
-            profile = process.ask("profile", BREAKDOWN_CALLS)
+            profile = process.ask("profile", self.breakdown_calls)
         except WorkerError as error:
             say(f"{self.title}: no breakdown: {error}")
             return

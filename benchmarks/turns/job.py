@@ -1,24 +1,26 @@
-"""What a worker is asked to do, and the network that a peer has prepared for it."""
+"""What is timed, and what a worker is asked to do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REFERENCE = "reference"  # the job that computes what is expected
+OURS = "fastdiff"  # the peer whose time the others are compared with
 
 
 @dataclass(frozen=True)
 class Case:
-    """The calls that all peers are timed on.
+    """The calls, or training steps, that all peers are timed on.
 
     Attributes:
-        network: a key of ``models.NETWORKS``.
+        network: its name in the benchmark.
         batch: number of images.
-        dtype: a key of ``models.DTYPES``.
+        dtype: a key of ``DTYPES``.
         threads: of every peer.
         size: height and width of the images; None for the network's own.
     """
@@ -51,9 +53,9 @@ class Job:
 
     Attributes:
         case: the network and the calls.
-        peer: a key of ``PEERS``, or ``worker.REFERENCE``.
+        peer: its name in the benchmark, or ``REFERENCE``.
         folder: for the peer's files, empty at its first start.
-        expected: file of the inputs and of the output of eager float64.
+        expected: file of the inputs and of what eager float64 makes of them.
         keep_heap: keep freed memory in the process.
     """
 
@@ -62,30 +64,3 @@ class Job:
     folder: Path
     expected: Path
     keep_heap: bool
-
-
-@dataclass
-class Prepared:
-    """A network ready to be called.
-
-    Attributes:
-        call: the network as a function of its inputs.
-        dtype: of floating-point inputs.
-        layout: memory format of four-dimensional inputs.
-        notes: remarks for the report.
-    """
-
-    call: Callable[..., Tensor]
-    dtype: torch.dtype
-    layout: torch.memory_format = torch.contiguous_format
-    notes: list[str] = field(default_factory=list)
-
-    def fit(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs in ``dtype`` and ``layout``; int64 inputs stay int64."""
-        return tuple(
-            value.to(
-                self.dtype if value.is_floating_point() else value.dtype,
-                memory_format=self.layout if value.ndim == 4 else torch.preserve_format,
-            )
-            for value in inputs
-        )

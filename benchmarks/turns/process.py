@@ -7,11 +7,15 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.unet.job import Job
+from benchmarks.turns.job import Job
+
+Program = Callable[[Connection, Job, str], None]
 
 
 class WorkerError(Exception):
@@ -22,11 +26,12 @@ class Process:
     """A process for one job, with compiler caches of its own.
 
     Args:
+        program: answers requests on the connection; its output goes into the file of that name.
         job: the worker's task.
         limit: longest time for a request, in seconds.
     """
 
-    def __init__(self, job: Job, limit: float) -> None:
+    def __init__(self, program: Program, job: Job, limit: float) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         self.job, self.limit = job, limit
         context = multiprocessing.get_context("spawn")
@@ -39,9 +44,9 @@ class Process:
             "OMP_NUM_THREADS": str(job.case.threads),
             "MKL_NUM_THREADS": str(job.case.threads),
         }
-        from benchmarks.unet.worker import main
-
-        self._process = context.Process(target=main, args=(theirs, job, str(job.folder) + ".log"))
+        self._process = context.Process(
+            target=program, args=(theirs, job, str(job.folder) + ".log")
+        )
         with _environment(caches):
             self._process.start()
         theirs.close()
