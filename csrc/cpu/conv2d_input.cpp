@@ -14,20 +14,6 @@ Threads conv2d_threads() {
           }};
 }
 
-at::Tensor by_pixel(const at::Tensor& x, int64_t* ld) {
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  const auto lies = [](int64_t size, int64_t stride, int64_t wanted) {
-    return size <= 1 || stride == wanted;
-  };
-  // The distance of two pixels, from the innermost dimension that has two.
-  *ld = w > 1 ? x.stride(3) : h > 1 ? x.stride(2) : n > 1 ? x.stride(0) : c;
-  if (lies(c, x.stride(1), 1) && *ld >= c && lies(w, x.stride(3), *ld) &&
-      lies(h, x.stride(2), *ld * w) && lies(n, x.stride(0), *ld * w * h))
-    return x;
-  *ld = c;
-  return x.contiguous(at::MemoryFormat::ChannelsLast);
-}
-
 ConvInput::ConvInput(const ConvSpec& spec, const at::Tensor& x, const OptionalTensor& skip,
                      const OptionalTensor& norm)
     : p{spec}, x_(x), skip_(skip), norm_(norm) {

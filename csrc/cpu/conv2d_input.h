@@ -14,10 +14,6 @@ using OptionalTensor = std::optional<at::Tensor>;
 // PyTorch's threads.
 Threads conv2d_threads();
 
-// x, or a copy of it, with the channels of a pixel side by side and the pixels in order, `ld`
-// apart.
-at::Tensor by_pixel(const at::Tensor& x, int64_t* ld);
-
 // The input of a convolution, and the part of its description that follows from it.
 struct ConvInput {
   Conv2d p;

@@ -94,7 +94,9 @@ def only_own_layers_run(unet: nn.Module, original: type[nn.Module]) -> bool:
     for part in parts:
         if type(part) not in _BY_ROW and type(part) not in _LAYERS:
             return False
-        if not _is_plain(part) or part.training != unet.training or part._compiled_call_impl is not None:
+        if not _is_plain(part) or part._compiled_call_impl is not None:
+            return False
+        if part.training != unet.training:
             return False
     weights = list(unet.parameters())
     dtype = weights[0].dtype

@@ -27,8 +27,7 @@ _conv2d = torch.ops.fastdiff.conv2d.default
 _pack = torch.ops.fastdiff.conv2d_pack.default
 _coefficients = torch.ops.fastdiff.group_norm_coefficients.default
 _channel_statistics = torch.ops.fastdiff.channel_statistics.default
-
-
+_weight_gradient = torch.ops.fastdiff.conv2d_weight_gradient.default
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ def _parameters(
     sums = None
     if needs["weight"]:
         number = conv2d_algorithms.named(call.algorithms.of_weight).number
-        dw, sums = torch.ops.fastdiff.conv2d_weight_gradient(dy, x, call.spec.encode(), number, skip, norm)
+        dw, sums = _weight_gradient(dy, x, call.spec.encode(), number, skip, norm)
         if call.scale != 1:
             dw.mul_(call.scale)
         found["weight"] = dw.view(weight.shape).to(weight.dtype)

@@ -6,6 +6,7 @@ counts the time that packing takes, which is that of writing the packed weight a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,7 @@ def choose(
     """
     images, *input_size = size
     pixels = images * _area(spec.output_size(input_size))
-    products = pixels * _count(spec)
+    products = pixels * math.prod(spec.weight)
     other = turned(spec)
     return Algorithms(
         result=_quickest(spec, pixels, products, dtype, strict),
@@ -40,36 +41,31 @@ def choose(
         if other is None
         else _quickest(other, images * _area(other.output_size(spec.output_size(input_size))),
                        products, dtype, strict),
-        of_weight=_of_weight(spec, pixels, products, dtype, strict),
+        of_weight=_of_weight(spec, pixels, dtype, strict),
     )  # fmt: skip
 
 
-def _quickest(
-    spec: ConvSpec, pixels: int, products: int, dtype: torch.dtype, strict: bool
-) -> str:
+def _quickest(spec: ConvSpec, pixels: int, products: int, dtype: torch.dtype, strict: bool) -> str:
     def seconds(row: Algorithm) -> float:
         packed = BYTE_SECONDS * conv2d_algorithms.packed_bytes(row.name, spec.weight)
-        return PLAIN_SECONDS * products * row.time(spec, pixels) + packed
+        return PLAIN_SECONDS * products * row.cost.time(spec, pixels) + packed
 
-    return min(reversed(_suited(spec, dtype, strict)), key=seconds).name
-
-
-def _of_weight(
-    spec: ConvSpec, pixels: int, products: int, dtype: torch.dtype, strict: bool
-) -> str:
-    if True: return 'direct'  # TODO
-    rows = [row for row in _suited(spec, dtype, strict) if row.weight_gradient is not None]
-    return min(reversed(rows), key=lambda row: row.weight_gradient.time(spec, pixels)).name
+    rows = [row for row in _allowed(strict) if conv2d_algorithms.suits(row.name, spec, dtype)]
+    return min(reversed(rows), key=seconds).name
 
 
-def _suited(spec: ConvSpec, dtype: torch.dtype, strict: bool) -> list[Algorithm]:
-    rows = [row for row in ALGORITHMS.values() if row.strict or not strict]
-    return [row for row in rows if conv2d_algorithms.suits(row.name, spec, dtype)]
+def _of_weight(spec: ConvSpec, pixels: int, dtype: torch.dtype, strict: bool) -> str:
+    shares = {
+        row.name: row.weight_gradient.time(spec, pixels)
+        for row in _allowed(strict)
+        if row.weight_gradient is not None
+        and conv2d_algorithms.weight_gradient_refusal(row, spec, dtype) is None
+    }
+    return min(reversed(shares), key=shares.__getitem__)
 
 
-def _count(spec: ConvSpec) -> int:
-    k, c, r, s = spec.weight
-    return k * c * r * s
+def _allowed(strict: bool) -> list[Algorithm]:
+    return [row for row in ALGORITHMS.values() if row.strict or not strict]
 
 
 def _area(size: Sequence[int]) -> int:

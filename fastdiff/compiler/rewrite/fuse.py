@@ -206,4 +206,3 @@ class _Emitter(Emitter):
             argument(node, "eps", 1e-5), self.per_channel(norm.scale),
             self.per_channel(norm.shift),
         )  # fmt: skip
-
