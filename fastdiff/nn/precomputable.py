@@ -80,8 +80,9 @@ def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
 def only_own_layers_run(unet: nn.Module, original: type[nn.Module]) -> bool:
     """Whether, besides, nothing else sees or answers the calls of any module.
 
-    A part that is compiled, in another mode (training or evaluation) than the U-Net, or weights that are no plain
-    parameters of one dtype on a CPU, float32, bfloat16 or float16, count as something else.
+    A part that is compiled, or in another mode (training or evaluation) than the U-Net, or weights
+    that are no plain parameters of one dtype on a CPU, float32, bfloat16 or float16, count as
+    something else.
 
     Args:
         unet: an instance of ``original``.
