@@ -14,6 +14,8 @@ FASTDIFF_DECLARE_CONV2D_BF16(conv2d_phases_bf16)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_split_bf16)
 FASTDIFF_DECLARE_CONV2D_BF16(conv2d_winograd2_bf16)
 FASTDIFF_DECLARE_WEIGHT_GRADIENT(conv2d_direct)
+FASTDIFF_DECLARE_WEIGHT_GRADIENT(conv2d_winograd2)
+FASTDIFF_DECLARE_WEIGHT_GRADIENT(conv2d_winograd4)
 
 namespace {
 
@@ -60,7 +62,9 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .suits = steps_of_1,
        .cost = {.share = 0.5, .narrow = 16, .narrow_share = 0.9},
        .pack = FASTDIFF_KERNEL(conv2d_winograd2_pack),
-       .run = FASTDIFF_KERNEL(conv2d_winograd2)},
+       .run = FASTDIFF_KERNEL(conv2d_winograd2),
+       .weight_gradient = FASTDIFF_KERNEL(conv2d_winograd2_weight_gradient),
+       .weight_gradient_cost = {.share = 0.5}},
       {.name = "winograd4",
        .purpose = "3x3 kernels and stride 1",
        .packs = of_3x3,
@@ -71,7 +75,9 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
                 .small = kPixels,
                 .small_share = 0.6},
        .pack = FASTDIFF_KERNEL(conv2d_winograd4_pack),
-       .run = FASTDIFF_KERNEL(conv2d_winograd4)},
+       .run = FASTDIFF_KERNEL(conv2d_winograd4),
+       .weight_gradient = FASTDIFF_KERNEL(conv2d_winograd4_weight_gradient),
+       .weight_gradient_cost = {.share = 0.5}},
       // Packed it takes 7/4 of the direct one's memory.
       {.name = "strassen",
        .purpose = "1x1 kernels and channels in multiples of 32",

@@ -9,6 +9,15 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
+// Before a function that is to be compiled once. Where share() has one thread the compiler may
+// inline what it runs, and it chooses in each copy anew which products and sums become one
+// instruction: the last bits would depend on the number of threads.
+#ifdef __clang__
+#define FASTDIFF_ONE_COPY __attribute__((noinline))
+#else
+#define FASTDIFF_ONE_COPY __attribute__((noinline, noclone))
+#endif
+
 // dy as an image that read_patch() reads: outside of it there are zeros.
 inline Conv2d image_of_dy(const ConvWeightGradient& p) {
   Conv2d image = p;
@@ -22,6 +31,17 @@ inline Conv2d image_of_dy(const ConvWeightGradient& p) {
   image.silu = image.upsample = false;
   return image;
 }
+
+// Chunks of nearly the same size, of at most `most`.
+struct Chunks {
+  int64_t size, count;
+
+  Chunks(int64_t total, int64_t most) {
+    const int64_t least = (total + most - 1) / most;
+    size = std::min(total, rounded_up((total + least - 1) / least, kLine));
+    count = (total + size - 1) / size;
+  }
+};
 
 // The sums of dy's pixels, [N, K] in float64. Each element must be added to by one thread at a
 // time, and always in the same order.

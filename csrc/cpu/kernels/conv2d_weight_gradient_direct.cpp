@@ -14,17 +14,6 @@
 namespace fastdiff::CPU_CAPABILITY {
 namespace {
 
-// Chunks of nearly the same size, of at most `most`.
-struct Chunks {
-  int64_t size, count;
-
-  Chunks(int64_t total, int64_t most) {
-    const int64_t least = (total + most - 1) / most;
-    size = std::min(total, rounded_up((total + least - 1) / least, kLine));
-    count = (total + size - 1) / size;
-  }
-};
-
 template <class T>
 struct DirectWeightGradient {
   static constexpr int64_t kPixels = 128;  // of a block
@@ -68,7 +57,7 @@ struct DirectWeightGradient {
   }
 
   // Filters k0..k1-1 and channels c0..c1-1 of dw.
-  void compute(int64_t k0, int64_t k1, int64_t c0, int64_t c1) {
+  FASTDIFF_ONE_COPY void compute(int64_t k0, int64_t k1, int64_t c0, int64_t c1) {
     static thread_local Scratch x_scratch, dy_scratch, dw_scratch;
     const int64_t count = k1 - k0, deep = c1 - c0;
     float* dw = dw_scratch.at_least(p.kernel_h * count * run_ld);

@@ -18,23 +18,9 @@
 #pragma once
 
 #include "cpu/kernels/conv2d_epilogue.h"
-#include "cpu/kernels/conv2d_grid.h"
-#include "cpu/kernels/conv2d_patch.h"
-#include "cpu/kernels/conv2d_winograd_matrices.h"
+#include "cpu/kernels/conv2d_winograd_tiles.h"
 
 namespace fastdiff::CPU_CAPABILITY {
-
-template <class Element>
-constexpr int64_t kLineOf = kLine * sizeof(float) / sizeof(Element);  // elements of a cache line
-
-// The distance of planes of that many elements: an odd number of cache lines, so that a line of
-// each goes to a set of the cache of its own. Were they multiples of 16 lines apart, as tiles and
-// channels would have it, 9 of 36 would share each set of 8.
-template <class Element>
-constexpr int64_t odd_lines(int64_t count) {
-  constexpr int64_t line = kLineOf<Element>;
-  return (rounded_up(count, line) / line | 1) * line;
-}
 
 // One of the convolutions that make up the whole: of outputs (row, column) and every kStep further
 // ones, whose first window begins at (top, left) of the input.
@@ -72,7 +58,6 @@ struct Winograd {
   static constexpr int64_t kPanel = Products::kPanel, kChannels = Products::kChannels;
   static constexpr int kTile = m + r - 1, kPlanes = kTile * kTile;
   static constexpr int64_t kStep = r == 2 ? 2 : 1, kPhases = kStep * kStep;
-  static constexpr int64_t kRow = 8;               // tiles that are transformed together
   static constexpr int64_t kWritten = kLineOf<T>;  // filters of a tile that are written together
 
   const Conv2d p;
@@ -166,48 +151,14 @@ struct Winograd {
     static thread_local Scratch scratch;
     for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s) {
       const Segment& segment = grid.segments[s];
-      const int64_t rows = (segment.bottom - segment.top) * m + r - 1,
-                    columns = segment.width() * m + r - 1;
-      float* patch = scratch.at_least(rows * columns * kChannels);
+      const TilePatch<OfInput<m, r>, kChannels> patch(segment);
+      float* pixels = scratch.at_least(patch.size());
       for (int64_t index = begin; index < end; ++index) {
         const int64_t c0 = index * kChannels, c1 = std::min(p.channels, c0 + kChannels);
         const int64_t deep = rounded_up(c1 - c0, Products::kDepth);
-        read_patch<T>(p, segment.image, segment.top * m + phase.top, segment.left * m + phase.left,
-                      rows, columns, c0, c1, patch, kChannels);
-        if (c1 - c0 < deep)
-          for (int64_t i = 0; i < rows * columns; ++i)
-            for (int64_t c = c1 - c0; c < deep; ++c) patch[i * kChannels + c] = 0;
-        for (int64_t i = 0; i < segment.bottom - segment.top; ++i)
-          for (int64_t j = 0; j < segment.width(); j += kRow) {
-            const float* from = patch + (i * m * columns + j * m) * kChannels;
-            Element* to = v + (segment.first + i * segment.width() + j) * ld + c0;
-            for (int64_t c = 0; c < deep; c += kLanes)
-              transform_input(from + c, columns * kChannels, std::min(kRow, segment.width() - j),
-                              to + c);
-          }
-      }
-    }
-  }
-
-  // Transforms `tiles` neighbours in a row, at most kRow: first down each column of pixels, of
-  // which two neighbours share r - 1, then across.
-  FASTDIFF_INLINE void transform_input(const float* from, int64_t row, int64_t tiles,
-                                       Element* to) const {
-    constexpr int64_t kMost = kRow * m + r - 1;
-    F down[kTile][kMost];
-    for (int64_t j = 0; j < tiles * m + r - 1; ++j) {
-      F d[kTile];
-#pragma GCC unroll 6
-      for (int a = 0; a < kTile; ++a) d[a] = load_lanes(from + a * row + j * kChannels);
-      Filtering<m, r>::input(d, 1, &down[0][j], kMost);
-    }
-    for (int64_t t = 0; t < tiles; ++t, to += ld) {
-#pragma GCC unroll 6
-      for (int a = 0; a < kTile; ++a) {
-        F out[kTile];
-        Filtering<m, r>::input(&down[a][t * m], 1, out, 1);
-#pragma GCC unroll 6
-        for (int q = 0; q < kTile; ++q) store_lanes(to + (a * kTile + q) * plane, out[q]);
+        patch.template read<T>(p, segment.image, segment.top * m + phase.top,
+                               segment.left * m + phase.left, c0, c1, deep, pixels);
+        patch.transform(pixels, deep, Planes<Element>{v + segment.first * ld + c0, ld, plane});
       }
     }
   }

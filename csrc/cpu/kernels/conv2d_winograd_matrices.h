@@ -7,7 +7,8 @@
 namespace fastdiff::CPU_CAPABILITY {
 
 // The matrices of F(m, r) for the first m + r - 2 points of 0, 1, -1, 2, -2, and infinity, in one
-// dimension: input() is B^T, output() is A^T, and kWeight is G.
+// dimension: input() is B^T, output() is A^T, and kWeight is G. For the gradient of a weight,
+// gradient() is A and weight_gradient() is G^T.
 template <int m, int r>
 struct Filtering;
 
@@ -27,6 +28,22 @@ struct Filtering<2, 3> {
     const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
     out[0] = a + b + c;
     out[out_step] = b - c + e;
+  }
+
+  static FASTDIFF_INLINE void gradient(const F* d, int64_t step, F* out, int64_t out_step) {
+    const F a = d[0], b = d[step];
+    out[0] = a;
+    out[out_step] = a + b;
+    out[2 * out_step] = a - b;
+    out[3 * out_step] = b;
+  }
+
+  static FASTDIFF_INLINE void weight_gradient(const F* d, int64_t step, F* out, int64_t out_step) {
+    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
+    const F sum = .5f * (b + c);
+    out[0] = a + sum;
+    out[out_step] = .5f * (b - c);
+    out[2 * out_step] = sum + e;
   }
 };
 
@@ -84,6 +101,27 @@ struct Filtering<4, 3> {
     out[out_step] = difference + 2.f * difference2;
     out[2 * out_step] = sum + 4.f * sum2;
     out[3 * out_step] = difference + 8.f * difference2 + g;
+  }
+
+  static FASTDIFF_INLINE void gradient(const F* d, int64_t step, F* out, int64_t out_step) {
+    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
+    const F even = a + c, odd = b + e, even2 = a + 4.f * c, odd2 = 2.f * b + 8.f * e;
+    out[0] = a;
+    out[out_step] = even + odd;
+    out[2 * out_step] = even - odd;
+    out[3 * out_step] = even2 + odd2;
+    out[4 * out_step] = even2 - odd2;
+    out[5 * out_step] = e;
+  }
+
+  static FASTDIFF_INLINE void weight_gradient(const F* d, int64_t step, F* out, int64_t out_step) {
+    const F a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], f = d[4 * step],
+            g = d[5 * step];
+    constexpr float kSixth = 1.f / 6;
+    const F sum = kSixth * (b + c), sum2 = kSixth * (e + f);
+    out[0] = .25f * (a + sum2) - sum;
+    out[out_step] = kSixth * (c - b) + .5f * kSixth * (e - f);
+    out[2 * out_step] = sum2 - sum + g;
   }
 };
 

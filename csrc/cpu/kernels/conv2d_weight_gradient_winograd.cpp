@@ -1,0 +1,179 @@
+// The gradient of a 3x3 convolution's weight, of stride 1, by Winograd's minimal filtering
+// F(m x m, 3x3) (Lavin & Gray 2016, arXiv:1509.09308). A tile of the convolution is
+//
+//   y = A^T [(G w G^T) . (B^T x B)] A,   so   dw = G^T [sum over tiles of (A dy A^T) . (B^T x B)]
+//   G.
+//
+// The sums are products of matrices, one for each of the (m + 2)^2 elements of a transformed tile:
+// [K, tiles] times [tiles, C], with 1/4 of the direct multiplications for m = 4 and 1/2.25 for m
+// = 2.
+//
+// A block of tiles at a time, all threads transform channels of x and dy into planes, and then
+// multiply planes, adding to sums [(m + 2)^2, K, C] that are in the caches; at the end these are
+// transformed back. x and dy are read once, dw is written once. Where the sums would not stay in
+// the caches, the filters are divided into passes, each of which reads x again. Planes and sums
+// move through the shared cache: the more tiles a block has the less often the sums do, until the
+// planes are too large.
+//
+// Accuracy in float32: as conv2d_winograd.h states it of the convolution, and its bounds.
+#include "cpu/kernels/conv2d_weight_gradient.h"
+#include "cpu/kernels/conv2d_winograd_tiles.h"
+#include "cpu/kernels/dtypes.h"
+#include "cpu/kernels/gemm_transposed.h"
+
+namespace fastdiff::CPU_CAPABILITY {
+namespace {
+
+template <class T, int m>
+struct WinogradWeightGradient {
+  static constexpr int r = 3, kTile = m + r - 1, kPlanes = kTile * kTile;
+  static constexpr int64_t kChannels = kLine;         // that are read and transformed at a time
+  static constexpr int64_t kGroup = 2 * kLine;        // channels of a unit
+  static constexpr int64_t kBlock = 2 << 20;          // floats of a block's planes
+  static constexpr int64_t kLeast = 64, kMost = 256;  // tiles of a block
+
+  const ConvWeightGradient p;
+  const Conv2d dy;
+  const Chunks passes;  // of filters
+  const Grid grid;
+  const int64_t x_ld, dy_ld, x_plane, dy_plane;  // of the transformed x and dy
+  const int64_t sums_ld, sums_plane;
+  float *x_planes, *dy_planes, *products;
+  PixelSums sums;
+
+  explicit WinogradWeightGradient(const ConvWeightGradient& given)
+      : p(given),
+        dy(image_of_dy(p)),
+        passes(p.filters, std::max(kLine, kShared / (kPlanes * p.channels) / kLine * kLine)),
+        grid(make_grid(p.images, (p.out_height + m - 1) / m, (p.out_width + m - 1) / m,
+                       std::clamp(kBlock / (kPlanes * (p.channels + passes.size)), kLeast, kMost))),
+        x_ld(rounded_up(p.channels, kLine) + kLine),
+        dy_ld(rounded_up(passes.size, kLine) + kLine),
+        x_plane(odd_lines<float>(grid.largest * x_ld)),
+        dy_plane(odd_lines<float>(grid.largest * dy_ld)),
+        sums_ld(rounded_up(p.channels, kLanes)),
+        sums_plane(odd_lines<float>(passes.size * sums_ld)),
+        sums(p.images, p.filters) {
+    static thread_local Scratch x_scratch, dy_scratch, sums_scratch;
+    x_planes = x_scratch.at_least(kPlanes * x_plane + kPanel);
+    dy_planes = dy_scratch.at_least(kPlanes * dy_plane);
+    products = sums_scratch.at_least(kPlanes * sums_plane);
+  }
+
+  void run() {
+    for (int64_t k0 = 0; k0 < p.filters; k0 += passes.size) {
+      const int64_t k1 = std::min(p.filters, k0 + passes.size);
+      const int64_t of_x = (p.channels + kGroup - 1) / kGroup,
+                    of_dy = (k1 - k0 + kGroup - 1) / kGroup;
+      // Parts of the filters, where planes alone would not keep the threads busy.
+      const int64_t parts = std::min((4 * p.threads.count + kPlanes - 1) / kPlanes, of_dy);
+      for (int64_t block = 0; block < grid.count(); ++block) {
+        share(p.threads, of_x + of_dy, [&](int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; ++unit) {
+            if (unit < of_x) {
+              read_x(block, unit * kGroup, std::min(p.channels, (unit + 1) * kGroup));
+            } else {
+              const int64_t k = k0 + (unit - of_x) * kGroup;
+              read_dy(block, k0, k, std::min(k1, k + kGroup));
+            }
+          }
+        });
+        share(p.threads, kPlanes * parts, [&](int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; ++unit)
+            multiply(block, unit / parts, (k1 - k0) * (unit % parts) / parts,
+                     (k1 - k0) * (unit % parts + 1) / parts);
+        });
+      }
+      share(p.threads, k1 - k0, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) transform_back(k, k0 + k);
+      });
+    }
+    sums.store(p.sums, p.images);
+  }
+
+  // Calls body(segment) for each segment of a block.
+  template <class Body>
+  void for_segments(int64_t block, Body&& body) const {
+    for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s) body(grid.segments[s]);
+  }
+
+  // Transforms channels begin..end-1 of x.
+  FASTDIFF_ONE_COPY void read_x(int64_t block, int64_t begin, int64_t end) const {
+    static thread_local Scratch scratch;
+    for_segments(block, [&](const Segment& segment) {
+      const TilePatch<OfInput<m, r>, kChannels> patch(segment);
+      float* pixels = scratch.at_least(patch.size());
+      for (int64_t c = begin; c < end; c += kChannels) {
+        patch.template read<T>(p, segment.image, segment.top * m - p.top, segment.left * m - p.left,
+                               c, std::min(end, c + kChannels), kChannels, pixels);
+        patch.transform(pixels, kChannels,
+                        Planes<float>{x_planes + segment.first * x_ld + c, x_ld, x_plane});
+      }
+    });
+  }
+
+  // Transforms filters begin..end-1 of dy, of a pass that begins with filter k0.
+  FASTDIFF_ONE_COPY void read_dy(int64_t block, int64_t k0, int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    for_segments(block, [&](const Segment& segment) {
+      const TilePatch<OfGradient<m, r>, kChannels> patch(segment);
+      float* pixels = scratch.at_least(patch.size());
+      for (int64_t k = begin; k < end; k += kChannels) {
+        const int64_t stop = std::min(end, k + kChannels);
+        patch.template read<T>(dy, segment.image, segment.top * m, segment.left * m, k, stop,
+                               kChannels, pixels);
+        sums.add(segment.image, k, stop, pixels, patch.rows * patch.columns, kChannels);
+        patch.transform(pixels, kChannels,
+                        Planes<float>{dy_planes + segment.first * dy_ld + k - k0, dy_ld, dy_plane});
+      }
+    });
+  }
+
+  // Adds a plane's products to filters begin..end-1 of its sums.
+  FASTDIFF_ONE_COPY void multiply(int64_t block, int64_t plane, int64_t begin, int64_t end) const {
+    const Segment& last = grid.segments[grid.blocks[block + 1] - 1];
+    const int64_t tiles = last.first + last.tiles();
+    Array<const float*> rows(tiles);
+    for (int64_t t = 0; t < tiles; ++t) rows.add(x_planes + t * x_ld);
+    multiply_transposed(tiles, dy_planes + plane * dy_plane + begin, dy_ld, end - begin,
+                        rows.data(), plane * x_plane, p.channels,
+                        Into{products + plane * sums_plane + begin * sums_ld, sums_ld, block > 0});
+  }
+
+  // Filter k of the sums becomes filter `to` of dw.
+  FASTDIFF_ONE_COPY void transform_back(int64_t k, int64_t to) const {
+    float* dw = p.dw + to * r * r * p.channels;
+    for (int64_t c = 0; c < p.channels; c += kLanes) {
+      const float* from = products + k * sums_ld + c;
+      F columns[r * kTile];
+#pragma GCC unroll 6
+      for (int q = 0; q < kTile; ++q) {
+        F d[kTile];
+#pragma GCC unroll 6
+        for (int a = 0; a < kTile; ++a) d[a] = load_lanes(from + (a * kTile + q) * sums_plane);
+        Filtering<m, r>::weight_gradient(d, 1, columns + q, kTile);
+      }
+#pragma GCC unroll 3
+      for (int a = 0; a < r; ++a) {
+        F taps[r];
+        Filtering<m, r>::weight_gradient(columns + a * kTile, 1, taps, 1);
+#pragma GCC unroll 3
+        for (int q = 0; q < r; ++q)
+          store_lanes(dw + (a * r + q) * p.channels + c, taps[q], p.channels - c);
+      }
+    }
+  }
+};
+
+template <int m>
+void winograd(const ConvWeightGradient& p) {
+  for_float_or_bfloat16(p.dtype, [&]<class T>() { WinogradWeightGradient<T, m>(p).run(); });
+}
+
+}  // namespace
+
+void conv2d_winograd2_weight_gradient(const ConvWeightGradient& p) { winograd<2>(p); }
+
+void conv2d_winograd4_weight_gradient(const ConvWeightGradient& p) { winograd<4>(p); }
+
+}  // namespace fastdiff::CPU_CAPABILITY
