@@ -25,8 +25,8 @@ RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$
 timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
-.PHONY: help sample test test-slow asan bench bench-unet bench-bf16 scaling quality theory gpu \
-	gpu-audit cuda-check wheel lint format doctor venv clean
+.PHONY: help sample test test-slow asan bench bench-unet bench-bf16 bench-train learning \
+	scaling quality theory gpu gpu-audit cuda-check wheel lint format doctor venv clean
 
 help:  ## list these commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 14
@@ -60,6 +60,12 @@ bench-unet: $(VENV)/.test $(VENV)/.peers  ## a U-Net compiled by fastdiff and by
 
 bench-bf16: $(VENV)/.test $(VENV)/.peers  ## float32 and bfloat16 beside the best peers: time, memory, first calls
 	$(RUN) -m benchmarks.unet --suite bfloat16 $(UNET)
+
+bench-train: $(VENV)/.test $(VENV)/.peers  ## whole training steps by fastdiff and every peer: time, memory, parts
+	$(RUN) -m benchmarks.training $(TRAIN)
+
+learning: $(VENV)/.plot  ## train the digits in eager mode and compiled, three seeds: table and picture
+	$(RUN) -m benchmarks.learning $(QUALITY)
 
 scaling: $(VENV)/.test $(VENV)/.peers $(VENV)/.plot  ## time against batch, image size and threads: table and plot, an hour
 	$(RUN) -m benchmarks.unet --suite scaling --resume --limit 300 $(UNET)

@@ -8,6 +8,7 @@ and the audit of the GPU kernels.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ LAYOUTS = ("f32 nchw", "f32 nhwc", "bf16 nchw", "bf16 nhwc")
 # Those that a table of their own shows, and conv2d, which unet.md shows in its place in a network.
 NOT_SINGLE = ("conv2d", "digits", "sampling_loop", "training_objective")
 EULER = "euler-maruyama"
+LAST_STEPS = 100  # of a training, whose mean loss is the loss at its end
 
 
 def machines(results: Results) -> list[dict[str, Any]]:
@@ -199,6 +201,97 @@ def _best(record: Results, kind: str, scale: float, unit: str = "") -> str:
     return text if kind == PEERS[OURS].summary or not ours else (
         f"{text} ({best['median'] / ours:.2f}x)"
     )  # fmt: skip
+
+
+# Training steps: training.json.
+
+
+def training_steps(results: Results) -> list[Row]:
+    """Every peer on every case: milliseconds a training step, and the time over fastdiff's."""
+    return _training(results, "median", 1e3, "{:.1f}")
+
+
+def training_memory(results: Results) -> list[Row]:
+    """Resident memory in MiB while steps are taken, and the memory over fastdiff's."""
+    return _training(results, "running_memory", 1, "{:.0f}")
+
+
+def training_parts(results: Results) -> list[Row]:
+    """Milliseconds of each part of fastdiff's step, one column a case."""
+    found = [r for r in results["records"] if r["kind"] == "breakdown"]
+    order: dict[str, float] = {}
+    for record in found:
+        for part, ms in record["parts"].items():
+            order[part] = max(order.get(part, 0.0), ms / record["recorded"])
+    table = [["", *map(_training_title, found)]]
+    for part in sorted(order, key=lambda part: -order[part]):
+        cells = (record["parts"].get(part) for record in found)
+        table.append([part, *("" if ms is None else f"{ms:.1f}" for ms in cells)])
+    return [*table, ["the step, recorded", *(f"{r['recorded']:.1f}" for r in found)]]
+
+
+def _training(results: Results, figure: str, scale: float, form: str) -> list[Row]:
+    """One row a peer, one column a case: a figure, and its ratio to fastdiff's."""
+    from benchmarks.training.peers import PEERS
+
+    calls = [r for r in results["records"] if r["kind"] == "call"]
+    table = [["", *map(_training_title, calls)]]
+    for name, peer in PEERS.items():
+        cells = [_training_cell(record, name, figure, scale, form) for record in calls]
+        if any(cells):
+            table.append([peer.title, *cells])
+    return table
+
+
+def _training_cell(record: Results, name: str, figure: str, scale: float, form: str) -> str:
+    from benchmarks.turns.job import OURS
+
+    row = next((r for r in record["rows"] if r["peer"] == name), None)
+    if row is None:
+        return ""
+    if row["failed"]:
+        return "failed"
+    value = row[figure]
+    if value is None:
+        return ""
+    ours = next((r[figure] for r in record["rows"] if r["peer"] == OURS and not r["failed"]), None)
+    text = form.format(scale * value)
+    return text if name == OURS or not ours else f"{text} ({value / ours:.2f}x)"
+
+
+def _training_title(record: Results) -> str:
+    from benchmarks.training.tasks import TASKS
+
+    title = TASKS[record["network"]].network.title
+    return f"{title}, {record['dtype']}, batch {record['batch']}"
+
+
+# The digits model trained in eager mode and compiled: learning.json.
+
+
+def learning(results: Results) -> list[Row]:
+    """Loss at the end and Frechet distance of samples: one row a seed, and mean and deviation."""
+    figures = {
+        "loss": lambda run: statistics.fmean(run["losses"][-LAST_STEPS:]),
+        "Fréchet distance": lambda run: run["frechet"],
+    }
+    ways = dict.fromkeys(run["way"] for run in results["runs"])
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    runs = {(run["seed"], run["way"]): run for run in results["runs"]}
+    table = [["seed", *(f"{name}, {way}" for name in figures for way in ways)]]
+    columns = [
+        [of(runs[seed, way]) if (seed, way) in runs else None for seed in seeds]
+        for of in figures.values()
+        for way in ways
+    ]
+    for index, seed in enumerate(seeds):
+        cells = (column[index] for column in columns)
+        table.append([str(seed), *("" if cell is None else f"{cell:.4f}" for cell in cells)])
+    summaries = {"mean": statistics.fmean, "standard deviation": statistics.stdev}
+    for name, summary in summaries.items():
+        made = ([cell for cell in column if cell is not None] for column in columns)
+        table.append([name, *(f"{summary(one):.4f}" if len(one) > 1 else "" for one in made)])
+    return table
 
 
 # Operations: operations.json.

@@ -23,6 +23,7 @@ CALL = "benchmarks call"
 BETWEEN, REST = "between the operations", "rest"
 LISTED = 12  # number of operations of the rest that are listed
 PHASES = ("data", "forward", "backward", "optimizer", "ema")  # ranges of a training step
+REGIONS = (*PHASES, "train step")  # that no operation stands for
 
 PartOf = Callable[[str, str], "str | None"]  # an operation's name and its phase -> its part
 
@@ -75,7 +76,7 @@ def _add(event: Any, phase: str, part_of: PartOf, parts: Counter[str], rest: Cou
     """Add an event's microseconds to its part; if it has none, its children's to their parts."""
     elapsed = event.time_range.elapsed_us()
     named = event.name.removeprefix("fastdiff::")  # as fastdiff's own ranges are called
-    region = named in PHASES or "::" not in event.name
+    region = named in REGIONS or "::" not in event.name
     phase = named if named in PHASES else phase
     part = part_of(event.name, phase)
     if part is not None:

@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         return self.autoencoder.decode(latents, return_dict=False)[0]
 
 
-def _unet(config: dict[str, Any]) -> Any:
+def unet(config: dict[str, Any]) -> Any:
     from diffusers import UNet2DModel
 
     return UNet2DModel(**config)
@@ -160,8 +160,8 @@ class Plain(nn.Module):
 
 
 NETWORKS = {
-    "cifar10": Network("DDPM CIFAR-10 U-Net", _unet, CIFAR10, 35.75, (3, 32, 32)),
-    "tiny": Network("tiny U-Net", _unet, TINY, 0.70, (3, 16, 16), batches=(1, 2)),
+    "cifar10": Network("DDPM CIFAR-10 U-Net", unet, CIFAR10, 35.75, (3, 32, 32)),
+    "tiny": Network("tiny U-Net", unet, TINY, 0.70, (3, 16, 16), batches=(1, 2)),
     "sd15": Network(
         "Stable Diffusion 1.5 U-Net",
         _conditional_unet,
