@@ -84,13 +84,11 @@ def trained(way: str, seed: int, steps: int, images: int, size: int) -> dict[str
     digits = data.digits("train", size)
     torch.manual_seed(seed)
     model = make_unet(digits.size, digits.channels, len(digits.classes))
-    if way == "fastdiff":
-        model.compile(backend="fastdiff")
     trainer = Trainer(
         model,
         schedules.cosine(),
         digits,
-        TrainingOptions(steps=steps, seed=seed),
+        TrainingOptions(steps=steps, seed=seed, compile=way == "fastdiff"),
         prediction=PREDICTION,
     )
     losses = [round(trainer.step(), 6) for _ in range(steps)]

@@ -10,7 +10,8 @@ from benchmarks.turns import parts
 from benchmarks.unet.breakdown import LAYERS
 from benchmarks.unet.breakdown import PARTS as OF_A_CALL
 
-PACKING = {"packing of weights": ("fastdiff::conv2d_pack",)}
+# A weight's half turn is that of the convolution which gives the gradient of the input.
+PACKING = {"packing of weights": ("fastdiff::conv2d_pack", "aten::flip")}
 # For each part the beginnings of its operations' names; the first part that has one counts.
 FORWARD = PACKING | {f"forward, {name}": begins for name, begins in OF_A_CALL.items()}
 BACKWARD = PACKING | {

@@ -98,7 +98,7 @@ class PlainStep:
 
 
 class TrainerStep:
-    """The step of ``fastdiff.training.Trainer``, its network compiled by fastdiff.
+    """The step of ``fastdiff.training.Trainer``, which fuses its network's layers by itself.
 
     Args:
         task: what is trained.
@@ -110,7 +110,6 @@ class TrainerStep:
     def __init__(self, task: Task, size: int, module: nn.Module, autocast: bool = False) -> None:
         network = UNet2DModel(**task.network.config)
         network.load_state_dict(module.state_dict())
-        network.compile(backend="fastdiff")
         options = TrainingOptions(
             steps=ENDLESS, batch_size=size, lr=LR, lr_schedule="constant", ema=EMA,
             weight_decay=1e-2, grad_clip=task.clip or 0.0, bf16=autocast,
