@@ -199,13 +199,19 @@ def in_float64(
     With a generator each number of the weights and arguments is moved up or down by a unit of
     float32 first, which shows what such a rounding does to the result.
     """
-    model = copy.deepcopy(model).double()
-    if hasattr(model, "convert_torso"):
-        model.convert_torso(torch.float64)
-    with torch.no_grad(), _KeepFloat64():
+    model = wide(model)
+    with torch.no_grad(), KeepFloat64():
         for parameter in model.parameters() if moved_by else ():
             parameter.copy_(doubled(parameter, moved_by))
         return model(*doubled(args, moved_by), **doubled(kwargs, moved_by))
+
+
+def wide(model: nn.Module) -> nn.Module:
+    """A copy of the model in float64."""
+    model = copy.deepcopy(model).double()
+    if hasattr(model, "convert_torso"):
+        model.convert_torso(torch.float64)
+    return model
 
 
 def doubled(value: Any, moved_by: torch.Generator | None = None) -> Any:
@@ -225,7 +231,7 @@ def doubled(value: Any, moved_by: torch.Generator | None = None) -> Any:
     return value
 
 
-class _KeepFloat64(TorchFunctionMode):
+class KeepFloat64(TorchFunctionMode):
     """``x.float()`` of a float64 tensor is x: a norm that computes in float32 is exact as well."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

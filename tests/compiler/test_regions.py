@@ -77,7 +77,7 @@ def test_checkpoints_recompute_with_the_same_numbers(name):
         assert_same_backward(net, model, small_inputs(), seed)
 
 
-def assert_same_backward(net, model, arguments, seed=0):
+def assert_same_backward(net, model, arguments, seed=0, tolerance=1e-4):
     """``.grad`` of all weights; the reentrant checkpoint knows no other way."""
     found = []
     for call in (net, model):
@@ -86,13 +86,14 @@ def assert_same_backward(net, model, arguments, seed=0):
         x, emb = (a.clone().requires_grad_() for a in arguments)
         call(x, emb).square().sum().backward()
         found.append([x.grad, *(p.grad for p in model.parameters()), torch.rand(3)])
-    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance * max(1, b.abs().max()), rtol=tolerance)
 
 
 def test_checkpoints_under_autocast():
     model = region(CHECKPOINTS["not reentrant"], train=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same_backward(compiled(model), model, small_inputs())
+        assert_same_backward(compiled(model), model, small_inputs(), tolerance=2e-2)
 
 
 @pytest.mark.parametrize("name", ["diffusers", "fastdiff"])
