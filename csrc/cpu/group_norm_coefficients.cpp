@@ -1,6 +1,5 @@
 // fastdiff::channel_statistics and fastdiff::group_norm_coefficients on CPU tensors. The arithmetic
-// of the first is in kernels/group_norm_coefficients.cpp. That of the second is here: coefficients
-// are a few hundred numbers an image, too few for vectors or threads.
+// of the first is in kernels/group_norm_coefficients.cpp. That of the second is here.
 #include "cpu/kernels/group_norm_coefficients.h"
 
 #include <ATen/ops/empty.h>
@@ -10,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/group_statistics.h"
 #include "cpu/tensors.h"
 
 namespace fastdiff {
@@ -38,20 +38,8 @@ at::Tensor channel_statistics_cpu(const at::Tensor& x) {
 at::Tensor group_norm_coefficients_cpu(at::TensorList statistics, int64_t groups,
                                        const Optional& weight, const Optional& bias, double eps,
                                        const Optional& scale, const Optional& shift) {
-  TORCH_CHECK_VALUE(!statistics.empty(), "statistics must be given for one tensor at least");
-  int64_t channels = 0;
-  const int64_t n = statistics[0].dim() == 3 ? statistics[0].size(0) : 0;
-  std::vector<at::Tensor> parts;
-  for (const auto& part : statistics) {
-    TORCH_CHECK_VALUE(part.dim() == 3, "statistics must have shape [N, C, 2], got ", part.sizes());
-    check_tensor(part, {n, part.size(1), 2}, at::kDouble, "statistics");
-    channels += part.size(1);
-    parts.push_back(part.contiguous());
-  }
-  TORCH_CHECK_VALUE(groups >= 1 && channels % groups == 0,
-                    "num_groups must divide the channels: got ", groups, " groups for ", channels,
-                    " channels");
-  TORCH_CHECK_VALUE(eps >= 0, "eps must not be negative, got ", eps);
+  GroupStatistics joined(statistics, groups, eps);
+  const int64_t n = joined.images(), channels = joined.channels();
   // What scales and shifts, as float32 rows [N or 1, C].
   std::vector<at::Tensor> held;
   std::vector<std::vector<float>> converted;
@@ -72,26 +60,12 @@ at::Tensor group_norm_coefficients_cpu(at::TensorList statistics, int64_t groups
   const float *w = rows(weight, {channels}, "weight"), *b = rows(bias, {channels}, "bias"),
               *grow = rows(scale, {n, channels}, "scale"),
               *move = rows(shift, {n, channels}, "shift");
-  auto out = at::empty({n, 2, channels}, parts[0].options().dtype(at::kFloat));
+  auto out = at::empty({n, 2, channels}, joined.options().dtype(at::kFloat));
   if (out.numel() == 0) return out;
-  std::vector<double> mean(channels), variance(channels);
-  const int64_t width = channels / groups;
   float* gain = out.mutable_data_ptr<float>();
-  for (int64_t image = 0; image < n; ++image, gain += 2 * channels) {
-    int64_t c = 0;
-    for (const auto& part : parts) {
-      const double* from = part.const_data_ptr<double>() + image * part.size(1) * 2;
-      for (int64_t i = 0; i < part.size(1); ++i, ++c)
-        mean[c] = from[2 * i], variance[c] = from[2 * i + 1];
-    }
-    for (int64_t g = 0; g < groups; ++g) {
-      double centre = 0, spread = 0;
-      for (c = g * width; c < (g + 1) * width; ++c) centre += mean[c];
-      centre /= static_cast<double>(width);
-      for (c = g * width; c < (g + 1) * width; ++c)
-        spread += variance[c] + (mean[c] - centre) * (mean[c] - centre);
-      const double rstd = 1 / std::sqrt(spread / static_cast<double>(width) + eps);
-      for (c = g * width; c < (g + 1) * width; ++c) {
+  for (int64_t image = 0; image < n; ++image, gain += 2 * channels)
+    joined.for_groups(image, [&](int64_t first, int64_t last, double centre, double rstd) {
+      for (int64_t c = first; c < last; ++c) {
         double a = w ? rstd * w[c] : rstd, offset = (b ? b[c] : 0.) - centre * a;
         if (grow) {
           const double grown = 1. + grow[image * channels + c];
@@ -101,8 +75,7 @@ at::Tensor group_norm_coefficients_cpu(at::TensorList statistics, int64_t groups
         gain[channels + c] =
             static_cast<float>(move ? offset + move[image * channels + c] : offset);
       }
-    }
-  }
+    });
   return out;
 }
 

