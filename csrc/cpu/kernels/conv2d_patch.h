@@ -19,6 +19,7 @@ FASTDIFF_INLINE void read_line(const T* line, int64_t ld, int64_t first, int64_t
                                const float* gain, const float* offset, int64_t count, float* out,
                                int64_t out_ld) {
   const auto one = [&](const T* in, int64_t c, int64_t lanes, float* to) FASTDIFF_HOT {
+    __builtin_prefetch(in + kPixelsAhead * ld + c);
     F value = load_lanes(in + c, lanes);
     if constexpr (kNorm)
       value = value * load_lanes(gain + c, lanes) + load_lanes(offset + c, lanes);
@@ -28,7 +29,6 @@ FASTDIFF_INLINE void read_line(const T* line, int64_t ld, int64_t first, int64_t
   const int64_t whole = count / kLanes * kLanes;
   for (int64_t z = first; z < last; ++z, out += out_ld) {
     const T* in = line + (z >> up) * ld;
-    __builtin_prefetch(in + kPixelsAhead * ld);
     for (int64_t c = 0; c < whole; c += kLanes) one(in, c, kLanes, out);
     if (whole < count) one(in, whole, count - whole, out);
   }

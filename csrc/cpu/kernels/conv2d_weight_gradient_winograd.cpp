@@ -27,10 +27,11 @@ namespace {
 template <class T, int m>
 struct WinogradWeightGradient {
   static constexpr int r = 3, kTile = m + r - 1, kPlanes = kTile * kTile;
-  static constexpr int64_t kChannels = kLine;         // that are read and transformed at a time
-  static constexpr int64_t kGroup = 2 * kLine;        // channels of a unit
-  static constexpr int64_t kBlock = 2 << 20;          // floats of a block's planes
-  static constexpr int64_t kLeast = 64, kMost = 256;  // tiles of a block
+  // That are read and transformed at a time: a pixel's come from neighbouring cache lines.
+  static constexpr int64_t kChannels = 4 * kLine;
+  // Tiles of a block: at most so many floats in its planes, as long as that makes kLeast tiles.
+  static constexpr int64_t kBlock = 1 << 20;
+  static constexpr int64_t kLeast = 64, kMost = 256;
 
   const ConvWeightGradient p;
   const Conv2d dy;
@@ -63,18 +64,18 @@ struct WinogradWeightGradient {
   void run() {
     for (int64_t k0 = 0; k0 < p.filters; k0 += passes.size) {
       const int64_t k1 = std::min(p.filters, k0 + passes.size);
-      const int64_t of_x = (p.channels + kGroup - 1) / kGroup,
-                    of_dy = (k1 - k0 + kGroup - 1) / kGroup;
+      const int64_t of_x = (p.channels + kChannels - 1) / kChannels,
+                    of_dy = (k1 - k0 + kChannels - 1) / kChannels;
       // Parts of the filters, where planes alone would not keep the threads busy.
       const int64_t parts = std::min((4 * p.threads.count + kPlanes - 1) / kPlanes, of_dy);
       for (int64_t block = 0; block < grid.count(); ++block) {
         share(p.threads, of_x + of_dy, [&](int64_t begin, int64_t end) {
           for (int64_t unit = begin; unit < end; ++unit) {
             if (unit < of_x) {
-              read_x(block, unit * kGroup, std::min(p.channels, (unit + 1) * kGroup));
+              read_x(block, unit * kChannels, std::min(p.channels, (unit + 1) * kChannels));
             } else {
-              const int64_t k = k0 + (unit - of_x) * kGroup;
-              read_dy(block, k0, k, std::min(k1, k + kGroup));
+              const int64_t k = k0 + (unit - of_x) * kChannels;
+              read_dy(block, k0, k, std::min(k1, k + kChannels));
             }
           }
         });
@@ -97,35 +98,33 @@ struct WinogradWeightGradient {
     for (int64_t s = grid.blocks[block]; s < grid.blocks[block + 1]; ++s) body(grid.segments[s]);
   }
 
-  // Transforms channels begin..end-1 of x.
+  // Transforms channels begin..end-1 of x, at most kChannels.
   FASTDIFF_ONE_COPY void read_x(int64_t block, int64_t begin, int64_t end) const {
     static thread_local Scratch scratch;
+    const int64_t deep = rounded_up(end - begin, kLanes);
     for_segments(block, [&](const Segment& segment) {
       const TilePatch<OfInput<m, r>, kChannels> patch(segment);
       float* pixels = scratch.at_least(patch.size());
-      for (int64_t c = begin; c < end; c += kChannels) {
-        patch.template read<T>(p, segment.image, segment.top * m - p.top, segment.left * m - p.left,
-                               c, std::min(end, c + kChannels), kChannels, pixels);
-        patch.transform(pixels, kChannels,
-                        Planes<float>{x_planes + segment.first * x_ld + c, x_ld, x_plane});
-      }
+      patch.template read<T>(p, segment.image, segment.top * m - p.top, segment.left * m - p.left,
+                             begin, end, deep, pixels);
+      patch.transform(pixels, deep,
+                      Planes<float>{x_planes + segment.first * x_ld + begin, x_ld, x_plane});
     });
   }
 
   // Transforms filters begin..end-1 of dy, of a pass that begins with filter k0.
   FASTDIFF_ONE_COPY void read_dy(int64_t block, int64_t k0, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
+    const int64_t deep = rounded_up(end - begin, kLanes);
     for_segments(block, [&](const Segment& segment) {
       const TilePatch<OfGradient<m, r>, kChannels> patch(segment);
       float* pixels = scratch.at_least(patch.size());
-      for (int64_t k = begin; k < end; k += kChannels) {
-        const int64_t stop = std::min(end, k + kChannels);
-        patch.template read<T>(dy, segment.image, segment.top * m, segment.left * m, k, stop,
-                               kChannels, pixels);
-        sums.add(segment.image, k, stop, pixels, patch.rows * patch.columns, kChannels);
-        patch.transform(pixels, kChannels,
-                        Planes<float>{dy_planes + segment.first * dy_ld + k - k0, dy_ld, dy_plane});
-      }
+      patch.template read<T>(dy, segment.image, segment.top * m, segment.left * m, begin, end, deep,
+                             pixels);
+      sums.add(segment.image, begin, end, pixels, patch.rows * patch.columns, kChannels);
+      patch.transform(
+          pixels, deep,
+          Planes<float>{dy_planes + segment.first * dy_ld + begin - k0, dy_ld, dy_plane});
     });
   }
 

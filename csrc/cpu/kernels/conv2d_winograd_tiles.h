@@ -76,7 +76,7 @@ struct TilePatch {
 
   // Transforms `deep` channels of all tiles; those of the first tile go to planes.first.
   template <class Element>
-  void transform(const float* patch, int64_t deep, const Planes<Element>& planes) const {
+  void transform(const float* patch, int64_t deep, const Planes<Element> planes) const {
     for (int64_t i = 0; i < down; ++i)
       for (int64_t j = 0; j < across; j += kRow) {
         const float* from = patch + (i * columns + j) * Of::kStep * kChannels;
@@ -91,7 +91,7 @@ struct TilePatch {
   // neighbours share some, then across.
   template <class Element>
   FASTDIFF_INLINE void transform_row(const float* from, int64_t tiles, Element* to,
-                                     const Planes<Element>& planes) const {
+                                     const Planes<Element> planes) const {
     constexpr int kTile = Of::kTile, kPixels = Of::kPixels, kStep = Of::kStep;
     constexpr int64_t kMost = kRow * kStep + kPixels - kStep;
     F down_columns[kTile][kMost];

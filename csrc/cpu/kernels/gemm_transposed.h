@@ -22,7 +22,7 @@ FASTDIFF_INLINE void transposed_kernel(int64_t rows, const float* a, int64_t a_l
     for (int v = 0; v < V; ++v) {
       sums[m][v] = F{};
       // C comes from a further cache, while the products are computed.
-      if (out.accumulate) __builtin_prefetch(out.c + m * out.ld + v * kLanes, 1);
+      __builtin_prefetch(out.c + m * out.ld + v * kLanes, 1);
     }
   for (int64_t t = 0; t < rows; ++t, a += a_ld) {
     const float* from = b[t] + offset;
