@@ -63,8 +63,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     options = parser("python -m benchmarks.training", __doc__, PEERS)
     options.add_argument(
-        "--models", nargs="+", choices=TASKS, default=MEASURED, help="networks; default %(default)s"
-    )
+        "--models", nargs="+", choices=TASKS, default=MEASURED,
+        help=f"networks; default {' '.join(MEASURED)}",
+    )  # fmt: skip
     options.add_argument(
         "--breakdown", choices=PEERS, default=OURS, metavar="PEER",
         help="the peer whose step is broken down; default %(default)s",
