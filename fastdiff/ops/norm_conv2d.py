@@ -19,6 +19,7 @@ from torch import Tensor
 from fastdiff.ops import conv2d_algorithms, reference
 from fastdiff.ops.conv2d import kernel_runs
 from fastdiff.ops.conv2d_spec import ConvSpec
+from fastdiff.ops.norm_backward import norm_backward
 from fastdiff.ops.profiling import span
 
 PLAIN = "plain"  # PyTorch's own convolution, as the name of an algorithm
@@ -324,11 +325,10 @@ def _through_norm(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, skip, gain, offset, scale and shift, given that of the activated x."""
     if call.num_groups or call.spec.silu:
-        dx, *rest = torch.ops.fastdiff.norm_backward(
-            da, x, skip, statistics, call.num_groups, gain, offset, call.eps, scale, shift,
-            call.spec.silu,
+        return norm_backward(
+            da, x, statistics, call.num_groups, gain, offset, call.eps, scale=scale, shift=shift,
+            silu=call.spec.silu, skip=skip, in_place=skip is None,
         )  # fmt: skip
-        return dx, *rest
     if skip is None:
         return da, None, None, None, None, None
     parts = da.split((x.shape[1], skip.shape[1]), dim=1)

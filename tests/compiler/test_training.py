@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import hypothesis
 import pytest
 import torch
@@ -296,3 +298,25 @@ def test_an_output_that_nobody_differentiates():
     model.zero_grad()
     both(x, emb)[0].sum().backward()
     torch.testing.assert_close(found, model.norm1.weight.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_gradients_in_a_distributed_model():
+    """Dynamo cuts the graph where a bucket of gradients is full."""
+    model, arguments = small_net(), small_inputs(2, (16, 16))
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), bucket_cap_mb=0.01)
+    ours = gradients(torch.compile(wrapped, backend="fastdiff"), wrapped, arguments)
+    eager = gradients(model, model, arguments)
+    for name, gradient in eager.items():
+        found = ours[name if name in ours else f"module.{name}"]
+        torch.testing.assert_close(found, gradient, atol=1e-3, rtol=1e-4)

@@ -26,7 +26,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.common.errors import CheckpointError, DataError, InputError, TrainingError
 from fastdiff.data.datasets import ImageSet, stream_seed
 from fastdiff.data.image_grid import from_uint8
-from fastdiff.training.trainer import Trainer, TrainingOptions
+from fastdiff.training.trainer import Trainer, TrainingOptions, make_unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,6 +110,50 @@ def test_a_run_is_resumed_on_a_gpu(make_trainer, tiny_unet, images, tmp_path):
     resumed = Trainer.resume(tmp_path, images, device="cuda")
     assert resumed.step() == pytest.approx(trainer.step(), rel=1e-3)
     assert resumed.step() == pytest.approx(trainer.step(), rel=1e-3)
+
+
+def test_a_resumed_run_on_fused_operations_is_the_uninterrupted_one(make_trainer, images, tmp_path):
+    """Bit for bit, with sizes that take Winograd's method and with two threads."""
+    pixels = images.pixels.repeat(1, 1, 4, 4)
+    data = dataclasses.replace(images, pixels=pixels)
+    whole = make_trainer(tmp_path / "whole", data=data, model=make_unet(32, 1, 2, widths=(32, 32)))
+    torch.set_num_threads(2)
+    for _ in range(2):
+        whole.step()
+    whole.save()
+    resumed = Trainer.resume(tmp_path / "whole", data)
+    assert resumed.step() == whole.step()
+    assert same_weights(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_fused_operations_train_the_same_weights(bf16, make_trainer):
+    """To rounding, dropout's random numbers included."""
+    compiled, eager = (make_trainer(compile=on, bf16=bf16) for on in (True, False))
+    assert type(compiled._called) is not type(eager._called)
+    for _ in range(4):
+        assert compiled.step() == pytest.approx(eager.step(), rel=2e-2 if bf16 else 1e-4)
+    start = make_trainer().parameters
+    for a, b, c in zip(compiled.parameters, eager.parameters, start, strict=True):
+        assert (a - b).norm() <= (0.5 if bf16 else 2e-2) * (b - c).norm() + 1e-6
+
+
+def test_a_hook_on_a_layer_is_called(make_trainer):
+    """Then the network itself is called, as a graph would pass by the hook."""
+    trainer, seen = make_trainer(), []
+    trainer.model.conv_in.register_forward_hook(lambda *_: seen.append(1))
+    trainer.step()
+    assert seen
+
+
+def test_runs_of_versions_without_fused_training_go_on_without(make_trainer, images, tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save()
+    file = checkpoint.newest(tmp_path) / checkpoint.TRAINING
+    facts = json.loads(file.read_text())
+    assert facts["options"].pop("compile") is True
+    file.write_text(json.dumps(facts))
+    assert not Trainer.resume(tmp_path, images).options.compile
 
 
 def test_the_losses_depend_on_the_seed(make_trainer):

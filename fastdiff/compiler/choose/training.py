@@ -17,7 +17,7 @@ from fastdiff.ops.conv2d_spec import ConvSpec
 from fastdiff.ops.norm_conv2d import PLAIN, Algorithms, turned
 
 PLAIN_SECONDS = 1e-11  # that PyTorch's convolution takes for a multiplication and an addition
-BYTE_SECONDS = 2e-10  # that a byte of a packed weight takes to be written, and to be read
+BYTE_SECONDS = 1e-10  # that a byte of a packed weight takes to be written and read
 
 
 def choose(
