@@ -16,6 +16,7 @@ FASTDIFF_DECLARE_CONV2D_BF16(conv2d_winograd2_bf16)
 FASTDIFF_DECLARE_WEIGHT_GRADIENT(conv2d_direct)
 FASTDIFF_DECLARE_WEIGHT_GRADIENT(conv2d_winograd2)
 FASTDIFF_DECLARE_WEIGHT_GRADIENT(conv2d_winograd4)
+FASTDIFF_DECLARE_WEIGHT_GRADIENT_BF16(conv2d_direct_bf16)
 
 namespace {
 
@@ -124,7 +125,9 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .strict = true,
        .cost = {.share = tiles ? 0.08 : 0.35, .narrow = 16, .narrow_share = tiles ? 0.5 : 1},
        .pack = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16_pack),
-       .run = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16)},
+       .run = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16),
+       .weight_gradient = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16_weight_gradient),
+       .weight_gradient_cost = {.share = tiles ? 0.2 : 0.9}},
       // Of other convolutions its rounding would show (kernels/bf16/conv2d_winograd.cpp).
       {.name = "winograd2_bf16",
        .purpose = "3x3 kernels and stride 1 after SiLU, by dot products",

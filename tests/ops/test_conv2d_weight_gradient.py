@@ -76,22 +76,40 @@ def call(algorithm, names, case, **options):
         assert dw.is_contiguous(memory_format=torch.channels_last)
         return [dw, sums]
 
+    def plain(*tensors):
+        values = dict(zip(names, tensors, strict=True))
+        weight = values["x"].new_zeros(case.weight).requires_grad_()
+        spec = case.spec(silu=options.get("silu", False))
+        y, _ = ops.reference.conv2d(
+            values["x"], weight, spec, skip=values.get("skip"), norm=values.get("norm")
+        )
+        return torch.autograd.grad(y, weight, values["dy"])[0]
+
+    multiplied = ALGORITHMS[algorithm].packed_dtype
+    if multiplied == torch.bfloat16 and (options.get("silu") or "norm" in names):
+        run.rounded = plain  # as PyTorch's gradient is that of what it has rounded
     return run
 
 
 def judge(algorithm, run, *tensors) -> None:
     """Hold to twice what float32 explains; of Winograd's tiles, dw to their bound.
 
-    bfloat16 images are multiplied in float32, and dw is not rounded to bfloat16.
+    Products of bfloat16 are exact in float32, and dw is not rounded to bfloat16. But what is
+    multiplied as bfloat16 after a norm or SiLU is rounded first: there dw is held to twice the
+    error of PyTorch, which rounds that once or more, and dw.
     """
     terms = max(1, math.prod(tensors[0].shape) // max(1, tensors[0].shape[1]))
-    if algorithm not in BOUNDS:
+    if algorithm not in BOUNDS and not hasattr(run, "rounded"):
         return assert_as_accurate(run, *tensors, terms=terms, cancelling=True)
     with fastdiff.backend("reference"):
         wanted = run(*(value.double() for value in tensors))
     dw, sums = run(*tensors)
     assert (dw.dtype, sums.dtype) == (torch.float32, torch.float32)
-    assert (dw - wanted[0]).norm() <= BOUNDS[algorithm] * wanted[0].norm()
+    if hasattr(run, "rounded"):
+        allowed = 2 * max((run.rounded(*tensors) - wanted[0]).norm(), 2**-9 * wanted[0].norm())
+    else:
+        allowed = BOUNDS[algorithm] * wanted[0].norm()
+    assert (dw - wanted[0]).norm() <= allowed
     return assert_as_accurate(lambda *t: run(*t)[1:], *tensors, terms=terms, cancelling=True)
 
 
@@ -130,6 +148,9 @@ LARGE = {
     "blocks": Case((3, 24, 40, 40), 70),
     "a weight that does not stay in the cache": Case((1, 350, 6, 6), 340),
     "strided chunks": Case((2, 131, 13, 12), 140, stride=(2, 2)),
+    "gathered windows": Case((3, 7, 20, 21), 40, (5, 5), padding=(2, 2, 2, 2)),
+    "an odd batch of small images": Case((5, 40, 7, 7), 40),
+    "one wide image": Case((1, 40, 1, 1000), 33, (1, 1), padding=(0, 0, 0, 0)),
     "a linear layer": Case((300, 200, 1, 1), 130, (1, 1), padding=(0, 0, 0, 0)),
 }
 
@@ -169,16 +190,15 @@ def test_calls_from_several_threads_at_once() -> None:
             assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("algorithm", NAMES)
+@pytest.mark.parametrize(
+    "algorithm", [name for name in NAMES if torch.float32 in ALGORITHMS[name].dtypes]
+)
 @pytest.mark.parametrize("mean", [0.0, 1.0], ids=["mean 0", "mean 1"])
 def test_is_nearly_as_accurate_as_pytorch(algorithm, mean) -> None:
     """Twice its error, and where tiles are transformed 2e-5 more."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 64, 16, 16, generator=g) + mean
     dy = torch.randn(4, 48, 16, 16, generator=g) + mean
-    case = Case((4, 64, 16, 16), 48)
-    if not suits(algorithm, case, x.dtype):
-        pytest.skip(f"{algorithm} is not for 3x3 kernels")
     options = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
     with fastdiff.backend("reference"):
         wanted, _ = ops.conv2d_weight_gradient(dy.double(), x.double(), **options)

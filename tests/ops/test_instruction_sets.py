@@ -38,6 +38,7 @@ SHAPES = (
     "test_conv2d.py",
     "test_conv2d_phases.py",
     "test_conv2d_pointwise.py",
+    "test_conv2d_weight_gradient.py",
     "test_attention.py",
     "test_geglu.py",
     "test_group_norm_coefficients.py",

@@ -86,5 +86,7 @@ struct ConvWeightGradient : Conv2d {
 // A third kernel that some algorithms have.
 #define FASTDIFF_DECLARE_WEIGHT_GRADIENT(name) \
   FASTDIFF_DECLARE(name##_weight_gradient, const ConvWeightGradient&)
+#define FASTDIFF_DECLARE_WEIGHT_GRADIENT_BF16(name) \
+  FASTDIFF_DECLARE_BF16(name##_weight_gradient, const ConvWeightGradient&)
 
 }  // namespace fastdiff

@@ -51,8 +51,9 @@ class PixelSums {
     std::memset(totals_.data(), 0, images * filters * sizeof(double));
   }
 
-  // Adds `pixels` of an image, `ld` floats apart, to the sums of filters k0..k1-1.
-  void add(int64_t image, int64_t k0, int64_t k1, const float* from, int64_t pixels, int64_t ld) {
+  // Adds `pixels` of an image, `ld` elements apart, to the sums of filters k0..k1-1.
+  template <class T>
+  void add(int64_t image, int64_t k0, int64_t k1, const T* from, int64_t pixels, int64_t ld) {
     constexpr int64_t kRun = 32;  // pixels that are added up in float32
     double* totals = totals_.data() + image * filters_ + k0;
     for (int64_t i = 0; i < pixels; i += kRun)

@@ -28,7 +28,47 @@ FASTDIFF_INLINE F silu_for_bf16(F x) {
 #endif
 }
 
-// kParts values of bfloat16 for each value: itself, or, for float32, what is left of it, too.
+// Channels c..c+31 of a pixel of the images, in kParts values each: itself, or, for float32, what
+// is left of it, too. `gain` is the image's part of p.norm. Missing channels are zero.
+template <class T, bool kNorm, bool kSilu, int kParts>
+FASTDIFF_INLINE void read_plane(const Conv2d& p, int64_t pixel, const float* gain, int64_t c,
+                                bf16 (&values)[kParts][kColumns]) {
+  const T* x = static_cast<const T*>(p.x) + pixel * p.x_ld;
+  const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.skip_ld : nullptr;
+  const int64_t count = std::min(kColumns, p.channels - c);
+  const T* from = x + c;
+  T mixed[kColumns];
+  if (c >= p.x_channels) {
+    from = skip + c - p.x_channels;
+  } else if (c + count > p.x_channels) {
+    const int64_t own = p.x_channels - c;
+    std::memcpy(mixed, from, own * sizeof(T));
+    std::memcpy(mixed + own, skip, (count - own) * sizeof(T));
+    from = mixed;
+  }
+  if constexpr (std::is_same_v<T, bf16> && !kNorm && !kSilu) {
+    using At = at::vec::Vectorized<bf16>;
+    for (int64_t i = 0; i < kColumns; i += At::size())
+      At::loadu(from + i, std::clamp<int64_t>(count - i, 0, At::size())).store(values[0] + i);
+    return;
+  }
+  for (int64_t first = 0; first < kColumns; first += kLanes) {
+    const int64_t lanes = std::clamp<int64_t>(count - first, 0, kLanes);
+    F value = load_lanes(from + first, lanes);
+    if constexpr (kNorm)
+      value = value * load_lanes(gain + c + first, lanes) +
+              load_lanes(gain + p.channels + c + first, lanes);
+    if constexpr (kSilu) value = kParts > 1 ? silu(value) : silu_for_bf16(value);
+    store_lanes(values[0] + first, value);
+    if constexpr (kParts > 1) {
+      // An infinity has no remainder.
+      const F rest = value - load_lanes(values[0] + first);
+      store_lanes(values[1] + first, rest == rest ? rest : F{});
+    }
+  }
+}
+
+// kParts values of bfloat16 for each value, as read_plane() makes them.
 template <class T, int kParts>
 struct Patch {
   const Conv2d& p;
@@ -110,49 +150,14 @@ struct Patch {
 
  private:
   static constexpr int kMostCopies = 64;  // the widest kernel
-  static constexpr int kVectors = kColumns / kLanes;
 
   template <bool kNorm, bool kSilu>
   FASTDIFF_INLINE void read_pixel(int64_t pixel, const float* gain, char* const* to,
                                   int copies) const {
-    const T* x = static_cast<const T*>(p.x) + pixel * p.x_ld;
-    const T* skip = p.skip ? static_cast<const T*>(p.skip) + pixel * p.skip_ld : nullptr;
     int64_t at = 0;
     for (int64_t c = 0; c < p.channels; c += kColumns, at += plane_bytes) {
-      const int64_t count = std::min(kColumns, p.channels - c);
-      const T* from = x + c;
-      T mixed[kColumns];
-      if (c >= p.x_channels) {
-        from = skip + c - p.x_channels;
-      } else if (c + count > p.x_channels) {
-        const int64_t own = p.x_channels - c;
-        std::memcpy(mixed, from, own * sizeof(T));
-        std::memcpy(mixed + own, skip, (count - own) * sizeof(T));
-        from = mixed;
-      }
       alignas(64) bf16 values[kParts][kColumns];
-      if constexpr (std::is_same_v<T, bf16> && !kNorm && !kSilu) {
-        if (count == kColumns) {
-          std::memcpy(values[0], from, sizeof(values[0]));
-        } else {
-          for (int64_t i = 0; i < kColumns; ++i) values[0][i] = i < count ? from[i] : T{};
-        }
-      } else {
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t first = v * kLanes, lanes = std::clamp<int64_t>(count - first, 0, kLanes);
-          F value = load_lanes(from + first, lanes);
-          if constexpr (kNorm)
-            value = value * load_lanes(gain + c + first, lanes) +
-                    load_lanes(gain + p.channels + c + first, lanes);
-          if constexpr (kSilu) value = kParts > 1 ? silu(value) : silu_for_bf16(value);
-          store_lanes(values[0] + first, value);
-          if constexpr (kParts > 1) {
-            // An infinity has no remainder.
-            const F rest = value - load_lanes(values[0] + first);
-            store_lanes(values[1] + first, rest == rest ? rest : F{});
-          }
-        }
-      }
+      read_plane<T, kNorm, kSilu>(p, pixel, gain, c, values);
       for (int i = 0; i < copies; ++i)
         for (int part = 0; part < kParts; ++part)
           std::memcpy(to[i] + at + part * part_bytes, values[part], 64);

@@ -59,6 +59,15 @@ constexpr int64_t pairs_of_last_plane(int64_t columns) {
   return ((columns - 1) % kColumns + 8) / 8 * 4;
 }
 
+// How the 32 columns of a step of B lie, in bytes: from pair to pair, and from half to half.
+struct PackedB {
+  static constexpr int64_t kPair = 64, kHalf = 1024;
+};
+// Pairs whole, side by side, so that a step may begin at any of them.
+struct PairsOfB {
+  static constexpr int64_t kPair = 128, kHalf = 64;
+};
+
 // Up to 32 rows of A: two groups of 16, of which the second may be missing. Tiles read and write
 // whole groups, so that the memory behind `rows` must exist, in A and in C.
 struct Rows {
@@ -104,7 +113,7 @@ FASTDIFF_INLINE void keep_awake() {
 }
 
 // As multiply(), of MT groups of rows and NT halves of the panel.
-template <int MT, int NT>
+template <class B, int MT, int NT>
 FASTDIFF_INLINE void multiply_tiles(const Rows& a, const Walk& walk, int64_t planes, const char* b,
                                     float* c, int64_t ld, bool accumulate, Fetch fetch) {
   asm volatile("" ::: "memory");  // GCC 12's tile loads do not say that they read memory
@@ -127,9 +136,9 @@ FASTDIFF_INLINE void multiply_tiles(const Rows& a, const Walk& walk, int64_t pla
     for (int64_t t = 0; t < taps; ++t) {
       const char* const now = walk.b_at(b, plane, t);
       // B streams by: it must not displace A in L1.
-      _tile_stream_loadd(6, now, 64);
+      _tile_stream_loadd(6, now, B::kPair);
       _tile_loadd(4, a0 + walk.tap[t], spacing);
-      if constexpr (NT > 1) _tile_stream_loadd(7, now + 1024, 64);
+      if constexpr (NT > 1) _tile_stream_loadd(7, now + B::kHalf, B::kPair);
       if constexpr (MT > 1) _tile_loadd(5, a1 + walk.tap[t], spacing);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (NT > 1) _tile_dpbf16ps(1, 4, 7);
@@ -152,7 +161,7 @@ struct Tiles {
 };
 
 // M rows and V halves of the panel; the sums stay in registers.
-template <int M, int V>
+template <class B, int M, int V>
 FASTDIFF_INLINE void multiply_band(const char* a, const Walk& walk, int64_t planes, const char* b,
                                    float* c, int64_t ld, bool accumulate, Fetch fetch) {
   F sums[M][V];
@@ -179,7 +188,8 @@ FASTDIFF_INLINE void multiply_band(const char* a, const Walk& walk, int64_t plan
           __m512bh column[V];
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v)
-            column[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(now + v * 1024 + pair * 64));
+            column[v] = reinterpret_cast<__m512bh>(
+                _mm512_loadu_si512(now + v * B::kHalf + pair * B::kPair));
 #pragma GCC unroll 8
           for (int m = 0; m < M; ++m) {
             int both;
@@ -205,13 +215,13 @@ FASTDIFF_INLINE void multiply_band(const char* a, const Walk& walk, int64_t plan
   }
 }
 
-template <int V>
+template <class B, int V>
 inline void multiply_group(const char* a, int64_t count, const Walk& walk, int64_t planes,
                            const char* b, float* c, int64_t ld, bool accumulate, Fetch fetch) {
   constexpr int64_t kBand = 8;
   for (int64_t left = count; left > 0; left -= kBand) {
     const auto band = [&](auto rows) FASTDIFF_HOT {
-      multiply_band<decltype(rows)::value, V>(a, walk, planes, b, c, ld, accumulate, fetch);
+      multiply_band<B, decltype(rows)::value, V>(a, walk, planes, b, c, ld, accumulate, fetch);
     };
     switch (left) {
       case 1:
@@ -246,22 +256,23 @@ inline void multiply_group(const char* a, int64_t count, const Walk& walk, int64
 
 // C (+)= A B: `a` times the first `columns` columns of a panel of B, at `b`, over `planes` planes
 // of A. C's rows lie `ld` floats apart; 16 columns are written, or 32 if `columns` is more.
+template <class B = PackedB>
 inline void multiply(const Rows& a, const Walk& walk, int64_t planes, const char* b,
                      int64_t columns, float* c, int64_t ld, bool accumulate, Fetch fetch = {}) {
 #ifdef FASTDIFF_TILES
   const bool two = a.count > kGroup, wide = columns > 16;
-  if (two && wide) return multiply_tiles<2, 2>(a, walk, planes, b, c, ld, accumulate, fetch);
-  if (two) return multiply_tiles<2, 1>(a, walk, planes, b, c, ld, accumulate, fetch);
-  if (wide) return multiply_tiles<1, 2>(a, walk, planes, b, c, ld, accumulate, fetch);
-  multiply_tiles<1, 1>(a, walk, planes, b, c, ld, accumulate, fetch);
+  if (two && wide) return multiply_tiles<B, 2, 2>(a, walk, planes, b, c, ld, accumulate, fetch);
+  if (two) return multiply_tiles<B, 2, 1>(a, walk, planes, b, c, ld, accumulate, fetch);
+  if (wide) return multiply_tiles<B, 1, 2>(a, walk, planes, b, c, ld, accumulate, fetch);
+  multiply_tiles<B, 1, 1>(a, walk, planes, b, c, ld, accumulate, fetch);
 #else
   const auto groups = [&](auto halves) {
     constexpr int V = decltype(halves)::value;
-    multiply_group<V>(a.first, std::min(a.count, kGroup), walk, planes, b, c, ld, accumulate,
-                      fetch);
+    multiply_group<B, V>(a.first, std::min(a.count, kGroup), walk, planes, b, c, ld, accumulate,
+                         fetch);
     if (a.count > kGroup)
-      multiply_group<V>(a.second, a.count - kGroup, walk, planes, b, c + kGroup * ld, ld,
-                        accumulate, {});
+      multiply_group<B, V>(a.second, a.count - kGroup, walk, planes, b, c + kGroup * ld, ld,
+                           accumulate, {});
   };
   if (columns > 16) return groups(std::integral_constant<int, 2>{});
   groups(std::integral_constant<int, 1>{});
