@@ -2,11 +2,15 @@
 // times the pixels that the tap multiplies, [pixels, C].
 //
 // dw is divided into chunks of filters and channels whose sums stay in a core's own cache. Each is
-// computed by one thread, which walks over all images: it reads its channels of x (conv2d_patch.h)
-// and its filters of dy a block of pixels at a time. So dw is written once, however large it is,
-// x is read once for each chunk of filters, dy once for each chunk of channels, and no thread waits
-// for another. A window of the patch is kernel_h runs of kernel_w * channels floats, as in
-// conv2d_direct.h, and a run is multiplied at once: with few channels, vectors span its taps.
+// computed by one thread, which walks over the images: it reads its channels of x (conv2d_patch.h)
+// and its filters of dy a block of pixels at a time. So dw is written once, however large it is, x
+// is read once for each chunk of filters, dy once for each chunk of channels, and no thread waits
+// for another. Where dw makes but few chunks the images are divided too, into pieces whose sums are
+// added up at the end; how many pieces depends on the sizes alone, for it shows in the last bits.
+//
+// A window of the patch is kernel_h runs of kernel_w * channels floats, as in conv2d_direct.h, and
+// a run is multiplied at once: with few channels, vectors span its taps. Where they would still be
+// mostly empty, it is the transpose of dw that is summed up, in vectors of filters.
 #include "cpu/kernels/conv2d_weight_gradient.h"
 #include "cpu/kernels/dtypes.h"
 #include "cpu/kernels/gemm_transposed.h"
@@ -16,54 +20,99 @@ namespace {
 
 template <class T>
 struct DirectWeightGradient {
-  static constexpr int64_t kPixels = 128;  // of a block
-  static constexpr int64_t kChannels = 64;
+  static constexpr int64_t kPixels = 192;    // of a block
+  static constexpr int64_t kChannels = 256;  // of a chunk at most
 
   const ConvWeightGradient p;
   const Conv2d dy;
   const Grid grid;
   const Chunks channels, filters;
-  const int64_t run_ld, dy_ld;  // of a row of sums, and of a pixel of a block's dy
+  const int64_t pieces;
+  const int64_t dw_size;
+  const int64_t dy_ld;  // of a pixel of a block's dy
+  float* of_pieces;     // like dw each; one alone is dw itself
   PixelSums sums;
 
   explicit DirectWeightGradient(const ConvWeightGradient& given)
       : p(in_lines(given)),
         dy(image_of_dy(p)),
         grid(make_grid(p.images, p.out_height, p.out_width, kPixels)),
-        channels(p.channels, kChannels),
-        filters(p.filters, most_filters(p, channels)),
-        run_ld(rounded_up(p.kernel_w * channels.size, kLanes)),
+        channels(p.channels, most_channels(p)),
+        filters(p.filters, kPrivate / (p.kernel_h * p.kernel_w * channels.size) / kLine * kLine),
+        pieces(pieces_of_images(p, channels.count * filters.count)),
+        dw_size(p.filters * p.kernel_h * p.kernel_w * p.channels),
         dy_ld(rounded_up(filters.size, kLine) + kLine),
         sums(p.images, p.filters) {}
 
-  // Filters of a chunk: as many as the cache has room for, but no fewer chunks than keep the
-  // threads busy.
-  static int64_t most_filters(const Conv2d& p, const Chunks& channels) {
-    const int64_t fit = kPrivate / (p.kernel_h * p.kernel_w * channels.size);
-    const int64_t each = (2 * p.threads.count + channels.count - 1) / channels.count;
-    return std::max(kLine, std::min(fit / kLine * kLine, p.filters / each / kLine * kLine));
+  // Channels of a chunk: with so many filters the cache has room for it.
+  static int64_t most_channels(const Conv2d& p) {
+    const int64_t fit = kPrivate / (p.kernel_h * p.kernel_w * std::min(kChannels, p.filters));
+    return std::clamp(fit / kPanel * kPanel, kPanel, kChannels);
+  }
+
+  // Enough for kUnits units, unless their sums would take too much memory.
+  static int64_t pieces_of_images(const Conv2d& p, int64_t chunks) {
+    constexpr int64_t kUnits = 8, kFloats = 1 << 20;
+    const int64_t size = p.filters * p.kernel_h * p.kernel_w * p.channels;
+    return std::clamp<int64_t>(std::min(kUnits / chunks, kFloats / size), 1, p.images);
+  }
+
+  // The first block of a piece: that of its first image, or the next one.
+  int64_t first_block(int64_t piece) const {
+    int64_t block = 0;
+    while (block < grid.count() &&
+           grid.segments[grid.blocks[block]].image < p.images * piece / pieces)
+      ++block;
+    return block;
   }
 
   void run() {
-    share(p.threads, channels.count * filters.count, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    of_pieces = pieces > 1 ? scratch.at_least(pieces * dw_size) : p.dw;
+    // Filters of a unit: fewer than of a chunk where threads would have nothing to do.
+    const int64_t busy = p.filters * channels.count * pieces / (2 * p.threads.count);
+    const Chunks parts(p.filters, std::clamp(busy, std::min(kLine, filters.size), filters.size));
+    const int64_t chunks = parts.count * channels.count;
+    share(p.threads, pieces * chunks, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t k0 = unit / channels.count * filters.size,
-                      c0 = unit % channels.count * channels.size;
-        compute(k0, std::min(p.filters, k0 + filters.size), c0,
+        const int64_t chunk = unit % chunks, k0 = chunk / channels.count * parts.size,
+                      c0 = chunk % channels.count * channels.size;
+        compute(unit / chunks, k0, std::min(p.filters, k0 + parts.size), c0,
                 std::min(p.channels, c0 + channels.size));
       }
     });
+    if (pieces > 1)
+      share(p.threads, p.filters, [&](int64_t begin, int64_t end) { join(begin, end); });
     sums.store(p.sums, p.images);
   }
 
-  // Filters k0..k1-1 and channels c0..c1-1 of dw.
-  FASTDIFF_ONE_COPY void compute(int64_t k0, int64_t k1, int64_t c0, int64_t c1) {
+  // dw of filters begin..end-1: the pieces' sums.
+  FASTDIFF_ONE_COPY void join(int64_t begin, int64_t end) const {
+    const int64_t filter = dw_size / p.filters;
+    for (int64_t i = begin * filter; i < end * filter; i += kLanes) {
+      const int64_t lanes = std::min(kLanes, end * filter - i);
+      F sum = load_lanes(of_pieces + i, lanes);
+      for (int64_t piece = 1; piece < pieces; ++piece)
+        sum += load_lanes(of_pieces + piece * dw_size + i, lanes);
+      store_lanes(p.dw + i, sum, lanes);
+    }
+  }
+
+  // What a piece of the images adds to filters k0..k1-1 and channels c0..c1-1 of dw.
+  FASTDIFF_ONE_COPY void compute(int64_t piece, int64_t k0, int64_t k1, int64_t c0, int64_t c1) {
     static thread_local Scratch x_scratch, dy_scratch, dw_scratch;
-    const int64_t count = k1 - k0, deep = c1 - c0;
-    float* dw = dw_scratch.at_least(p.kernel_h * count * run_ld);
-    float* of_dy = dy_scratch.at_least(grid.largest * dy_ld);
-    Array<const float*> windows(grid.largest);
-    for (int64_t block = 0; block < grid.count(); ++block) {
+    const int64_t count = k1 - k0, deep = c1 - c0, run = p.kernel_w * deep;
+    const auto vectors = [](int64_t numbers) { return (numbers + kLanes - 1) / kLanes; };
+    const bool transposed = run * vectors(count) < count * vectors(run);
+    const int64_t height_of_sums = transposed ? run : count,
+                  ld = vectors(transposed ? count : run) * kLanes;
+    float* dw = dw_scratch.at_least(p.kernel_h * height_of_sums * ld);
+    const int64_t begin = first_block(piece), end = first_block(piece + 1);
+    if (begin == end) std::memset(dw, 0, p.kernel_h * height_of_sums * ld * sizeof(float));
+    float* of_dy = dy_scratch.at_least(grid.largest * dy_ld + kPanel);
+    Array<const float*> windows(grid.largest), pixels_of_dy(grid.largest);
+    for (int64_t t = 0; t < grid.largest; ++t) pixels_of_dy.add(of_dy + t * dy_ld);
+    for (int64_t block = begin; block < end; ++block) {
       const int64_t first = grid.blocks[block], last = grid.blocks[block + 1];
       const Segment& like = grid.segments[first];  // the others of its block are like it
       const int64_t height = (like.bottom - like.top - 1) * p.stride_h + p.kernel_h,
@@ -83,15 +132,30 @@ struct DirectWeightGradient {
           for (int64_t j = 0; j < segment.width(); ++j)
             windows.add(patch + (i * p.stride_h * width + j * p.stride_w) * deep);
       }
-      for (int64_t r = 0; r < p.kernel_h; ++r)
-        multiply_transposed(windows.size(), of_dy, dy_ld, count, windows.data(), r * width * deep,
-                            p.kernel_w * deep, Into{dw + r * count * run_ld, run_ld, block > 0});
+      const Rows b{pixels_of_dy.data(), 0};
+      for (int64_t r = 0; r < p.kernel_h; ++r) {
+        const Rows a{windows.data(), r * width * deep};
+        const Into into{dw + r * height_of_sums * ld, ld, block > begin};
+        if (transposed) {
+          multiply_transposed(windows.size(), a, run, b, count, into);
+        } else {
+          multiply_transposed(windows.size(), b, count, a, run, into);
+        }
+      }
     }
-    for (int64_t r = 0; r < p.kernel_h; ++r)
-      for (int64_t k = 0; k < count; ++k)
-        for (int64_t s = 0; s < p.kernel_w; ++s)
-          std::memcpy(p.dw + (((k0 + k) * p.kernel_h + r) * p.kernel_w + s) * p.channels + c0,
-                      dw + (r * count + k) * run_ld + s * deep, deep * sizeof(float));
+    float* out = of_pieces + piece * dw_size;
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t r = 0; r < p.kernel_h; ++r) {
+        const float* from = dw + r * height_of_sums * ld + k * (transposed ? 1 : ld);
+        for (int64_t s = 0; s < p.kernel_w; ++s) {
+          float* to = out + (((k0 + k) * p.kernel_h + r) * p.kernel_w + s) * p.channels + c0;
+          if (transposed) {
+            for (int64_t c = 0; c < deep; ++c) to[c] = from[(s * deep + c) * ld];
+          } else {
+            std::memcpy(to, from + s * deep, deep * sizeof(float));
+          }
+        }
+      }
   }
 };
 

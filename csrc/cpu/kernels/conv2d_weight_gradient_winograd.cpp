@@ -132,10 +132,13 @@ struct WinogradWeightGradient {
   FASTDIFF_ONE_COPY void multiply(int64_t block, int64_t plane, int64_t begin, int64_t end) const {
     const Segment& last = grid.segments[grid.blocks[block + 1] - 1];
     const int64_t tiles = last.first + last.tiles();
-    Array<const float*> rows(tiles);
-    for (int64_t t = 0; t < tiles; ++t) rows.add(x_planes + t * x_ld);
-    multiply_transposed(tiles, dy_planes + plane * dy_plane + begin, dy_ld, end - begin,
-                        rows.data(), plane * x_plane, p.channels,
+    Array<const float*> of_x(tiles), of_dy(tiles);
+    for (int64_t t = 0; t < tiles; ++t) {
+      of_x.add(x_planes + t * x_ld);
+      of_dy.add(dy_planes + t * dy_ld);
+    }
+    multiply_transposed(tiles, {of_dy.data(), plane * dy_plane + begin}, end - begin,
+                        {of_x.data(), plane * x_plane}, p.channels,
                         Into{products + plane * sums_plane + begin * sums_ld, sums_ld, block > 0});
   }
 
