@@ -65,11 +65,8 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .pack = FASTDIFF_KERNEL(conv2d_winograd2_pack),
        .run = FASTDIFF_KERNEL(conv2d_winograd2),
        .weight_gradient = FASTDIFF_KERNEL(conv2d_winograd2_weight_gradient),
-       .weight_gradient_cost = {.share = 0.52,
-                                .narrow = 16,
-                                .narrow_share = 0.9,
-                                .small = 32,
-                                .small_share = 1.2}},
+       .weight_gradient_cost =
+           {.share = 0.52, .narrow = 16, .narrow_share = 0.9, .small = 32, .small_share = 1.2}},
       {.name = "winograd4",
        .purpose = "3x3 kernels and stride 1",
        .packs = of_3x3,
