@@ -132,7 +132,9 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .pack = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16_pack),
        .run = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16),
        .weight_gradient = FASTDIFF_BF16_KERNEL(conv2d_direct_bf16_weight_gradient),
-       .weight_gradient_cost = {.share = tiles ? 0.2 : 0.9}},
+       .weight_gradient_cost = {.share = tiles ? 0.12 : 0.54,
+                                .narrow = 16,
+                                .narrow_share = tiles ? 0.3 : 0.45}},
       // Of other convolutions its rounding would show (kernels/bf16/conv2d_winograd.cpp).
       {.name = "winograd2_bf16",
        .purpose = "3x3 kernels and stride 1 after SiLU, by dot products",
