@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastdiff.common.checks import check_timesteps
+from fastdiff.ops.adamw_update import adamw_update, gradient_norm
 from fastdiff.ops.add_time_embedding import add_time_embedding
 from fastdiff.ops.attention import attention
 from fastdiff.ops.conv2d import conv2d, conv2d_pack
@@ -20,6 +21,7 @@ from fastdiff.ops.sampler_step import new_history, sampler_step, sampler_step_fo
 from fastdiff.ops.upsample_nearest2x import upsample_nearest2x
 
 __all__ = [
+    "adamw_update",
     "add_time_embedding",
     "attention",
     "channel_statistics",
@@ -32,6 +34,7 @@ __all__ = [
     "denoising_loss_from_seed",
     "ema_update",
     "geglu",
+    "gradient_norm",
     "group_norm_coefficients",
     "group_norm_silu",
     "new_history",

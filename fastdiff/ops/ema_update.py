@@ -78,12 +78,6 @@ def _check(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Ten
 on_gpu("ema_update", _check, traced=False)
 
 
-@torch.library.impl("fastdiff::ema_update", "CPU")
-def _on_cpu(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:
-    _check(averages, parameters, weight)
-    reference.ema_update(averages, parameters, weight)
-
-
 @torch.library.register_fake("fastdiff::ema_update")
 def _fake(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight: Tensor) -> None:
     _check(averages, parameters, weight)

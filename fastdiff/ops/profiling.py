@@ -32,7 +32,7 @@ def profile() -> Iterator[None]:
 
     The ranges are ``sample``, ``step 0`` and so on (one for each evaluation of the model),
     ``model``, each fused operation by its name, and ``train step`` with its phases ``data``,
-    ``forward``, ``backward``, ``optimizer`` and ``ema``. Nsight Systems and Nsight Compute show
+    ``forward``, ``backward`` and ``optimizer``. Nsight Systems and Nsight Compute show
     them in the NVTX domain ``fastdiff`` (this needs the package nvtx); torch.profiler shows them
     with the prefix ``fastdiff::``. Blocks may be nested.
 

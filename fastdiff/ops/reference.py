@@ -377,6 +377,45 @@ def ema_update(averages: Sequence[Tensor], parameters: Sequence[Tensor], weight:
 
 
 @torch.no_grad()
+def adamw_update(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    gradient_factor: float,
+    average_weight: float,
+) -> None:
+    """A step of AdamW on every parameter, then of the averages towards the parameters."""
+    tensors = zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True)
+    for p, gradient, exp_avg, exp_avg_sq in tensors:
+        g = gradient * gradient_factor
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step) + eps
+        p.mul_(1 - lr * weight_decay)
+        p.addcdiv_(exp_avg, root, value=-lr / (1 - beta1**step))
+    for average, p in zip(averages, parameters, strict=bool(averages)):
+        average.lerp_(p, average_weight)
+
+
+@torch.no_grad()
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all elements of all gradients, float64 []."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(
+        torch.stack(torch._foreach_norm(list(gradients), 2, torch.float64))
+    )
+
+
+@torch.no_grad()
 def sampler_step(
     x: Tensor,
     model_out: Tensor,

@@ -250,6 +250,22 @@ def _ema_update(v: Values) -> Sequence[Tensor]:
     return averages
 
 
+def _adamw_update(v: Values) -> Sequence[Tensor]:
+    names = ("x", "noise", "residual", "grad", "x")
+    wide = torch.promote_types(v["x"].dtype, torch.float32)  # the optimizer's tensors
+    p, g, m, second, average = (v[name].to(wide, copy=True) for name in names)
+    second.square_()
+    ops.adamw_update(
+        [p], [g], [m], [second], [average],
+        lr=0.1, step=3, gradient_factor=0.5, average_weight=0.125,
+    )  # fmt: skip
+    return p, m, second, average
+
+
+def _gradient_norm(v: Values) -> Sequence[Tensor]:
+    return (ops.gradient_norm([v["x"], v["weight"]]),)
+
+
 def _sampler_step(v: Values) -> Sequence[Tensor]:
     x, out, table = v["x"], v["model_out"], v["table"]
     history = ops.new_history(x, len(v["history"])).copy_(v["history"])
@@ -325,6 +341,8 @@ CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "conv_epilogue": _conv_epilogue,
     "upsample_nearest2x": _upsample_nearest2x,
     "ema_update": _ema_update,
+    "adamw_update": _adamw_update,
+    "gradient_norm": _gradient_norm,
     "philox_normal": _philox_normal,
     "sampler_step": _sampler_step,
     "channel_statistics": _channel_statistics,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff import ops, process
+from fastdiff import process
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.classifier_checkpoint import (
     Accuracy,
@@ -24,6 +24,7 @@ from fastdiff.common.seeds import seeded
 from fastdiff.data.datasets import ImageSet, batch_indices, stream_generator
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde import discretize
+from fastdiff.training.adamw import AdamW
 from fastdiff.training.session import deferred_signals, ema_decay, training_bar
 
 LEVELS = 5  # number of noise levels at which accuracy is measured
@@ -132,7 +133,7 @@ class ClassifierTrainer:
         else:
             self.path = path = discretize(forward)
             self.labels = forward.label(path.times).float()
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             self.model.parameters(), lr=self.options.lr, weight_decay=self.options.weight_decay
         )
         self.finished_steps = 0
@@ -161,9 +162,9 @@ class ClassifierTrainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
-        decay = ema_decay(options.ema, step)
-        ops.ema_update([*self.ema.parameters()], [*self.model.parameters()], 1 - decay)
+        self.optimizer.step(
+            averages=[*self.ema.parameters()], average_weight=1 - ema_decay(options.ema, step)
+        )
         self.finished_steps += 1
         return value
 

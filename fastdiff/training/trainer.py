@@ -36,6 +36,7 @@ from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
 from fastdiff.objectives import Forward
 from fastdiff.ops.profiling import span
 from fastdiff.sampling.terminal_snr import warn_of_image_at_the_end
+from fastdiff.training.adamw import AdamW, clipping_factor
 from fastdiff.training.fingerprint import check_same, fingerprint
 from fastdiff.training.session import (
     Dispensable,
@@ -133,11 +134,8 @@ class Trainer:
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.parameters = list(self.network.parameters())
         self.averages = list(self.ema.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.options.lr,
-            weight_decay=self.options.weight_decay,
-            fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
+        self.optimizer = AdamW(
+            self.parameters, lr=self.options.lr, weight_decay=self.options.weight_decay
         )
         self.finished_steps = 0
         self.out = None if out is None else Path(out).absolute()
@@ -231,12 +229,18 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         with span("optimizer"):
+            factor = 1.0
             if self.options.grad_clip:
-                norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip)
-                _check_finite(float(norm), "norm of the gradient", step)
-            self.optimizer.step()
-        with span("ema"):
-            self._average(step)
+                norm = float(
+                    ops.gradient_norm([p.grad for p in self.parameters if p.grad is not None])
+                )
+                _check_finite(norm, "norm of the gradient", step)
+                factor = clipping_factor(norm, self.options.grad_clip)
+            self.optimizer.step(
+                gradient_factor=factor,
+                averages=self.averages,
+                average_weight=1 - ema_decay(self.options.ema, step),
+            )
         return value
 
     def loss(
@@ -378,11 +382,6 @@ class Trainer:
             seeds.to(device),
         )
 
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        decay = ema_decay(self.options.ema, step)
-        ops.ema_update(self.averages, self.parameters, 1 - decay)
-
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the images, by which a resumed run recognises them."""
@@ -422,7 +421,7 @@ class Trainer:
         self.ema.load_state_dict(saved.model.state_dict())
         for name, p in self._named_parameters():
             # Values are copied into existing tensors, so that p and its moments keep their memory
-            # format, which AdamW's fused kernel needs.
+            # format, which AdamW's kernels need.
             restored = {"model": p, **{key: torch.empty_like(p) for key in MOMENTS}}
             for key, target in restored.items():
                 value = tensors.get(f"{key}.{name}")

@@ -1,4 +1,4 @@
-"""ema_update on CPU tensors, where PyTorch computes it: values, memory and refusals."""
+"""ema_update on CPU tensors: values, memory and refusals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from accuracy import DTYPE_IDS, DTYPES
 
 from fastdiff import ops
 
+ONE, TWO, WEIGHT = torch.ones(3), torch.ones(2), torch.tensor(0.5)
 SHAPES = [(), (1,), (3, 5, 7), (64, 80), (0,)]
 PAIRS = [
     pytest.param(a, p, id=f"{a_id} of {p_id}")
@@ -59,6 +60,67 @@ def test_it_is_not_recorded() -> None:
     assert not average.requires_grad
 
 
+LAST = torch.randn(4, 3, 5, 6).contiguous(memory_format=torch.channels_last)
+LAYOUTS = {
+    "channels-last": (LAST.clone(), LAST * 2),
+    "one channels-last": (LAST.contiguous(), LAST * 2),
+    "average with gaps": (torch.randn(4, 10)[:, ::2], torch.randn(4, 5)),
+    "parameter with gaps": (torch.randn(4, 5), torch.randn(4, 10)[:, ::2]),
+    "transposed": (torch.randn(5, 4).mT, torch.randn(4, 5)),
+    "a parameter of one value": (torch.randn(4, 5), torch.randn(1, 1).expand(4, 5)),
+}
+
+
+@pytest.mark.parametrize(("average", "parameter"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(average, parameter) -> None:
+    average = average.as_strided(average.shape, average.stride()).clone(
+        memory_format=torch.preserve_format
+    )
+    wanted = average + 0.25 * (parameter - average)
+    ops.ema_update([average], [parameter], 0.25)
+    torch.testing.assert_close(average, wanted)
+
+
+def test_writes_nothing_beside_an_average_with_gaps() -> None:
+    memory = torch.zeros(4, 10)
+    ops.ema_update([memory[:, ::2]], [torch.ones(4, 5)], 0.5)
+    assert torch.equal(memory[:, ::2], torch.full((4, 5), 0.5))
+    assert torch.equal(memory[:, 1::2], torch.zeros(4, 5))
+
+
+def test_threads_and_neighbours_do_not_change_the_bits() -> None:
+    shapes = [(7,), (200, 300), (3, 3), (70001,), (1,)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            averages = make(shapes, torch.float32, 0)
+            ops.ema_update(averages, make(shapes, torch.float32, 1), 0.3)
+            results.append(averages)
+    finally:
+        torch.set_num_threads(threads)
+    alone = make(shapes, torch.float32, 0)
+    for a, p in zip(alone, make(shapes, torch.float32, 1), strict=True):
+        ops.ema_update([a], [p], 0.3)
+    assert all(all(map(torch.equal, alone, other)) for other in results)
+
+
+STRAIGHT = {
+    "fewer parameters": lambda op: op([ONE, ONE], [ONE], WEIGHT),
+    "another shape": lambda op: op([ONE], [TWO], WEIGHT),
+    "integers": lambda op: op([ONE.long()], [ONE], WEIGHT),
+    "integer parameters": lambda op: op([ONE], [ONE.int()], WEIGHT),
+    "weight of another dtype": lambda op: op([ONE], [ONE], WEIGHT.double()),
+    "two weights": lambda op: op([ONE], [ONE], TWO),
+}
+
+
+@pytest.mark.parametrize("bad", STRAIGHT.values(), ids=STRAIGHT)
+def test_the_kernel_checks_for_itself(bad) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        bad(torch.ops.fastdiff.ema_update)
+
+
 def test_nothing_to_do() -> None:
     ops.ema_update([], [], 0.5)
 
@@ -69,7 +131,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fastdiff.ema_update.default, arguments)
 
 
-ONE, TWO = torch.ones(3), torch.ones(2)
 REFUSED = {
     "no averages": (([], [ONE], 0.5), ValueError, "no averages"),
     "fewer parameters": (([ONE, ONE], [ONE], 0.5), ValueError, "got 2 and 1"),
