@@ -409,7 +409,7 @@ def adamw_update(
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all elements of all gradients, float64 []."""
     if not gradients:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.linalg.vector_norm(
         torch.stack(torch._foreach_norm(list(gradients), 2, torch.float64))
     )

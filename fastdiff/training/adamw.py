@@ -49,7 +49,8 @@ class AdamW(torch.optim.AdamW):
 
         Args:
             closure: as of ``torch.optim.Optimizer.step``; its result is returned.
-            gradient_factor: of the gradients, see :func:`clipping_factor`.
+            gradient_factor: of the gradients, see :func:`clipping_factor`. ``ops.adamw_update``
+                leaves the gradients as they are; elsewhere they are multiplied in place.
             averages: running averages, one for each parameter in the order of the groups, or none.
             average_weight: how far they move towards the parameters, in 0..1.
         """
