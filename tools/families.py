@@ -38,7 +38,7 @@ class Family:
         triton: operations whose launchers ``kernels/<name>.py`` has.
         cuda: operations that ``csrc/cuda/bindings/<name>.cpp`` registers.
         on_gpu: operations that Python registers for CUDA tensors as this family's.
-        autograd: whether the operation of the family's name has a gradient.
+        autograd: whether one of the operations has a gradient.
         tests: its test files for a CPU and for GPU kernels.
         benchmarks: its benchmark file, and the file with its benchmark for a GPU.
     """
@@ -96,8 +96,9 @@ def families(root: Path = ROOT) -> list[Family]:
                 triton=tuple(one for one in operations if one in launchers),
                 cuda=_registered(root / "csrc" / "cuda" / "bindings" / f"{name}.cpp"),
                 on_gpu=tuple(one for one, of in gpu.operations.items() if of == name),
-                autograd=torch._C._dispatch_has_kernel_for_dispatch_key(
-                    f"fastdiff::{name}", "Autograd"
+                autograd=any(
+                    torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{one}", "Autograd")
+                    for one in operations
                 ),
                 tests=_existing(root, f"tests/ops/test_{name}.py", f"tests/gpu/test_gpu_{name}.py"),
                 benchmarks=(

@@ -47,8 +47,7 @@ def differentiable(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that skips its Python autograd formula, 4 us, if no argument needs a gradient."""
 
     def call(*args: Any) -> Any:
-        needed = torch.is_grad_enabled() and _requires_grad(args)
-        if needed or torch.compiler.is_compiling():
+        if recorded(*args) or torch.compiler.is_compiling():
             return kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return kernel(*args)
@@ -56,8 +55,23 @@ def differentiable(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _requires_grad(args: tuple[Any, ...]) -> bool:
-    return any([isinstance(value, Tensor) and value.requires_grad for value in args])
+def recorded(*args: Any) -> bool:
+    """Whether autograd records an operation on these arguments."""
+    return torch.is_grad_enabled() and any(
+        [isinstance(value, Tensor) and value.requires_grad for value in args]
+    )
+
+
+def refuse_to_differentiate(name: str) -> None:
+    """Have autograd raise where it would differentiate ``fastdiff::<name>``, itself a gradient."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"fastdiff::{name} is a gradient that cannot be differentiated again: compute it in "
+            "PyTorch's eager mode, or with fastdiff.backend('reference')"
+        )
+
+    torch.library.register_autograd(f"fastdiff::{name}", refuse)
 
 
 def fake_like(x: Tensor, *others: Tensor | None) -> Tensor:

@@ -317,17 +317,31 @@ def _conv2d_weight_gradient(v: Values) -> Sequence[Tensor]:
     )  # fmt: skip
 
 
-def _attention(v: Values) -> Sequence[Tensor]:
+def _heads(v: Values) -> Sequence[Tensor]:
     n, c = SHAPE[:2]
-    query, key, value = (
+    return [
         v[name].reshape(n, GROUPS, c // GROUPS, -1).transpose(2, 3)
         for name in ("residual", "grad", "noise")
-    )
-    return (ops.attention(query, key, value),)
+    ]
+
+
+def _attention(v: Values) -> Sequence[Tensor]:
+    return (ops.attention(*_heads(v)),)
+
+
+def _attention_backward(v: Values) -> Sequence[Tensor]:
+    leaves = [head.detach().requires_grad_() for head in _heads(v)]
+    return torch.autograd.grad(ops.attention(*leaves), leaves, leaves[0].detach())
 
 
 def _geglu(v: Values) -> Sequence[Tensor]:
     return (ops.geglu(v["x"].movedim(1, -1)),)
+
+
+def _geglu_backward(v: Values) -> Sequence[Tensor]:
+    leaf = v["x"].movedim(1, -1).detach().requires_grad_()
+    grad = v["noise"].movedim(1, -1)[..., : SHAPE[1] // 2]
+    return torch.autograd.grad(ops.geglu(leaf), leaf, grad)
 
 
 CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
@@ -351,5 +365,7 @@ CASES: dict[str, Callable[[Values], Sequence[Tensor]]] = {
     "conv2d": _conv2d,
     "conv2d_weight_gradient": _conv2d_weight_gradient,
     "attention": _attention,
+    "attention_backward": _attention_backward,
     "geglu": _geglu,
+    "geglu_backward": _geglu_backward,
 }

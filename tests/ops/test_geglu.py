@@ -1,4 +1,4 @@
-"""geglu: values, extremes, layouts, and what it must refuse or let through."""
+"""geglu and its gradient: values, extremes, layouts, and what they must refuse or let through."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import CountCalls, amid_nans, assert_as_accurate
+from accuracy import CountCalls, amid_nans, assert_as_accurate, upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,10 +35,48 @@ def call(x: Tensor) -> list[Tensor]:
     return [ops.geglu(x)]
 
 
+def differentiate(x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The gradient of x where that of the result is ``grad``."""
+    leaf = x.detach().requires_grad_()
+    return list(torch.autograd.grad(ops.geglu(leaf), leaf, grad))
+
+
+def gradient_of_result(x: Tensor) -> Tensor:
+    return upstream(x[..., : x.shape[-1] // 2])
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_values(dtype, shape) -> None:
     assert_as_accurate(call, make(shape, dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_values_of_the_gradient(dtype, shape) -> None:
+    x = make(shape, dtype)
+    assert_as_accurate(differentiate, x, gradient_of_result(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_the_gradient_errs_at_most_twice_as_much_as_pytorch(dtype) -> None:
+    x = make((300, 2 * 37), dtype)
+    grad = gradient_of_result(x)
+
+    def eager(x: Tensor, grad: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        a, b = leaf.chunk(2, dim=-1)
+        return torch.autograd.grad(a * F.gelu(b), leaf, grad)[0]
+
+    exact = eager(x.double(), grad.double())
+    theirs = (eager(x, grad).double() - exact).norm()
+    assert (differentiate(x, grad)[0].double() - exact).norm() <= 2 * theirs
+
+
+def test_gradients_of_the_reference_in_float64() -> None:
+    x = make((3, 10)).double().requires_grad_()
+    assert torch.autograd.gradcheck(ops.geglu, x)
+    assert torch.autograd.gradgradcheck(ops.geglu, x)
 
 
 def test_values_are_those_of_the_module() -> None:
@@ -60,14 +98,30 @@ def test_a_sweep_of_gates(dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_a_sweep_of_the_gradients_of_gates(dtype) -> None:
+    """Of a gate and of the value beside it, each error relative to its own size."""
+    gates = torch.linspace(-12, 12, 20001).to(dtype)
+    ones = torch.ones_like(gates)
+    found = differentiate(torch.cat([ones, gates]), ones)[0].double()
+    wanted = differentiate(torch.cat([ones, gates]).double(), ones.double())[0]
+    # Near the gate whose gradient is zero, about -0.75, two terms of 0.23 cancel.
+    size = torch.cat([gates.double().abs(), wanted[20001:].abs() + 0.5])
+    assert bool(((found - wanted).abs() <= 2 * torch.finfo(dtype).eps * size).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_what_is_not_finite(dtype) -> None:
     big = torch.finfo(dtype).max
     gates = [torch.nan, torch.inf, -torch.inf, big, -big, 0.0, 1.0, 1e-40, -30.0] * 3
     values = [1.0] * 9 + [torch.nan] * 9 + [torch.inf] * 9
     x = torch.tensor([values + gates, gates + values]).to(dtype)
+    grads = torch.tensor([[1.0, -2.0, torch.nan] * 9, [torch.inf, 0.0, -torch.inf] * 9]).to(dtype)
     with fastdiff.backend("reference"):
         wanted = ops.geglu(x)
+        (wanted_gradient,) = differentiate(x, grads)
     torch.testing.assert_close(ops.geglu(x), wanted, equal_nan=True, rtol=1e-2, atol=1e-5)
+    (gradient,) = differentiate(x, grads)
+    torch.testing.assert_close(gradient, wanted_gradient, equal_nan=True, rtol=1e-2, atol=1e-5)
 
 
 VIEWS = {
@@ -87,6 +141,11 @@ def test_strides_do_not_change_the_bits(dtype, view) -> None:
     y = ops.geglu(x)
     assert y.is_contiguous()
     assert torch.equal(y, ops.geglu(x.contiguous()))
+    grad = gradient_of_result(y.new_empty(x.shape))
+    apart = grad.mT.contiguous().mT if grad.ndim > 1 else grad
+    (dx,) = differentiate(x, apart)
+    assert dx.is_contiguous()
+    assert torch.equal(dx, differentiate(x.contiguous(), grad)[0])
     assert torch.equal(x, before)
 
 
@@ -94,6 +153,8 @@ def test_strides_do_not_change_the_bits(dtype, view) -> None:
 def test_reads_nothing_beside_its_input(dtype) -> None:
     x = make((3, 5, 2 * 37), dtype)
     assert torch.equal(ops.geglu(amid_nans(x)), ops.geglu(x))
+    grad, run = gradient_of_result(x), torch.ops.fastdiff.geglu_backward
+    assert torch.equal(run(amid_nans(grad), amid_nans(x)), run(grad, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["f64", "f16"])
@@ -113,12 +174,35 @@ def test_is_one_dispatcher_call() -> None:
     assert counted.names == ["fastdiff.geglu.default"]
 
 
+def test_its_gradient_is_one_more() -> None:
+    x = make((3, 26)).requires_grad_()
+    with CountCalls() as counted:
+        y = ops.geglu(x)
+        y.backward(torch.ones_like(y))
+    ours = [name for name in counted.names if name.startswith("fastdiff")]
+    assert ours == ["fastdiff.geglu.default", "fastdiff.geglu_backward.default"]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = make((3, 26)).requires_grad_()
+    (dx,) = torch.autograd.grad(ops.geglu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"geglu_backward .* PyTorch's eager mode"):
+        dx.sum().backward()
+
+
+def test_compiles_whole() -> None:
+    x = make((3, 5, 26)).requires_grad_()
+    compiled = torch.compile(ops.geglu, backend="aot_eager", fullgraph=True)
+    (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert torch.equal(found, differentiate(x, torch.ones(3, 5, 13))[0])
+
+
 def test_threads_do_not_change_the_bits() -> None:
     x, results = make((3, 700, 26)), []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
-        results.append(ops.geglu(x))
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        results.append((ops.geglu(x), *differentiate(x, gradient_of_result(x))))
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
 
 
 def test_calls_from_several_threads_at_once() -> None:
@@ -131,7 +215,10 @@ def test_calls_from_several_threads_at_once() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("shape", ["odd width", "a vector", "no rows"])
 def test_opcheck(shape, dtype) -> None:
-    torch.library.opcheck(torch.ops.fastdiff.geglu.default, (make(SHAPES[shape], dtype),))
+    x = make(SHAPES[shape], dtype)
+    torch.library.opcheck(torch.ops.fastdiff.geglu.default, (x.clone().requires_grad_(),))
+    grad = gradient_of_result(x)
+    torch.library.opcheck(torch.ops.fastdiff.geglu_backward.default, (grad, x))
 
 
 @settings(max_examples=60)
@@ -145,6 +232,7 @@ def test_any_shape(shape, width, dtype, scale) -> None:
     # csrc/cpu/kernels/activations.h: the formula itself is off by 5e-9 of the gate.
     formula = 5e-9 * (a * b).abs().max().item() if x.numel() else 0.0
     assert_as_accurate(call, x, formula=formula)
+    assert_as_accurate(differentiate, x, gradient_of_result(x), formula=formula)
 
 
 REFUSED = {
@@ -168,3 +256,13 @@ def test_bad_input(backend, x, error, message) -> None:
 def test_the_kernel_checks_for_itself(x) -> None:
     with pytest.raises((TypeError, ValueError)):
         torch.ops.fastdiff.geglu(x)
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [torch.ones(3, 3), torch.ones(3, 4), torch.ones(4), torch.ones(3, 2).bfloat16()],
+    ids=lambda value: f"{value.dtype} {list(value.shape)}",
+)
+def test_the_kernel_checks_the_gradient(grad) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        torch.ops.fastdiff.geglu_backward(grad, torch.ones(3, 4))

@@ -40,6 +40,7 @@ SHAPES = (
     "test_conv2d_pointwise.py",
     "test_conv2d_weight_gradient.py",
     "test_attention.py",
+    "test_attention_backward.py",
     "test_geglu.py",
     "test_group_norm_coefficients.py",
 )

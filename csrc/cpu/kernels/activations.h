@@ -89,19 +89,27 @@ FASTDIFF_INLINE F exp2_lanes(F x) {
 // x * sigmoid(x).
 FASTDIFF_INLINE F silu(F x) { return x / (1.f + exp2_lanes(x * static_cast<float>(-kLog2e))); }
 
-// x * Phi(x), Phi being the normal distribution (Hendrycks & Gimpel 2016, arXiv:1606.08415). Of
-// z = |x|, Phi(-z) = t q(t) exp(-z^2 / 2) with t = 1 / (1 + 0.28 z), the form of Abramowitz &
-// Stegun 1964, 7.1.26; q fitted by Lawson's reweighted least squares: the result's error is 5e-9 z.
-FASTDIFF_INLINE F gelu(F x) {
+// Phi(x) and its derivative: the normal distribution and its density.
+struct Normal {
+  F distribution, density;
+};
+
+// Of z = |x|, Phi(-z) = t q(t) exp(-z^2 / 2) with t = 1 / (1 + 0.28 z), the form of Abramowitz &
+// Stegun 1964, 7.1.26; q fitted by Lawson's reweighted least squares: the error of Phi is 5e-9.
+FASTDIFF_INLINE Normal normal(F x) {
   const F z = x < 0.f ? -x : x, t = 1.f / (1.f + 0.28f * z);
   F q = -0.10703231973295776f * t + 0.39492538759195756f;
   q = q * t - 0.24527781458532627f;
   q = q * t + 0.2756577705600528f;
   q = q * t + 0.06476794089334095f;
   q = q * t + 0.11695901732546929f;
-  F tail = q * t * exp2_lanes<true>(z * z * static_cast<float>(-kLog2e / 2));
+  const F power = exp2_lanes<true>(z * z * static_cast<float>(-kLog2e / 2));
+  F tail = q * t * power;
   tail = z < 13.f ? tail : F{};  // beyond, the exponential is no longer exact and Phi no float
-  return x * (x < 0.f ? tail : 1.f - tail);
+  return {x < 0.f ? tail : 1.f - tail, (z < 13.f ? power : F{}) * 0.3989422804014327f};
 }
+
+// x * Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415); its error is 5e-9 |x|.
+FASTDIFF_INLINE F gelu(F x) { return x * normal(x).distribution; }
 
 }  // namespace fastdiff::CPU_CAPABILITY

@@ -6,8 +6,9 @@
 #include <limits>
 
 #include "cpu/kernels/activations.h"
+#include "cpu/kernels/attention_pack.h"
+#include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/dtypes.h"
-#include "cpu/kernels/gemm.h"
 #include "cpu/kernels/memory.h"
 
 namespace fastdiff::CPU_CAPABILITY {
@@ -25,26 +26,14 @@ void pack_head(const Attention& p, int64_t unit) {
   float* to = static_cast<float*>(p.packed_k) + unit * attention_packed(p.keys, p.width);
   for (int64_t first = 0; first < p.keys; first += kPanel) {
     const int64_t columns = std::min(kPanel, p.keys - first), packed = packed_columns(columns);
-    // In squares of kLine x kLine, since this transposes: a row of k becomes a column of the panel.
-    for (int64_t d0 = 0; d0 < p.width; d0 += kLine)
-      for (int64_t j = 0; j < packed; ++j) {
-        const T* row = k + (first + j) * p.k_strides[2];
-        __builtin_prefetch(row + d0 + kLine);
-        for (int64_t d = d0; d < std::min(p.width, d0 + kLine); ++d)
-          to[d * packed + j] = j < columns ? static_cast<float>(row[d]) * factor : 0;
-      }
+    transpose_rows(k + first * p.k_strides[2], p.k_strides[2], columns, p.width, factor, to,
+                   packed);
     to += p.width * packed;
   }
   to = static_cast<float*>(p.packed_v) + unit * attention_packed(p.keys, p.value_width);
   for (int64_t begin = 0; begin < p.keys; begin += kKeys)
-    for (int64_t first = 0, columns; first < p.value_width; first += columns) {
-      columns = panel_columns(p.value_width - first);
-      for (int64_t j = begin; j < std::min(p.keys, begin + kKeys); ++j) {
-        __builtin_prefetch(v + (j + 8) * p.v_strides[2] + first);
-        for (int64_t c = 0; c < packed_columns(columns); c += kLanes, to += kLanes)
-          store_lanes(to, load_lanes(v + j * p.v_strides[2] + first + c, columns - c));
-      }
-    }
+    to = pack_panels(v + begin * p.v_strides[2], p.v_strides[2], std::min(kKeys, p.keys - begin),
+                     p.value_width, to);
 }
 
 // The vector of values[j] and the following, where lanes past `count` values are `fill`.
@@ -112,9 +101,8 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     for (int64_t k = 0; k < block; k += kPanel) {
       const int64_t columns = std::min(kPanel, block - k);
       const float* panel = keys + (k0 + k) * p.width;
-      multiply_panel(count, rows, 0, p.width, panel, columns,
-                     {panel + packed_columns(columns) * p.width},
-                     Into{scores + k, scores_ld, false});
+      multiply_in_pieces(count, rows, p.width, panel, columns, true,
+                         {scores + k, scores_ld, false});
     }
     for (int64_t i = 0; i < count; ++i) {
       float* row = scores + i * scores_ld;
@@ -139,6 +127,11 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     float sum = 0;
     for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[i][lane];
     if (top[i] == kNone) sum = std::numeric_limits<float>::quiet_NaN();  // as PyTorch has it
+    if (p.statistics) {
+      float* const at = p.statistics + unit * p.queries + begin + i;
+      at[0] = top[i];
+      at[p.batch * p.heads * p.queries] = sum;
+    }
     T* to =
         static_cast<T*>(p.out) + ((image * p.queries + begin + i) * p.heads + head) * p.value_width;
     for (int64_t c = 0; c < p.value_width; c += kLanes)

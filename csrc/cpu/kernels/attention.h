@@ -17,6 +17,9 @@ struct Attention {
   int64_t q_strides[3], k_strides[3], v_strides[3];  // of B, H and L, in elements
   const void *q, *k, *v;
   void* out;
+  // [2, B, H, L] or null if it is not wanted: the largest score of each query, times log2(e), and
+  // the sum of 2^(score - largest), which together are exacter than the logarithm of the sum.
+  float* statistics;
   float scale;
   // For each head of each image attention_packed(...) floats, or attention_bf16_packed(...)
   // bfloat16.

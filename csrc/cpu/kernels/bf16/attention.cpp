@@ -18,7 +18,7 @@
 #include <limits>
 
 #include "cpu/kernels/activations.h"
-#include "cpu/kernels/bf16/products.h"
+#include "cpu/kernels/bf16/attention_pack.h"
 #include "cpu/kernels/memory.h"
 
 namespace fastdiff::CPU_CAPABILITY {
@@ -39,51 +39,6 @@ constexpr int64_t kScoresLd = kKeys + kLine, kProbsLd = kKeys + kColumns;
 
 using Probs = Values<bf16>;
 using V = Probs::V;
-
-constexpr int64_t whole(int64_t count) { return (count + kColumns - 1) / kColumns * kColumns; }
-
-// Writes the first `count` of 32 values, and zeros behind them.
-FASTDIFF_INLINE void load_line(const bf16* from, int64_t count, void* to) {
-  using At = at::vec::Vectorized<bf16>;
-  for (int64_t i = 0; i < kColumns; i += At::size())
-    At::loadu(from + i, std::clamp<int64_t>(count - i, 0, At::size()))
-        .store(static_cast<bf16*>(to) + i);
-}
-
-// [32 keys][step][2 halves][16 pairs][16 keys][2]: 16 keys by 16 pairs are transposed at a time,
-// where a float is only a pair's 32 bits.
-void pack_keys(const bf16* k, int64_t stride, int64_t keys, int64_t width, float* to) {
-  for (int64_t first = 0; first < keys; first += kColumns)
-    for (int64_t d = 0; d < width; d += kColumns)
-      for (int64_t half = 0; half < kColumns; half += 16, to += kStepValues / 4) {
-        float pairs[16 * 16];
-        for (int64_t j = 0; j < 16; ++j)
-          load_line(k + std::min(first + half + j, keys - 1) * stride + d, width - d,
-                    pairs + j * 16);
-        at::vec::transpose_mxn<float, 16, 16>(pairs, 16, to, 16);
-      }
-}
-
-// [32 columns][step][2 halves][16 pairs of keys][16 columns][2].
-void pack_values(const bf16* v, int64_t stride, int64_t keys, int64_t width, bf16* to) {
-  using Bits = uint32_t __attribute__((vector_size(sizeof(F))));
-  for (int64_t first = 0; first < width; first += kColumns)
-    for (int64_t key = 0; key < keys; key += kColumns, to += kStepValues)
-      for (int64_t i = 0; i < kColumns; i += 2) {
-        const bf16* row = v + (key + i) * stride + first;
-        bf16 even[kColumns], odd[kColumns];
-        load_line(row, key + i < keys ? width - first : 0, even);
-        load_line(row + stride, key + i + 1 < keys ? width - first : 0, odd);
-        for (int64_t c = 0; c < kColumns; c += kLanes) {
-          // A bfloat16 is the upper half of a float.
-          const auto low = reinterpret_cast<Bits>(load_lanes(even + c)) >> 16;
-          const auto high = reinterpret_cast<Bits>(load_lanes(odd + c));
-          bf16* const pairs = to + c / 16 * (kStepValues / 2) + i * 16 + c % 16 * 2;
-          const Bits both = low | high;
-          __builtin_memcpy(pairs, &both, sizeof both);
-        }
-      }
-}
 
 // What a query has seen so far.
 struct Seen {
@@ -146,30 +101,20 @@ void load_queries(const Attention& p, const bf16* q, int64_t count, bf16* to) {
 }
 
 void store_outputs(const Attention& p, const float* from, int64_t ld, const Seen* seen,
-                   int64_t count, bf16* out) {
+                   int64_t count, bf16* out, float* statistics) {
   for (int64_t i = 0; i < count; ++i) {
     // Where all scores are -inf PyTorch has NaN.
     const float sum =
         seen[i].top == kNone ? std::numeric_limits<float>::quiet_NaN() : sum_lanes(seen[i].sum);
+    if (statistics) {
+      statistics[i] = seen[i].top;
+      statistics[p.batch * p.heads * p.queries + i] = sum;
+    }
     const Probs by(1.f / sum);
     for_values<bf16>(p.value_width, [&](int64_t c, int64_t n) FASTDIFF_HOT {
       (Probs::load_wide(from + i * ld + c) * by).store(out + i * p.heads * p.value_width + c, n);
     });
   }
-}
-
-// How products read rows of bfloat16 that lie `ld` apart, of which `columns` are not zero.
-Walk walk(int64_t ld, int64_t columns) {
-  static constexpr int64_t kTap = 0;
-  return {.spacing = ld * 2,
-          .plane = kColumns * 2,
-          .taps = 1,
-          .tap = &kTap,
-          .last_pairs = pairs_of_last_plane(columns)};
-}
-
-Rows rows(const bf16* a, int64_t ld, int64_t count) {
-  return {reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(a + kGroup * ld), count};
 }
 
 void attend(const Attention& p, int64_t unit, int64_t begin) {
@@ -191,10 +136,6 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
       static_cast<const bf16*>(p.packed_k) + unit * attention_bf16_packed(p.keys, p.width);
   const auto* values =
       static_cast<const bf16*>(p.packed_v) + unit * attention_bf16_packed(p.keys, p.value_width);
-  const auto product = [](const Rows& a, const Walk& along, int64_t steps, const bf16* b,
-                          int64_t columns, float* c, int64_t ld, bool accumulate) FASTDIFF_HOT {
-    multiply(a, along, steps, reinterpret_cast<const char*>(b), columns, c, ld, accumulate);
-  };
   Seen seen[kBf16Queries];
   for (int64_t k0 = 0; k0 < p.keys; k0 += kKeys) {
     const int64_t left = p.keys - k0, block = std::min(kKeys, whole(left));
@@ -203,8 +144,8 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
     for (int64_t i = 0; i < count; i += kBand) {
       const int64_t band = std::min(kBand, count - i);
       for (int64_t k = 0; k < block; k += kColumns)
-        product(rows(queries + i * depth, depth, band), walk(depth, p.width), depth / kColumns,
-                keys + (k0 + k) * depth, kColumns, scores + k, kScoresLd, false);
+        multiply_rows(queries + i * depth, depth, band, p.width, keys + (k0 + k) * depth, kColumns,
+                      scores + k, kScoresLd, false);
       for (int64_t r = 0; r < band; ++r) {
         const float shrink = softmax(scores + r * kScoresLd, block, factor, counted,
                                      probs + r * kProbsLd, seen[i + r]);
@@ -212,14 +153,15 @@ void attend(const Attention& p, int64_t unit, int64_t begin) {
           multiply_row(out + (i + r) * out_ld, whole(p.value_width), shrink);
       }
       for (int64_t c = 0; c < p.value_width; c += kColumns)
-        product(rows(probs, kProbsLd, band), walk(kProbsLd, std::min(block, left)),
-                block / kColumns, values + c * whole(p.keys) + k0 * kColumns, p.value_width - c,
-                out + i * out_ld + c, out_ld, k0 > 0);
+        multiply_rows(probs, kProbsLd, band, std::min(block, left),
+                      values + c * whole(p.keys) + k0 * kColumns, p.value_width - c,
+                      out + i * out_ld + c, out_ld, k0 > 0);
     }
   }
   store_outputs(
       p, out, out_ld, seen, count,
-      static_cast<bf16*>(p.out) + ((image * p.queries + begin) * p.heads + head) * p.value_width);
+      static_cast<bf16*>(p.out) + ((image * p.queries + begin) * p.heads + head) * p.value_width,
+      p.statistics ? p.statistics + unit * p.queries + begin : nullptr);
 }
 
 }  // namespace
@@ -230,9 +172,9 @@ void attention_bf16_pack(const Attention& p, int64_t begin, int64_t end) {
     const auto of_head = [&](const void* x, const int64_t* strides) {
       return static_cast<const bf16*>(x) + image * strides[0] + head * strides[1];
     };
-    pack_keys(of_head(p.k, p.k_strides), p.k_strides[2], p.keys, p.width,
-              static_cast<float*>(p.packed_k) + unit * attention_bf16_packed(p.keys, p.width) / 2);
-    pack_values(
+    pack_turned(of_head(p.k, p.k_strides), p.k_strides[2], p.keys, p.width,
+                static_cast<bf16*>(p.packed_k) + unit * attention_bf16_packed(p.keys, p.width));
+    pack_panels(
         of_head(p.v, p.v_strides), p.v_strides[2], p.keys, p.value_width,
         static_cast<bf16*>(p.packed_v) + unit * attention_bf16_packed(p.keys, p.value_width));
   }
