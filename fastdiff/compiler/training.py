@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from fastdiff import ops
 from fastdiff.compiler.choose.plan import merged
 from fastdiff.compiler.graph.canonical import canonicalise
 from fastdiff.compiler.graph.edit import remove_unused
@@ -18,6 +19,7 @@ from fastdiff.compiler.report import GraphReport
 from fastdiff.compiler.rewrite import composed
 from fastdiff.compiler.rewrite.autocast import Autocast, make_explicit
 from fastdiff.compiler.rewrite.fuse_training import fuse_training, may_train
+from fastdiff.compiler.rewrite.gated import gated
 from fastdiff.compiler.rewrite.strides import restore_strides
 from fastdiff.compiler.run.calls import without_autocast
 
@@ -49,8 +51,10 @@ def _rewrite(gm: GraphModule, report: GraphReport, around: Autocast, strict: boo
     pinned = pinned_nodes(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     groups, single = merged(list(filter(may_train, find(graph, pinned))), order)
-    report.emitted += fuse_training(graph, groups, single, strict=strict)
+    report.emitted += fuse_training(graph, groups, single, pinned, strict=strict)
+    gated(graph, pinned)  # after the layers, which compute no gate where gradients are wanted
     report.composed += composed.norms(graph, pinned, alone=True)
+    report.composed += sum(node.target is ops.geglu for node in graph.nodes)
     restore_strides(graph, pinned)
     report.leave(graph, pinned)
     graph.lint()

@@ -173,7 +173,7 @@ class _NormConv2d(torch.autograd.Function):
     """``norm_conv2d`` by the C++ kernels."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         call: NormConv2d,
         x: Tensor,
@@ -211,7 +211,7 @@ class _NormConv2d(torch.autograd.Function):
         return y, of_y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a gradient through fastdiff's fused convolutions cannot be differentiated again: "

@@ -326,12 +326,13 @@ def _heads(v: Values) -> Sequence[Tensor]:
 
 
 def _attention(v: Values) -> Sequence[Tensor]:
-    return (ops.attention(*_heads(v)),)
+    q, k, values = _heads(v)
+    return (ops.attention(q, k, values),)
 
 
 def _attention_backward(v: Values) -> Sequence[Tensor]:
-    leaves = [head.detach().requires_grad_() for head in _heads(v)]
-    return torch.autograd.grad(ops.attention(*leaves), leaves, leaves[0].detach())
+    q, k, values = leaves = [head.detach().requires_grad_() for head in _heads(v)]
+    return torch.autograd.grad(ops.attention(q, k, values), leaves, q.detach())
 
 
 def _geglu(v: Values) -> Sequence[Tensor]:

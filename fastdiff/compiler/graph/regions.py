@@ -69,7 +69,7 @@ def recomputed_regions(graph: Graph) -> list[GraphModule]:
     for node in graph.nodes:
         if node.target is not recomputed:
             continue
-        region = attribute(node.args[0])  # type: ignore[arg-type]
+        region = attribute(node.args[0])
         inputs = [n for n in region.graph.nodes if n.op == "placeholder"]
         for inner, given in zip(inputs, node.args[1:], strict=True):
             inner.meta.setdefault("example_value", value(given))

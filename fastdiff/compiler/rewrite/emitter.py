@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fastdiff.compiler.graph.edit import call_ours, redirect
-from fastdiff.compiler.graph.nodes import is_number
+from fastdiff.compiler.graph.nodes import argument, dtype_of, is_number
 from fastdiff.compiler.match.fused import Activation, Match
 from fastdiff.compiler.match.patterns import as_rows
 from fastdiff.compiler.run import calls
@@ -94,6 +94,15 @@ class Emitter:
             with graph.inserting_before(self.first) if inserted else graph.inserting_after(x):
                 self.statistics[source] = self.call(calls.statistics_of, x, source.channel)
         return self.statistics[source]
+
+    def attention(self, node: Node, call: calls.Attention) -> None:
+        """Replace an attention without a mask by ``call``."""
+        q, k, v = (argument(node, name) for name in ("query", "key", "value"))
+        with self.graph.inserting_before(node):
+            self.replace(node, self.call(call, q, k, v))
+        dtype = dtype_of(q)
+        assert dtype is not None
+        self.emitted.append(Emitted(call, "attention", dtype, 1, ()))
 
     def tell(self, call: Any, match: Match, parts: int, size: tuple[int, ...]) -> None:
         """Note a call for the report: it stands for ``parts`` layers with weights of ``size``."""

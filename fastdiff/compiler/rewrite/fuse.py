@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from fastdiff.compiler.choose.plan import Plan
 from fastdiff.compiler.graph.edit import call_ours, remove_unused
-from fastdiff.compiler.graph.nodes import argument, dtype_of, value
+from fastdiff.compiler.graph.nodes import argument, value
 from fastdiff.compiler.match.fused import Activation, Match, joined
 from fastdiff.compiler.match.patterns import Norm, plain_attention
 from fastdiff.compiler.match.single_head import SingleHead
@@ -79,7 +79,7 @@ class _Emitter(Emitter):
         done = pinned | {head.attention for head in heads}
         for node in list(self.graph.nodes):
             if node not in done and plain_attention(node):
-                self._attention(node)
+                self.attention(node, calls.Attention(argument(node, "scale")))
         remove_unused(self.graph)
         return Fusion(self.emitted, self.packed)
 
@@ -168,15 +168,6 @@ class _Emitter(Emitter):
 
     def _derived_bias(self, index: int) -> Node:
         return self.call(getattr, self.call(operator.getitem, self.packed, index), "bias")
-
-    def _attention(self, node: Node) -> None:
-        call = calls.Attention(argument(node, "scale"))
-        q, k, v = (argument(node, name) for name in ("query", "key", "value"))
-        with self.graph.inserting_before(node):
-            self.replace(node, self.call(call, q, k, v))
-        dtype = dtype_of(q)
-        assert dtype is not None
-        self.emitted.append(Emitted(call, "attention", dtype, 1, ()))
 
     def _convolution(self, match: Match, index: int, spec: ConvSpec) -> calls.Convolution:
         return calls.Convolution(

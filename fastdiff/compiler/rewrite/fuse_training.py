@@ -11,6 +11,7 @@ from fastdiff.compiler.graph.dtypes import parameter_of
 from fastdiff.compiler.graph.edit import call_ours, remove_unused
 from fastdiff.compiler.graph.nodes import argument, is_number, value
 from fastdiff.compiler.match.fused import Activation, Match, joined
+from fastdiff.compiler.match.patterns import plain_attention
 from fastdiff.compiler.rewrite.emitter import Emitted, Emitter
 from fastdiff.compiler.run import calls
 from fastdiff.compiler.run.trained import TrainedConvolution
@@ -18,20 +19,21 @@ from fastdiff.ops.conv2d_spec import ConvSpec
 
 
 def fuse_training(
-    graph: Graph, groups: list[list[Match]], single: list[Match], *, strict: bool
+    graph: Graph, groups: list[list[Match]], single: list[Match], pinned: set[Node], *, strict: bool
 ) -> list[Emitted]:
-    """Replace matches by calls that have gradients.
+    """Replace matches and attentions by calls that have gradients.
 
     Args:
         graph: changed in place.
         groups: linear layers with the same input; each group becomes one call.
         single: matches that become one call each.
+        pinned: nodes that must stay as they are.
         strict: whether convolutions compute by direct arithmetic alone.
 
     Returns:
         The fused operations.
     """
-    return _Emitter(graph, strict).run(groups, single)
+    return _Emitter(graph, strict).run(groups, single, pinned)
 
 
 class _Emitter(Emitter):
@@ -39,7 +41,9 @@ class _Emitter(Emitter):
         super().__init__(graph)
         self.strict = strict
 
-    def run(self, groups: list[list[Match]], single: list[Match]) -> list[Emitted]:
+    def run(
+        self, groups: list[list[Match]], single: list[Match], pinned: set[Node]
+    ) -> list[Emitted]:
         """Emit everything in the graph's order."""
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         steps: list[tuple[int, Match | list[Match]]] = []
@@ -50,6 +54,9 @@ class _Emitter(Emitter):
                 self._one(step)
             else:
                 self._several(step)
+        for node in list(self.graph.nodes):
+            if node not in pinned and plain_attention(node):
+                self.attention(node, calls.TrainedAttention(argument(node, "scale")))
         remove_unused(self.graph)
         return self.emitted
 
@@ -130,13 +137,13 @@ class _Emitter(Emitter):
 
 
 def may_train(match: Match) -> bool:
-    """Whether a match can be fused with gradients.
+    """Whether a match is fused with gradients.
 
-    Python must know its norm's numbers. A gated linear unit needs its halves again in the backward.
-    Linear layers of matrices are those of embeddings, whose few rows gain nothing.
+    Python must know its norm's numbers. Linear layers of matrices are those of embeddings, whose
+    few rows would gain nothing.
     """
     known = match.norm is None or is_number(argument(match.norm.node, "eps", 1e-5))
-    return known and not match.spec.gated and match.x.form[0] > 2
+    return known and match.x.form[0] > 2
 
 
 def _parameter(node: Node | None) -> Node | None:

@@ -17,6 +17,7 @@ from fastdiff.compiler.choose.sizes import Sizes
 from fastdiff.compiler.run.forms import Forms, channels_last
 from fastdiff.compiler.run.packing import PackedWeight
 from fastdiff.ops import reference
+from fastdiff.ops.attention import attention
 from fastdiff.ops.conv2d import kernel_runs
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS
 from fastdiff.ops.conv2d_spec import ConvSpec
@@ -197,6 +198,16 @@ class Attention:
         if kernel_runs(q):
             scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
             return _attention(q, k, v, scale)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+
+
+class TrainedAttention(Attention):
+    """The same with gradients."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, L, D], [B, H, S, D] and [B, H, S, D'] to [B, H, L, D']."""
+        if kernel_runs(q):
+            return attention(q, k, v, self.scale)
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
 
