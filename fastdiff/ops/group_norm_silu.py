@@ -68,7 +68,8 @@ def group_norm_silu(
         residual: like y, added to the result.
         silu: apply SiLU; False for the norm before attention.
         skip: [N, C', *spatial]; the operation then normalises the concatenation of x and skip along
-            the channels, of C + C' channels, which a GPU kernel never writes to memory.
+            the channels, of C + C' channels. A GPU kernel never writes it to memory, nor does a CPU
+            kernel channels-last.
         statistics: the statistics of x (without ``add``) from ``conv_epilogue``, float32
             [N, S, 4, C]. They save a GPU kernel a pass over x; a CPU kernel ignores them.
 
