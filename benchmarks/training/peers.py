@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.training.step import PlainStep, Step, TrainerStep
+from benchmarks.training.step import FusedStep, PlainStep, Step, TrainerStep
 from benchmarks.training.tasks import TASKS
 from benchmarks.turns.job import OURS, Case
 
@@ -42,7 +42,8 @@ class Peer:
         run = module
         if self.backend is not None:
             run = torch.compile(module, backend=self.backend, dynamic=False)
-        return PlainStep(task, case.batch, module, run, autocast)
+        taken = FusedStep if self.backend == OURS else PlainStep
+        return taken(task, case.batch, module, run, autocast)
 
 
 PEERS = {

@@ -14,6 +14,7 @@ from benchmarks.training.gradients import WHOLE, check, errors, gradients
 from benchmarks.training.peers import EAGER, PEERS
 from benchmarks.training.report import Report
 from benchmarks.training.run import Run
+from benchmarks.training.step import FusedStep, PlainStep
 from benchmarks.training.tasks import TASKS
 from benchmarks.turns.job import OURS, Case
 from benchmarks.turns.run import Settings
@@ -80,6 +81,20 @@ def test_the_trainer_takes_the_step_that_the_peers_take(dtype):
         assert not any(map(torch.equal, before, weights))
         # A thousandth of a small step may be rounded away, but not in all tensors.
         assert not all(map(torch.equal, before, averages))
+
+
+def test_our_optimizer_takes_the_plain_step():
+    task, case = TASKS["tiny-digits"], Case("tiny-digits", 2, "float32", 1)
+    steps = []
+    for make in (FusedStep, PlainStep):
+        module = task.module()
+        steps.append(make(task, case.batch, module, module))
+    batch = task.draw(task.images(), case.batch)
+    for step in steps:
+        (1e3 * step.loss(batch)).backward()  # enough to be clipped
+        step.update()
+    torch.testing.assert_close(*(step.parameters for step in steps))
+    torch.testing.assert_close(*(step.averages for step in steps))
 
 
 @pytest.mark.parametrize(
