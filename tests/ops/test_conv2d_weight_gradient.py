@@ -151,6 +151,7 @@ LARGE = {
     "gathered windows": Case((3, 7, 20, 21), 40, (5, 5), padding=(2, 2, 2, 2)),
     "an odd batch of small images": Case((5, 40, 7, 7), 40),
     "one wide image": Case((1, 40, 1, 1000), 33, (1, 1), padding=(0, 0, 0, 0)),
+    "a kernel of many taps": Case((2, 70, 40, 36), 21, (33, 34), padding=(0, 0, 0, 0)),
     "a linear layer": Case((300, 200, 1, 1), 130, (1, 1), padding=(0, 0, 0, 0)),
 }
 
