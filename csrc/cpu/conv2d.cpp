@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -33,11 +34,20 @@ void prefer_large_pages(const at::Tensor& memory) {
 #endif
 }
 
+// Where a weight's values are, if they are float32 and the taps of a kernel are evenly apart.
+std::optional<WeightValues> values_of(const at::Tensor& weight) {
+  const int64_t r = weight.size(2), s = weight.size(3), down = weight.stride(2),
+                across = weight.stride(3);
+  if (weight.scalar_type() != at::kFloat) return std::nullopt;
+  if (r > 1 && s > 1 && down != s * across) return std::nullopt;
+  return WeightValues{weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1),
+                      s > 1 ? across : down};
+}
+
 // The weight as contiguous float32. Its memory is kept for the next weight where that is not much:
 // new memory takes longer to get than to write.
 at::Tensor widened(const at::Tensor& weight) {
   constexpr int64_t kKept = 16 << 20;  // floats
-  if (weight.scalar_type() == at::kFloat && weight.is_contiguous()) return weight;
   static thread_local at::Tensor kept;
   const int64_t count = weight.numel();
   at::Tensor memory = kept;
@@ -53,19 +63,26 @@ at::Tensor widened(const at::Tensor& weight) {
   return plain.copy_(weight);
 }
 
-at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t number) {
+at::Tensor conv2d_pack_cpu(const at::Tensor& weight, int64_t number, bool turned) {
   const auto type = weight.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
                    "weight must be float32, bfloat16 or float16, got ", type);
   check_device(weight, at::kCPU, "weight");
   const auto& algorithm = conv2d_algorithm(number);
-  const ConvWeight size = decode_weight(weight.sizes());
+  ConvWeight size = decode_weight(weight.sizes());
+  if (turned) std::swap(size.filters, size.channels);
   int64_t count = algorithm.packed_count(size);
   auto out = at::empty({count}, weight.options().dtype(algorithm.packed_dtype));
   prefer_large_pages(out);
-  const auto plain = widened(weight);
-  algorithm.pack(size, plain.const_data_ptr<float>(), out.mutable_data_ptr(), &count,
-                 conv2d_threads());
+  at::Tensor plain;
+  auto values = values_of(weight);
+  if (!values) values = values_of(plain = widened(weight));
+  if (turned) {
+    std::swap(values->filter, values->channel);
+    values->data += (size.kernel_h * size.kernel_w - 1) * values->tap;
+    values->tap = -values->tap;
+  }
+  algorithm.pack(size, *values, out.mutable_data_ptr(), &count, conv2d_threads());
   return out;
 }
 

@@ -192,7 +192,7 @@ int64_t ConvAlgorithm::packed_count(const ConvWeight& weight) const {
       at::IntArrayRef({weight.filters, weight.channels, weight.kernel_h, weight.kernel_w}));
   TORCH_CHECK_VALUE(fastdiff::isa() >= isa, name, " needs ", isa_name(isa));
   int64_t count = 0;
-  pack(weight, nullptr, nullptr, &count, {1, nullptr});
+  pack(weight, {}, nullptr, &count, {1, nullptr});
   return count;
 }
 

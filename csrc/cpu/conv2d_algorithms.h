@@ -40,7 +40,7 @@ struct ConvAlgorithm {
   int64_t gated_multiple = 0;  // a gated convolution's filters come in multiples of it; 0: no gates
   bool strict = false;         // whether it rounds no more than float32 sums of all products do
   ConvCost cost;
-  void (*pack)(const ConvWeight&, const float* weight, void* packed, int64_t* count,
+  void (*pack)(const ConvWeight&, const WeightValues&, void* packed, int64_t* count,
                const Threads&);
   void (*run)(const Conv2d&);
   // The gradient of the weight, and what it takes; null if the algorithm has none.

@@ -33,7 +33,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 # An algorithm is given by its number in the list of csrc/cpu/conv2d_algorithms.cpp: a profiler
 # records numbers among an operator's arguments, but no strings.
-torch.library.define("fastdiff::conv2d_pack", "(Tensor weight, int algorithm) -> Tensor")
+torch.library.define(
+    "fastdiff::conv2d_pack", "(Tensor weight, int algorithm, bool turned=False) -> Tensor"
+)
 torch.library.define(
     "fastdiff::conv2d",
     "(Tensor x, Tensor packed, int[] spec, int algorithm, Tensor? skip=None, Tensor? bias=None, "
@@ -129,13 +131,16 @@ def conv2d(
         return y, of_y if statistics else None
 
 
-def conv2d_pack(weight: Tensor, algorithm: str) -> Tensor:
+def conv2d_pack(weight: Tensor, algorithm: str, *, turned: bool = False) -> Tensor:
     """A weight in the layout that an algorithm of the C++ kernel reads.
 
     Args:
         weight: [K, C, R, S], float32, bfloat16 or float16, on the CPU. It is rounded once, to the
             dtype in which the algorithm keeps it, which may be another one than that of the images.
         algorithm: a name as in ``conv2d``.
+        turned: pack ``weight.flip(2, 3).transpose(0, 1)`` instead, without making it. By it and
+            paddings of R - 1 and S - 1 less those of a convolution by ``weight`` of stride 1,
+            a convolution computes the gradient of that one's input.
 
     Returns:
         A flat tensor, to be passed to ``conv2d`` as ``packed`` with the same algorithm.
@@ -145,7 +150,8 @@ def conv2d_pack(weight: Tensor, algorithm: str) -> Tensor:
         TypeError: another dtype.
         ValueError: an unknown algorithm, or an algorithm that is not for such a weight.
     """
-    return torch.ops.fastdiff.conv2d_pack(weight, conv2d_algorithms.named(algorithm).number)
+    number = conv2d_algorithms.named(algorithm).number
+    return torch.ops.fastdiff.conv2d_pack(weight, number, turned)
 
 
 def kernel_runs(x: Tensor) -> bool:
@@ -201,9 +207,11 @@ def _check_output(
 
 
 @torch.library.register_fake("fastdiff::conv2d_pack")
-def _fake_pack(weight: Tensor, algorithm: int) -> Tensor:
+def _fake_pack(weight: Tensor, algorithm: int, turned: bool = False) -> Tensor:
     row = conv2d_algorithms.numbered(algorithm)
-    return weight.new_empty(packed_count(row, weight.shape), dtype=row.packed_dtype)
+    k, c, *kernel = weight.shape
+    shape = (c, k, *kernel) if turned else (k, c, *kernel)
+    return weight.new_empty(packed_count(row, shape), dtype=row.packed_dtype)
 
 
 @torch.library.register_fake("fastdiff::conv2d")

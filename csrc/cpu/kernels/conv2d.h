@@ -23,6 +23,13 @@ struct ConvWeight {
   int64_t filters, channels, kernel_h, kernel_w;
 };
 
+// The values of a weight, in float32: tap r * S + s of filter k and channel c is
+// data[k * filter + c * channel + (r * S + s) * tap]. `tap` is negative where the kernel is turned.
+struct WeightValues {
+  const float* data;
+  int64_t filter, channel, tap;
+};
+
 // What a convolution is, whatever images it reads. These are the numbers that ConvSpec of
 // fastdiff/ops/conv2d_spec.py encodes, in their order; cpu/conv2d_spec.cpp decodes and checks them.
 struct ConvSpec : ConvWeight {
@@ -55,17 +62,16 @@ struct Conv2d : ConvSpec {
 };
 
 // The two kernels of an algorithm. NAME computes a convolution. NAME_pack packs a weight,
-// contiguous in float32, and tells in `count` how many elements it then takes; with `packed` null
-// it only tells.
+// and tells in `count` how many elements it then takes; with `packed` null it only tells.
 #define FASTDIFF_DECLARE_CONV2D(name)                                                 \
   FASTDIFF_DECLARE(name, const Conv2d&)                                               \
-  FASTDIFF_DECLARE(name##_pack, const ConvWeight&, const float* weight, void* packed, \
+  FASTDIFF_DECLARE(name##_pack, const ConvWeight&, const WeightValues&, void* packed, \
                    int64_t* count, const Threads&)
 
 // The same of an algorithm whose products are of bfloat16.
 #define FASTDIFF_DECLARE_CONV2D_BF16(name)                                                 \
   FASTDIFF_DECLARE_BF16(name, const Conv2d&)                                               \
-  FASTDIFF_DECLARE_BF16(name##_pack, const ConvWeight&, const float* weight, void* packed, \
+  FASTDIFF_DECLARE_BF16(name##_pack, const ConvWeight&, const WeightValues&, void* packed, \
                         int64_t* count, const Threads&)
 
 // The gradient of a convolution's weight: with h the image that the convolution multiplies, padded,

@@ -52,8 +52,8 @@ struct Sevenths {
 
 void conv2d_strassen(const Conv2d& p) { direct<Sevenths>(p); }
 
-void conv2d_strassen_pack(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
-                          const Threads& threads) {
+void conv2d_strassen_pack(const ConvWeight& size, const WeightValues& weight, void* packed,
+                          int64_t* count, const Threads& threads) {
   const int64_t filters = size.filters, channels = size.channels;
   auto* out = static_cast<float*>(packed);
   *count = strassen_packed(channels, filters);
@@ -62,7 +62,8 @@ void conv2d_strassen_pack(const ConvWeight& size, const float* weight, void* pac
              [&](int64_t first, int64_t columns, int64_t begin, int64_t end) {
                strassen_pack(channels, begin, end, out + strassen_packed(channels, first),
                              [&](int64_t k, int64_t j) {
-                               return j < columns ? weight[(first + j) * channels + k] : 0.f;
+                               if (j >= columns) return 0.f;
+                               return weight.data[(first + j) * weight.filter + k * weight.channel];
                              });
              });
 }

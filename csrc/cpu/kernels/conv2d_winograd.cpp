@@ -48,7 +48,7 @@ void winograd(const Conv2d& p) {
 }
 
 template <int m, int r>
-void pack(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
+void pack(const ConvWeight& size, const WeightValues& weight, void* packed, int64_t* count,
           const Threads& threads) {
   winograd_pack<m, r, Float32Products>(size, weight, packed, count, threads);
 }
@@ -57,22 +57,22 @@ void pack(const ConvWeight& size, const float* weight, void* packed, int64_t* co
 
 void conv2d_winograd2(const Conv2d& p) { winograd<2, 3>(p); }
 
-void conv2d_winograd2_pack(const ConvWeight& size, const float* weight, void* packed,
+void conv2d_winograd2_pack(const ConvWeight& size, const WeightValues& weight, void* packed,
                            int64_t* count, const Threads& threads) {
   pack<2, 3>(size, weight, packed, count, threads);
 }
 
 void conv2d_winograd4(const Conv2d& p) { winograd<4, 3>(p); }
 
-void conv2d_winograd4_pack(const ConvWeight& size, const float* weight, void* packed,
+void conv2d_winograd4_pack(const ConvWeight& size, const WeightValues& weight, void* packed,
                            int64_t* count, const Threads& threads) {
   pack<4, 3>(size, weight, packed, count, threads);
 }
 
 void conv2d_phases4(const Conv2d& p) { winograd<4, 2>(p); }
 
-void conv2d_phases4_pack(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
-                         const Threads& threads) {
+void conv2d_phases4_pack(const ConvWeight& size, const WeightValues& weight, void* packed,
+                         int64_t* count, const Threads& threads) {
   pack<4, 2>(size, weight, packed, count, threads);
 }
 

@@ -44,7 +44,7 @@ FASTDIFF_INLINE void transform_weight(const D (&g)[r][r], float* out, int64_t ld
 }
 
 template <int m, int r, class Products>
-void winograd_pack(const ConvWeight& size, const float* weight, void* packed, int64_t* count,
+void winograd_pack(const ConvWeight& size, const WeightValues& weight, void* packed, int64_t* count,
                    const Threads& threads) {
   using Element = typename Products::Element;
   constexpr int kTile = m + r - 1, kPlanes = kTile * kTile, kPhases = r == 2 ? 4 : 1;
@@ -57,21 +57,17 @@ void winograd_pack(const ConvWeight& size, const float* weight, void* packed, in
   pack_parts(threads, size.filters, kPanel, depth,
              [&](int64_t first, int64_t filters, int64_t begin, int64_t end) {
                const int64_t columns = Products::width(filters);
-               alignas(64) float g[kRows][9][kPanel] = {}, rows[kRows][kPlanes][kPanel];
+               WeightBlock<kPanel> block;
+               block.read(weight, first, filters, begin, std::min(end, channels), 0, 9);
+               alignas(64) float rows[kRows][kPlanes][kPanel];
                for (int64_t c = begin; c < end; c += kRows) {
-                 for (int64_t i = 0; i < kRows; ++i)
-                   for (int64_t k = 0; k < filters; ++k)
-                     for (int64_t tap = 0; tap < 9; ++tap)
-                       g[i][tap][k] = c + i < channels
-                                          ? weight[((first + k) * channels + c + i) * 9 + tap]
-                                          : 0;
                  for (int64_t phase = 0; phase < kPhases; ++phase) {
                    for (int64_t i = 0; i < kRows; ++i)
                      for (int64_t k = 0; k < columns; k += kHalf) {
                        D whole[9], of_phase[r][r];
                        for (int tap = 0; tap < 9; ++tap) {
                          HalfF value;
-                         std::memcpy(&value, g[i][tap] + k, sizeof(value));
+                         std::memcpy(&value, block.rows[tap][c + i - begin] + k, sizeof(value));
                          whole[tap] = __builtin_convertvector(value, D);
                        }
                        phase_taps<r>(whole, phase, of_phase);

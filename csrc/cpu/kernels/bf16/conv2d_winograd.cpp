@@ -10,6 +10,7 @@
 // twice: with the best points found, F(2x4, 3x3) is at 2.1 behind a norm, F(2x3, 3x3) at 2.2.
 #include "cpu/kernels/conv2d_winograd.h"
 
+#include "cpu/kernels/bf16/conv2d_pack.h"
 #include "cpu/kernels/bf16/products.h"
 #include "cpu/kernels/conv2d_winograd_pack.h"
 
@@ -32,11 +33,8 @@ class Bf16Products {
   // A pair of channels: filters in `row` and `ld` behind it.
   static void pack(const float* row, int64_t ld, int64_t, int64_t channel, bf16* plane) {
     bf16* pair = plane + channel / kColumns * kStepValues + channel % kColumns / 2 * kColumns;
-    for (int64_t k = 0; k < kColumns; ++k) {
-      bf16* to = pair + k / 16 * (kStepValues / 2) + k % 16 * 2;
-      to[0] = static_cast<bf16>(row[k]);
-      to[1] = static_cast<bf16>(row[ld + k]);
-    }
+    for (int64_t k = 0; k < kColumns; k += kGroup)
+      pack_pairs<1>(row + k, row + ld + k, pair + k * kColumns);
   }
 
   Bf16Products(const bf16* v, int64_t tiles, int64_t ld, int64_t depth)
@@ -68,7 +66,7 @@ class Bf16Products {
 
 void conv2d_winograd2_bf16(const Conv2d& p) { Winograd<bf16, 2, 3, Bf16Products>(p).run(); }
 
-void conv2d_winograd2_bf16_pack(const ConvWeight& size, const float* weight, void* packed,
+void conv2d_winograd2_bf16_pack(const ConvWeight& size, const WeightValues& weight, void* packed,
                                 int64_t* count, const Threads& threads) {
   winograd_pack<2, 3, Bf16Products>(size, weight, packed, count, threads);
 }

@@ -20,40 +20,6 @@
 
 namespace fastdiff::CPU_CAPABILITY {
 
-// Writes 16 pairs: of each the value of `first`, then that of `second`.
-FASTDIFF_INLINE void interleave(const bf16* first, const bf16* second, uint32_t* to) {
-  using Pairs = uint32_t __attribute__((vector_size(kLanes * 4)));
-  for (int64_t i = 0; i < kGroup; i += kLanes) {
-    // A bfloat16 is the upper half of a float.
-    const auto a = reinterpret_cast<Pairs>(load_lanes(first + i)),
-               b = reinterpret_cast<Pairs>(load_lanes(second + i));
-    const Pairs both = a >> 16 | b;
-    std::memcpy(to + i, &both, sizeof(both));
-  }
-}
-
-// Transposes 16 x 16 pairs, by exchanging ever smaller squares.
-inline void transpose_pairs(const uint32_t (*from)[16], void* to) {
-  using Pairs = uint32_t __attribute__((vector_size(64)));
-  Pairs rows[16], lanes;
-  std::memcpy(rows, from, sizeof(rows));
-  for (uint32_t lane = 0; lane < 16; ++lane) lanes[lane] = lane;
-#pragma GCC unroll 4
-  for (uint32_t side = 8; side > 0; side /= 2) {
-    // Indices from 16 on are the second operand's.
-    const Pairs above = lanes + (lanes & side) / side * (16 - side);
-    const Pairs below = above + side;
-#pragma GCC unroll 16
-    for (uint32_t i = 0; i < 16; ++i) {
-      if (i & side) continue;
-      const Pairs upper = rows[i], lower = rows[i + side];
-      rows[i] = __builtin_shuffle(upper, lower, above);
-      rows[i + side] = __builtin_shuffle(upper, lower, below);
-    }
-  }
-  std::memcpy(to, rows, sizeof(rows));
-}
-
 class PixelPairs {
  public:
   static constexpr int64_t kPairBytes = PairsOfB::kPair;  // of a plane
@@ -146,7 +112,10 @@ class PixelPairs {
         };
         interleave(read(one[pair], tails[0]), read(other[pair], tails[1]), both[pair]);
       }
-      transpose_pairs(both, to + k / kColumns * panel_bytes() + k % kColumns * 64);
+      // A pair of bfloat16 has the bytes of a float.
+      at::vec::transpose_mxn<float, kGroup, kGroup>(
+          reinterpret_cast<const float*>(both), kGroup,
+          reinterpret_cast<float*>(to + k / kColumns * panel_bytes() + k % kColumns * 64), kGroup);
     }
   }
 

@@ -13,6 +13,8 @@
 
 #include <c10/util/BFloat16.h>
 
+#include <cstring>
+
 #include "cpu/kernels/vectors.h"
 
 #if defined(__x86_64__)
@@ -35,6 +37,18 @@ constexpr int64_t kTogetherRows = 32;    // that are multiplied at a time
 constexpr int64_t kColumns = 32;         // of a panel of B, and of a plane of A
 constexpr int64_t kStepBytes = 2 << 10;  // of B: 32 x 32 values
 constexpr int64_t kStepValues = kStepBytes / 2;
+
+// Writes 16 pairs: of each the value of `first`, then that of `second`.
+FASTDIFF_INLINE void interleave(const bf16* first, const bf16* second, void* to) {
+  using Pairs = uint32_t __attribute__((vector_size(kLanes * 4)));
+  for (int64_t i = 0; i < kGroup; i += kLanes) {
+    // A bfloat16 is the upper half of a float.
+    const auto a = reinterpret_cast<Pairs>(load_lanes(first + i)),
+               b = reinterpret_cast<Pairs>(load_lanes(second + i));
+    const Pairs both = a >> 16 | b;
+    std::memcpy(static_cast<char*>(to) + i * 4, &both, sizeof(both));
+  }
+}
 
 // How A lies in memory, in bytes: from row to row, from plane to plane, and where in each plane the
 // operands of its steps begin, from the address of a group on.
