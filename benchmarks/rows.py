@@ -271,7 +271,7 @@ def _training_title(record: Results) -> str:
 
 def learning(results: Results) -> list[Row]:
     """Loss at the end and Frechet distance of samples: one row a seed, and mean and deviation."""
-    figures = {
+    figures: dict[str, Callable[[dict[str, Any]], float]] = {
         "loss": lambda run: statistics.fmean(run["losses"][-LAST_STEPS:]),
         "Fréchet distance": lambda run: run["frechet"],
     }
@@ -287,7 +287,9 @@ def learning(results: Results) -> list[Row]:
     for index, seed in enumerate(seeds):
         cells = (column[index] for column in columns)
         table.append([str(seed), *("" if cell is None else f"{cell:.4f}" for cell in cells)])
-    summaries = {"mean": statistics.fmean, "standard deviation": statistics.stdev}
+    summaries: dict[str, Callable[[list[float]], float]] = {
+        "mean": statistics.fmean, "standard deviation": statistics.stdev,
+    }  # fmt: skip
     for name, summary in summaries.items():
         made = ([cell for cell in column if cell is not None] for column in columns)
         table.append([name, *(f"{summary(one):.4f}" if len(one) > 1 else "" for one in made)])

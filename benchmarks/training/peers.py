@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +41,7 @@ class Peer:
 
             if task.trainer:
                 return TrainerStep(task, case.batch, module, autocast)
-        run = module
+        run: Callable[..., Any] = module
         if self.backend is not None:
             run = torch.compile(module, backend=self.backend, dynamic=False)
         taken = FusedStep if self.backend == OURS else PlainStep

@@ -27,13 +27,11 @@ ENDLESS = 2**30  # steps of a training that is stopped
 
 
 class Step(Protocol):
-    """A training step that can be timed, and whose gradients can be checked.
+    """A training step that can be timed, and whose gradients can be checked."""
 
-    Attributes:
-        module: the network, its parameters named as in diffusers.
-    """
-
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """The network, its parameters named as in diffusers."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar with a gradient."""
@@ -101,7 +99,7 @@ class PlainStep:
                 nn.utils.clip_grad_norm_(self.parameters, self.task.clip)
             self.optimizer.step()
         with record_function("ema"), torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - EMA)
+            torch._foreach_lerp_(self.averages, [*self.parameters], 1 - EMA)
 
 
 class FusedStep(PlainStep):
@@ -116,7 +114,7 @@ class FusedStep(PlainStep):
         autocast: bool = False,
     ) -> None:
         super().__init__(task, size, module, run, autocast)
-        self.optimizer = AdamW(self.parameters, lr=LR)
+        self.optimizer = self.fused = AdamW(self.parameters, lr=LR)
 
     def update(self) -> None:
         """Clip the gradient where the task wants it, update the weights, average them."""
@@ -125,9 +123,7 @@ class FusedStep(PlainStep):
             if self.task.clip is not None:
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
                 factor = clipping_factor(float(ops.gradient_norm(gradients)), self.task.clip)
-            self.optimizer.step(
-                gradient_factor=factor, averages=self.averages, average_weight=1 - EMA
-            )
+            self.fused.step(gradient_factor=factor, averages=self.averages, average_weight=1 - EMA)
 
 
 class TrainerStep:

@@ -288,7 +288,7 @@ def _of_input(call: NormConv2d, dy: Tensor, weight: Tensor, x: Tensor) -> Tensor
         da = da * call.scale if call.scale != 1 else da
     else:
         number = conv2d_algorithms.named(call.algorithms.of_input).number
-        packed = _pack(weight.flip(2, 3).transpose(0, 1), number)
+        packed = _pack(weight, number, True)
         da, _ = _conv2d(
             dy, packed, other.encode(), number, None, None, None, None, None, call.scale
         )
