@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from judging import LAYOUTS, compiled
-from models import KeepFloat64, inputs, make, wide
+from models import KeepFloat64, inputs, make, randomized, wide
 from random_unet import DRAWS, EMB, build, nets
-from small import small_inputs, small_net
+from small import SmallNet, small_inputs, small_net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -112,7 +112,8 @@ def test_strict_gradients_are_as_exact_as_eagers():
     net = compiled(model, options={"precision": "strict"})
     assert_accurate(net, model, small_inputs(4, (16, 16)), added=1e-6)
     told = explain(model, *small_inputs(), options={"precision": "strict"})
-    assert {name for row in told.fused for name in row.algorithm.split(", ")} <= {"direct", "plain"}
+    used = {name for row in told.fused for name in row.algorithm.split(", ")}
+    assert used == {"direct", "streamed"}  # of convolutions, and of attention
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 8)])
@@ -313,10 +314,11 @@ def group(tmp_path):
 @pytest.mark.usefixtures("group")
 def test_gradients_in_a_distributed_model():
     """Dynamo cuts the graph where a bucket of gradients is full."""
-    model, arguments = small_net(), small_inputs(2, (16, 16))
-    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), bucket_cap_mb=0.01)
+    model, arguments = randomized(SmallNet(width=96)), small_inputs(2, (8, 8))
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), bucket_cap_mb=1)
     ours = gradients(torch.compile(wrapped, backend="fastdiff"), wrapped, arguments)
     eager = gradients(model, model, arguments)
+    largest = max(gradient.norm() for gradient in eager.values())
     for name, gradient in eager.items():
         found = ours[name if name in ours else f"module.{name}"]
-        torch.testing.assert_close(found, gradient, atol=1e-3, rtol=1e-4)
+        assert (found - gradient).norm() <= 1e-4 * max(gradient.norm(), 1e-3 * largest), name
