@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         product with v, as PyTorch's own kernel does; their sum is not.
 
     Raises:
-        RuntimeError: a gradient of a kernel's result is itself differentiated.
+        NotImplementedError: a gradient of a kernel's result is itself differentiated.
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes or devices do not fit.
     """

@@ -6,8 +6,6 @@ a seed while it computes the loss, so the noise is never in memory.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,13 @@ from fastdiff.common.checks import (
     wide_dtype,
 )
 from fastdiff.ops import reference
-from fastdiff.ops.dispatch import check_devices, differentiable, dispatch, fake_like
+from fastdiff.ops.dispatch import (
+    check_devices,
+    differentiable,
+    dispatch,
+    fake_like,
+    refuse_to_differentiate,
+)
 from fastdiff.ops.gpu import on_gpu
 from fastdiff.ops.philox_normal import check_row, check_seed
 
@@ -254,22 +258,9 @@ def _of_target(factor: Tensor, t: Tensor, dprediction: Tensor) -> Tensor:
     return (-factor[t].view(shape) * dprediction).to(dprediction.dtype)
 
 
-def _refuse_second_gradient(ctx, *grads: Tensor) -> NoReturn:  # type: ignore[no-untyped-def]
-    """The gradient formula of a backward kernel, which has none.
-
-    Without this error PyTorch would treat the backward kernel's result as a constant.
-    """
-    raise NotImplementedError(
-        "the denoising loss can be differentiated once; for a second time use "
-        'fastdiff.backend("reference")'
-    )
-
-
 torch.library.register_autograd("fastdiff::denoising_loss", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastdiff::denoising_loss_backward", _refuse_second_gradient)
 torch.library.register_autograd(
     "fastdiff::denoising_loss_from_seed", _backward_from_seed, setup_context=_setup_context
 )
-torch.library.register_autograd(
-    "fastdiff::denoising_loss_from_seed_backward", _refuse_second_gradient
-)
+refuse_to_differentiate("denoising_loss_backward")
+refuse_to_differentiate("denoising_loss_from_seed_backward")

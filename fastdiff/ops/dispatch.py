@@ -63,12 +63,15 @@ def recorded(*args: Any) -> bool:
 
 
 def refuse_to_differentiate(name: str) -> None:
-    """Have autograd raise where it would differentiate ``fastdiff::<name>``, itself a gradient."""
+    """Have autograd raise where it would differentiate ``fastdiff::<name>``, itself a gradient.
+
+    Without this error PyTorch would treat the gradient as a constant.
+    """
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError(
-            f"fastdiff::{name} is a gradient that cannot be differentiated again: compute it in "
-            "PyTorch's eager mode, or with fastdiff.backend('reference')"
+        raise NotImplementedError(
+            f"fastdiff::{name} is a gradient and can itself not be differentiated: for a second "
+            'derivative use PyTorch\'s eager mode, or fastdiff.backend("reference")'
         )
 
     torch.library.register_autograd(f"fastdiff::{name}", refuse)

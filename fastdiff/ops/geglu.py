@@ -33,7 +33,7 @@ def geglu(x: Tensor) -> Tensor:
         [..., D], contiguous; computed in float32 at least and rounded once.
 
     Raises:
-        RuntimeError: a gradient of a kernel's result is itself differentiated.
+        NotImplementedError: a gradient of a kernel's result is itself differentiated.
         TypeError: x is not floating point or not dense.
         ValueError: x has no dimension, or the last one is odd.
     """

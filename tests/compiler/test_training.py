@@ -201,6 +201,34 @@ def test_everything_is_fused_with_gradients():
     assert not {kind for kind, _ in told.left} & {"conv2d", "group_norm"}
 
 
+class Block(nn.Module):
+    """A transformer block: attention of two heads, and a gated linear unit."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.wide, self.narrow = nn.Linear(16, 2 * 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(2, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        a, b = self.wide(x).chunk(2, dim=-1)
+        return x + self.narrow(a * F.gelu(b))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_gradients_of_attention_and_gated_units(autocast):
+    model, x = Block(), torch.randn(2, 70, 16, generator=torch.Generator().manual_seed(0))
+    added = 5e-3 if autocast else FAST
+    assert_accurate(compiled(model), model, (x,), added=added, autocast=autocast)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        told = explain(model, x)
+    assert "attention" in [row.what for row in told.fused]
+    assert told.composed == 1
+    assert not {kind for kind, _ in told.left} & {"attention", "gelu", "linear"}
+
+
 def test_second_derivatives_are_refused():
     model, (x, emb) = small_net(), small_inputs()
     x.requires_grad_()

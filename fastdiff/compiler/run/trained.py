@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.compiler.choose import training
+from fastdiff.compiler.choose import gradients
 from fastdiff.compiler.run.forms import Forms
 from fastdiff.ops.conv2d_spec import ConvSpec
 from fastdiff.ops.norm_conv2d import NormConv2d, norm_conv2d
@@ -81,7 +81,7 @@ class TrainedConvolution:
         key = (x.shape, x.dtype, scale)
         call = self._calls.get(key)
         if call is None:
-            chosen = training.choose(self.spec, (x.shape[0], *x.shape[2:]), x.dtype, self.strict)
+            chosen = gradients.choose(self.spec, (x.shape[0], *x.shape[2:]), x.dtype, self.strict)
             call = NormConv2d(self.spec, self.num_groups, self.eps, scale, chosen)
             self._calls[key] = call
             self.plans[key[:2]] = f"{chosen.result}, {chosen.of_input}, {chosen.of_weight}"
