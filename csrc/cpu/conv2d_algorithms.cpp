@@ -71,11 +71,8 @@ const std::vector<ConvAlgorithm>& conv2d_algorithms() {
        .purpose = "3x3 kernels and stride 1",
        .packs = of_3x3,
        .suits = steps_of_1,
-       .cost = {.share = 0.3,
-                .narrow = 16,
-                .narrow_share = 0.99,
-                .small = kPixels,
-                .small_share = 0.6},
+       .cost =
+           {.share = 0.3, .narrow = 16, .narrow_share = 0.99, .small = kPixels, .small_share = 0.6},
        .pack = FASTDIFF_KERNEL(conv2d_winograd4_pack),
        .run = FASTDIFF_KERNEL(conv2d_winograd4),
        .weight_gradient = FASTDIFF_KERNEL(conv2d_winograd4_weight_gradient),
