@@ -8,7 +8,7 @@
 // [K, tiles] times [tiles, C], with 1/4 of the direct multiplications for m = 4 and 1/2.25 for m
 // = 2.
 //
-// A block of tiles at a time, all threads transform channels of x and dy into planes, and then
+// A block of tiles at a time, the threads transform channels of x and dy into planes, and then
 // multiply planes, adding to sums [(m + 2)^2, K, C] that are in the caches; at the end these are
 // transformed back. x and dy are read once, dw is written once. Where the sums would not stay in
 // the caches, the filters are divided into passes, each of which reads x again. Planes and sums
@@ -39,6 +39,9 @@ struct WinogradWeightGradient {
   const Grid grid;
   const int64_t x_ld, dy_ld, x_plane, dy_plane;  // of the transformed x and dy
   const int64_t sums_ld, sums_plane;
+  // Several threads transform the next block while they multiply one, and wait for each other once
+  // a block. One alone has no use for that, and its cache for fewer planes.
+  const int64_t ahead;
   float *x_planes, *dy_planes, *products;
   PixelSums sums;
 
@@ -54,10 +57,11 @@ struct WinogradWeightGradient {
         dy_plane(odd_lines<float>(grid.largest * dy_ld)),
         sums_ld(rounded_up(p.channels, kLanes)),
         sums_plane(odd_lines<float>(passes.size * sums_ld)),
+        ahead(p.threads.count > 1 ? 1 : 0),
         sums(p.images, p.filters) {
     static thread_local Scratch x_scratch, dy_scratch, sums_scratch;
-    x_planes = x_scratch.at_least(kPlanes * x_plane + kPanel);
-    dy_planes = dy_scratch.at_least(kPlanes * dy_plane);
+    x_planes = x_scratch.at_least((ahead + 1) * kPlanes * x_plane + kPanel);
+    dy_planes = dy_scratch.at_least((ahead + 1) * kPlanes * dy_plane);
     products = sums_scratch.at_least(kPlanes * sums_plane);
   }
 
@@ -68,21 +72,22 @@ struct WinogradWeightGradient {
                     of_dy = (k1 - k0 + kChannels - 1) / kChannels;
       // Parts of the filters, where planes alone would not keep the threads busy.
       const int64_t parts = std::min((4 * p.threads.count + kPlanes - 1) / kPlanes, of_dy);
-      for (int64_t block = 0; block < grid.count(); ++block) {
-        share(p.threads, of_x + of_dy, [&](int64_t begin, int64_t end) {
+      for (int64_t block = 0; block < grid.count() + ahead; ++block) {
+        const int64_t transformed = block < grid.count() ? of_x + of_dy : 0,
+                      multiplied = block >= ahead ? kPlanes * parts : 0;
+        share(p.threads, transformed + multiplied, [&](int64_t begin, int64_t end) {
           for (int64_t unit = begin; unit < end; ++unit) {
-            if (unit < of_x) {
+            if (unit >= transformed) {
+              const int64_t product = unit - transformed, part = product % parts;
+              multiply(block - ahead, product / parts, (k1 - k0) * part / parts,
+                       (k1 - k0) * (part + 1) / parts);
+            } else if (unit < of_x) {
               read_x(block, unit * kChannels, std::min(p.channels, (unit + 1) * kChannels));
             } else {
               const int64_t k = k0 + (unit - of_x) * kChannels;
               read_dy(block, k0, k, std::min(k1, k + kChannels));
             }
           }
-        });
-        share(p.threads, kPlanes * parts, [&](int64_t begin, int64_t end) {
-          for (int64_t unit = begin; unit < end; ++unit)
-            multiply(block, unit / parts, (k1 - k0) * (unit % parts) / parts,
-                     (k1 - k0) * (unit % parts + 1) / parts);
         });
       }
       share(p.threads, k1 - k0, [&](int64_t begin, int64_t end) {
@@ -91,6 +96,10 @@ struct WinogradWeightGradient {
     }
     sums.store(p.sums, p.images);
   }
+
+  // The planes of a block, of those that are in memory.
+  float* x_of(int64_t block) const { return x_planes + block % (ahead + 1) * kPlanes * x_plane; }
+  float* dy_of(int64_t block) const { return dy_planes + block % (ahead + 1) * kPlanes * dy_plane; }
 
   // Calls body(segment) for each segment of a block.
   template <class Body>
@@ -108,7 +117,7 @@ struct WinogradWeightGradient {
       patch.template read<T>(p, segment.image, segment.top * m - p.top, segment.left * m - p.left,
                              begin, end, deep, pixels);
       patch.transform(pixels, deep,
-                      Planes<float>{x_planes + segment.first * x_ld + begin, x_ld, x_plane});
+                      Planes<float>{x_of(block) + segment.first * x_ld + begin, x_ld, x_plane});
     });
   }
 
@@ -124,7 +133,7 @@ struct WinogradWeightGradient {
       sums.add(segment.image, begin, end, pixels, patch.rows * patch.columns, kChannels);
       patch.transform(
           pixels, deep,
-          Planes<float>{dy_planes + segment.first * dy_ld + begin - k0, dy_ld, dy_plane});
+          Planes<float>{dy_of(block) + segment.first * dy_ld + begin - k0, dy_ld, dy_plane});
     });
   }
 
@@ -134,8 +143,8 @@ struct WinogradWeightGradient {
     const int64_t tiles = last.first + last.tiles();
     Array<const float*> of_x(tiles), of_dy(tiles);
     for (int64_t t = 0; t < tiles; ++t) {
-      of_x.add(x_planes + t * x_ld);
-      of_dy.add(dy_planes + t * dy_ld);
+      of_x.add(x_of(block) + t * x_ld);
+      of_dy.add(dy_of(block) + t * dy_ld);
     }
     multiply_transposed(tiles, {of_dy.data(), plane * dy_plane + begin}, end - begin,
                         {of_x.data(), plane * x_plane}, p.channels,
