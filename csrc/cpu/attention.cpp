@@ -181,26 +181,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
   return {dq, dk, dv};
 }
 
-at::Tensor attention_backward_joined_cpu(const at::Tensor& dout, const at::Tensor& q,
-                                         const at::Tensor& k, const at::Tensor& v,
-                                         const at::Tensor& out, const at::Tensor& statistics,
-                                         double scale) {
-  check_backward(dout, q, k, v, out, statistics);
-  check_tensor(k, q.sizes(), q.scalar_type(), "k");
-  check_tensor(v, q.sizes(), q.scalar_type(), "v");
-  auto joined = at::empty({q.size(0), q.size(2), 3, q.size(1), q.size(3)}, q.options());
-  const auto part = [&](int64_t i) { return joined.select(2, i).transpose(1, 2); };
-  differentiate(dout, q, k, v, out, statistics, scale, part(0), part(1), part(2));
-  return joined;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("attention", attention_cpu);
   m.impl("attention_forward", attention_forward_cpu);
   m.impl("attention_backward", attention_backward_cpu);
-  m.impl("attention_backward_joined", attention_backward_joined_cpu);
 }
 
 }  // namespace fastdiff

@@ -26,13 +26,6 @@ torch.library.define(
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, float scale) "
     "-> (Tensor, Tensor, Tensor)",
 )
-# The same as one tensor [B, L, 3, H, D], the gradient of a joined product of which q, k and v are
-# views: they must have the same shape.
-torch.library.define(
-    "fastdiff::attention_backward_joined",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, float scale) "
-    "-> Tensor",
-)
 
 _backward_op = differentiable(torch.ops.fastdiff.attention_backward.default)
 
@@ -110,15 +103,6 @@ def _fake_backward(
     return dq, dk, dv
 
 
-@torch.library.register_fake("fastdiff::attention_backward_joined")
-def _fake_backward_joined(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, scale: float
-) -> Tensor:
-    check_devices(q, k, v, dout, out, statistics)
-    b, h, length, d = q.shape
-    return q.new_empty((b, length, 3, h, d))
-
-
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, ctx.scale = inputs
     out, statistics = output
@@ -139,4 +123,3 @@ torch.library.register_autograd(
     "fastdiff::attention_forward", _backward, setup_context=_setup_context
 )
 refuse_to_differentiate("attention_backward")
-refuse_to_differentiate("attention_backward_joined")

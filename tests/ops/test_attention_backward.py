@@ -188,20 +188,6 @@ def test_of_a_gradient_that_is_one_number_repeated() -> None:
     assert all(map(torch.equal, found, differentiate(q, k, v, ones)))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 70, 70, 24, 24), (1, 1, 600, 600, 13, 13)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-def test_joined_are_the_same_bits(dtype, shape) -> None:
-    arguments = forward(*make(shape, dtype))
-    joined = torch.ops.fastdiff.attention_backward_joined(*arguments)
-    b, h, length, _, d, _ = shape
-    assert joined.shape == (b, length, 3, h, d)
-    assert joined.is_contiguous()
-    for part, wanted in zip(
-        joined.unbind(2), torch.ops.fastdiff.attention_backward(*arguments), strict=True
-    ):
-        assert torch.equal(part.transpose(1, 2), wanted)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float = 0.25) -> tuple:
     """The arguments of the backward."""
     out, statistics = torch.ops.fastdiff.attention_forward(q, k, v, scale)
@@ -289,9 +275,6 @@ def test_opcheck(shape, dtype) -> None:
     torch.library.opcheck(torch.ops.fastdiff.attention_forward.default, (*leaves, 0.25))
     arguments = forward(*tensors)
     torch.library.opcheck(torch.ops.fastdiff.attention_backward.default, arguments)
-    if shape != "wider values":
-        same = forward(tensors[0], tensors[0], tensors[0])
-        torch.library.opcheck(torch.ops.fastdiff.attention_backward_joined.default, same)
 
 
 def test_compiles_whole() -> None:
@@ -348,12 +331,5 @@ def test_the_kernel_checks_for_itself(name, spoil) -> None:
     arguments = list(ARGUMENTS)
     index = NAMES.index(name)
     arguments[index] = spoil(arguments[index])
-    for op in (torch.ops.fastdiff.attention_backward, torch.ops.fastdiff.attention_backward_joined):
-        with pytest.raises((TypeError, ValueError)):
-            op(*arguments)
-
-
-def test_joined_wants_equal_shapes() -> None:
-    for shape in ((2, 3, 4, 5, 6, 6), (2, 3, 4, 4, 6, 7)):
-        with pytest.raises(ValueError, match="must have shape"):
-            torch.ops.fastdiff.attention_backward_joined(*forward(*make(shape)))
+    with pytest.raises((TypeError, ValueError)):
+        torch.ops.fastdiff.attention_backward(*arguments)
