@@ -34,7 +34,7 @@ struct WinogradWeightGradient {
   // That are read and transformed at a time: a pixel's come from neighbouring cache lines.
   static constexpr int64_t kChannels = 4 * kLine;
   // Tiles of a block: at most so many floats in its planes, as long as that makes kLeast tiles.
-  static constexpr int64_t kBlock = 1 << 20;
+  static constexpr int64_t kBlock = 3 << 19;
   static constexpr int64_t kLeast = 64, kMost = 256;
   static constexpr int64_t kParts = 8;           // of the images, at most
   static constexpr int64_t kSums = 2 * kShared;  // floats of the sums of all parts, at most
@@ -109,7 +109,7 @@ struct WinogradWeightGradient {
   int64_t count_parts() const {
     const int64_t tiles = p.images * rows * columns;
     int64_t count = 1;
-    while (2 * count <= std::min(p.images, kParts) && 2 * count * kLeast <= tiles &&
+    while (2 * count <= std::min(p.images, kParts) && 2 * count * kPart <= tiles &&
            2 * count * kPlanes * sums_plane <= kSums)
       count *= 2;
     return count;
