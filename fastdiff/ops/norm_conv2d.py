@@ -19,7 +19,6 @@ from torch import Tensor
 from fastdiff.ops import conv2d_algorithms, reference
 from fastdiff.ops.conv2d import kernel_runs
 from fastdiff.ops.conv2d_spec import ConvSpec
-from fastdiff.ops.norm_backward import norm_backward
 from fastdiff.ops.profiling import span
 
 PLAIN = "plain"  # PyTorch's own convolution, as the name of an algorithm
@@ -29,6 +28,8 @@ _pack = torch.ops.fastdiff.conv2d_pack.default
 _coefficients = torch.ops.fastdiff.group_norm_coefficients.default
 _channel_statistics = torch.ops.fastdiff.channel_statistics.default
 _weight_gradient = torch.ops.fastdiff.conv2d_weight_gradient.default
+_norm_backward = torch.ops.fastdiff.norm_backward.default
+_norm_backward_in_place = torch.ops.fastdiff.norm_backward_in_place.default
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,30 @@ class NormConv2d:
     algorithms: Algorithms = Algorithms()
 
     @cached_property
-    def turned(self) -> ConvSpec | None:
-        """The convolution of ``turned``."""
-        return turned(self.spec)
+    def numbers(self) -> tuple[int, ...]:
+        """The spec as the operators take it."""
+        return self.spec.encode()
+
+    @cached_property
+    def turned(self) -> tuple[int, ...] | None:
+        """The convolution of ``turned``, as the operators take it."""
+        other = None if self.algorithms.of_input == PLAIN else turned(self.spec)
+        return None if other is None else other.encode()
+
+    @cached_property
+    def of_result(self) -> int:
+        """The number of the algorithm of the result."""
+        return conv2d_algorithms.named(self.algorithms.result).number
+
+    @cached_property
+    def of_input(self) -> int:
+        """The number of the algorithm of the input's gradient."""
+        return conv2d_algorithms.named(self.algorithms.of_input).number
+
+    @cached_property
+    def of_weight(self) -> int:
+        """The number of the algorithm of the weight's gradient."""
+        return conv2d_algorithms.named(self.algorithms.of_weight).number
 
 
 def turned(spec: ConvSpec) -> ConvSpec | None:
@@ -197,9 +219,9 @@ class _NormConv2d(torch.autograd.Function):
                 list(statistics), call.num_groups, gain, offset, call.eps,
                 _rows(scale, images), _rows(shift, images),
             )  # fmt: skip
-        number = conv2d_algorithms.named(call.algorithms.result).number
+        packed = _pack(weight.view(spec.weight), call.of_result)
         y, of_y = _conv2d(
-            x, _pack(weight.view(spec.weight), number), spec.encode(), number, skip,
+            x, packed, call.numbers, call.of_result, skip,
             None if bias is None else bias.to(x.dtype), norm, _rows(emb, images), residual,
             call.scale,
         )  # fmt: skip
@@ -259,11 +281,11 @@ def _parameters(
     """Add the gradients of weight, bias and embedding to ``found``."""
     sums = None
     if needs["weight"]:
-        number = conv2d_algorithms.named(call.algorithms.of_weight).number
-        dw, sums = _weight_gradient(dy, x, call.spec.encode(), number, skip, norm)
+        dw, sums = _weight_gradient(dy, x, call.numbers, call.of_weight, skip, norm)
         if call.scale != 1:
             dw.mul_(call.scale)
-        found["weight"] = dw.view(weight.shape).to(weight.dtype)
+        dw = dw if dw.ndim == weight.ndim else dw.view(weight.shape)
+        found["weight"] = dw if dw.dtype == weight.dtype else dw.to(weight.dtype)
     if not (needs["bias"] or needs["emb"]):
         return
     if sums is None:
@@ -281,18 +303,16 @@ def _parameters(
 
 def _of_input(call: NormConv2d, dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """The gradient of what the convolution reads, [N, C + C', H, W]."""
-    spec, other = call.spec, call.turned
-    weight = weight.view(spec.weight)
-    if other is None or call.algorithms.of_input == PLAIN:
-        da = _plain_of_input(spec, dy, weight, x)
+    weight = weight.view(call.spec.weight)
+    if call.turned is None:
+        da = _plain_of_input(call.spec, dy, weight, x)
         da = da * call.scale if call.scale != 1 else da
     else:
-        number = conv2d_algorithms.named(call.algorithms.of_input).number
-        packed = _pack(weight, number, True)
+        packed = _pack(weight, call.of_input, True)
         da, _ = _conv2d(
-            dy, packed, other.encode(), number, None, None, None, None, None, call.scale
+            dy, packed, call.turned, call.of_input, None, None, None, None, None, call.scale
         )
-    if spec.upsample:  # each pixel was read as four
+    if call.spec.upsample:  # each pixel was read as four
         da = F.avg_pool2d(da, 2, divisor_override=1)
     return da
 
@@ -325,10 +345,13 @@ def _through_norm(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, skip, gain, offset, scale and shift, given that of the activated x."""
     if call.num_groups or call.spec.silu:
-        return norm_backward(
-            da, x, statistics, call.num_groups, gain, offset, call.eps, scale=scale, shift=shift,
-            silu=call.spec.silu, skip=skip, in_place=skip is None,
+        arguments = (
+            da, x, list(statistics), call.num_groups, gain, offset, call.eps, scale, shift,
+            call.spec.silu, skip,
         )  # fmt: skip
+        if skip is None:
+            return da, None, *_norm_backward_in_place(*arguments)
+        return _norm_backward(*arguments)  # type: ignore[no-any-return]
     if skip is None:
         return da, None, None, None, None, None
     parts = da.split((x.shape[1], skip.shape[1]), dim=1)
