@@ -351,7 +351,7 @@ def _through_norm(
         )  # fmt: skip
         if skip is None:
             return da, None, *_norm_backward_in_place(*arguments)
-        return _norm_backward(*arguments)  # type: ignore[no-any-return]
+        return _norm_backward(*arguments)
     if skip is None:
         return da, None, None, None, None, None
     parts = da.split((x.shape[1], skip.shape[1]), dim=1)

@@ -108,8 +108,11 @@ struct WinogradWeightGradient {
   // By the sizes alone, on which the order of sums may depend.
   int64_t count_parts() const {
     const int64_t tiles = p.images * rows * columns;
+    // Tiles of a part at least: else its sums would be much more than its planes.
+    const int64_t least =
+        std::max<int64_t>(16, 3 * p.filters * p.channels / (4 * (p.filters + p.channels)));
     int64_t count = 1;
-    while (2 * count <= std::min(p.images, kParts) && 2 * count * kPart <= tiles &&
+    while (2 * count <= std::min(p.images, kParts) && 2 * count * least <= tiles &&
            2 * count * kPlanes * sums_plane <= kSums)
       count *= 2;
     return count;
