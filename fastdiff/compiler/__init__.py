@@ -1,6 +1,7 @@
-"""``torch.compile(model, backend="fastdiff")``: any U-Net's graph, fused for inference on a CPU.
+"""``torch.compile(model, backend="fastdiff")``: any U-Net's graph, fused on a CPU.
 
-The U-Nets of ``fastdiff.nn`` take the same way when they are sampled from, without torch.compile.
+The U-Nets of ``fastdiff.nn`` take the same way when they are sampled from, and when the trainer
+trains them, without torch.compile.
 
 A residual block as Dynamo hands it over (its parameters, inputs of the graph, are not shown):
 
@@ -30,10 +31,11 @@ and as it runs:
     conv2d_1     = conv2d(weights, y, bias, coefficients_1, residual=x)
     restore      = restore(conv2d_1)                           the strides of eager mode
 
-Neither a normalised nor an activated tensor is written to memory. The files:
+Neither a normalised nor an activated tensor is written to memory. With gradients each call is
+``ops.norm_conv2d``, which packs the weight itself and can be differentiated. The files:
 
     pipeline.py  the backend: decides how a graph is compiled
-    inference.py calls the stages in their order
+    inference.py, training.py   call the stages in their order, without gradients and with them
     trace.py, network.py   the graphs of the U-Nets of fastdiff.nn, made without Dynamo
     graph/       nodes: a node's operation, arguments and value; dtypes: which operations compute in
                  any dtype; effects: what it writes, whether it
@@ -44,12 +46,15 @@ Neither a normalised nor an activated tensor is written to memory. The files:
                  epilogue: what is fused before and after the convolution; single_head: attention
                  with one head; patterns: patterns of single nodes and of norms
     choose/      plan: which matches are computed together; algorithms: the algorithm of each;
-                 sizes, measuring, timings: measured times; budget: memory for packed weights
-    rewrite/     fuse: replaces matches by calls; weights_node: the call that packs the weights;
+                 gradients: those of training, by sizes alone; sizes, measuring, timings: measured
+                 times; budget: memory for packed weights
+    rewrite/     fuse, fuse_training: replace matches by calls, as an emitter does that both share;
+                 weights_node: the call that packs the weights;
                  autocast: autocast's conversions as nodes; lower: computes in another dtype;
                  gated: a * gelu(b); composed: operations with gradients or for GPUs; strides:
                  restores the strides that the caller expects
-    run/         calls: the functions that the nodes call; packing: weights, packed again when they
+    run/         calls, trained: the functions that the nodes call; forms: activations as images;
+                 packing: weights, packed again when they
                  change; recording and replay: the calls as a list that C++ runs
     reasons.py, report.py, explanation.py   why a graph is not on the fast path; what was fused
     dynamo.py    private interfaces of Dynamo

@@ -86,9 +86,13 @@ def backend(
 ) -> Compiled:
     """Compile a graph: ``torch.compile(model, backend="fastdiff", options=...)``.
 
-    Without gradients on a CPU, in float32, bfloat16 or float16, under autocast or not, the graph is
-    fused. On CUDA tensors it gets fastdiff's operations and Inductor compiles it. With gradients,
-    or in training mode, it gets only operations that have gradients. Otherwise it runs unchanged.
+    On a CPU, without gradients in float32, bfloat16 or float16, with gradients in float32 or
+    bfloat16, under autocast or not, the graph is fused. On CUDA tensors it gets fastdiff's
+    operations and Inductor compiles it. In other dtypes, or in training mode without gradients, it
+    gets only operations that have gradients. Otherwise it runs unchanged.
+
+    With gradients every parameter and input may be differentiated, once: a second derivative is an
+    error. Algorithms are chosen by the sizes alone, and weights are packed anew at each use.
 
     float16 is computed in float32, which has kernels on a CPU, and results are converted back.
     Under autocast the graph computes in the dtypes that autocast gives each operation; float16
@@ -104,7 +108,8 @@ def backend(
         options: ``precision``: "fast" (Winograd convolutions, the default), "strict" (direct
             arithmetic alone), or "bf16" (what "fast" does, and float32 and float16 are computed
             with activations in bfloat16: statistics, softmax and sums stay in float32, parameters
-            and results keep their dtypes; for graphs on a CPU without gradients).
+            and results keep their dtypes; for graphs on a CPU without gradients: with gradients it
+            is "fast", and autocast is what computes in bfloat16).
             ``packed_bytes``: how many bytes this graph's packed and joined weights may take besides
             the model's own, spent where they save the most time; None (the default) for a gibibyte,
             and for more where it saves enough time: packed weights as large as the model's own must

@@ -1,7 +1,7 @@
 """Replace nodes by public operations of ``fastdiff.ops``, which have gradients or GPU kernels.
 
-``norms`` is for norms that are not fused with a convolution on a CPU, ``training`` for graphs with
-gradients on a CPU, ``gpu`` for graphs of CUDA tensors, which Inductor compiles.
+``norms`` is for norms that are not fused with a convolution on a CPU, ``training`` for graphs on a
+CPU that are not fused, ``gpu`` for graphs of CUDA tensors, which Inductor compiles.
 """
 
 from __future__ import annotations
