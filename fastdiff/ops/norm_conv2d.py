@@ -284,7 +284,10 @@ def _parameters(
         dw, sums = _weight_gradient(dy, x, call.numbers, call.of_weight, skip, norm)
         if call.scale != 1:
             dw.mul_(call.scale)
-        dw = dw if dw.ndim == weight.ndim else dw.view(weight.shape)
+        if call.spec.kernel == (1, 1) and weight.is_contiguous():  # with strides as DDP's buckets
+            dw = dw.view(call.spec.weight[:2]).view(weight.shape)
+        elif dw.ndim != weight.ndim:
+            dw = dw.view(weight.shape)
         found["weight"] = dw if dw.dtype == weight.dtype else dw.to(weight.dtype)
     if not (needs["bias"] or needs["emb"]):
         return

@@ -158,7 +158,7 @@ def test_explanation_of_both_ways():
     model, case = small_net(), small_inputs()
     told = explain(model, *case)
     assert told.gradients
-    assert (told.reasons, len(told.fused)) == ((), 8)
+    assert (told.reasons, len(told.fused)) == ((), 9)
     assert told.sampling is not None
     assert (told.sampling.reasons, len(told.sampling.fused)) == ((), 10)
     text = str(told)
