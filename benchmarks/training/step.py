@@ -105,15 +105,8 @@ class PlainStep:
 class FusedStep(PlainStep):
     """The same, but for fastdiff's AdamW, which clips and averages in its one pass."""
 
-    def __init__(
-        self,
-        task: Task,
-        size: int,
-        module: nn.Module,
-        run: Callable[..., Any],
-        autocast: bool = False,
-    ) -> None:
-        super().__init__(task, size, module, run, autocast)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.optimizer = self.fused = AdamW(self.parameters, lr=LR)
 
     def update(self) -> None:

@@ -148,8 +148,8 @@ class TrainedNetwork(FusedNetwork):
     _with_gradients = True
 
     def _compile(self, x: Tensor, rows: Tensor) -> _Graph | None:
-        with torch.random.fork_rng(devices=()), torch.no_grad():  # the run draws dropout's numbers
-            return super()._compile(x.detach(), rows.detach())
+        with torch.random.fork_rng(devices=()):  # the run draws dropout's numbers
+            return super()._compile(x, rows)
 
     def _finish(self, gm: GraphModule) -> Compiled:
         return trained(gm, GraphReport())

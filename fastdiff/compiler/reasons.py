@@ -69,10 +69,11 @@ def why_slow(gm: GraphModule, values: list[Tensor], devices: list[str]) -> Reaso
         )
     autocast = torch.is_autocast_enabled("cpu") or changes_autocast(gm.graph)
     reason = _special(gm, values, devices) or _ordinary(gm, values)
-    if reason is None or not wants_gradients(values):
-        # Without the fast path autocast stays the model's own affair.
-        return reason and replace(reason, untouched=reason.untouched or autocast)
-    return replace(reason, advice=None, untouched=reason.untouched or autocast)
+    if reason is None:
+        return None
+    advice = None if wants_gradients(values) else reason.advice
+    # Without the fast path autocast stays the model's own affair.
+    return replace(reason, advice=advice, untouched=reason.untouched or autocast)
 
 
 def _ordinary(gm: GraphModule, values: list[Tensor]) -> Reason | None:

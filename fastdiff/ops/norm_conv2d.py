@@ -296,12 +296,11 @@ def _parameters(
     if call.scale != 1:
         sums = sums * call.scale
     of_bias, of_emb = ctx.dtypes
-    total = sums.sum(0) if needs["bias"] or ctx.rows == 1 else None
-    if needs["bias"] and total is not None:
-        found["bias"] = total.to(of_bias)
-    if needs["emb"]:
-        one = total is not None and ctx.rows == 1 and sums.shape[0] != 1
-        found["emb"] = (total.unsqueeze(0) if one else sums).to(of_emb)  # type: ignore[union-attr]
+    if needs["bias"]:
+        found["bias"] = sums.sum(0).to(of_bias)
+    if needs["emb"]:  # which may be one row for all images
+        of_rows = sums if ctx.rows == sums.shape[0] else sums.sum(0, keepdim=True)
+        found["emb"] = of_rows.to(of_emb)
 
 
 def _of_input(call: NormConv2d, dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:

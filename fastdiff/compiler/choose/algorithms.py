@@ -21,6 +21,7 @@ PRECISIONS = {
     "bf16": ALGORITHM_NAMES,
     "strict": ("plain", *(name for name, row in ALGORITHMS.items() if row.strict)),
 }
+PLAIN_SECONDS = 1e-11  # that PyTorch's convolution takes for a multiplication and an addition
 # Seconds are divided by a handicap before they are compared. PyTorch's convolution has one because
 # it leaves the norm and the additions to separate passes.
 PLAIN_HANDICAP = 0.8
@@ -86,7 +87,7 @@ def heuristic(sizes: Sizes) -> dict[str, float]:
     spec = sizes.spec
     height, width = spec.output_size(sizes.x[2:])
     pixels = sizes.x[0] * height * width
-    plain = 1e-11 * pixels
+    plain = PLAIN_SECONDS * pixels
     for size in spec.weight:
         plain *= size
     return {

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
+from fastdiff.compiler.choose.algorithms import PLAIN_SECONDS
 from fastdiff.ops import conv2d_algorithms
 from fastdiff.ops.conv2d_algorithms import ALGORITHMS, Algorithm
 from fastdiff.ops.conv2d_spec import ConvSpec
 from fastdiff.ops.norm_conv2d import PLAIN, Algorithms, turned
 
-PLAIN_SECONDS = 1e-11  # that PyTorch's convolution takes for a multiplication and an addition
 BYTE_SECONDS = 1e-10  # that a byte of a packed weight takes to be written and read
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,24 +55,14 @@ class TrainedConvolution:
         x: Tensor,
         weight: Tensor,
         *,
-        bias: Tensor | None = None,
-        skip: Tensor | None = None,
-        gain: Tensor | None = None,
-        offset: Tensor | None = None,
-        norm_scale: Tensor | None = None,
-        norm_shift: Tensor | None = None,
-        emb: Tensor | None = None,
         residual: Tensor | None = None,
-        statistics: Sequence[Tensor] = (),
         scale: float = 1.0,
+        **operands: Any,
     ) -> Any:
-        """The result, or a pair of it and its statistics."""
+        """The result, or a pair of it and its statistics; operands as of ``norm_conv2d``."""
         x, residual, shape = self.forms.enter(x, residual)
-        y, of_y = norm_conv2d(
-            self._call(x, scale), x, weight, bias, skip=skip, gain=gain, offset=offset,
-            norm_scale=norm_scale, norm_shift=norm_shift, emb=emb, residual=residual,
-            statistics=statistics,
-        )  # fmt: skip
+        call = self._call(x, scale)
+        y, of_y = norm_conv2d(call, x, weight, residual=residual, **operands)
         y = self.forms.leave(y, shape)
         return (y, of_y) if self.spec.statistics else y
 
