@@ -19,13 +19,14 @@ from fastdiff.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from fastdiff import guidance, losses, objectives, sde
+    from fastdiff.checkpoints.loading import load
     from fastdiff.diffusion import Diffusion
     from fastdiff.sde import score_fn
 
 __all__ = [
     "Diffusion", "NoiseSchedule", "PerImage", "Shared", "__version__", "backend", "guidance",
-    "losses", "nn", "objectives", "ops", "process", "profile", "sample", "samplers", "schedules",
-    "score_fn", "sde",
+    "load", "losses", "nn", "objectives", "ops", "process", "profile", "sample", "samplers",
+    "schedules", "score_fn", "sde",
 ]  # fmt: skip
 
 # What is imported when it is first asked for, and from where: together these modules take as long
@@ -36,6 +37,7 @@ _LATER = {
     "diffusion": "fastdiff.diffusion",
     "generation": "fastdiff.generation",
     "guidance": "fastdiff.guidance",
+    "load": "fastdiff.checkpoints.loading",
     "losses": "fastdiff.losses",
     "objectives": "fastdiff.objectives",
     "score_fn": "fastdiff.sde",

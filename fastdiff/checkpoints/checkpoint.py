@@ -13,7 +13,8 @@ import copy
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,15 +285,14 @@ def resolve(path: str | Path) -> Path:
 def _what_it_is(folder: Path) -> str:
     """The end of the error for a path that is no checkpoint: what it is, and how to use that."""
     if folder.is_file():
-        return "; it is a file: give the folder that it is in"
+        return "; it is a file: give its folder, or make a checkpoint of it by fastdiff convert"
     if (folder / "classifier.json").is_file():
         return "; it holds a classifier, which guides a checkpoint's model"
     names = ("model_index.json", CONFIG, f"unet/{CONFIG}")
     if any((folder / name).is_file() for name in names):
         return (
             ", which says on what process a model was trained and what it predicts. It holds a "
-            "model of diffusers: read that with fastdiff.nn.UNet2DModel.from_pretrained, and write "
-            "fastdiff.checkpoint.Checkpoint(model, forward, prediction) by checkpoint.save"
+            "model of diffusers: make a checkpoint of it by fastdiff convert"
         )
     return ""
 
@@ -341,20 +341,34 @@ def save(
         CheckpointError: the folder exists, weights are not finite in ``dtype``, or the file system
             refused the write. Nothing that existed before is changed.
     """
-    folder = Path(folder)
-    model = unwrapped(checkpoint.model)
-    if dtype != torch.float32:
-        model = copy.deepcopy(model).to(dtype)
-    if name := not_finite(plain_state(model)):
-        raise CheckpointError(f"not written: {name} is not finite in {dtype}")
-    with new_folder(folder) as staging:
-        model.save_pretrained(staging)
+    with _model_folder(checkpoint.model, Path(folder), dtype) as staging:
         write_json(staging / META, _meta(checkpoint))
         if state is not None:
             tensors, facts = state
             contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
             save_file(contiguous, staging / STATE)
             write_json(staging / TRAINING, {"format": FORMAT, **facts})
+
+
+@contextmanager
+def _model_folder(model: UNet2DModel, folder: Path, dtype: torch.dtype) -> Iterator[Path]:
+    """A new folder, as ``folder.new_folder`` makes it, with a model in diffusers' format."""
+    model = unwrapped(model)
+    if dtype != torch.float32:
+        model = copy.deepcopy(model).to(dtype)
+    if name := not_finite(plain_state(model)):
+        raise CheckpointError(f"not written: {name} is not finite in {dtype}")
+    with new_folder(folder) as staging:
+        model.save_pretrained(staging)
+        yield staging
+
+
+def save_model(
+    model: UNet2DModel, folder: str | Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a model of which nothing but its weights is known as a new folder: see :func:`save`."""
+    with _model_folder(model, Path(folder), dtype):
+        pass
 
 
 def export(checkpoint: Checkpoint, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff train | sample | eval | train-classifier | export | doctor``."""
+"""The command line, ``fastdiff COMMAND``: the commands are those of :data:`COMMANDS`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastdiff.cli import doctor, evaluate, export, sample, train, train_classifier
+from fastdiff.cli import convert, doctor, evaluate, export, sample, train, train_classifier
 from fastdiff.cli.output import standard_output
 from fastdiff.cli.parsing import Formatter, Parser
 from fastdiff.common.errors import InputError, memory_refused
@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": evaluate,
     "train-classifier": train_classifier,
     "export": export,
+    "convert": convert,
     "doctor": doctor,
 }
 

@@ -9,21 +9,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli.parsing import add_checkpoint_argument
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from fastdiff.cli.parsing import DTYPES, add_checkpoint_argument, add_dtype_argument
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of ``fastdiff export``."""
     add_checkpoint_argument(command)
     command.add_argument("--out", type=Path, required=True, help="the folder to create")
-    command.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="of the weights in the file"
-    )
+    add_dtype_argument(command)
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import json
+from typing import Any, NoReturn
+
+import torch
 
 from fastdiff.common.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,6 +45,24 @@ def positive(text: str) -> int:
 def integers(text: str) -> tuple[int, ...]:
     """Integers separated by commas, such as 48,96,128, or ``none``; for argparse."""
     return () if text == "none" else tuple(int(part) for part in text.split(","))
+
+
+def named_value(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON or else as a string, for argparse."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def add_dtype_argument(command: argparse.ArgumentParser) -> None:
+    """Add --dtype, a key of :data:`DTYPES`."""
+    command.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="float32", help="of the weights in the file"
+    )
 
 
 def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from fastdiff import samplers
 from fastdiff.checkpoints import classifier_checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.cli.parsing import named_value
 from fastdiff.common.errors import InputError
 from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
 from fastdiff.samplers import Sampler
@@ -53,7 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--option",
         action="append",
         default=[],
-        type=_option,
+        type=named_value,
         metavar="NAME=VALUE",
         help="an option of the sampler, such as eta=0.5, clip=null, rtol=1e-4 or "
         "corrector=langevin; may be repeated",
@@ -77,17 +77,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="S",
         help="factor of the classifier's gradient (default: 1)",
     )
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as JSON or else as a string, for argparse."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def make_sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler | Solver:

@@ -102,22 +102,31 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> UNet2DConfig:
 def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """The tensors in a model folder, under diffusers' present names.
 
-    Checkpoints of diffusers' first releases name the attention's layers query, key, value and
-    proj_attn; here these are renamed.
-
     Raises:
         ValueError: a layer has weights under its old and its new name, or ``weight_files.read``
             raises it.
         FileNotFoundError, SafetensorError: see ``weight_files.read``.
     """
-    tensors = plain_names(weight_files.read(folder, variant))
+    return current_names(weight_files.read(folder, variant), folder)
+
+
+def current_names(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Tensors of the file or folder ``source`` under diffusers' present names.
+
+    Checkpoints of diffusers' first releases name the attention's layers query, key, value and
+    proj_attn; here these are renamed.
+
+    Raises:
+        ValueError: a layer has weights under its old and its new name.
+    """
+    tensors = plain_names(tensors)
 
     def renamed(match: re.Match[str]) -> str:
         return f"{match[1]}{_NEW_ATTENTION[match[2]]}."
 
     current = {_OLD_ATTENTION.sub(renamed, name): value for name, value in tensors.items()}
     if len(current) < len(tensors):
-        raise ValueError(f"{folder} has weights of an attention under their old and new names both")
+        raise ValueError(f"{source} has weights of an attention under their old and new names both")
     return current
 
 

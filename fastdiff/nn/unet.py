@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -108,13 +108,28 @@ class UNet2DModel(nn.Module):
         """
         path = pretrained.model_folder(Path(folder), subfolder)
         config = pretrained.read_config(path, ignore)
-        tensors = pretrained.read_weights(path, variant)
+        return cls.from_weights(config, pretrained.read_weights(path, variant))
+
+    @classmethod
+    def from_weights(cls, config: UNet2DConfig, weights: Mapping[str, Tensor]) -> UNet2DModel:
+        """A model with given weights, in eval mode; nothing is drawn from the random generator.
+
+        Args:
+            config: the options.
+            weights: a tensor for every name of the ``state_dict``, of any floating point dtype.
+
+        Returns:
+            The model on the CPU, its parameters copies in torch's default dtype.
+
+        Raises:
+            ValueError: a name that is missing or additional, or a shape that does not fit.
+        """
         with torch.device("meta"), pretrained.NoInitialisation():
             model = cls(**config.to_dict())
-        pretrained.check_names_and_shapes(tensors, model.state_dict())
+        pretrained.check_names_and_shapes(weights, model.state_dict())
         # As to_empty does; that computes empty_like in Python, which imports sympy for it.
         model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
-        model.load_state_dict(tensors)
+        model.load_state_dict(dict(weights))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

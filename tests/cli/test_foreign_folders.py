@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff import schedules
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.classifier_checkpoint import Architecture, Classifier
-from fastdiff.nn import UNet2DModel
 
 COMMANDS = {
     "sample": ("sample", "--out", "{new}.png"),
@@ -38,16 +36,15 @@ def test_diffusers_folders(
     ran = run(*words, "--checkpoint", theirs / part)
     assert ran.code == 2
     assert "is not a fastdiff checkpoint: it has no fastdiff.json, which says" in ran.last
-    assert "a model of diffusers: read that with fastdiff.nn.UNet2DModel.from_pretra" in ran.last
+    assert "a model of diffusers: make a checkpoint of it by fastdiff convert" in ran.last
     assert not (tmp_path / "new").exists()
 
 
 def test_a_model_of_diffusers_becomes_a_checkpoint_as_the_error_says(
     run: Callable, theirs: Path, tmp_path: Path
 ) -> None:
-    model = UNet2DModel.from_pretrained(theirs)
-    found = Checkpoint(model, schedules.linear(100), "eps")
-    checkpoint.save(found, tmp_path / "ours")
+    process = ("--schedule", "linear", "--timesteps", 100, "--prediction", "eps")
+    assert run("convert", theirs, tmp_path / "ours", *process).code == 0
     words = ("--count", 1, "--steps", 2, "--out", tmp_path / "new.png")
     assert run("sample", "--checkpoint", tmp_path / "ours", *words).code == 0
 
@@ -75,7 +72,7 @@ def test_a_file_of_a_checkpoint_is_not_its_folder(
     file = tmp_path / "checkpoint" / checkpoint.WEIGHTS
     ran = run("export", "--checkpoint", file, "--out", tmp_path / "new")
     assert ran.code == 2
-    assert "it is a file: give the folder that it is in" in ran.last
+    assert "it is a file: give its folder, or make a checkpoint of it by fastdiff" in ran.last
 
 
 @pytest.mark.parametrize("name", [checkpoint.META, checkpoint.CONFIG])
