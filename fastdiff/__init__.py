@@ -2,7 +2,7 @@
 
 The public names are those imported here and the modules ``ops``, ``nn``, ``schedules``,
 ``process``, ``losses``, ``objectives``, ``samplers``, ``sampling``, ``guidance``, ``sde``,
-``compiler``, ``data``, ``training``, ``evaluation``, ``checkpoints``.
+``acceleration``, ``compiler``, ``data``, ``training``, ``evaluation``, ``checkpoints``.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from fastdiff.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from fastdiff import guidance, losses, objectives, sde
+    from fastdiff.acceleration import accelerate, restore
     from fastdiff.checkpoints.loading import load
     from fastdiff.diffusion import Diffusion
     from fastdiff.sde import score_fn
 
 __all__ = [
-    "Diffusion", "NoiseSchedule", "PerImage", "Shared", "__version__", "backend", "guidance",
-    "load", "losses", "nn", "objectives", "ops", "process", "profile", "sample", "samplers",
-    "schedules", "score_fn", "sde",
+    "Diffusion", "NoiseSchedule", "PerImage", "Shared", "__version__", "accelerate", "backend",
+    "guidance", "load", "losses", "nn", "objectives", "ops", "process", "profile", "restore",
+    "sample", "samplers", "schedules", "score_fn", "sde",
 ]  # fmt: skip
 
 # What is imported when it is first asked for, and from where: together these modules take as long
 # to import as all others, and the compiler alone brings Dynamo.
 _LATER = {
     "Diffusion": "fastdiff.diffusion",
+    "accelerate": "fastdiff.acceleration",
+    "acceleration": "fastdiff.acceleration",
     "compiler": "fastdiff.compiler",
     "diffusion": "fastdiff.diffusion",
     "generation": "fastdiff.generation",
@@ -40,6 +43,7 @@ _LATER = {
     "load": "fastdiff.checkpoints.loading",
     "losses": "fastdiff.losses",
     "objectives": "fastdiff.objectives",
+    "restore": "fastdiff.acceleration",
     "score_fn": "fastdiff.sde",
     "sde": "fastdiff.sde",
 }

@@ -43,6 +43,8 @@ LAYERS = (
     "data",
     "training",
     "evaluation",
+    "diffusers",
+    "acceleration",
     "cli",
     "",  # the package itself
 )

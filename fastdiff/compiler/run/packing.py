@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,17 @@ def current(
             if weight is None or not weight.is_current(parts):
                 weight = _packed[key] = PackedWeight(parts, kernel, combine)
     return weight
+
+
+def release(parameters: Iterable[Tensor]) -> None:
+    """Free the packed weights that are made of any of ``parameters``.
+
+    Graphs that are called again pack them again.
+    """
+    freed = set(map(id, parameters))
+    with _lock:
+        for key in [key for key in _packed if freed.intersection(key[1:])]:
+            del _packed[key]
 
 
 class Watch:
