@@ -25,8 +25,8 @@ RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$
 timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
-.PHONY: help sample test test-slow asan bench bench-unet bench-bf16 bench-train learning \
-	scaling quality theory gpu gpu-audit cuda-check wheel lint format doctor venv clean
+.PHONY: help sample test test-slow asan bench bench-unet bench-bf16 bench-train bench-pipelines \
+	learning scaling quality theory gpu gpu-audit cuda-check wheel lint format doctor venv clean
 
 help:  ## list these commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 14
@@ -63,6 +63,9 @@ bench-bf16: $(VENV)/.test $(VENV)/.peers  ## float32 and bfloat16 beside the bes
 
 bench-train: $(VENV)/.test $(VENV)/.peers  ## whole training steps by fastdiff and every peer: time, memory, parts
 	$(RUN) -m benchmarks.training $(TRAIN)
+
+bench-pipelines: $(VENV)/.test $(VENV)/.peers  ## whole calls of a diffusers pipeline by fastdiff and every peer
+	$(RUN) -m benchmarks.pipelines $(PIPELINES)
 
 learning: $(VENV)/.plot  ## train the digits in eager mode and compiled, three seeds: table and picture
 	$(RUN) -m benchmarks.learning $(QUALITY)

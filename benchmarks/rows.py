@@ -231,19 +231,63 @@ def training_parts(results: Results) -> list[Row]:
 
 
 def _training(results: Results, figure: str, scale: float, form: str) -> list[Row]:
-    """One row a peer, one column a case: a figure, and its ratio to fastdiff's."""
     from benchmarks.training.peers import PEERS
 
+    titles = {name: peer.title for name, peer in PEERS.items()}
+    return _cases(results, _training_title, titles, figure, scale, form)
+
+
+def _training_title(record: Results) -> str:
+    from benchmarks.training.tasks import TASKS
+
+    title = TASKS[record["network"]].network.title
+    return f"{title}, {record['dtype']}, batch {record['batch']}"
+
+
+# Whole pipelines: pipelines.json.
+
+
+def pipelines(results: Results) -> list[Row]:
+    """Every peer on every case: seconds a call, and the time over fastdiff's."""
+    from benchmarks.pipelines.peers import PEERS
+
+    titles = {name: peer.title for name, peer in PEERS.items()}
+    return _cases(results, _pipeline_title, titles, "median", 1, "{:.2f}")
+
+
+def _pipeline_title(record: Results) -> str:
+    plural = "" if record["batch"] == 1 else "s"
+    return f"{record['batch']} image{plural}, {record['dtype']}"
+
+
+def _cases(
+    results: Results,
+    title: Callable[[Results], str],
+    peers: dict[str, str],
+    figure: str,
+    scale: float,
+    form: str,
+) -> list[Row]:
+    """One row a peer, one column a case: a figure, and its ratio to fastdiff's.
+
+    Args:
+        results: of peers in turns.
+        title: of a column, from its record.
+        peers: the peers' names, and their titles in the table.
+        figure: the key of a record's rows.
+        scale: factor of the figure.
+        form: of the scaled figure.
+    """
     calls = [r for r in results["records"] if r["kind"] == "call"]
-    table = [["", *map(_training_title, calls)]]
-    for name, peer in PEERS.items():
-        cells = [_training_cell(record, name, figure, scale, form) for record in calls]
+    table = [["", *map(title, calls)]]
+    for name, peer in peers.items():
+        cells = [_cell(record, name, figure, scale, form) for record in calls]
         if any(cells):
-            table.append([peer.title, *cells])
+            table.append([peer, *cells])
     return table
 
 
-def _training_cell(record: Results, name: str, figure: str, scale: float, form: str) -> str:
+def _cell(record: Results, name: str, figure: str, scale: float, form: str) -> str:
     from benchmarks.turns.job import OURS
 
     row = next((r for r in record["rows"] if r["peer"] == name), None)
@@ -257,13 +301,6 @@ def _training_cell(record: Results, name: str, figure: str, scale: float, form: 
     ours = next((r[figure] for r in record["rows"] if r["peer"] == OURS and not r["failed"]), None)
     text = form.format(scale * value)
     return text if name == OURS or not ours else f"{text} ({value / ours:.2f}x)"
-
-
-def _training_title(record: Results) -> str:
-    from benchmarks.training.tasks import TASKS
-
-    title = TASKS[record["network"]].network.title
-    return f"{title}, {record['dtype']}, batch {record['batch']}"
 
 
 # The digits model trained in eager mode and compiled: learning.json.

@@ -79,6 +79,7 @@ TABLES = {
         rows.scaling,
         picture=("images/scaling.png", "Time against batch, image size and threads"),
     ),
+    "pipelines": Table("make bench-pipelines", "pipelines", rows.pipelines),
     "training": Table("make bench-train", "training", rows.training_steps),
     "training-memory": Table("make bench-train", "training", rows.training_memory),
     "training-parts": Table("make bench-train", "training", rows.training_parts),

@@ -34,9 +34,7 @@ def main() -> None:
     args = _arguments()
     begin()
     report, facts = Report(args.out), machine.facts(args.threads)
-    left_out = report.keep(lambda record: machine.same(record["machine"], facts))
-    if left_out:
-        say(f"{report.json}: {left_out} records of another processor will be left out")
+    report.keep_processor(facts)
     cases = [
         Case(name, batch, dtype, args.threads)
         for name in args.models
@@ -49,11 +47,7 @@ def main() -> None:
             breakdown=args.breakdown, folder=args.logs or Path(scratch),
         )  # fmt: skip
         say(machine.line(facts))
-        for number, case in enumerate(cases, 1):
-            if args.resume and report.has(case):
-                say(f"{case.title}: already in {report.json}")
-                continue
-            say(f"{case.title}: case {number} of {len(cases)}")
+        for case in report.remaining(cases, args.resume):
             peers = [name for name in PEERS if name in (args.peers or PEERS)]
             Run(case, peers, settings, report.put).run()
     print(report.text())

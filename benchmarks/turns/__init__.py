@@ -8,5 +8,6 @@
     report.py   the files of figures and tables
     options.py  the options of the command line
 
-``benchmarks.unet`` times calls of a network with it, ``benchmarks.training`` training steps.
+``benchmarks.unet`` times calls of a network with it, ``benchmarks.training`` training steps,
+``benchmarks.pipelines`` whole calls of a diffusers pipeline.
 """

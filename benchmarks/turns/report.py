@@ -6,13 +6,14 @@ Records of earlier runs stay until their own case is run again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, rows
 from benchmarks.tables import markdown
 from benchmarks.turns.job import OURS, Case
+from benchmarks.turns.run import say
 
 Record = dict[str, Any]
 KEY = ("kind", "network", "batch", "dtype", "size", "threads")
@@ -50,15 +51,25 @@ class Report:
         _write(self.json, json.dumps({"records": self.records}, indent=1) + "\n")
         _write(self.markdown, self.text())
 
-    def keep(self, wanted: Callable[[Record], bool]) -> int:
-        """Leave out the records that are not wanted; the next ``put`` saves that.
+    def keep_processor(self, facts: dict[str, Any]) -> None:
+        """Leave out the records of another processor; the next ``put`` saves that.
 
-        Returns:
-            How many were left out.
+        Args:
+            facts: of this machine, see ``machine.facts``.
         """
-        before = len(self.records)
-        self.records = [r for r in self.records if wanted(r)]
-        return before - len(self.records)
+        kept = [r for r in self.records if machine.same(r["machine"], facts)]
+        if left_out := len(self.records) - len(kept):
+            say(f"{self.json}: {left_out} records of another processor will be left out")
+        self.records = kept
+
+    def remaining(self, cases: Sequence[Case], resume: bool) -> Iterator[Case]:
+        """The cases to measure, each announced; with ``resume`` those that are not here yet."""
+        for number, case in enumerate(cases, 1):
+            if resume and self.has(case):
+                say(f"{case.title}: already in {self.json}")
+                continue
+            say(f"{case.title}: case {number} of {len(cases)}")
+            yield case
 
     def has(self, case: Case) -> bool:
         """Whether the case was timed to its end; a peer's failure is an end too."""

@@ -43,9 +43,7 @@ def main() -> None:
     cases = _cases(args)
     facts = machine.facts(args.threads)
     if suite:
-        left_out = report.keep(lambda record: machine.same(record["machine"], facts))
-        if left_out:
-            say(f"{report.json}: {left_out} records of another processor will be left out")
+        report.keep_processor(facts)
         if suite.draw:
             suite.draw([], args.out)
     with tempfile.TemporaryDirectory(prefix="fastdiff-unet-") as scratch:
@@ -54,11 +52,7 @@ def main() -> None:
             args.breakdown, args.logs or Path(scratch), args.sampling,
         )  # fmt: skip
         say(machine.line(facts))
-        for number, case in enumerate(cases, 1):
-            if args.resume and report.has(case):
-                say(f"{case.title}: already in {report.json}")
-                continue
-            say(f"{case.title}: case {number} of {len(cases)}")
+        for case in report.remaining(cases, args.resume):
             peers = args.peers or (suite.peers if suite else NETWORKS[case.network].peers) or PEERS
             Run(case, [name for name in PEERS if name in peers], settings, report.put).run()
     print(report.text())

@@ -1,0 +1,71 @@
+"""Time whole calls of a diffusers pipeline through fastdiff and through every peer, in turns.
+
+    python -m benchmarks.pipelines                             both dtypes, one and four images
+    python -m benchmarks.pipelines --dtypes float32            one of them
+    python -m benchmarks.pipelines --models tiny --out /tmp/x  a quick test of the benchmark itself
+
+A call is text embeddings to images: 20 steps with classifier-free guidance, then the decoder. Run
+it from the repository's root, on a machine that does nothing else. Each peer runs in its own
+process; its images are checked against eager float64 before it is timed. The row of a peer that
+fails or takes too long says so. pipelines.json and pipelines.md are saved in --out after every new
+figure, and hold figures of one processor. Progress goes to standard error, the tables to standard
+output at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmarks import machine, tables
+from benchmarks.pipelines.peers import PEERS
+from benchmarks.pipelines.pipes import PIPES
+from benchmarks.pipelines.report import Report
+from benchmarks.pipelines.worker import Run
+from benchmarks.turns.job import DTYPES, Case
+from benchmarks.turns.options import begin, parser
+from benchmarks.turns.run import Settings, say
+
+MEASURED, BATCHES = ("small",), (1, 4)
+
+
+def main() -> None:
+    args = _arguments()
+    begin()
+    report, facts = Report(args.out), machine.facts(args.threads)
+    report.keep_processor(facts)
+    cases = [
+        Case(name, batch, dtype, args.threads)
+        for name in args.models
+        for dtype in args.dtypes or DTYPES
+        for batch in args.batches or BATCHES
+    ]
+    with tempfile.TemporaryDirectory(prefix="fastdiff-pipelines-") as scratch:
+        settings = Settings(
+            rounds=args.rounds, limit=args.limit, keep_heap=not args.plain_heap, warm=False,
+            breakdown=None, folder=args.logs or Path(scratch),
+        )  # fmt: skip
+        say(machine.line(facts))
+        for case in report.remaining(cases, args.resume):
+            peers = [
+                name
+                for name, peer in PEERS.items()
+                if case.dtype in peer.dtypes and name in (args.peers or PEERS)
+            ]
+            Run(case, peers, settings, report.put).run()
+    print(report.text())
+    tables.publish(args.out)
+
+
+def _arguments() -> argparse.Namespace:
+    options = parser("python -m benchmarks.pipelines", __doc__, PEERS)
+    options.add_argument(
+        "--models", nargs="+", choices=PIPES, default=MEASURED,
+        help=f"pipelines; default {' '.join(MEASURED)}",
+    )  # fmt: skip
+    return options.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""How each peer accelerates a pipeline: as its users would, with its fastest settings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.turns.job import DTYPES, OURS, Case
+
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to run a pipeline.
+
+    Attributes:
+        title: in tables; of several peers with one title the fastest is shown.
+        prepare: makes the pipeline fast, in place, and returns remarks for the report.
+        dtypes: of the cases that the peer is timed in.
+        model_dtype: of the pipeline and its inputs, where it is not that of the case.
+    """
+
+    title: str
+    prepare: Callable[[Any, Case], list[str]]
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    model_dtype: str | None = None
+
+    def dtype(self, case: Case) -> torch.dtype:
+        """The dtype of the pipeline's weights and inputs in a case."""
+        return DTYPES[self.model_dtype or case.dtype]
+
+
+def _accelerated(pipe: Any, case: Case) -> list[str]:
+    import fastdiff
+
+    precise = case.dtype == "float32" or pipe.unet.dtype == torch.bfloat16
+    fastdiff.accelerate(pipe, precision=None if precise else "bf16")
+    return []
+
+
+def _eager(pipe: Any, case: Case) -> list[str]:
+    return []
+
+
+def _channels_last(pipe: Any, case: Case) -> list[str]:
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+    return []
+
+
+def _inductor(pipe: Any, case: Case) -> list[str]:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    _channels_last(pipe, case)
+    pipe.unet.compile(backend="inductor", dynamic=False)
+    pipe.vae.decoder.compile(backend="inductor", dynamic=False)
+    return []
+
+
+def _openvino(pipe: Any, case: Case) -> list[str]:
+    """U-Net and decoder as OpenVINO's models inside the pipeline."""
+    size = pipe.unet.config.sample_size
+    context = pipe.unet.config.cross_attention_dim
+    inputs = (
+        torch.zeros(2 * case.batch, 4, size, size), torch.tensor(1),
+        torch.zeros(2 * case.batch, 77, context),
+    )  # fmt: skip
+    latents = torch.zeros(case.batch, 4, size, size)
+    unet, notes = _compiled(_OneOutput(pipe.unet), inputs, case)
+    decoder, _ = _compiled(pipe.vae.decoder, (latents,), case)
+
+    def evaluate(x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+        return (unet(x, t, encoder_hidden_states),)
+
+    pipe.unet.forward = evaluate
+    pipe.vae.decoder.forward = decoder
+    return notes
+
+
+class _OneOutput(nn.Module):
+    """A U-Net as a function of tensors, for the converter."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Any:
+        return self.unet(x, t, context, return_dict=False)[0]
+
+
+def _compiled(
+    module: nn.Module, inputs: tuple[Tensor, ...], case: Case
+) -> tuple[Callable[..., Tensor], list[str]]:
+    """A model compiled for latency and these shapes, and remarks; outputs are float32."""
+    import openvino as ov
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = [list(value.shape) for value in inputs]
+        converted = ov.convert_model(module, example_input=inputs, input=shapes)
+    wanted = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": case.threads,
+        "INFERENCE_PRECISION_HINT": wanted,
+    }
+    compiled = ov.Core().compile_model(converted, "CPU", settings)
+    request = compiled.create_infer_request()
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    notes = [] if precision == wanted else [f"computes in {precision}, {wanted} is not native"]
+
+    def run(*given: Tensor) -> Tensor:
+        arrays = [value.numpy() for value in given]
+        return torch.from_numpy(request.infer(arrays, share_inputs=True)[0].copy())
+
+    return run, notes
+
+
+PEERS = {
+    OURS: Peer("fastdiff.accelerate", _accelerated),
+    "fastdiff bf16": Peer(
+        'fastdiff.accelerate, precision="bf16", float32 pipeline',
+        _accelerated,
+        ("bfloat16",),
+        "float32",
+    ),
+    "openvino": Peer("OpenVINO", _openvino, model_dtype="float32"),
+    "inductor": Peer("torch.compile, Inductor, frozen, channels_last", _inductor),
+    "eager channels_last": Peer("diffusers, eager, channels_last", _channels_last),
+    EAGER: Peer("diffusers, eager", _eager),
+}
