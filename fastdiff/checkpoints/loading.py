@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdiff.checkpoints import checkpoint, scheduler_config, torch_file, weight_sets
 from fastdiff.checkpoints.folder import damaged, not_finite
 from fastdiff.checkpoints.layouts import DIFFUSERS, LAYOUTS, Layout
-from fastdiff.common.errors import CheckpointError
+from fastdiff.common.errors import CheckpointError, memory_refused
 from fastdiff.nn import UNet2DConfig, UNet2DModel, pretrained
 from fastdiff.nn.weight_files import STEM
 from fastdiff.nn.wrappers import plain_names
@@ -126,7 +126,7 @@ def _read_folder(folder: Path, ema: bool, options: Mapping[str, Any]) -> Loaded:
         if pickled.is_file() and not any(part.glob(f"{STEM}*{_SAFETENSORS}*")):
             config = pretrained.read_config(part, options.get("ignore", ()))
             tensors = weight_sets.pick(torch_file.read(pickled), ema=False)
-            torch_file.check_sizes(tensors, pickled)
+            torch_file.check_tensors(tensors, pickled)
             model = _built(config, pretrained.current_names(tensors, pickled), pickled)
         else:
             model = UNet2DModel.from_pretrained(folder, **options)
@@ -163,7 +163,7 @@ def _read_file(path: Path, ema: bool, options: Mapping[str, Any]) -> Loaded:
     layout, prefix = _recognised(path, tensors)
     state = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
     if not safe:
-        torch_file.check_sizes(state, path)
+        torch_file.check_tensors(state, path)
     try:
         config, ours = _converted(path, layout, state, options)
     except CheckpointError as error:
@@ -217,8 +217,8 @@ def _converted(
 def _built(config: UNet2DConfig, tensors: Mapping[str, Tensor], path: Path) -> UNet2DModel:
     try:
         return UNet2DModel.from_weights(config, tensors)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond 64 bits, or memory
+        raise CheckpointError(f"{path}: {memory_refused(error) or error}") from None
 
 
 def _check_finite(model: UNet2DModel, path: Path) -> None:

@@ -49,10 +49,14 @@ def read(path: Path) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
-    zipped = zipfile.is_zipfile(path)
+    try:
+        zipped = zipfile.is_zipfile(path)
+        reason = None if zipped else _no_pickle(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     if zipped:
         _check_archive(path)
-    elif reason := _no_pickle(path):
+    elif reason:
         raise CheckpointError(f"{path} {reason}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -64,12 +68,15 @@ def read(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged: {_line(error)}") from None
 
 
-def check_sizes(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """CheckpointError if copies of the tensors would be larger than the file that holds them.
+def check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """CheckpointError unless the tensors are plain, and no larger in memory than in the file.
 
-    A tensor of stride 0, or many that share their memory, takes few bytes in a file and many once
-    it is copied.
+    Sparse, quantized and other special tensors are no weights of a U-Net. A tensor of stride 0, or
+    many that share their memory, takes few bytes in a file and many once it is copied.
     """
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise CheckpointError(f"{path} has {name}, which is no plain tensor of numbers")
     size, available = sum(value.nbytes for value in tensors.values()), path.stat().st_size
     if size > available:
         raise CheckpointError(

@@ -388,6 +388,36 @@ def test_tensors_that_repeat_themselves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "value",
+    [torch.eye(4).to_sparse(), torch.zeros(32, 3, 3, 3, device="meta")],
+    ids=["sparse", "meta"],
+)
+def test_tensors_that_are_no_numbers(value: Tensor, tmp_path: Path) -> None:
+    state = {**DdimUNet().state_dict(), "conv_in.weight": value}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"has conv_in\.weight, which is no plain tensor"):
+        fastdiff.load(tmp_path / "a.pt")
+
+
+def test_sizes_beyond_all_memory(tmp_path: Path) -> None:
+    """Widths that no tensor of the file has to pay for: it has no elements."""
+    state = DdimUNet(multipliers=(1,), layers=1, attention=()).state_dict()
+    for name in ("down.0.block.0.conv1.weight", "conv_in.weight"):
+        state[name] = torch.zeros(2**40, 0)
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError):
+        fastdiff.load(tmp_path / "a.pt")
+
+
+def test_first_of_two_networks(tmp_path: Path) -> None:
+    """One file with two networks gives the first, whatever the hashes of the names."""
+    first = randomized(DdimUNet()).state_dict()
+    both = {**prefixed("b.", first), **prefixed("a.", averaged(first))}
+    torch.save(both, tmp_path / "a.pt")
+    assert torch.equal(fastdiff.load(tmp_path / "a.pt").conv_in.weight, first["conv_in.weight"])
+
+
+@pytest.mark.parametrize(
     ("value", "message"),
     [
         (torch.zeros(3), "holds no weights of a network, but a Tensor"),

@@ -41,11 +41,12 @@ class Layout:
 
     def prefix(self, names: Iterable[str]) -> str | None:
         """What stands before the layout's names; None for weights of another layout."""
-        names = set(names)
-        for name in names:
+        ordered = list(names)
+        known = set(ordered)
+        for name in ordered:
             prefix = name.removesuffix(self.marks[0])
             whole = name.endswith(self.marks[0]) and (not prefix or prefix.endswith("."))
-            if whole and all(prefix + mark in names for mark in self.marks):
+            if whole and all(prefix + mark in known for mark in self.marks):
                 return prefix
         return None
 
