@@ -22,7 +22,7 @@ SUMMARY = (
 )  # fmt: skip
 LAYOUTS = ("f32 nchw", "f32 nhwc", "bf16 nchw", "bf16 nhwc")
 # Those that a table of their own shows, and conv2d, which unet.md shows in its place in a network.
-NOT_SINGLE = ("conv2d", "digits", "sampling_loop", "training_objective")
+NOT_SINGLE = ("conv2d", "digits", "sampling_loop", "scheduler_steps", "training_objective")
 EULER = "euler-maruyama"
 LAST_STEPS = 100  # of a training, whose mean loss is the loss at its end
 
@@ -385,6 +385,25 @@ def sampling_loop(results: Results) -> list[Row]:
         table.append([f"`{sampler}`, {steps}", f"{ours * a_step:.1f}", f"{theirs * a_step:.0f}",
                       f"{theirs / ours:.2f}", one["notes"]["dispatcher calls"]])  # fmt: skip
     return table
+
+
+def scheduler_steps(results: Results) -> list[Row]:
+    """A step of each of diffusers' schedulers, ours and its own: microseconds and their ratio."""
+    cells: dict[str, dict[str, list[str]]] = {}
+    for one in _of(results, "scheduler_steps", ""):
+        ours, theirs = (
+            1e6 * seconds / int(one["notes"]["steps"])
+            for seconds in (one["ours"], one["peers"]["diffusers"])
+        )
+        figures = [f"{ours:.1f}", f"{theirs:.0f}", f"{theirs / ours:.1f}"]
+        cells.setdefault(one["case"], {})[one["dtype"]] = figures
+    kinds = ("fastdiff, us", "diffusers, us", "ratio")
+    head = ["step of", *(f"{dtype}: {kind}" for dtype in ("f32", "bf16") for kind in kinds)]
+    none = [""] * len(kinds)
+    return [head, *(
+        [f"`{name}`", *figures.get("f32", none), *figures.get("bf16", none)]
+        for name, figures in cells.items()
+    )]  # fmt: skip
 
 
 def _of(results: Results, benchmark: str, part: str) -> list[Results]:

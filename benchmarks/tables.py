@@ -93,6 +93,7 @@ TABLES = {
     "training-objective": Table("make bench", "operations", rows.training_objective),
     "whole-models": Table("make bench", "operations", rows.whole_models),
     "sampling-loop": Table("make bench", "operations", rows.sampling_loop),
+    "scheduler-steps": Table("make bench", "operations", rows.scheduler_steps),
     "sampler-quality": Table("make quality", "sampler_quality", rows.sampler_quality),
     "shipped-model": Table("make quality", "sampler_quality", rows.shipped_model),
     "objectives": Table("make theory", "objectives", rows.objectives, numbers=False),
