@@ -100,10 +100,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     families = {
         "first order": ("ddpm", "ddim", "euler", "euler-ancestral", "dpm-1", "dpmpp-1s"),
-        "singlestep": ("heun", "dpm-2", "dpm-3", "dpmpp-2s", "dpmpp-sde"),
-        "multistep": ("plms", "lms", "deis-2", "deis-3", "dpmpp-2m", "dpmpp-3m", "dpmpp-2m-sde"),
+        "singlestep": (
+            "heun", "kdpm-2", "dpm-2", "dpm-3", "dpm-2-ancestral", "dpm-fast", "dpmpp-2s",
+            "dpmpp-2s-ancestral", "dpmpp-sde",
+        ),
+        "multistep": (
+            "plms", "lms", "deis-2", "deis-3", "dpmpp-2m", "dpmpp-3m", "dpmpp-2m-sde",
+            "dpmpp-3m-sde",
+        ),
         "predictor-corrector": ("unipc-1", "unipc-2", "unipc-3"),
-    }
+    }  # fmt: skip
     shown = [name for name in families if any(r["sampler"] in families[name] for r in rows)]
     figure, panels = pyplot.subplots(
         1, len(shown), figsize=(4.2 * len(shown), 4.2), sharey=True, squeeze=False, dpi=110
@@ -112,7 +118,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             and r["budget"] == TO_BEAT_EVALUATIONS]  # fmt: skip
     budgets = sorted({row["budget"] for row in rows})
     for panel, family in zip(panels[0], shown, strict=True):
-        for name, mark in zip(families[family], "osD^vP*", strict=False):
+        for name, mark in zip(families[family], "osD^vP*X<", strict=False):
             line = [(r["evaluations"], r["frechet"]) for r in rows if r["sampler"] == name]
             if line:
                 panel.plot(*zip(*line, strict=True), marker=mark, markersize=5, label=name)

@@ -64,7 +64,8 @@ def everything(make):
             continue
         found += [samplers.make(name, schedule, 5, **options).table.values]
     for grid in samplers.grids.NAMES:
-        limits = {"sigma_max": 20.0} if grid in ("karras", "exponential", "logsnr") else {}
+        of_ratios = ("karras", "exponential", "polyexponential", "logsnr")
+        limits = {"sigma_max": 20.0} if grid in of_ratios else {}
         made = samplers.make("ddim", schedule, 4, grid=grid, prediction="x0", **limits)
         found += [made.table.levels, samplers.Table.from_json(made.table.to_json()).values]
     for kind in process.KINDS:

@@ -78,7 +78,8 @@ class LCM(Sampler):
         steps: jumps to take, at most ``original_steps``.
         original_steps: steps of the grid that the model was distilled on. The sampler visits every
             (original_steps / steps)-th of them. Ignored if ``grid`` is given.
-        timestep_scaling: factor of t in u; larger values leave less of x in f.
+        timestep_scaling: factor of t in u; larger values leave less of x in f. None takes f = x0,
+            for models whose own prediction meets the boundary condition.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
@@ -94,7 +95,7 @@ class LCM(Sampler):
         steps: int = 4,
         *,
         original_steps: int = 50,
-        timestep_scaling: float = 10.0,
+        timestep_scaling: float | None = 10.0,
         grid: Any = None,
         **options: Any,
     ) -> None:
@@ -114,6 +115,8 @@ class LCM(Sampler):
     def rows(self, points: list[Point]) -> Iterator[Row]:
         """Every row's x is a sum of f and fresh noise."""
         for i, s, t in pairs(points):
-            u = self.timestep_scaling * s.t
-            skip, out = 0.25 / (u**2 + 0.25), u / math.sqrt(u**2 + 0.25)
+            skip, out = 0.0, 1.0
+            if self.timestep_scaling is not None:
+                u = self.timestep_scaling * s.t
+                skip, out = 0.25 / (u**2 + 0.25), u / math.sqrt(u**2 + 0.25)
             yield Row(i, s, x=t.alpha * skip, x0=t.alpha * out, noise=t.sigma)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from fastdiff.samplers.exponential import DATA_PREDICTION, NOISE_PREDICTION, Form
 from fastdiff.samplers.grids import Point
-from fastdiff.samplers.sampler import Row, Sampler, check_choice, check_ratios
+from fastdiff.samplers.sampler import Row, Sampler, check_choice, check_ratios, pairs
 from fastdiff.schedules import GaussianPath
 
 SOLVER_TYPES = ("midpoint", "heun", "diffusers")
@@ -62,53 +63,15 @@ class Singlestep(Sampler):
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
-        """Step by step; x at the start of a step is recovered from the current x."""
+        """Step by step, each over the points of its group."""
         if self.form is NOISE_PREDICTION:
             check_ratios(self.name, points)
         begin = 0
         for size in self._groups(points):
-            before = [0.0] * 3  # the current x = scale * x_s + sum_k before[k] * value_k
-            for j in range(size):
-                u, t = points[begin + j], points[begin + j + 1]
-                weights = self._weights(points[begin : begin + j + 1], t, size)
-                back = self.form.scale(u, t)  # scale(s, t) / scale(s, u)
-                now = [a - back * b for a, b in zip(weights, before, strict=True)]
-                history = [now[k] for k in reversed(range(j))]
-                yield Row(
-                    begin + j,
-                    u,
-                    x=back,
-                    history=history,
-                    keep=self.form.keep,
-                    **self.form.coefficient(now[j]),  # type: ignore[arg-type]
-                )
-                before = weights
+            group = points[begin : begin + size + 1]
+            for j, row in enumerate(stages(self.form, begin, group, self.solver_type)):
+                yield replace(row, step=begin + j)
             begin += size
-
-    def _weights(self, points: list[Point], t: Point, size: int) -> list[float]:
-        """Weights in x_t of the values at the one to three points so far of a step, s the first.
-
-        The step has ``size`` points; t is its end if ``points`` are all of them, else the next one.
-        """
-        form, s = self.form, points[0]
-        first = form.weight(1, s, t)
-        if len(points) == 1:
-            return [first, 0.0, 0.0]
-        h = t.lam - s.lam
-        r1 = (points[1].lam - s.lam) / h
-        if len(points) == 2:  # h f' = (f_1 - f_0) / r1
-            # Algorithm 1 takes half the first weight; u_2 of algorithm 2 takes the second weight.
-            halved = {"midpoint": size == 2, "heun": False, "diffusers": True}[self.solver_type]
-            second = first / 2 if halved else form.weight(2, s, t)
-            return [first - second / r1, second / r1, 0.0]
-        r2 = (points[2].lam - s.lam) / h
-        second = form.weight(2, s, t)
-        if self.solver_type != "heun":  # h f' = (f_2 - f_0) / r2: algorithm 2
-            return [first - second / r2, 0.0, second / r2]
-        third = form.weight(3, s, t)  # f', f'' of the parabola through the three values
-        one = (second * r2 - 2 * third) / (r1 * (r2 - r1))
-        two = (2 * third - second * r1) / (r2 * (r2 - r1))
-        return [first - one - two, one, two]
 
     def _groups(self, points: list[Point]) -> list[int]:
         """The order of each step, which is also its number of points."""
@@ -126,6 +89,66 @@ class Singlestep(Sampler):
         if to_zero and sizes[-1] > 1:
             sizes[-1:] = [sizes[-1] - 1, 1]
         return sizes
+
+
+def stages(
+    form: Form, step: int, points: list[Point], solver_type: str = "midpoint"
+) -> Iterator[Row]:
+    """The rows of one singlestep step, which evaluates the model at all of its points but the last.
+
+    x at the start of the step is recovered from the current x in each row.
+
+    Args:
+        form: DPM-Solver in terms of eps or DPM-Solver++ in terms of x0.
+        step: the step's number.
+        points: where the step begins, its one or two points between, and where it ends.
+        solver_type: see :class:`Singlestep`.
+    """
+    size = len(points) - 1
+    before = [0.0] * 3  # the current x = scale * x_s + sum_k before[k] * value_k
+    for j, u, t in pairs(points):
+        weights = stage_weights(form, points[: j + 1], t, size, solver_type)
+        back = form.scale(u, t)  # scale(s, t) / scale(s, u)
+        now = [a - back * b for a, b in zip(weights, before, strict=True)]
+        history = [now[k] for k in reversed(range(j))]
+        value = form.coefficient(now[j])
+        yield Row(step, u, x=back, history=history, keep=form.keep, **value)  # type: ignore[arg-type]
+        before = weights
+
+
+def stage_weights(
+    form: Form, points: list[Point], t: Point, size: int, solver_type: str = "midpoint"
+) -> list[float]:
+    """Weights in x_t of the predictions at up to three points so far of a singlestep step.
+
+    x_t is form.scale(s, t) times x_s, s being the first point, plus the weighted predictions.
+
+    Args:
+        form: see :func:`stages`.
+        points: the step's points so far, one to three.
+        t: the step's end if ``points`` are all of its points, else the next one.
+        size: the number of its points, its order.
+        solver_type: see :class:`Singlestep`.
+    """
+    s = points[0]
+    first = form.weight(1, s, t)
+    if len(points) == 1:
+        return [first, 0.0, 0.0]
+    h = t.lam - s.lam
+    r1 = (points[1].lam - s.lam) / h
+    if len(points) == 2:  # h f' = (f_1 - f_0) / r1
+        # Algorithm 1 takes half the first weight; u_2 of algorithm 2 takes the second weight.
+        halved = {"midpoint": size == 2, "heun": False, "diffusers": True}[solver_type]
+        second = first / 2 if halved else form.weight(2, s, t)
+        return [first - second / r1, second / r1, 0.0]
+    r2 = (points[2].lam - s.lam) / h
+    second = form.weight(2, s, t)
+    if solver_type != "heun":  # h f' = (f_2 - f_0) / r2: algorithm 2
+        return [first - second / r2, 0.0, second / r2]
+    third = form.weight(3, s, t)  # f', f'' of the parabola through the three values
+    one = (second * r2 - 2 * third) / (r1 * (r2 - r1))
+    two = (2 * third - second * r1) / (r2 * (r2 - r1))
+    return [first - one - two, one, two]
 
 
 class DPMSolver(Singlestep):

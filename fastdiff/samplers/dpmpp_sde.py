@@ -34,6 +34,9 @@ class DPMSolverPPSDE(Sampler):
         eta: share of the ancestral noise, in [0, 1]; 0 is the ODE.
         s_noise: standard deviation of the noise added.
         r: the position of the second evaluation between the step's ends, in lambda, in (0, 1).
+        shared_noise: False leaves the two stages' noises to whoever draws them, as k-diffusion
+            does: each row then has all of its stage's noise, r_up. Drawn independently, they make
+            the method one of first order.
         **options: see :class:`fastdiff.samplers.Sampler`.
 
     Raises:
@@ -51,13 +54,14 @@ class DPMSolverPPSDE(Sampler):
         eta: float = 1.0,
         s_noise: float = 1.0,
         r: float = 0.5,
+        shared_noise: bool = True,
         **options: Any,
     ) -> None:
         check_share("eta", eta)
         check_amounts(s_noise=s_noise)
         if not 0 < r < 1:
             raise ValueError(f"r must lie in (0, 1), got {r}")
-        self.eta, self.s_noise, self.r = eta, s_noise, r
+        self.eta, self.s_noise, self.r, self.shared_noise = eta, s_noise, r, shared_noise
         super().__init__(schedule, steps, **options)
 
     def rows(self, points: list[Point]) -> Iterator[Row]:
@@ -70,7 +74,9 @@ class DPMSolverPPSDE(Sampler):
             middle = point_at_ratio(self.schedule, s.ratio * (t.ratio / s.ratio) ** self.r)
             half_down, half_up = ancestral(s.ratio, middle.ratio, self.eta)
             down, up = ancestral(s.ratio, t.ratio, self.eta)
-            shared = half_up * ancestral(middle.ratio, t.ratio, self.eta)[0] / middle.ratio
+            shared = 0.0
+            if self.shared_noise:
+                shared = half_up * ancestral(middle.ratio, t.ratio, self.eta)[0] / middle.ratio
             fresh = math.sqrt(max(up**2 - shared**2, 0.0))
             share, weight = down / s.ratio, 1 / (2 * self.r)
             yield Row(

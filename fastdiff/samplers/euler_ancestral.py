@@ -62,4 +62,5 @@ def ancestral(start: float, end: float, eta: float) -> tuple[float, float]:
         eta: share of the ancestral noise.
     """
     up = eta * end * math.sqrt(1 - (end / start) ** 2)
-    return math.sqrt(end**2 - up**2), up
+    # sqrt(end^2 - up^2), without the difference of two almost equal numbers.
+    return end * math.hypot(math.sqrt(1 - eta**2), eta * end / start), up

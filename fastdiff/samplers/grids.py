@@ -96,7 +96,7 @@ def make(
     *,
     offset: int = 0,
     final: str = "zero",
-    rho: float = 7.0,
+    rho: float | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
 ) -> list[Point]:
@@ -115,15 +115,18 @@ def make(
             karras       sigma / alpha evenly spaced to the power 1 / rho    (EDM, arXiv:2206.00364,
                          eq. 5)
             exponential  log(sigma / alpha) evenly spaced
+            polyexponential  log(sigma / alpha) falls with (1 - i / (S - 1))^rho  (k-diffusion)
             logsnr       log(sigma / alpha) evenly spaced, with sigma_min one step after the last
                          evaluation  (DPM-Solver, arXiv:2206.00927, section 3.3)
 
         offset: added to the timesteps of the leading grid (Stable Diffusion uses 1).
         final: where the grid ends: "zero" noise, or "sigma_min", which is the argument of that name
             or, if None, the level of timestep 0.
-        rho: exponent of the karras grid.
-        sigma_min: smallest sigma / alpha of karras, exponential and logsnr; None for the level of
-            timestep 0. Below that level the model gets timestep 0, unless the path extends.
+        rho: exponent of the karras grid, 7 if None, and of the polyexponential grid, 1 if None,
+            which is the exponential grid.
+        sigma_min: smallest sigma / alpha of the grids of sigma / alpha (karras, exponential,
+            polyexponential, logsnr); None for the level of timestep 0. Below that level the model
+            gets timestep 0, unless the path extends.
         sigma_max: largest sigma / alpha of these grids; None for the level of timestep T - 1. Above
             that level the model gets timestep T - 1, unless the path extends.
 
@@ -168,8 +171,7 @@ def make(
         points = [point_at_time(path, t) for t in times]
     elif grid in _RATIOS:
         low, high = _limits(path, grid, sigma_min, sigma_max)
-        ratios = _RATIOS[grid](low, high, steps, rho)
-        points = [point_at_ratio(path, ratio) for ratio in ratios]
+        points = [point_at_ratio(path, ratio) for ratio in ratios(grid, steps, low, high, rho)]
     else:
         raise ValueError(f"unknown grid {grid!r}, wanted one of {', '.join(NAMES)} or timesteps")
     if final == "zero":
@@ -210,19 +212,27 @@ def _quadratic(total: int, steps: int) -> list[float]:
     return [float(t) for t in reversed(times)]
 
 
-def _karras(low: float, high: float, steps: int, rho: float) -> list[float]:
-    shares = [i / max(steps - 1, 1) for i in range(steps)]
+def _karras(low: float, high: float, steps: int, rho: float | None) -> list[float]:
+    rho = 7.0 if rho is None else rho
     a, b = high ** (1 / rho), low ** (1 / rho)
-    return [(a + share * (b - a)) ** rho for share in shares]
+    return [(a + share * (b - a)) ** rho for share in _shares(steps)]
 
 
-def _exponential(low: float, high: float, steps: int, rho: float) -> list[float]:
-    shares = [i / max(steps - 1, 1) for i in range(steps)]
-    return [high * (low / high) ** share for share in shares]
+def _exponential(low: float, high: float, steps: int, rho: float | None) -> list[float]:
+    return [high * (low / high) ** share for share in _shares(steps)]
 
 
-def _logsnr(low: float, high: float, steps: int, rho: float) -> list[float]:
+def _polyexponential(low: float, high: float, steps: int, rho: float | None) -> list[float]:
+    rho = 1.0 if rho is None else rho
+    return [low * (high / low) ** ((1 - share) ** rho) for share in _shares(steps)]
+
+
+def _logsnr(low: float, high: float, steps: int, rho: float | None) -> list[float]:
     return [high * (low / high) ** (i / steps) for i in range(steps)]
+
+
+def _shares(steps: int) -> list[float]:
+    return [i / max(steps - 1, 1) for i in range(steps)]
 
 
 _TIMES: dict[str, Callable[[int, int], list[float]]] = {
@@ -232,12 +242,33 @@ _TIMES: dict[str, Callable[[int, int], list[float]]] = {
     "uniform": _uniform,
     "quadratic": _quadratic,
 }
-_RATIOS: dict[str, Callable[[float, float, int, float], list[float]]] = {
+_RATIOS: dict[str, Callable[[float, float, int, float | None], list[float]]] = {
     "karras": _karras,
     "exponential": _exponential,
+    "polyexponential": _polyexponential,
     "logsnr": _logsnr,
 }
 NAMES = (*_TIMES, *_RATIOS)
+
+
+def ratios(grid: str, steps: int, low: float, high: float, rho: float | None = None) -> list[float]:
+    """The levels sigma / alpha of a grid of them, from ``high`` on, see :func:`make`.
+
+    Args:
+        grid: karras, exponential, polyexponential or logsnr.
+        steps: the number of levels, at least 1.
+        low: ``sigma_min``.
+        high: ``sigma_max``.
+        rho: the grid's exponent.
+
+    Raises:
+        ValueError: not 0 < low < high, or rho that is not positive.
+    """
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"wanted 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
+    if rho is not None and not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive and finite, got {rho}")
+    return _RATIOS[grid](low, high, steps, rho)
 
 
 def _checked(times: list[float], steps: int, total: int) -> list[float]:
@@ -264,6 +295,4 @@ def _limits(
             f"the {grid} grid is one of sigma / alpha, which is infinite at this schedule's last "
             "timestep (zero terminal SNR): give sigma_max, or take another grid"
         )
-    if not 0 < low < high:
-        raise ValueError(f"wanted 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
     return low, high

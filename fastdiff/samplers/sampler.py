@@ -78,8 +78,9 @@ class Sampler(ABC):
         schedule: the noise schedule that the model was trained on.
         steps: steps to take.
         grid: the noise levels to visit: leading, trailing, linspace, uniform, quadratic, karras,
-            exponential, logsnr, or the timesteps themselves. ``samplers.grids.make`` describes them
-            and the options ``offset``, ``final``, ``rho``, ``sigma_min`` and ``sigma_max``.
+            exponential, polyexponential, logsnr, or the timesteps themselves.
+            ``samplers.grids.make`` describes them and the options ``offset``, ``final``, ``rho``,
+            ``sigma_min`` and ``sigma_max``.
         prediction: what the model predicts: eps, x0, v, score or flow.
         clip: limits (low, high) for x0 (static thresholding), or None. With ``dynamic_threshold``,
             high is the largest value that the threshold may take.

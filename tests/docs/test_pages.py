@@ -68,7 +68,7 @@ def test_list_of_samplers_is_the_registry():
     steps = 12
     for name, (_, _, evaluations, noise) in listed.items():
         table = samplers.make(name, schedules.linear(), steps).table
-        count = eval(evaluations.replace("2 S", "2 * S"), {"S": steps})
+        count = eval(re.sub(r"(\d) S", r"\1 * S", evaluations), {"S": steps})
         assert table.rows == count, name
         assert any(table.noisy) == (noise == "yes"), name
         if noise.startswith("with"):

@@ -37,7 +37,8 @@ from fastdiff.samplers.grids import point_at_ratio
 pytestmark = quiet
 FLOW = SCHEDULES["flow"][0]
 IN_RATIOS = (
-    "plms", "heun", "dpm-1", "dpm-2", "dpm-3", "dpmpp-sde", "deis-2", "deis-3", "lms",
+    "plms", "heun", "kdpm-2", "dpm-1", "dpm-2", "dpm-3", "dpm-2-ancestral", "dpm-fast",
+    "dpmpp-2s-ancestral", "dpmpp-sde", "deis-2", "deis-3", "lms",
 )  # fmt: skip
 
 

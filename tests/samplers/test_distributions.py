@@ -34,9 +34,14 @@ STOCHASTIC = {
     "euler-ancestral": ("euler-ancestral", 400, {}),
     "euler, churned": ("euler", 400, {"s_churn": 50.0}),
     "heun, churned": ("heun", 100, {"s_churn": 20.0}),
+    "kdpm-2, churned": ("kdpm-2", 100, {"s_churn": 20.0}),
+    "dpm-2-ancestral": ("dpm-2-ancestral", 400, {}),
+    "dpm-fast, eta=1": ("dpm-fast", 200, {"eta": 1.0}),
+    "dpmpp-2s-ancestral": ("dpmpp-2s-ancestral", 400, {}),
     "dpmpp-sde": ("dpmpp-sde", 50, {}),
     "dpmpp-2m-sde": ("dpmpp-2m-sde", 100, {}),
     "dpmpp-2m-sde, heun": ("dpmpp-2m-sde", 100, {"solver_type": "heun"}),
+    "dpmpp-3m-sde": ("dpmpp-3m-sde", 100, {}),
 }
 
 

@@ -19,7 +19,7 @@ LINEAR = schedules.linear(T)
 ZERO_SNR = schedules.rescale_zero_terminal_snr(LINEAR)
 FLOW = schedules.flow(T, shift=2.0)
 WHOLE = ("leading", "trailing", "linspace", "quadratic")
-RATIOS = ("karras", "exponential", "logsnr")
+RATIOS = ("karras", "exponential", "polyexponential", "logsnr")
 
 
 def times(grid, steps, path=LINEAR, **options):
@@ -137,6 +137,10 @@ def test_grids_of_ratios(steps, limits):
         assert ratios("karras", steps, rho=rho, **limits) == pytest.approx(wanted, rel=1e-12)
     wanted = np.exp(np.log(high) + u * np.log(low / high))
     assert ratios("exponential", steps, **limits) == pytest.approx(wanted, rel=1e-12)
+    assert ratios("polyexponential", steps, **limits) == pytest.approx(wanted, rel=1e-12)
+    wanted = np.exp(np.log(low) + (1 - u) ** 2.5 * np.log(high / low))
+    found = ratios("polyexponential", steps, rho=2.5, **limits)
+    assert found == pytest.approx(wanted, rel=1e-12)
     points = grids.make(LINEAR, steps, "logsnr", final="sigma_min", **limits)
     wanted = np.linspace(-np.log(high), -np.log(low), steps + 1)
     assert [point.lam for point in points] == pytest.approx(wanted, abs=1e-12)
@@ -253,7 +257,14 @@ def refused(arguments, options, message, name):
         ),
         *(
             refused((9, g), {"final": "sigma_min"}, "visits the last level", f"{g} twice the end")
-            for g in ("leading", "linspace", "quadratic", "karras", "exponential")
+            for g in (
+                "leading",
+                "linspace",
+                "quadratic",
+                "karras",
+                "exponential",
+                "polyexponential",
+            )
         ),
     ],
 )

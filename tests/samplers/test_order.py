@@ -44,6 +44,9 @@ ORDERS = {
     "dpmpp-1s": (1, {}),
     "plms": (2, {}),  # its weights are those of even steps in sigma / alpha, which these are not
     "heun": (2, {}),
+    "kdpm-2": (2, {}),
+    "dpm-2-ancestral": (2, NO_NOISE),
+    "dpmpp-2s-ancestral": (2, NO_NOISE),
     "dpm-2": (2, FULL),
     "dpmpp-2s": (2, FULL),
     "dpmpp-2m": (2, FULL),
@@ -59,12 +62,14 @@ ORDERS = {
 # (name, steps that are so, order, options)
 STARTED = {
     "dpmpp-3m": ("dpmpp-3m", 2, 3, FULL),
+    "dpmpp-3m-sde": ("dpmpp-3m-sde", 2, 3, NO_NOISE | FULL),
     "deis-3": ("deis-3", 2, 3, FULL),
     "lms": ("lms", 3, 4, {}),
     "lms of order 3": ("lms", 2, 3, {"order": 3}),
     "lms of order 2": ("lms", 1, 2, {"order": 2}),
     "unipc-3": ("unipc-3", 2, 4, FULL | {"disable_corrector": (0, 1)}),  # the truth needs none
 }
+LAST_IS_LOWER = {"dpm-fast"}  # whose evaluations depend on S: see the test of its order
 RANDOM = {"ddpm", "lcm", "consistency"}  # of their own: see test_distributions
 
 
@@ -96,7 +101,7 @@ def errors(name, counts, *, dimensions=1, path="linear", kind="eps", **options):
 
 def test_every_sampler_has_its_order_here():
     started = {name for name, *_ in STARTED.values()}
-    assert set(ORDERS) | started | RANDOM == set(samplers.names())
+    assert set(ORDERS) | started | LAST_IS_LOWER | RANDOM == set(samplers.names())
 
 
 @pytest.mark.parametrize("dimensions", DATA, ids="{}-d".format)
@@ -184,6 +189,71 @@ def test_a_group_of_dpm_3_is_algorithm_2_of_the_paper(dimensions):
     path = run_table(sampler.table, x, model=model)
     for found, wanted in zip(path[1:], (u1, u2, end), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dimensions", DATA, ids="{}-d".format)
+@pytest.mark.parametrize("short", [1, 2, 3], ids="3 S - {}".format)
+def test_dpm_fast_has_third_order_up_to_its_last_steps(short, dimensions):
+    """Ending with an evaluation less costs an error of third order, with two an error of second,
+    in a single step."""
+    counts = (24, 36, 54)
+    found = [
+        errors("dpm-fast", [s], dimensions=dimensions, evaluations=3 * s - short)[0] for s in counts
+    ]
+    order = slope(counts, found)
+    assert (order > 2 - MARGIN) if short > 1 else (order == pytest.approx(3, abs=MARGIN)), found
+
+
+def test_dpm_fast_is_made_of_the_papers_steps():
+    """On a grid of the same points, DPM-Solver-3 with the paper's last steps."""
+    path, steps = PATHS["linear"], 6
+    for short, orders in ((3, [3, 3, 3, 3, 2, 1]), (2, [3] * 5 + [1]), (1, [3] * 5 + [2])):
+        fast = samplers.make("dpm-fast", path, steps, evaluations=3 * steps - short, **BETWEEN)
+        assert fast.table.evaluations == tuple(orders)
+        lams = [-math.log(HIGH) + i / steps * math.log(HIGH / LOW) for i in range(steps)]
+        h = math.log(HIGH / LOW) / steps
+        wanted = [lam + h * j / k for lam, k in zip(lams, orders, strict=True) for j in range(k)]
+        found = [math.log(a / s) for a, s in fast.table.levels[:-1].tolist()]
+        assert found == pytest.approx(wanted, abs=1e-9)
+        grid = {**BETWEEN, "grid": [point_at_ratio(path, math.exp(-lam)).t for lam in wanted]}
+        plain = samplers.make("dpm-3", path, sum(orders), **grid).table
+        torch.testing.assert_close(fast.table.values, plain.values, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("kdpm-2", "dpm-2"), ("dpmpp-2s-ancestral", "dpmpp-2s")]
+)
+def test_steps_with_their_own_middle_are_singlestep_ones_on_a_finer_grid(name, plain):
+    """The middle in log(sigma / alpha), which an even grid of twice the points has."""
+    options = {} if name == "kdpm-2" else NO_NOISE
+    mixture, x, _ = problem(2, "linear")
+    own = samplers.make(name, PATHS["linear"], 10, **BETWEEN, **options).table
+    finer = samplers.make(plain, PATHS["linear"], 20, **BETWEEN, **FULL).table
+    runs = [run_table(table, x, model=mixture.model(PATHS["linear"])) for table in (own, finer)]
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-9, atol=1e-9)
+
+
+def test_3m_sde_without_noise_is_3m():
+    path = PATHS["linear"]
+    tables = [
+        samplers.make(name, path, 9, **BETWEEN, **FULL, **options).table
+        for name, options in (("dpmpp-3m-sde", NO_NOISE), ("dpmpp-3m", {"solver_type": "heun"}))
+    ]
+    torch.testing.assert_close(tables[0].values, tables[1].values, rtol=1e-12, atol=1e-12)
+
+
+def test_k_diffusions_form_of_3m_sde_has_second_order():
+    """It takes the second difference once where a parabola needs it twice."""
+    mixture, x, wanted = problem(2, "linear")
+    found = []
+    for count in LATER:
+        sampler = samplers.make(
+            "dpmpp-3m-sde", PATHS["linear"], count, solver_type="k-diffusion",
+            **BETWEEN, **NO_NOISE, **FULL,
+        )  # fmt: skip
+        end = run_after_the_truth(sampler, 2, mixture, PATHS["linear"], x)
+        found.append(distance(end, wanted))
+    assert slope(LATER, found) == pytest.approx(2, abs=MARGIN), found
 
 
 @pytest.mark.parametrize("r", [0.35, 0.5, 0.7], ids="r={}".format)

@@ -33,6 +33,8 @@ VALUES = [
     *((f"unknown solver type of {name}", make(name, solver_type="rk"),
        ["unknown solver_type 'rk'", "midpoint, heun"])
       for name in ("dpm-2", "dpmpp-2s", "dpmpp-2m", "dpmpp-2m-sde")),
+    ("unknown solver type of dpmpp-3m-sde", make("dpmpp-3m-sde", solver_type="heun"),
+     ["unknown solver_type 'heun'", "parabola, k-diffusion"]),
     ("unknown solver type of unipc", make("unipc-2", solver_type="midpoint"), ["bh1, bh2"]),
     ("no steps", make(steps=0), ["1..10 (the schedule's T)", "got 0"]),
     ("negative steps", make(steps=-3), ["got -3"]),
@@ -42,7 +44,8 @@ VALUES = [
     ("more steps than timesteps", make(steps=11), ["1..10", "got 11"]),
     *((f"fewer steps than {name} needs", make(name, steps), [f"{name} needs at least", f"{steps}"])
       for name, steps in (("dpm-2", 1), ("dpm-3", 2), ("dpmpp-2s", 1), ("dpmpp-2m", 1),
-                          ("dpmpp-3m", 2), ("dpmpp-2m-sde", 1), ("unipc-2", 1), ("unipc-3", 2),
+                          ("dpmpp-3m", 2), ("dpmpp-2m-sde", 1), ("dpmpp-3m-sde", 2),
+                          ("unipc-2", 1), ("unipc-3", 2),
                           ("deis-2", 1), ("deis-3", 2))),
     ("order of DPM-Solver", lambda: DPMSolver(LINEAR, 5, order=4),
      ["unknown order 4", "1, 2, 3"]),
@@ -52,18 +55,25 @@ VALUES = [
     ("order of DEIS", lambda: samplers.DEIS(LINEAR, 5, order=1), ["order 1", "2, 3"]),
     ("order of LMS", make("lms", order=5), ["order must lie in 1..4, got 5"]),
     *((f"eta {eta} of {name}", make(name, eta=eta), ["eta must lie in [0, 1]", f"got {eta}"])
-      for name in ("ddim", "euler-ancestral", "dpmpp-sde") for eta in (-0.1, 1.5, NAN)),
+      for name in ("ddim", "euler-ancestral", "dpm-2-ancestral", "dpm-fast", "dpmpp-2s-ancestral",
+                   "dpmpp-sde") for eta in (-0.1, 1.5, NAN)),
     *((f"eta {eta} of dpmpp-2m-sde", make("dpmpp-2m-sde", eta=eta),
        ["eta must not be negative", f"got {eta}"]) for eta in (-1, NAN, math.inf)),
     *((f"s_noise of {name}", make(name, s_noise=-0.5),
        ["s_noise must not be negative", "got -0.5"])
-      for name in ("euler", "heun", "euler-ancestral", "dpmpp-sde", "dpmpp-2m-sde",
+      for name in ("euler", "heun", "kdpm-2", "euler-ancestral", "dpm-2-ancestral", "dpm-fast",
+                   "dpmpp-2s-ancestral", "dpmpp-sde", "dpmpp-2m-sde", "dpmpp-3m-sde",
                    "consistency")),
     *((f"s_churn {churn} of {name}", make(name, s_churn=churn),
        ["s_churn must not be negative", f"got {churn}"])
-      for name in ("euler", "heun") for churn in (-1, NAN)),
+      for name in ("euler", "heun", "kdpm-2") for churn in (-1, NAN)),
     *((f"r {r} of dpmpp-sde", make("dpmpp-sde", r=r), ["r must lie in (0, 1)", f"got {r}"])
       for r in (0, 1, NAN)),
+    *((f"{n} evaluations of dpm-fast", make("dpm-fast", 4, evaluations=n),
+       ["4 steps take 9 to 11", f"got {n}"]) for n in (8, 12, -1)),
+    ("no evaluation of dpm-fast", make("dpm-fast", 1, evaluations=0), ["take 1 to 2", "got 0"]),
+    ("second order to zero noise", make("dpm-fast", 4, evaluations=11),
+     ["order 1", "at most 10 evaluations, got 11"]),
     ("sigma_data of zero", make("consistency", sigma_data=0.0), ["positive", "got 0.0"]),
     ("sigma_data beside eps", make("consistency", sigma_data=0.5, prediction="eps"),
      ["a prediction of x0", "eps"]),
@@ -97,7 +107,8 @@ VALUES = [
       for name in ("sigma_min", "sigma_max", "rho") for value in (0.0, -1.0, NAN, math.inf)),
     ("a negative end", make(final="sigma_min", sigma_min=-1.0), ["sigma_min must be positive"]),
     *((f"{grid} grid without end", make("euler", schedule=ZERO_SNR, prediction="v", grid=grid),
-       [grid, "zero terminal SNR", "sigma_max"]) for grid in ("karras", "exponential", "logsnr")),
+       [grid, "zero terminal SNR", "sigma_max"])
+      for grid in ("karras", "exponential", "polyexponential", "logsnr")),
     ("a last step with nothing to do", make(grid="leading", final="sigma_min"),
      ['final="sigma_min"', "'leading' already visits the last level"]),
     ("eps without signal", make("ddpm", 10, ZERO_SNR), ["zero signal at t = 9", "x0, v or flow"]),

@@ -34,7 +34,10 @@ PROCESSES = {
 }
 # Those left out want a consistency function, or lead to noise.
 DRAW = [name for name in samplers.names() if name not in ("lcm", "consistency", "ddim-inverse")]
-FIRST_ORDER = ("ddpm", "ddim", "euler", "euler-ancestral", "dpm-1", "dpmpp-1s")
+FIRST_ORDER = (
+    "ddpm", "ddim", "euler", "euler-ancestral", "dpm-1", "dpm-2-ancestral", "dpmpp-1s",
+    "dpmpp-2s-ancestral",
+)  # fmt: skip
 ALL = pytest.mark.parametrize("name", PROCESSES)
 
 

@@ -102,8 +102,9 @@ def test_properties():
 
 LIVE = {  # how many values have to be kept at a time
     "ddpm": 0, "ddim": 0, "ddim-inverse": 0, "plms": 3, "euler": 0, "euler-ancestral": 0,
-    "heun": 1, "dpm-1": 0, "dpm-2": 1, "dpm-3": 2, "dpmpp-1s": 0, "dpmpp-2s": 1, "dpmpp-2m": 1,
-    "dpmpp-3m": 2, "dpmpp-sde": 1, "dpmpp-2m-sde": 1, "unipc-1": 1, "unipc-2": 2, "unipc-3": 3,
+    "heun": 1, "kdpm-2": 1, "dpm-1": 0, "dpm-2": 1, "dpm-3": 2, "dpm-2-ancestral": 1, "dpm-fast": 2,
+    "dpmpp-1s": 0, "dpmpp-2s": 1, "dpmpp-2s-ancestral": 1, "dpmpp-2m": 1, "dpmpp-3m": 2,
+    "dpmpp-sde": 1, "dpmpp-2m-sde": 1, "dpmpp-3m-sde": 2, "unipc-1": 1, "unipc-2": 2, "unipc-3": 3,
     "deis-2": 1, "deis-3": 2, "lms": 3, "lcm": 0, "consistency": 0,
 }  # fmt: skip
 
