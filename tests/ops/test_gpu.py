@@ -21,7 +21,6 @@ OPERATIONS = {
 @pytest.mark.parametrize(
     ("page", "sentence"),
     [
-        ("README.md", r"timed on one\. ([^.]*) have neither\."),
         ("docs/gpu.md", r"have no kernel for a GPU, [^.:]*: ((?:[^.]|\.md)*)\."),
         ("docs/operations.md", r"(`conv2d`(?:[^.]|\.md)*)\. PyTorch computes them there"),
     ],
