@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import weakref
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config, eval_frame
-from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.guards import DeletedGuardManagerWrapper, GuardBuilder
 from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 
 DEFAULT_REGION = -1  # Dynamo's number for all graphs that are not compiled with isolation
+MOST_GRAPHS = 64  # of one function that are kept; the least recently used is dropped first
 
 
 def set_guards() -> None:
@@ -64,22 +66,63 @@ def _guard_other_settings(builder: Any, guard: Any) -> None:
         GuardBuilder.GLOBAL_STATE(builder, guard)
 
 
-def is_last_graph() -> str | None:
-    """The name of the function being compiled, if this graph reaches the limit; else None."""
+def make_room(backend: Callable[..., Any]) -> str | None:
+    """Keep the function being compiled below Dynamo's limits, however many graphs it has had.
+
+    Beyond a limit Dynamo runs the function without any graph, and says so in its log alone. A model
+    gets a graph for each set of adapters, and each kind of sizes and arguments; and models share
+    the count, since all modules of a class have one ``forward``. So this backend's graphs are kept
+    out of Dynamo's count. There are at most ``MOST_GRAPHS`` of them for each function: to compile
+    one more drops the one that was used least recently.
+
+    Args:
+        backend: the graphs that it has made are kept out of the count and dropped; no others are.
+
+    Returns:
+        The function's name, if it has reached the limit for want of a private interface; else None.
+    """
     try:
         code = InstructionTranslator.current_tx().output.root_tx.f_code
     except AttributeError:
         return None
+    try:
+        made = [entry for entry in _graphs(code) if _backend_of(entry) is backend]
+        for entry in made:
+            entry.guard_manager.id_matched_objs = _UNCOUNTED
+        for entry in [entry for entry in made if entry.code is not None][MOST_GRAPHS - 1 :]:
+            dropped = DeletedGuardManagerWrapper(f"fastdiff keeps {MOST_GRAPHS} graphs")
+            dropped.id_matched_objs = _UNCOUNTED
+            entry.guard_manager.extra_state.invalidate(entry, dropped)
+        # The other limit counts dropped graphs too, and attempts to make one.
+        attempts: Any = CompileContext.current_compile_id().frame_compile_id  # type: ignore[union-attr]
+        config.accumulated_recompile_limit = max(
+            config.accumulated_recompile_limit, attempts + 2, len(_graphs(code)) + 2
+        )
+    except (AttributeError, TypeError):
+        pass
     last = graph_count(code) + 1 == config.recompile_limit
     return f"{code.co_name} ({_place(code)})" if last else None
 
 
+# Dynamo counts a graph for a call if the graph's objects are the call's: this name is in no call.
+_UNCOUNTED: dict[str, Any] = {"a graph of fastdiff": weakref.ref(make_room)}
+
+
+def _graphs(code: CodeType) -> list[Any]:
+    """Dynamo's entries for the graphs of a function, the latest used first, dropped ones last."""
+    return eval_frame._debug_get_cache_entry_list(code)
+
+
+def _backend_of(entry: Any) -> Any:
+    """The function that compiled a graph, without what ``torch.compile`` puts around it."""
+    return getattr(entry.backend, "compiler_fn", entry.backend)
+
+
 def graph_count(code: CodeType) -> int:
-    """How many graphs Dynamo keeps for a function."""
+    """How many graphs of a function count towards ``recompile_limit``."""
     of_region = getattr(eval_frame, "_get_cache_entries_for_region", None)
-    if of_region is not None:
-        return len(of_region(code, DEFAULT_REGION))
-    return len(eval_frame._debug_get_cache_entry_list(code))
+    entries = _graphs(code) if of_region is None else of_region(code, DEFAULT_REGION)
+    return sum(entry.guard_manager.id_matched_objs is not _UNCOUNTED for entry in entries)
 
 
 def functions_at_limit(model: Callable[..., Any]) -> list[str]:

@@ -128,7 +128,7 @@ def backend(
     compiled, report = compile_and_report(gm, example_inputs, Options.of(options, mode))
     if report.reason is not None:
         _tell(report.reason)
-    last = dynamo.is_last_graph()
+    last = dynamo.make_room(backend)
     if last is not None:
         log.warning(
             "%s has now as many graphs as torch._dynamo.config.recompile_limit allows (%d). A call "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from test_grad import assert_same_gradients
 from torch import nn
 from torch.autograd import forward_ad
 
-from fastdiff.compiler import dynamo, explain
+from fastdiff.compiler import dynamo, explain, pipeline
 from fastdiff.compiler.choose.budget import Budget
 
 
@@ -116,10 +118,19 @@ def notes(caplog, level=logging.WARNING):
     return [r.getMessage() for r in named if r.levelno >= level]
 
 
+def missing(name):
+    def private(*args):
+        raise AttributeError(name)
+
+    return private
+
+
 @torch._dynamo.config.patch(recompile_limit=2)
 @torch.no_grad()
-def test_the_limit_of_graphs(caplog):
-    """A notice when it is reached, right results beyond it, and an explanation why it is slow."""
+def test_the_limit_of_graphs(caplog, monkeypatch):
+    """Without what is private to Dynamo: a notice when it is reached, right results beyond it, and
+    an explanation why it is slow."""
+    monkeypatch.setattr(dynamo, "_backend_of", missing("backend"))
     model = small_net()
     net = torch.compile(model, backend="fastdiff", dynamic=False)
     net(*small_inputs(1))
@@ -141,6 +152,52 @@ def test_the_limit_of_graphs(caplog):
         assert (told.graphs, len(told.fused)) == (1, 10)
     torch.compiler.reset()
     assert not explain(net, *case).uncompiled
+
+
+@torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=3)
+@pytest.mark.parametrize("isolated", [False, True], ids=["shared", "isolated"])
+@torch.no_grad()
+def test_any_number_of_graphs(caplog, isolated):
+    model = small_net()
+    net = compiled(model, dynamic=False, **(dynamo.isolation_options() if isolated else {}))
+    for batch in (1, 2, 3, 4, 5, 6, 1):
+        case = small_inputs(batch)
+        assert_as_eager(net(*case), model, case)
+    assert graphs_made() == 6
+    assert not notes(caplog)
+    assert not explain(net, *case).uncompiled
+
+
+@torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=3)
+@torch.no_grad()
+def test_the_graph_used_least_recently_is_dropped(monkeypatch):
+    monkeypatch.setattr(dynamo, "MOST_GRAPHS", 3)
+    made = []
+
+    def note(gm, *args, **kwargs):
+        made.append(weakref.ref(gm))
+        return compile_graph(gm, *args, **kwargs)
+
+    compile_graph = pipeline.compile_graph
+    monkeypatch.setattr(pipeline, "compile_graph", note)
+    model = small_net()
+    net = compiled(model, dynamic=False)
+    for batch in (1, 2, 3, 1, 4, 1, 3, 2):
+        case = small_inputs(batch)
+        assert_as_eager(net(*case), model, case)
+    gc.collect()
+    # Those of 2 and then of 4 images made room for those of 4 and of 2.
+    assert [gm() is not None for gm in made] == [True, False, True, False, True]
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+@torch.no_grad()
+def test_graphs_of_other_backends_are_counted_as_before():
+    model = small_net()
+    net = torch.compile(model, backend="eager", dynamic=False)
+    for batch in (1, 2, 3, 4):
+        net(*small_inputs(batch))
+    assert graphs_made() == 2
 
 
 @torch._dynamo.config.patch(recompile_limit=2)
