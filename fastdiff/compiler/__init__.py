@@ -51,6 +51,7 @@ Neither a normalised nor an activated tensor is written to memory. With gradient
     rewrite/     fuse, fuse_training: replace matches by calls, as an emitter does that both share;
                  weights_node: the call that packs the weights;
                  autocast: autocast's conversions as nodes; lower: computes in another dtype;
+                 low_rank: adds LoRA's products to the weights that they adapt;
                  gated: a * gelu(b); composed: operations with gradients or for GPUs; strides:
                  restores the strides that the caller expects
     run/         calls, trained: the functions that the nodes call; forms: activations as images;

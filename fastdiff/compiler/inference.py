@@ -20,6 +20,7 @@ from fastdiff.compiler.rewrite import composed
 from fastdiff.compiler.rewrite.autocast import Autocast, make_explicit
 from fastdiff.compiler.rewrite.fuse import fuse
 from fastdiff.compiler.rewrite.gated import gated
+from fastdiff.compiler.rewrite.low_rank import fold
 from fastdiff.compiler.rewrite.lower import lower
 from fastdiff.compiler.rewrite.strides import restore_strides
 from fastdiff.compiler.rewrite.weights_node import convert_once, mark_droppable
@@ -75,6 +76,9 @@ def _fused(
     pinned = pinned_nodes(graph)
     lower(graph, pinned, precision)
     remove_unused(graph)
+    # Sums of weights round, and the bound does not count their memory.
+    if precision != "strict" and packed_bytes is None:
+        fold(graph, pinned)
     gated(graph, pinned)
     order = {node: i for i, node in enumerate(graph.nodes)}
     chosen = plan(find(graph, pinned), order, pinned, precision, packed_bytes, measured)

@@ -112,12 +112,15 @@ def attribute(node: Node) -> Any:
 
 
 def is_weight(node: Any) -> bool:
-    """Whether a node is a parameter or an attribute: it stays between calls and can be packed."""
+    """Whether a node stays the same between calls, and can be packed.
+
+    It is a parameter, an attribute, or computed from parameters alone (``rewrite.low_rank``).
+    """
     if not isinstance(node, Node):
         return False
     if node.op == "get_attr":
         return isinstance(attribute(node), Tensor)
-    return node.op == "placeholder" and bool(node.meta.get("fastdiff_parameter"))
+    return bool(node.meta.get("fastdiff_parameter"))
 
 
 def dtype_of(node: Any) -> torch.dtype | None:

@@ -17,7 +17,8 @@ from torch.fx import Graph, Node
 from fastdiff.compiler.graph.dtypes import parameter_of
 from fastdiff.compiler.graph.edit import call_ours, replace
 from fastdiff.compiler.graph.nodes import dtype_of
-from fastdiff.compiler.run.packing import Combine, Converted, Watch, concatenate
+from fastdiff.compiler.run.adapted_weights import Adapted, Combine, OfAdapted
+from fastdiff.compiler.run.packing import Converted, Watch, concatenate
 
 CONVERTED = "fastdiff_converted"  # the key in ``Node.meta`` that marks converted parameters
 
@@ -48,7 +49,7 @@ def weights_node(graph: Graph, weights: Sequence[Weight]) -> Node:
 
 
 def convert_once(graph: Graph, node: Node | None) -> Node | None:
-    """Compute the conversions of parameters once, not at every call.
+    """Compute adapted weights and the conversions of parameters once, not at every call.
 
     Args:
         graph: changed in place.
@@ -57,17 +58,21 @@ def convert_once(graph: Graph, node: Node | None) -> Node | None:
     Returns:
         The node that gives weights and converted parameters; None if there are neither.
     """
-    for conversion in list(graph.nodes):
-        parameter, dtype = parameter_of(conversion), dtype_of(conversion)
-        if parameter is None or parameter is conversion or dtype is None:
+    # The last first: a conversion of an adapted weight before that weight itself.
+    for computed in reversed(list(graph.nodes)):
+        parameter, dtype = parameter_of(computed), dtype_of(computed)
+        if parameter is None or dtype is None or computed.op in ("placeholder", "get_attr"):
+            continue
+        if not computed.users:  # an adapted weight that is packed
+            graph.erase_node(computed)
             continue
         node = weights_node(graph, []) if node is None else node
         index = _add(node, Weight([parameter], None, Converted(dtype)))
-        with graph.inserting_before(conversion):
+        with graph.inserting_before(computed):
             held = call_ours(graph, operator.getitem, node, index)
             converted = graph.call_function(getattr, (held, "weight"))
         converted.meta[CONVERTED] = True
-        replace(conversion, converted)
+        replace(computed, converted)
     return node
 
 
@@ -79,9 +84,17 @@ def is_converted_parameter(node: Any) -> bool:
 def _add(node: Node, weight: Weight) -> int:
     """Let a node of ``weights_node`` pack one more weight; its index in the node's list."""
     assert isinstance(node.target, Watch)
+    adapters = [part.target if isinstance(part.target, Adapted) else None for part in weight.parts]
+    parts, combine = weight.parts, weight.combine
+    if any(adapters):
+        sources = (
+            part.args if adapter else (part,) for part, adapter in zip(parts, adapters, strict=True)
+        )
+        parts = [source for group in sources for source in group]  # type: ignore[misc]
+        combine = OfAdapted(combine, tuple(adapters))
     with node.graph.inserting_before(node):
-        node.args = (*node.args, *(_early(node.graph, part) for part in weight.parts))
-    return node.target.add(len(weight.parts), weight.kernel, weight.combine)
+        node.args = (*node.args, *(_early(node.graph, part) for part in parts))
+    return node.target.add(len(parts), weight.kernel, combine)
 
 
 def mark_droppable(node: Node) -> None:
@@ -90,6 +103,8 @@ def mark_droppable(node: Node) -> None:
     names = [_name(part) for part in node.args]  # type: ignore[arg-type]
     reads = Counter(names)
     reads.update(_name(n) for n in node.graph.nodes if set(n.users) - {node})
+    for number in node.target.numbers:
+        reads[names[number]] = 1
     node.target.droppable = frozenset(
         i for i, parts in enumerate(node.target.slices) if all(reads[n] == 1 for n in names[parts])
     )

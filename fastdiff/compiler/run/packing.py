@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdiff.compiler.run.adapted_weights import Combine, OfAdapted
 from fastdiff.ops.conv2d import conv2d_pack
 from fastdiff.ops.weights_state import drop_weights, weights_state
 
-# Computes a weight [K, C, ...], and a bias [K] or None, from the parts.
-Combine = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 DROPPED = (
     "the weight was dropped after it had been packed for fastdiff's kernels, as the option "
     "drop_weights of torch.compile says: it can be neither read nor saved, nor packed in another "
@@ -57,6 +56,17 @@ def _fills_its_storage(x: Tensor) -> bool:
     return dense and x.untyped_storage().nbytes() == x.nbytes
 
 
+def _key(parts: Sequence[Tensor], combine: Combine) -> tuple[Any, ...]:
+    """The place of a packed weight among all.
+
+    All adapted weights of the same layers have one place: those of adapters that were switched off,
+    or rescaled, give their memory to the present ones.
+    """
+    if isinstance(combine, OfAdapted):
+        return (OfAdapted, combine.combine, *map(id, combine.weights(parts)))
+    return (combine, *map(id, parts))
+
+
 class PackedWeight:
     """A weight made of one or several parameters, as they are when it is made.
 
@@ -81,7 +91,7 @@ class PackedWeight:
         kernel: tuple[int, int] | None,
         combine: Combine = concatenate,
     ) -> None:
-        self.key = (combine, *map(id, parts))
+        self.key = _key(parts, combine)
         self.references = [weakref.ref(part, self._forget) for part in parts]
         # Read before packing: a write during packing then makes the state differ at the next call.
         self.state = weights_state(parts)
@@ -101,9 +111,12 @@ class PackedWeight:
             if _packed.get(self.key) is self:
                 del _packed[self.key]
 
-    def is_current(self, parts: Sequence[Tensor]) -> bool:
-        """Whether ``parts`` are the same tensors with the same contents."""
-        alive = all(ref() is part for ref, part in zip(self.references, parts, strict=True))
+    def is_current(self, parts: Sequence[Tensor], combine: Combine) -> bool:
+        """Whether it is made of the same tensors with the same contents, in the same manner."""
+        same = self.combine == combine and len(self.references) == len(parts)
+        alive = same and all(
+            ref() is part for ref, part in zip(self.references, parts, strict=True)
+        )
         return alive and weights_state(parts) == self.state
 
     @property
@@ -184,12 +197,12 @@ def current(
     parts: Sequence[Tensor], kernel: tuple[int, int] | None, combine: Combine = concatenate
 ) -> PackedWeight:
     """The packed weight of ``parts`` with their present contents."""
-    key = (combine, *map(id, parts))
+    key = _key(parts, combine)
     weight = _packed.get(key)
-    if weight is None or not weight.is_current(parts):
+    if weight is None or not weight.is_current(parts, combine):
         with _lock:
             weight = _packed.get(key)
-            if weight is None or not weight.is_current(parts):
+            if weight is None or not weight.is_current(parts, combine):
                 weight = _packed[key] = PackedWeight(parts, kernel, combine)
     return weight
 
@@ -212,6 +225,8 @@ class Watch:
         slices: which of its arguments make up each packed weight.
         kernels: height and width of each packed weight; None where it keeps its shape.
         combines: the function that makes each weight of its parts.
+        numbers: the indices of the arguments that are scales of adapters, of which the values count
+            and not the tensors: Dynamo makes new ones at every call.
         droppable: the indices of the weights of which the graph reads nothing but the packed form,
             and whose parts' own memory is to be freed.
     """
@@ -223,8 +238,9 @@ class Watch:
         self.slices: list[slice] = []
         self.kernels: list[tuple[int, int] | None] = []
         self.combines: list[Combine] = []
+        self.numbers: set[int] = set()
         self.droppable: frozenset[int] = frozenset()
-        self.last: tuple[int, list[weakref.ref[PackedWeight]]] | None = None
+        self.last: tuple[Any, list[weakref.ref[PackedWeight]]] | None = None
 
     def add(self, count: int, kernel: tuple[int, int] | None, combine: Combine) -> int:
         """Take ``count`` more parameters, for one more weight, whose index is returned."""
@@ -232,21 +248,31 @@ class Watch:
         self.slices.append(slice(begin, begin + count))
         self.kernels.append(kernel)
         self.combines.append(combine)
+        if isinstance(combine, OfAdapted):
+            self.numbers |= {begin + place for place in combine.numbers()}
         return len(self.slices) - 1
 
     def __call__(self, *weights: Tensor) -> list[PackedWeight | None]:
         """One packed weight for each of ``slices``."""
         # Read first: a write meanwhile then makes the state differ at the next call.
-        state, last = weights_state(weights), self.last
+        state, last = self._state(weights), self.last
         if last is not None and last[0] == state:
             alive = [reference() for reference in last[1]]
             if None not in alive:
                 return alive
-        packed = [
-            current(weights[part], kernel, combine)
-            for part, kernel, combine in zip(self.slices, self.kernels, self.combines, strict=True)
-        ]
+        packed = []
+        for part, kernel, combine in zip(self.slices, self.kernels, self.combines, strict=True):
+            parts: Sequence[Tensor] = weights[part]
+            if isinstance(combine, OfAdapted):
+                parts, combine = combine.resolved(parts)
+            packed.append(current(parts, kernel, combine))
         for index in self.droppable:
             packed[index].droppable = True
         self.last = state, [weakref.ref(weight) for weight in packed]
         return [*packed]
+
+    def _state(self, weights: Sequence[Tensor]) -> Any:
+        if not self.numbers:
+            return weights_state(weights)
+        tensors = [x for i, x in enumerate(weights) if i not in self.numbers]
+        return weights_state(tensors), [float(weights[i]) for i in sorted(self.numbers)]
