@@ -62,12 +62,12 @@ def randomised(module: Any, seed: int = 0) -> Any:
     """The module in eval mode, with weights that no initialisation gives: none of them is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in module.parameters():
+        for name, weight in module.named_parameters():
             values = torch.randn(weight.shape, generator=generator)
             if weight.ndim > 1:
                 weight.copy_(values / weight[0].numel() ** 0.5)
             else:
-                weight.add_(0.1 * values)
+                weight.copy_(0.1 * values + name.endswith("weight"))
     return module.eval()
 
 
