@@ -2,7 +2,8 @@
 
 The public names are those imported here and the modules ``ops``, ``nn``, ``schedules``,
 ``process``, ``losses``, ``objectives``, ``samplers``, ``sampling``, ``guidance``, ``sde``,
-``acceleration``, ``compiler``, ``data``, ``training``, ``evaluation``, ``checkpoints``.
+``acceleration``, ``diffusers``, ``k_diffusion``, ``compiler``, ``data``, ``training``,
+``evaluation``, ``checkpoints``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastdiff.sampling import PerImage, Shared, sample
 from fastdiff.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
-    from fastdiff import guidance, losses, objectives, sde
+    from fastdiff import diffusers, guidance, k_diffusion, losses, objectives, sde
     from fastdiff.acceleration import accelerate, restore
     from fastdiff.checkpoints.loading import load
     from fastdiff.diffusion import Diffusion
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Diffusion", "NoiseSchedule", "PerImage", "Shared", "__version__", "accelerate", "backend",
-    "guidance", "load", "losses", "nn", "objectives", "ops", "process", "profile", "restore",
-    "sample", "samplers", "schedules", "score_fn", "sde",
+    "diffusers", "guidance", "k_diffusion", "load", "losses", "nn", "objectives", "ops", "process",
+    "profile", "restore", "sample", "samplers", "schedules", "score_fn", "sde",
 ]  # fmt: skip
 
 # What is imported when it is first asked for, and from where: together these modules take as long
@@ -37,9 +38,11 @@ _LATER = {
     "accelerate": "fastdiff.acceleration",
     "acceleration": "fastdiff.acceleration",
     "compiler": "fastdiff.compiler",
+    "diffusers": "fastdiff.diffusers",
     "diffusion": "fastdiff.diffusion",
     "generation": "fastdiff.generation",
     "guidance": "fastdiff.guidance",
+    "k_diffusion": "fastdiff.k_diffusion",
     "load": "fastdiff.checkpoints.loading",
     "losses": "fastdiff.losses",
     "objectives": "fastdiff.objectives",

@@ -29,6 +29,7 @@ LAYERS = (
     "nn",
     "samplers",
     "sampling",
+    "k_diffusion",
     "sde.processes",
     "sde.score",
     "sde.reverse",
