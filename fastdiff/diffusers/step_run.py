@@ -20,16 +20,16 @@ class Run:
     """A run of steps on a table: what does not change from step to step, and the history."""
 
     __slots__ = (
-        "counts", "device", "dtype", "grid", "history", "initial", "kernel", "last", "numbers",
-        "options", "output_shape", "place", "plan", "shape", "table", "watched",
+        "counts", "dtype", "grid", "history", "initial", "kernel", "last", "numbers", "on_cpu",
+        "options", "output_size", "place", "plan", "size", "table", "watched",
     )  # fmt: skip
 
     def __init__(
         self, plan: Plan, sample: Tensor, output: Tensor, options: tuple[Any, ...]
     ) -> None:
         self.plan, self.options = plan, options
-        self.dtype, self.device = sample.dtype, sample.device
-        self.shape, self.output_shape = sample.shape, output.shape
+        self.dtype, self.on_cpu = sample.dtype, sample.is_cpu
+        self.size, self.output_size = sample.numel(), output.numel()
         self.table, self.numbers = plan.on(sample.device, wide_dtype(sample.dtype))
         self.kernel = sampler_step_for(sample)
         with torch.inference_mode(False):  # a later step may be outside of it
@@ -42,15 +42,18 @@ class Run:
         self.watched: tuple[tuple[Tensor, int], ...] = ()
 
     def fits(self, output: Tensor, sample: Tensor, options: tuple[Any, ...]) -> bool:
-        """Whether the tensors and options are those of the run, and its grid is unchanged."""
+        """Whether the tensors and options are those of the run, and its grid is unchanged.
+
+        A microsecond counts here. So numbers of elements stand for shapes, which the kernel checks.
+        """
         if (
             sample.dtype is not self.dtype
             or output.dtype is not self.dtype
-            or sample.shape != self.shape
-            or output.shape != self.output_shape
-            or sample.device != self.device
+            or sample.numel() != self.size
+            or output.numel() != self.output_size
+            or sample.is_cpu is not self.on_cpu
             or options != self.options
-            or (torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad))
+            or ((sample.requires_grad or output.requires_grad) and torch.is_grad_enabled())
         ):
             return False
         for tensor, version in self.watched:  # noqa: SIM110 (a generator costs a microsecond)

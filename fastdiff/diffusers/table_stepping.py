@@ -19,6 +19,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 
 from fastdiff.diffusers.step_plan import Plan, Request, make_plan
 from fastdiff.diffusers.step_run import Grid, Host, Run
@@ -99,7 +100,7 @@ class TableStepping:
         Returns:
             What the step returns, or None if diffusers' step has to be taken.
         """
-        if torch.compiler.is_compiling():  # a step's number would be a constant of the graph
+        if is_dynamo_compiling():  # a step's number would be a constant of the graph
             return self._outside_graphs(output, time, sample, options, generator, noise)
         run = self._run
         if run is None or not run.fits(output, sample, options):
@@ -118,8 +119,8 @@ class TableStepping:
             run.last = program
             run.place += 1
             self.__dict__.update(program.values)
-            for name, value in program.lists.items():
-                self.__dict__[name] = list(value)  # which the scheduler may change in place
+            if program.lists:  # which the scheduler may change in place
+                self.__dict__.update({name: [*value] for name, value in program.lists.items()})
         return results
 
     _outside_graphs = _disable_dynamo(_table_step)
