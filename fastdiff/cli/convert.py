@@ -41,10 +41,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--schedule",
         choices=tuple(schedules.NAMES),
-        help="noise schedule of the training, if the source does not tell; betas are not scaled",
+        help="noise schedule of the training, if the source does not tell",
     )
     command.add_argument(
         "--timesteps", type=positive, metavar="T", help="of --schedule (default: 1000)"
+    )
+    command.add_argument(
+        "--schedule-option",
+        action="append",
+        default=[],
+        type=named_value,
+        metavar="NAME=VALUE",
+        help="of --schedule: beta_start, beta_end, zero_terminal_snr, or rescaled=true, which "
+        "scales the betas by 1000 / T as OpenAI's code does; may be repeated",
     )
     command.add_argument(
         "--prediction",
@@ -59,8 +68,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Convert, print what was recognised and written, and return the exit code."""
     if loading.is_own(args.source):
         raise InputError(f"{args.source} is a checkpoint of fastdiff: fastdiff export copies it")
-    if args.timesteps is not None and args.schedule is None:
-        raise InputError("--timesteps is of a --schedule, which is not given")
+    if args.schedule is None and (args.timesteps or args.schedule_option):
+        raise InputError("--timesteps and --schedule-option are of a --schedule: give one")
     loaded = loading.read(args.source, ema=args.ema, options=dict(args.option))
     written, missing = _checkpoint(loaded, args)
     if written is None:
@@ -83,7 +92,11 @@ def _checkpoint(loaded: Loaded, args: argparse.Namespace) -> tuple[Checkpoint | 
     """
     forward: NoiseSchedule | None = loaded.forward
     if args.schedule is not None:
-        forward = schedules.make(args.schedule, args.timesteps or 1000)
+        try:
+            options = dict(args.schedule_option)
+            forward = schedules.make(args.schedule, args.timesteps or 1000, **options)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from None
     for name, told in (("schedule", loaded.forward), ("prediction", loaded.prediction)):
         if getattr(args, name) is not None and told is not None:
             raise InputError(f"--{name} is told by the source itself: {told}")

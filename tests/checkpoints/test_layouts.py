@@ -244,8 +244,8 @@ def test_spoilt_weights(how: str, message: str, tmp_path: Path) -> None:
     [
         (
             ["init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "final_conv.weight",
-             "downs.0.0.block1.norm.g", "mid_attn.mem_kv"],
-            "lucidrains.*first convolution is 7x7.*root mean square.*learned keys and values.*GELU",
+             "downs.0.0.block1.norm.g", "downs.0.2.mem_kv", "downs.0.2.to_out.1.g"],
+            "lucidrains.*7x7.*root mean square.*learned keys and values.*linear in the.*GELU",
         ),
         (["model.map_layer0.weight", "model.map_layer1.weight"], "EDM, cannot be a UNet2DModel"),
         (["unet.emb_fourier.freqs", "unet.emb_noise.weight"], "preserve magnitudes"),

@@ -67,6 +67,13 @@ def test_without_the_process_only_the_model_is_written(
     assert UNet2DModel.from_pretrained(tmp_path / "out").config.num_class_embeds == 4
 
 
+def test_options_of_the_schedule(run: Callable, theirs: Path, tmp_path: Path) -> None:
+    words = ("--timesteps", 100, "--schedule-option", "rescaled=true")
+    assert run("convert", theirs, tmp_path / "out", *FACTS, *PROCESS, *words).code == 0
+    got = checkpoint.load(tmp_path / "out").forward
+    assert torch.equal(got.betas, schedules.linear(100, rescaled=True).betas)
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_average(ema: bool, run: Callable, tmp_path: Path) -> None:
     own = randomized(OpenAIUNet()).state_dict()
@@ -161,7 +168,12 @@ def test_schedules_of_schedulers(
     [
         (("--schedule", "linear"), "needs the number of heads"),
         ((*FACTS, "--option", "heads=3"), "takes no option 'heads'"),
-        ((*FACTS, "--timesteps", "10"), "--timesteps is of a --schedule, which is not given"),
+        ((*FACTS, "--timesteps", "10"), "--timesteps and --schedule-option are of a --schedule"),
+        ((*FACTS, *PROCESS, "--schedule-option", "beta=1"), "unexpected keyword argument 'beta'"),
+        (
+            (*FACTS, *PROCESS, "--schedule-option", "beta_end=2"),
+            "wanted 0 < beta_start <= beta_end",
+        ),
         ((*FACTS, "--ema"), "holds no averaged weights"),
     ],
 )

@@ -16,9 +16,9 @@ _LUCIDRAINS = (
     (".norm.g", "it normalises by the root mean square over channels, not by GroupNorm"),
     (".block1.norm.weight", "its convolutions are weight-standardised, in its older versions"),
     ("mem_kv", "its attention has learned keys and values besides those of the image"),
-    (".to_qkv.weight", "its attention is linear in the number of pixels at all levels but one"),
+    (".to_out.1.g", "at some levels its attention is linear in the number of pixels"),
     ("time_mlp.3.weight", "its time embedding has a GELU"),
-    (".res_conv.weight", "its levels change the resolution before they change the channels"),
+    (".res_conv.weight", "its levels change their channels where they change the resolution"),
 )
 _EDM = (
     ("", "its residual blocks and preconditioning are those of EDM (arXiv:2206.00364)"),
