@@ -1,0 +1,95 @@
+"""Pipelines whose weights are float16 or bfloat16, on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import small_pipelines as small
+import torch
+
+import fastdiff
+from fastdiff.acceleration import report
+
+STEPS = 5
+
+
+def images(pipe: Any, **changes: Any) -> np.ndarray:
+    return pipe(**small.arguments(STEPS, **changes)).images
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.square(x).mean()))
+
+
+def made(make: Any = small.stable_diffusion, dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline with the same weights at each call, but for the dtype."""
+    torch.manual_seed(0)
+    return make().to(dtype=dtype)
+
+
+@pytest.mark.parametrize("make", [small.stable_diffusion, small.stable_diffusion_xl])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float16, 5e-3), (torch.bfloat16, 0.05)], ids=["fp16", "bf16"]
+)
+def test_near_float32(make, dtype, bound):
+    """Two calls: in float16, XL's pipeline converts the autoencoder to float32 for each of them."""
+    expected = images(made(make))
+    pipe = made(make, dtype)
+    eager = images(pipe)
+    before = {name: x.clone() for name, x in pipe.unet.state_dict().items()}
+    fastdiff.accelerate(pipe)
+    found = images(pipe)
+    assert np.array_equal(images(pipe), found)
+    assert np.abs(found - expected).max() < bound
+    assert rms(found - expected) <= 1.1 * rms(eager - expected)
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == dtype
+    fastdiff.restore(pipe)
+    assert np.array_equal(images(pipe), eager)
+    for name, x in pipe.unet.state_dict().items():
+        assert torch.equal(x, before[name])
+
+
+def test_report_says_what_is_computed_in_what():
+    pipe = made(dtype=torch.float16)
+    fastdiff.accelerate(pipe)
+    found = {row.component: row.done for row in report(pipe).rows}
+    for name in ("unet", "vae.decoder", "vae.encoder", "text_encoder"):
+        assert found[name] == "compiled, computes in float32 (weights in float16)"
+    fastdiff.accelerate(pipe, precision="bf16")
+    found = {row.component: row.done for row in report(pipe).rows}
+    assert found["unet"] == "compiled, computes in bfloat16 (weights in float16)"
+    assert found["text_encoder"] == "compiled, computes in float32 (weights in float16)"
+    fastdiff.restore(pipe)
+
+
+def overflowing(pipe: Any) -> Any:
+    """The pipeline with a decoder whose activations are beyond float16, and whose images are not.
+
+    A residual block's last convolution is scaled up and the layers that read the sum are norms.
+    """
+    block = pipe.vae.decoder.mid_block.resnets[0].conv2
+    with torch.no_grad():
+        block.weight.mul_(3e5)
+    return pipe
+
+
+def test_no_black_images():
+    expected = images(overflowing(made()))
+    pipe = overflowing(made(dtype=torch.float16))
+    assert np.isfinite(pipe.vae.decoder.mid_block.resnets[0].conv2.weight.detach().numpy()).all()
+    with np.errstate(invalid="ignore"):
+        assert not np.isfinite(images(pipe)).all()  # float16, as PyTorch computes it
+    fastdiff.accelerate(pipe)
+    found = images(pipe)
+    assert np.abs(found - expected).max() < 2e-2
+    fastdiff.restore(pipe)
+
+
+def test_precision_bf16():
+    expected = images(made())
+    pipe = fastdiff.accelerate(made(), precision="bf16")
+    error = np.abs(images(pipe) - expected).max()
+    assert 1e-4 < error < 0.05
+    fastdiff.restore(pipe)
