@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from fastdiff.compiler import dynamo
 from fastdiff.compiler.run.packing import release
 
 CALL = "_compiled_call_impl"  # the attribute in which Module.compile keeps the compiled call
@@ -45,15 +44,11 @@ def is_compiled_here(part: nn.Module) -> bool:
 
 
 def compile_in_place(part: nn.Module, options: dict[str, Any]) -> None:
-    """Compile a module in place; nothing is done where it has been compiled with these options.
-
-    Its graphs are counted apart from those of all other modules: in-place compilation gives all
-    modules of a process the same function, and Dynamo runs a function uncompiled that has too many.
-    """
+    """Compile a module in place; nothing is done where it has been compiled with these options."""
     if is_compiled_here(part) and _parts[part].options == options:
         return
     # torch.compile takes options out of the dictionary that it is given.
-    part.compile(backend="fastdiff", options=dict(options), **dynamo.isolation_options())
+    part.compile(backend="fastdiff", options=dict(options))
     _parts[part] = _Compiled(weakref.ref(part.__dict__[CALL]), dict(options))
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from fastdiff import diffusers
 from fastdiff.acceleration.acceleration_report import Row
 
 NAME = "scheduler"  # of the component
@@ -50,7 +50,5 @@ def original(scheduler: Any) -> Any:
 
 def _counterpart(kind: type) -> Any:
     """Our subclass of exactly this class of diffusers: another subclass may compute otherwise."""
-    if importlib.util.find_spec("fastdiff.diffusers") is None:
-        return None
-    ours = getattr(importlib.import_module("fastdiff.diffusers"), kind.__name__, None)
+    ours = getattr(diffusers, kind.__name__, None)
     return ours if isinstance(ours, type) and issubclass(ours, kind) else None

@@ -38,6 +38,13 @@ def test_compile_unet(run):
     assert float(re.search(r"largest difference (\S+) of", out)[1]) < 1e-4
 
 
+def test_accelerate_pipeline(run):
+    out = run("accelerate_pipeline", "--size", 32, "--steps", 2)
+    assert re.search(r"unet +UNet2DConditionModel +compiled, computes in float32", out)
+    assert float(re.search(r"largest difference (\S+)", out)[1]) < 1e-4
+    assert re.search(r"before \S+ s, after \S+ s, ratio \S+", out)
+
+
 def test_samplers(run):
     out = run("samplers", "--samplers", "ddim", "heun", "--steps", 2, "--out", "grid.png")
     assert out == "ddim, 2 evaluations\nheun, 3 evaluations\ngrid.png\n"
