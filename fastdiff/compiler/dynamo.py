@@ -26,13 +26,17 @@ MOST_GRAPHS = 64  # of one function that are kept; the least recently used is dr
 
 
 def set_guards() -> None:
-    """Let the graph being compiled serve any number of threads, but no forward-mode derivatives.
+    """Let the graph being compiled serve any number of threads, but no hooks that come later.
 
     One guard of Dynamo compares all settings of the process: gradients, autocast, and the number of
     threads. Each number of threads would take one of the few graphs that a function may have. That
     guard is replaced by one of all settings but the threads, which the choice of algorithms and the
-    recorded lists look up at every call. A guard against forward-mode differentiation is added,
-    because Dynamo has none and the fused operations have no forward-mode derivative.
+    recorded lists look up at every call.
+
+    By default Dynamo does not notice a hook that is registered on a part of a compiled model, and
+    leaves it out without a word. Its guard against that is put in force. A guard against
+    forward-mode differentiation is added, because Dynamo has none and the fused operations have no
+    forward-mode derivative.
     """
     context = TracingContext.try_get()
     if context is None:
@@ -41,6 +45,8 @@ def set_guards() -> None:
     for guard in guards:
         if guard.create_fn is GuardBuilder.GLOBAL_STATE:
             guard.create_fn = _guard_other_settings
+        elif guard.create_fn is getattr(GuardBuilder, "EMPTY_NN_MODULE_HOOKS_DICT", None):
+            guard.create_fn = GuardBuilder.SEQUENCE_LENGTH
     guards.add(GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL))
 
 

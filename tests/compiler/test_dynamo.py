@@ -266,3 +266,21 @@ def test_explanation_where_dynamo_gives_up():
             return self.net(x, emb)
 
     assert uncompiled(Stopped(), *small_inputs())
+
+
+@torch.no_grad()
+def test_hooks_that_come_and_go():
+    model, case = small_net(), small_inputs()
+    net = compiled(model)
+    for part in ("conv1", "norm2", "q"):
+        net(*case)
+        before = net(*case)
+        handle = model.get_submodule(part).register_forward_hook(lambda m, args, y: 0.5 * y)
+        assert_as_eager(net(*case), model, case)
+        assert not torch.equal(net(*case), before)
+        handle.remove()
+        earlier = model.get_submodule(part).register_forward_pre_hook(lambda m, args: (-args[0],))
+        assert_as_eager(net(*case), model, case)
+        assert not torch.equal(net(*case), before)
+        earlier.remove()
+        assert torch.equal(net(*case), before)
