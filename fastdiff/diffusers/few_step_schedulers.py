@@ -8,10 +8,11 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
+from fastdiff.diffusers.noise_addition import AlphaNoising
 from fastdiff.diffusers.table_stepping import TableStepping
 
 
-class LCMScheduler(TableStepping, diffusers.LCMScheduler):
+class LCMScheduler(AlphaNoising, TableStepping, diffusers.LCMScheduler):
     """``diffusers.LCMScheduler`` (latent consistency models, arXiv:2310.04378) on a table."""
 
     _time_matters = True
@@ -31,7 +32,7 @@ class LCMScheduler(TableStepping, diffusers.LCMScheduler):
         return LCMSchedulerOutput(*made) if return_dict else made
 
 
-class TCDScheduler(TableStepping, diffusers.TCDScheduler):
+class TCDScheduler(AlphaNoising, TableStepping, diffusers.TCDScheduler):
     """``diffusers.TCDScheduler`` (trajectory consistency, arXiv:2402.19159) on a table."""
 
     _time_matters = True

@@ -14,10 +14,11 @@ from diffusers.schedulers.scheduling_ddim_inverse import (
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
+from fastdiff.diffusers.noise_addition import AlphaNoising
 from fastdiff.diffusers.table_stepping import TableStepping
 
 
-class DDPMScheduler(TableStepping, diffusers.DDPMScheduler):
+class DDPMScheduler(AlphaNoising, TableStepping, diffusers.DDPMScheduler):
     """``diffusers.DDPMScheduler`` (arXiv:2006.11239) on a table.
 
     The posterior's variance is 0 at t = 0, where diffusers puts 1e-20. ``strict_compat=False`` puts
@@ -68,7 +69,7 @@ class DDPMScheduler(TableStepping, diffusers.DDPMScheduler):
         return self.variance_type in ("learned", "learned_range")
 
 
-class DDIMScheduler(TableStepping, diffusers.DDIMScheduler):
+class DDIMScheduler(AlphaNoising, TableStepping, diffusers.DDIMScheduler):
     """``diffusers.DDIMScheduler`` (arXiv:2010.02502) on a table.
 
     diffusers takes the time before t to be ``t - T // n`` of T training times and n steps. With

@@ -7,10 +7,12 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from fastdiff.diffusers.input_scaling import PreconditionedInputScaling
+from fastdiff.diffusers.noise_addition import AlphaNoising, AngleNoising, SigmaNoising
 from fastdiff.diffusers.table_stepping import TableStepping
 
 
-class PNDMScheduler(TableStepping, diffusers.PNDMScheduler):
+class PNDMScheduler(AlphaNoising, TableStepping, diffusers.PNDMScheduler):
     """``diffusers.PNDMScheduler`` (pseudo numerical methods, arXiv:2202.09778) on a table."""
 
     _counter = "counter"
@@ -26,7 +28,9 @@ class PNDMScheduler(TableStepping, diffusers.PNDMScheduler):
         return SchedulerOutput(*made) if return_dict else made
 
 
-class DPMSolverSinglestepScheduler(TableStepping, diffusers.DPMSolverSinglestepScheduler):
+class DPMSolverSinglestepScheduler(
+    AngleNoising, TableStepping, diffusers.DPMSolverSinglestepScheduler
+):
     """``diffusers.DPMSolverSinglestepScheduler`` (arXiv:2206.00927) on a table."""
 
     def step(
@@ -47,7 +51,9 @@ class DPMSolverSinglestepScheduler(TableStepping, diffusers.DPMSolverSinglestepS
         return _drops_variance(self, output, sample)
 
 
-class DPMSolverMultistepScheduler(TableStepping, diffusers.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(
+    AngleNoising, TableStepping, diffusers.DPMSolverMultistepScheduler
+):
     """``diffusers.DPMSolverMultistepScheduler`` (DPM-Solver++, arXiv:2211.01095) on a table."""
 
     _one_time_a_step = True
@@ -75,7 +81,7 @@ class DPMSolverMultistepScheduler(TableStepping, diffusers.DPMSolverMultistepSch
         return _drops_variance(self, output, sample)
 
 
-class UniPCMultistepScheduler(TableStepping, diffusers.UniPCMultistepScheduler):
+class UniPCMultistepScheduler(AngleNoising, TableStepping, diffusers.UniPCMultistepScheduler):
     """``diffusers.UniPCMultistepScheduler`` (arXiv:2302.04867) on a table."""
 
     _one_time_a_step = True
@@ -94,7 +100,7 @@ class UniPCMultistepScheduler(TableStepping, diffusers.UniPCMultistepScheduler):
         return SchedulerOutput(*made) if return_dict else made
 
 
-class DEISMultistepScheduler(TableStepping, diffusers.DEISMultistepScheduler):
+class DEISMultistepScheduler(AngleNoising, TableStepping, diffusers.DEISMultistepScheduler):
     """``diffusers.DEISMultistepScheduler`` (arXiv:2204.13902) on a table."""
 
     _one_time_a_step = True
@@ -113,7 +119,12 @@ class DEISMultistepScheduler(TableStepping, diffusers.DEISMultistepScheduler):
         return SchedulerOutput(*made) if return_dict else made
 
 
-class EDMDPMSolverMultistepScheduler(TableStepping, diffusers.EDMDPMSolverMultistepScheduler):
+class EDMDPMSolverMultistepScheduler(
+    SigmaNoising,
+    PreconditionedInputScaling,
+    TableStepping,
+    diffusers.EDMDPMSolverMultistepScheduler,
+):
     """``diffusers.EDMDPMSolverMultistepScheduler`` (DPM-Solver++ with EDM's preconditioning)."""
 
     def step(

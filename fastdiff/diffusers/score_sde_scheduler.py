@@ -9,10 +9,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastdiff.diffusers.noise_addition import VarianceExplodingNoising
 from fastdiff.diffusers.table_stepping import TableStepping
 
 
-class ScoreSdeVeScheduler(TableStepping, diffusers.ScoreSdeVeScheduler):
+class ScoreSdeVeScheduler(VarianceExplodingNoising, TableStepping, diffusers.ScoreSdeVeScheduler):
     """``diffusers.ScoreSdeVeScheduler`` (arXiv:2011.13456), its predictor on a table."""
 
     _step_name = "step_pred"

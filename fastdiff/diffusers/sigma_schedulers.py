@@ -17,6 +17,12 @@ from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteSchedu
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOutput
 from torch import Tensor
 
+from fastdiff.diffusers.input_scaling import (
+    InputScaling,
+    MidpointInputScaling,
+    PreconditionedInputScaling,
+)
+from fastdiff.diffusers.noise_addition import EulerNoising, FlowNoising, SigmaNoising
 from fastdiff.diffusers.table_stepping import TableStepping
 
 _CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
@@ -29,7 +35,9 @@ def _is_whole(timestep: float | Tensor) -> bool:
     return isinstance(timestep, int)
 
 
-class EulerDiscreteScheduler(TableStepping, diffusers.EulerDiscreteScheduler):
+class EulerDiscreteScheduler(
+    EulerNoising, InputScaling, TableStepping, diffusers.EulerDiscreteScheduler
+):
     """``diffusers.EulerDiscreteScheduler`` (arXiv:2206.00364, algorithm 2 without Heun's step)."""
 
     _options = _CHURN
@@ -60,7 +68,9 @@ class EulerDiscreteScheduler(TableStepping, diffusers.EulerDiscreteScheduler):
         return EulerDiscreteSchedulerOutput(*made) if return_dict else made
 
 
-class EulerAncestralDiscreteScheduler(TableStepping, diffusers.EulerAncestralDiscreteScheduler):
+class EulerAncestralDiscreteScheduler(
+    SigmaNoising, InputScaling, TableStepping, diffusers.EulerAncestralDiscreteScheduler
+):
     """``diffusers.EulerAncestralDiscreteScheduler`` on a table."""
 
     _one_time_a_step = True
@@ -82,7 +92,9 @@ class EulerAncestralDiscreteScheduler(TableStepping, diffusers.EulerAncestralDis
         return EulerAncestralDiscreteSchedulerOutput(*made) if return_dict else made
 
 
-class HeunDiscreteScheduler(TableStepping, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(
+    SigmaNoising, InputScaling, TableStepping, diffusers.HeunDiscreteScheduler
+):
     """``diffusers.HeunDiscreteScheduler`` (arXiv:2206.00364, algorithm 1) on a table."""
 
     def step(
@@ -99,7 +111,9 @@ class HeunDiscreteScheduler(TableStepping, diffusers.HeunDiscreteScheduler):
         return HeunDiscreteSchedulerOutput(*made) if return_dict else made
 
 
-class KDPM2DiscreteScheduler(TableStepping, diffusers.KDPM2DiscreteScheduler):
+class KDPM2DiscreteScheduler(
+    SigmaNoising, MidpointInputScaling, TableStepping, diffusers.KDPM2DiscreteScheduler
+):
     """``diffusers.KDPM2DiscreteScheduler`` (arXiv:2206.00927, DPM-Solver-2) on a table."""
 
     def step(
@@ -121,7 +135,9 @@ class KDPM2DiscreteScheduler(TableStepping, diffusers.KDPM2DiscreteScheduler):
         return self.sample is None if self._run is None else self._run.is_none("sample")
 
 
-class LMSDiscreteScheduler(TableStepping, diffusers.LMSDiscreteScheduler):
+class LMSDiscreteScheduler(
+    SigmaNoising, InputScaling, TableStepping, diffusers.LMSDiscreteScheduler
+):
     """``diffusers.LMSDiscreteScheduler`` (linear multistep) on a table."""
 
     _options = ("order",)
@@ -142,7 +158,9 @@ class LMSDiscreteScheduler(TableStepping, diffusers.LMSDiscreteScheduler):
         return LMSDiscreteSchedulerOutput(*made) if return_dict else made
 
 
-class EDMEulerScheduler(TableStepping, diffusers.EDMEulerScheduler):
+class EDMEulerScheduler(
+    SigmaNoising, PreconditionedInputScaling, TableStepping, diffusers.EDMEulerScheduler
+):
     """``diffusers.EDMEulerScheduler`` (arXiv:2206.00364, with its preconditioning) on a table."""
 
     _options = _CHURN
@@ -173,7 +191,9 @@ class EDMEulerScheduler(TableStepping, diffusers.EDMEulerScheduler):
         return EDMEulerSchedulerOutput(*made) if return_dict else made
 
 
-class FlowMatchEulerDiscreteScheduler(TableStepping, diffusers.FlowMatchEulerDiscreteScheduler):
+class FlowMatchEulerDiscreteScheduler(
+    FlowNoising, TableStepping, diffusers.FlowMatchEulerDiscreteScheduler
+):
     """``diffusers.FlowMatchEulerDiscreteScheduler`` (arXiv:2403.03206) on a table."""
 
     _options = _CHURN

@@ -27,7 +27,8 @@ from fastdiff.diffusers.unit_vectors import holds, on_host, replaced
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLANS = 32  # plans that a scheduler remembers: one for each grid, start, dtype and options
-_CACHES = ("_run", "_plans", "_hosts")  # what copies and pickles of a scheduler do without
+# What copies and pickles of a scheduler do without.
+_CACHES = ("_run", "_plans", "_hosts", "_noise_tables")
 
 
 class TableStepping:
