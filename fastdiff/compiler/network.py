@@ -93,7 +93,7 @@ class FusedNetwork(nn.Module):
             and kernel_runs(x)
             and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
             and torch.is_grad_enabled() == self._with_gradients
-            and not _is_watched()
+            and not is_watched()
         )
 
     def _layers(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class TrainedNetwork(FusedNetwork):
         return trained(gm, GraphReport())
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a mode of PyTorch observes or changes calls, such as forward-mode differentiation."""
     if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return True

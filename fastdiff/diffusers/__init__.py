@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         KDPM2DiscreteScheduler,
         LMSDiscreteScheduler,
     )
+    from fastdiff.diffusers.unets import UNet2DConditionModel, UNet2DModel
 
 _MODULES = {
     "few_step_schedulers": ("LCMScheduler", "TCDScheduler"),
@@ -54,6 +55,7 @@ _MODULES = {
         "FlowMatchEulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
         "LMSDiscreteScheduler",
     ),
+    "unets": ("UNet2DConditionModel", "UNet2DModel"),
 }  # fmt: skip
 _LATER = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -63,7 +65,7 @@ __all__ = [
     "EDMEulerScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "ScoreSdeVeScheduler", "TCDScheduler",
-    "UniPCMultistepScheduler",
+    "UNet2DConditionModel", "UNet2DModel", "UniPCMultistepScheduler",
 ]  # fmt: skip
 
 
