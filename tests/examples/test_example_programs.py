@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 import sys
@@ -63,6 +64,18 @@ def test_known_score(run):
     assert error < 1e-2
     spreads = [float(line.split()[-1]) for line in out.splitlines()[1:4]]
     assert spreads == pytest.approx([0.5099] * 3, abs=0.05)
+
+
+def test_accelerate_training(run):
+    out = run("accelerate_training", "--steps", 3, "--out", "pipeline")
+    losses = re.findall(r"loss (\S+)", out)
+    assert len(losses) == 2
+    assert all(0 < float(loss) < 10 for loss in losses)
+    assert out.endswith("(8, 8)\n")
+    assert json.loads(Path("pipeline/model_index.json").read_text("utf-8"))["unet"] == [
+        "diffusers",
+        "UNet2DModel",
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
