@@ -25,8 +25,9 @@ RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$
 timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
-.PHONY: help sample test test-slow asan bench bench-unet bench-bf16 bench-train bench-pipelines \
-	learning scaling quality theory gpu gpu-audit cuda-check wheel lint format doctor venv clean
+.PHONY: help sample test test-slow diffusers-tests asan bench bench-unet bench-bf16 bench-train \
+	bench-pipelines learning scaling quality theory gpu gpu-audit cuda-check wheel lint format doctor \
+	venv clean
 
 help:  ## list these commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 14
@@ -42,6 +43,9 @@ test: $(VENV)/.test  ## the whole test suite
 
 test-slow: $(VENV)/.test  ## the tests that `make test` leaves out for their time: 15 minutes
 	$(PYTEST) -m slow
+
+diffusers-tests: $(VENV)/.test  ## diffusers' own tests with fastdiff's classes; CHECKOUT is its repository
+	$(RUN) -m tools.diffusers_tests $(CHECKOUT) $(TESTS)
 
 # pythonpath is without the root, whose fastdiff has an extension without sanitizers.
 asan: $(VENV)/.test  ## the operations' tests, their C++ under the address and undefined behaviour sanitizers
