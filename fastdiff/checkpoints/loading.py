@@ -28,6 +28,7 @@ from fastdiff.schedules import NoiseSchedule
 _SAFETENSORS = ".safetensors"
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _FOLDER_OPTIONS = ("subfolder", "variant", "ignore")  # of UNet2DModel.from_pretrained
+_BETAS = "betas"  # latent diffusion's buffer of this name is saved with the weights
 _EMA_FOLDER = "unet_ema"  # in which diffusers' training scripts keep the average
 
 
@@ -125,7 +126,7 @@ def _read_folder(folder: Path, ema: bool, options: Mapping[str, Any]) -> Loaded:
     try:
         if pickled.is_file() and not any(part.glob(f"{STEM}*{_SAFETENSORS}*")):
             config = pretrained.read_config(part, options.get("ignore", ()))
-            tensors = weight_sets.pick(torch_file.read(pickled), ema=False)
+            tensors = _picked(torch_file.read(pickled), pickled, ema=False)
             torch_file.check_tensors(tensors, pickled)
             model = _built(config, pretrained.current_names(tensors, pickled), pickled)
         else:
@@ -156,14 +157,12 @@ def _read_file(path: Path, ema: bool, options: Mapping[str, Any]) -> Loaded:
     """One file of weights, of any program in ``layouts.LAYOUTS``."""
     safe = path.suffix == _SAFETENSORS
     value = _read_safetensors(path) if safe else torch_file.read(path)
-    try:
-        tensors = plain_names(weight_sets.pick(value, ema=ema))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} {error}") from None
+    tensors = plain_names(_picked(value, path, ema=ema))
     layout, prefix = _recognised(path, tensors)
     state = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
+    betas = {name: tensors[name] for name in (_BETAS,) if name in tensors}
     if not safe:
-        torch_file.check_tensors(state, path)
+        torch_file.check_tensors({**betas, **state}, path)
     try:
         config, ours = _converted(path, layout, state, options)
     except CheckpointError as error:
@@ -175,7 +174,15 @@ def _read_file(path: Path, ema: bool, options: Mapping[str, Any]) -> Loaded:
         remarks.append("the file also has averaged weights (ema)")
     if len(state) < len(tensors):
         remarks.append(f"{len(tensors) - len(state)} tensors of other parts were left")
-    return Loaded(model, layout.name, _betas(tensors), remarks=tuple(remarks))
+    return Loaded(model, layout.name, _schedule(betas), remarks=tuple(remarks))
+
+
+def _picked(value: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
+    """The weights in the object of a file; see ``weight_sets.pick``."""
+    try:
+        return weight_sets.pick(value, ema=ema)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -226,11 +233,12 @@ def _check_finite(model: UNet2DModel, path: Path) -> None:
         raise CheckpointError(f"{path}: {name} has NaN or infinity")
 
 
-def _betas(tensors: Mapping[str, Tensor]) -> NoiseSchedule | None:
-    """The schedule that latent diffusion saves with the weights, under the name betas."""
-    if "betas" not in tensors:
+def _schedule(betas: Mapping[str, Tensor]) -> NoiseSchedule | None:
+    """The schedule that latent diffusion saves with the weights; None without one."""
+    value = betas.get(_BETAS)
+    if value is None or not value.is_floating_point():
         return None
     try:
-        return NoiseSchedule(tensors["betas"])
+        return NoiseSchedule(value)
     except ValueError:  # not a schedule, whatever else it is
         return None

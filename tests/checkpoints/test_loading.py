@@ -128,6 +128,16 @@ def test_latent_diffusion_tells_its_schedule(tmp_path: Path) -> None:
     assert any("tensors of other parts were left" in remark for remark in loaded.remarks)
 
 
+@pytest.mark.parametrize(
+    "betas", [torch.tensor(3.0), torch.tensor([2.0]), torch.tensor([1, 2])], ids=str
+)
+def test_betas_that_are_no_schedule(betas: Tensor, tmp_path: Path) -> None:
+    state = prefixed("model.diffusion_model.", randomized(OpenAIUNet()).state_dict())
+    torch.save({"state_dict": {**state, "betas": betas}}, tmp_path / "model.ckpt")
+    loaded = loading.read(tmp_path / "model.ckpt", ema=False, options={"num_heads": 1})
+    assert loaded.forward is None
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
 def test_forms_of_files(form: str, tmp_path: Path) -> None:
     theirs = randomized(DdimUNet())
