@@ -15,11 +15,6 @@ from typing import Any
 Row = list[str]
 Results = dict[str, Any]
 
-# The table on the first page shows the fastest of each.
-SUMMARY = (
-    "fastdiff", "OpenVINO", "ONNX Runtime", "torch.compile, Inductor",
-    "diffusers, eager, channels_last",
-)  # fmt: skip
 LAYOUTS = ("f32 nchw", "f32 nhwc", "bf16 nchw", "bf16 nhwc")
 # Those that a table of their own shows, and conv2d, which unet.md shows in its place in a network.
 NOT_SINGLE = ("conv2d", "digits", "sampling_loop", "scheduler_steps", "training_objective")
@@ -42,20 +37,6 @@ def time_text(seconds: float) -> str:
 
 
 # U-Nets: unet.json.
-
-
-def unet_summary(results: Results) -> list[Row]:
-    """Five ways to run the CIFAR-10 U-Net: calls and a sampling loop."""
-    columns = {
-        "one image": (_record(results, "call", "cifar10", 1), 1e3, "ms"),
-        "eight images": (_record(results, "call", "cifar10", 8), 1e3, "ms"),
-        "DDIM, 50 steps, eight images": (_record(results, "sampling", "cifar10", 8), 1, "s"),
-    }
-    table = [["", *columns]]
-    for name in SUMMARY:
-        cells = (_best(record, name, scale, unit) for record, scale, unit in columns.values())
-        table.append([name, *cells])
-    return table
 
 
 def unet_calls(results: Results) -> list[Row]:
@@ -185,7 +166,7 @@ def _fastest(record: Results, kind: str) -> Results | None:
     return min(timed, key=lambda row: row["median"], default=None)
 
 
-def _best(record: Results, kind: str, scale: float, unit: str = "") -> str:
+def _best(record: Results, kind: str, scale: float) -> str:
     """The fastest variant of a kind of peer, and its time over fastdiff's."""
     from benchmarks.turns.job import OURS
     from benchmarks.unet.peers import PEERS
@@ -194,7 +175,7 @@ def _best(record: Results, kind: str, scale: float, unit: str = "") -> str:
     if best is None:
         rows = [r for r in record["rows"] if PEERS[r["peer"]].summary == kind]
         return "failed" if any(r["failed"] for r in rows) else ""
-    text = f"{scale * best['median']:.{1 if scale > 1 else 2}f}{f' {unit}' if unit else ''}"
+    text = f"{scale * best['median']:.{1 if scale > 1 else 2}f}"
     ours = next(
         (r["median"] for r in record["rows"] if r["peer"] == OURS and not r["failed"]), None
     )
@@ -268,39 +249,37 @@ def _cases(
     scale: float,
     form: str,
 ) -> list[Row]:
-    """One row a peer, one column a case: a figure, and its ratio to fastdiff's.
+    """One row a title, one column a case: a figure, and its ratio to fastdiff's.
 
     Args:
         results: of peers in turns.
         title: of a column, from its record.
-        peers: the peers' names, and their titles in the table.
+        peers: the peers' names, and their titles in the table; the fastest of one title is shown.
         figure: the key of a record's rows.
         scale: factor of the figure.
         form: of the scaled figure.
     """
     calls = [r for r in results["records"] if r["kind"] == "call"]
     table = [["", *map(title, calls)]]
-    for name, peer in peers.items():
-        cells = [_cell(record, name, figure, scale, form) for record in calls]
+    for peer in dict.fromkeys(peers.values()):
+        names = [name for name in peers if peers[name] == peer]
+        cells = [_cell(record, names, figure, scale, form) for record in calls]
         if any(cells):
             table.append([peer, *cells])
     return table
 
 
-def _cell(record: Results, name: str, figure: str, scale: float, form: str) -> str:
+def _cell(record: Results, names: list[str], figure: str, scale: float, form: str) -> str:
+    """The smallest figure among a peer's variants, and its ratio to fastdiff's."""
     from benchmarks.turns.job import OURS
 
-    row = next((r for r in record["rows"] if r["peer"] == name), None)
-    if row is None:
-        return ""
-    if row["failed"]:
-        return "failed"
-    value = row[figure]
-    if value is None:
-        return ""
+    rows = [r for r in record["rows"] if r["peer"] in names]
+    values = [r[figure] for r in rows if not r["failed"] and r[figure] is not None]
+    if not values:
+        return "failed" if any(r["failed"] for r in rows) else ""
     ours = next((r[figure] for r in record["rows"] if r["peer"] == OURS and not r["failed"]), None)
-    text = form.format(scale * value)
-    return text if name == OURS or not ours else f"{text} ({value / ours:.2f}x)"
+    text = form.format(scale * min(values))
+    return text if OURS in names or not ours else f"{text} ({min(values) / ours:.2f}x)"
 
 
 # The digits model trained in eager mode and compiled: learning.json.

@@ -63,7 +63,6 @@ class Table:
 
 
 TABLES = {
-    "summary": Table("make bench-unet", "unet", rows.unet_summary),
     "unet": Table("make bench-unet", "unet", rows.unet_calls),
     "unet-errors": Table("make bench-unet", "unet", rows.unet_errors),
     "unet-sampling": Table("make bench-unet", "unet", rows.unet_sampling),

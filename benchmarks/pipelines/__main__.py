@@ -48,11 +48,7 @@ def main() -> None:
         )  # fmt: skip
         say(machine.line(facts))
         for case in report.remaining(cases, args.resume):
-            peers = [
-                name
-                for name, peer in PEERS.items()
-                if case.dtype in peer.dtypes and name in (args.peers or PEERS)
-            ]
+            peers = [name for name in PEERS if name in (args.peers or PEERS)]
             Run(case, peers, settings, report.put).run()
     print(report.text())
     tables.publish(args.out)

@@ -22,13 +22,11 @@ class Peer:
     Attributes:
         title: in tables; of several peers with one title the fastest is shown.
         prepare: makes the pipeline fast, in place, and returns remarks for the report.
-        dtypes: of the cases that the peer is timed in.
         model_dtype: of the pipeline and its inputs, where it is not that of the case.
     """
 
     title: str
     prepare: Callable[[Any, Case], list[str]]
-    dtypes: tuple[str, ...] = tuple(DTYPES)
     model_dtype: str | None = None
 
     def dtype(self, case: Case) -> torch.dtype:
@@ -39,8 +37,7 @@ class Peer:
 def _accelerated(pipe: Any, case: Case) -> list[str]:
     import fastdiff
 
-    precise = case.dtype == "float32" or pipe.unet.dtype == torch.bfloat16
-    fastdiff.accelerate(pipe, precision=None if precise else "bf16")
+    fastdiff.accelerate(pipe)
     return []
 
 
@@ -125,14 +122,8 @@ def _compiled(
 
 PEERS = {
     OURS: Peer("fastdiff.accelerate", _accelerated),
-    "fastdiff bf16": Peer(
-        'fastdiff.accelerate, precision="bf16", float32 pipeline',
-        _accelerated,
-        ("bfloat16",),
-        "float32",
-    ),
     "openvino": Peer("OpenVINO", _openvino, model_dtype="float32"),
     "inductor": Peer("torch.compile, Inductor, frozen, channels_last", _inductor),
-    "eager channels_last": Peer("diffusers, eager, channels_last", _channels_last),
+    "eager channels_last": Peer("diffusers, eager", _channels_last),
     EAGER: Peer("diffusers, eager", _eager),
 }

@@ -89,7 +89,12 @@ def test_the_table_has_ratios_to_our_time():
     case = {"kind": "call", "network": "small", "machine": HERE}
     results = {
         "records": [
-            case | {"batch": 1, "dtype": "float32", "rows": [row(OURS, 1.0), row(EAGER, 2.5)]},
+            case
+            | {
+                "batch": 1,
+                "dtype": "float32",
+                "rows": [row(OURS, 1.0), row(EAGER, 2.5), row("eager channels_last", 3.0)],
+            },
             case | {"batch": 4, "dtype": "bfloat16", "rows": [row(OURS, 2.0), row(EAGER, None)]},
         ]
     }
