@@ -186,7 +186,7 @@ def _version(value: Any) -> int | None:
 
 
 def _key(value: Any) -> Any:
-    """Something hashable that is equal for equal values of an attribute."""
+    """Something that is equal for equal values of an attribute, hashable if they are plain data."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype is torch.bfloat16 else value).numpy()
@@ -196,4 +196,6 @@ def _key(value: Any) -> Any:
         return tuple(_key(one) for one in value)
     if isinstance(value, dict):
         return repr(value)
-    return type(value), value
+    if value is None or isinstance(value, (bool, int, float, str, np.generic)):
+        return type(value), value
+    return [value]

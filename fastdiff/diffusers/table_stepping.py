@@ -27,7 +27,7 @@ from fastdiff.diffusers.unit_vectors import holds, on_host, replaced
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLANS = 32  # plans that a scheduler remembers: one for each grid, start, dtype and options
-# What copies and pickles of a scheduler do without.
+# What no step depends on, and copies and pickles of a scheduler do without.
 _CACHES = ("_run", "_plans", "_hosts", "_noise_tables")
 
 
@@ -124,7 +124,7 @@ class TableStepping:
                 self.__dict__.update({name: [*value] for name, value in program.lists.items()})
         return results
 
-    _outside_graphs = _disable_dynamo(_table_step)
+    _outside_graphs = _disable_dynamo(_table_step)  # torch.compiler.disable would import Dynamo
 
     def _diffusers_step(self, *arguments: Any, **options: Any) -> Any:
         """The step without a table."""
@@ -229,7 +229,7 @@ class TableStepping:
         key = tuple(parts)
         try:
             hash(key)
-        except TypeError:  # an attribute of a kind that no scheduler of diffusers has
+        except TypeError:  # an attribute that is more than numbers, such as UniPC's other solver
             return None
         plans = self._plans
         if plans is None:

@@ -169,6 +169,16 @@ def test_a_time_outside_the_grid() -> None:
             torch.testing.assert_close(*made, atol=1e-5, rtol=0)
 
 
+def test_a_predictor_of_another_class_runs_without_a_table() -> None:
+    results = []
+    for module in (fastdiff.diffusers, diffusers):
+        scheduler = module.UniPCMultistepScheduler(solver_p=module.DPMSolverMultistepScheduler())
+        results.append(run(scheduler, steps=5))
+    for mine, theirs in zip(*(one.steps for one in results), strict=True):
+        torch.testing.assert_close(mine[0], theirs[0], atol=1e-4, rtol=1e-4)
+    assert not results[0].scheduler._plans
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_plans_are_made_once(name, monkeypatch) -> None:
     made = []
