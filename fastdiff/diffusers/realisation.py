@@ -32,15 +32,18 @@ class TooManyValuesError(Exception):
 
 
 class Call(NamedTuple):
-    """One row of a step.
+    """One operation of a step.
 
     Attributes:
-        row: its number.
+        row: the number of the table's row that it does, -1 for none.
+        alpha: if it does no row: the result is the sample plus alpha times the model's output, for
+            which PyTorch's own addition is as fast as memory.
         chained: it starts from the tensor that the call before it has written, not the sample.
         second: it writes the step's second result, not the next sample.
     """
 
     row: int
+    alpha: float | None
     chained: bool
     second: bool
 
@@ -50,7 +53,7 @@ class Program:
     """How a step is computed.
 
     Attributes:
-        calls: its rows; the last writes the next sample.
+        calls: its operations; the last writes the next sample.
         second_in_history: the only row keeps the step's second result, in slot 0 of a history of
             its own.
         has_second: whether the step returns a second tensor.
@@ -74,7 +77,9 @@ class Program:
 class _Rows:
     """The rows that are made so far, and which combination each kept tensor is."""
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, kept: int, sums: bool) -> None:
+        self.sums = sums
+        self.depth = kept  # what a scheduler keeps can be read even if no step reads it
         if kept > MAX_HISTORY:
             raise TooManyValuesError(f"{kept} kept tensors at the start")
         self.kept = [_unit(INPUTS + j) for j in range(kept)]
@@ -108,10 +113,15 @@ class _Rows:
         self.slots.append(out[INPUTS:])
         return len(self.rows) - 1
 
+    def sum(self, out: np.ndarray) -> float | None:
+        """The alpha with which a combination is the sample plus alpha times the output."""
+        others = np.delete(out, [X, M])
+        return float(out[M]) if self.sums and out[X] == 1 and not others.any() else None
+
     def table(self) -> Tensor:
         """The rows as a table [R, columns + slots], float64."""
         used = [np.flatnonzero(slots).max(initial=-1) for slots in self.slots]
-        depth = int(max(*used, *(row["slot"] for row in self.rows), -1)) + 1
+        depth = max([self.depth - 1, *used, *(int(row["slot"]) for row in self.rows)]) + 1
         values = np.zeros((len(self.rows), len(COLUMNS) + depth))
         for j, (row, slots) in enumerate(zip(self.rows, self.slots, strict=True)):
             for name, value in row.items():
@@ -121,7 +131,7 @@ class _Rows:
 
 
 def realise(
-    steps: Sequence[StepMap | None], kept: int, second_in_history: bool
+    steps: Sequence[StepMap | None], kept: int, second_in_history: bool, sums: bool
 ) -> tuple[Tensor, list[Program | None]]:
     """The table of a run of steps, and the program of each, None for None.
 
@@ -130,20 +140,21 @@ def realise(
         kept: the number of tensors kept before the first step, which are in slots 0, 1, ...
         second_in_history: a step's second result has the history's dtype. Then a step that keeps
             nothing takes one row for both of its results.
+        sums: the model's output has the sample's shape, so that the two can be added.
 
     Raises:
         TooManyValuesError: the history would need more slots than it has.
     """
     try:
-        return _realise(steps, kept, second_in_history, recursive=False)
+        return _realise(steps, kept, second_in_history, sums, recursive=False)
     except TooManyValuesError:
-        return _realise(steps, kept, second_in_history, recursive=True)
+        return _realise(steps, kept, second_in_history, sums, recursive=True)
 
 
 def _realise(
-    steps: Sequence[StepMap | None], kept: int, second_in_history: bool, recursive: bool
+    steps: Sequence[StepMap | None], kept: int, second_in_history: bool, sums: bool, recursive: bool
 ) -> tuple[Tensor, list[Program | None]]:
-    rows = _Rows(kept)
+    rows = _Rows(kept, sums)
     programs: list[Program | None] = []
     # otherwise the run's history has slots, and a history of a step's own would not fit the table
     second_in_history &= kept == 0 and not any(step.kept for step in steps if step is not None)
@@ -172,18 +183,22 @@ def _add_step(rows: _Rows, step: StepMap, second_in_history: bool) -> tuple[list
     outputs = [rows.combination(one) for one in step.outputs]
     before, after = rows.kept, [rows.combination(one) for one in step.kept]
     new = _independent([one[:INPUTS] for one in after])
-    if len(outputs) > 1 and second_in_history:
+    sums = [rows.sum(one) for one in outputs]
+    if len(outputs) > 1 and second_in_history and None in sums:
         row = rows.add(step, outputs[0], keep=outputs[1], slot=0)
-        return [Call(row, chained=False, second=False)], True
+        return [Call(row, None, chained=False, second=False)], True
     count = max(len(new), len(outputs), 1)
     slots = _free_slots(before, after, len(new))
     calls = []
     for place in range(count):
         second = len(outputs) > 1 and place == 0 and count > 1
         j = place - (count - len(new))  # the last rows keep something
+        if j < 0 and sums[second] is not None:
+            calls.append(Call(-1, sums[second], chained=False, second=second))
+            continue
         kept = (new[j], slots[j]) if j >= 0 else (None, -1)
-        row = rows.add(step, outputs[1 if second else 0], *kept)
-        calls.append(Call(row, chained=False, second=second))
+        row = rows.add(step, outputs[second], *kept)
+        calls.append(Call(row, None, chained=False, second=second))
     rows.kept = [_stored(one, new, slots) for one in after]
     return calls, False
 
@@ -204,7 +219,8 @@ def _add_recursion(rows: _Rows, step: StepMap, second_in_history: bool) -> tuple
     calls = []
     for j in range(max(len(new), 1)):
         kept = (new[j], slots[j]) if new else (None, -1)
-        calls.append(Call(rows.add(step, recursion, *kept), chained=False, second=False))
+        row = rows.add(step, recursion, *kept)
+        calls.append(Call(row, None, chained=False, second=False))
     # the next sample from the recursion in the sample's place, the output, noise and slots
     stored = [_wide(one) for one in new]
     old = [INPUTS + j for j in _live(before)]
@@ -218,7 +234,7 @@ def _add_recursion(rows: _Rows, step: StepMap, second_in_history: bool) -> tuple
     out[places] = factors
     final = StepMap(step.outputs, [], None, step.draws, step.variance)
     row = rows.add(final, out, keep=_unit(X)[:INPUTS], slot=slots[-1])
-    calls.append(Call(row, chained=True, second=False))
+    calls.append(Call(row, None, chained=True, second=False))
     rows.kept = [
         _unit(INPUTS + slots[-1]) if _close(one, recursion) else _stored(one, new, slots)
         for one in after

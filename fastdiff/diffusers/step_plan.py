@@ -109,7 +109,12 @@ def make_plan(probe: Any, step: Step, request: Request) -> Plan | None:
         return None
     second = dtypes[0][1] if len(dtypes[0]) > 1 else None
     try:
-        table, programs = realise(maps, count_places(before), second == wide_dtype(request.dtype))
+        table, programs = realise(
+            maps,
+            count_places(before),
+            second_in_history=second == wide_dtype(request.dtype),
+            sums=request.channels[0] == request.channels[1],
+        )
     except TooManyValuesError:
         return None
     now = {name: start.__dict__.get(name) for name in held}

@@ -83,29 +83,34 @@ class Run:
     ) -> tuple[Tensor, ...]:
         """Compute a step's results; noise of the step's ``own`` may be overwritten."""
         kernel, table, numbers = self.kernel, self.table, self.numbers
-        first = program.calls[0].row
+        row, alpha, *_ = program.calls[0]
         if len(program.calls) == 1:
+            if alpha is not None:
+                return (torch.add(sample, output, alpha=alpha),)
             # An element is written where the same element was read: a tensor less.
             out = noise if own and sample.is_contiguous() else None
             if out is None:
                 out = torch.empty_like(sample)
             if not program.second_in_history:
-                kernel(sample, output, self.history, noise, table, numbers[first], None, out)
+                kernel(sample, output, self.history, noise, table, numbers[row], None, out)
                 return (out,)
             second = torch.empty_like(sample, dtype=table.dtype)
-            kernel(sample, output, second.unsqueeze(0), noise, table, numbers[first], None, out)
+            kernel(sample, output, second.unsqueeze(0), noise, table, numbers[row], None, out)
             return out, second
-        out = torch.empty_like(sample)
-        second = torch.empty_like(sample) if program.has_second else out
-        for row, chained, writes_second in program.calls:
-            kernel(
-                out if chained else sample, output, self.history, noise, table, numbers[row], None,
-                second if writes_second else out,
-            )  # fmt: skip
-        if not program.has_second:
-            return (out,)
-        dtype = self.plan.second_dtype
-        return out, second if dtype is self.dtype else second.to(dtype)
+        results: list[Tensor | None] = [None, None]  # the next sample, and the second result
+        for row, alpha, chained, writes_second in program.calls:
+            if alpha is not None:
+                results[writes_second] = torch.add(sample, output, alpha=alpha)
+                continue
+            made = results[writes_second]
+            if made is None:
+                made = results[writes_second] = torch.empty_like(sample)
+            start = made if chained else sample
+            kernel(start, output, self.history, noise, table, numbers[row], None, made)
+        if program.has_second and self.plan.second_dtype is not self.dtype:
+            assert results[1] is not None
+            results[1] = results[1].to(self.plan.second_dtype)
+        return tuple([one for one in results if one is not None])
 
     def is_none(self, name: str) -> bool:
         """Whether an attribute that the run holds is None."""

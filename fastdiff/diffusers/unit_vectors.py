@@ -155,6 +155,8 @@ class _UnitVectors(TorchFunctionMode):
     def limit(self, free: Tensor, low: Any, high: Any, quantile: float = 0.0) -> Tensor:
         """Note that x0 is ``free`` and is limited here."""
         vector = self.coefficients(free)
+        if not 0 <= quantile <= 1:
+            raise NotLinearError(f"{quantile} is no quantile")
         if self.clipping is not None or vector[[Z, X0]].any() or vector[INPUTS:].any():
             raise NotLinearError("x0 is limited twice, or depends on more than sample and output")
         limits = (-np.inf if low is None else float(low), np.inf if high is None else float(high))
@@ -251,7 +253,7 @@ def _step_map(
             )
         elif isinstance(value, list):
             probe.__dict__[name] = list(value)  # schedulers change lists in place
-    if quantile is not None:
+    if quantile:  # a table takes 0 for fixed limits, and diffusers for the smallest value
         # set on the copy alone: its method takes a quantile over each image
         probe.__dict__["_threshold_sample"] = lambda free: mode.limit(
             free, None, probe.config.sample_max_value, quantile

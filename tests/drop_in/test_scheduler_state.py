@@ -127,6 +127,21 @@ def test_assigning_what_is_kept(name) -> None:
     walk.same_attributes()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_kept_tensors_that_are_given_at_the_start(steps) -> None:
+    """Also those that no step reads, because the run is shorter."""
+    for name in ("DEISMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"):
+        walk = (
+            Walk(name, steps=steps + 3, solver_order=3) if name[0] != "P" else Walk(name, steps=7)
+        )
+        for one in walk.both:
+            attribute = "ets" if name[0] == "P" else "model_outputs"
+            setattr(one, attribute, [torch.full(SHAPE, value) for value in (0.1, 0.2, 0.3)])
+        for _ in range(steps):
+            walk.step()
+        walk.same_attributes()
+
+
 @pytest.mark.parametrize("name", WITH_STATE)
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_copies_go_on_with_the_run(name, through) -> None:

@@ -159,6 +159,13 @@ def test_steps_and_dtypes(name, steps, dtype) -> None:
     assert compare(name, {}, steps=steps, dtype=dtype) == has_table(name, dtype)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_ratios_of_dynamic_thresholding(ratio) -> None:
+    config = {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": 9.0}
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler"):
+        assert compare(name, config) == (ratio > 0)  # a table's 0 stands for fixed limits
+
+
 @pytest.mark.parametrize("name", [n for n in SCHEDULERS if n != "PNDMScheduler"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_few_steps(name, steps) -> None:
