@@ -21,6 +21,7 @@ class InputScaling(KeptTables):
     sigmas: Tensor
     step_index: int | None
     _init_step_index: Callable[[Any], None]
+    _notes_scaling = False  # whether diffusers notes a call also where it has no such note before
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The images as the network expects them at the step that comes.
@@ -43,7 +44,7 @@ class InputScaling(KeptTables):
         if sigmas.device.type != "cpu":  # reading them would wait for the device
             return super().scale_model_input(sample, timestep)  # type: ignore[misc]
         factors = self._kept(("inputs",), (sigmas,), lambda: self._input_factors(sigmas).tolist())
-        if "is_scale_input_called" in self.__dict__:
+        if self._notes_scaling or "is_scale_input_called" in self.__dict__:
             self.is_scale_input_called = True
         return self._scaled(sample, factors[step])
 
@@ -72,6 +73,7 @@ class PreconditionedInputScaling(InputScaling):
     """For EDM's schedulers: c_in x (Karras et al. 2022, arXiv:2206.00364, table 1)."""
 
     _get_conditioning_c_in: Callable[[Tensor], Tensor]
+    _notes_scaling = True
 
     def _input_factors(self, sigma: Tensor) -> Tensor:
         return self._get_conditioning_c_in(sigma)
