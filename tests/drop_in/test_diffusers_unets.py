@@ -360,3 +360,30 @@ def test_models_do_not_share_the_limit_of_graphs(monkeypatch) -> None:
         model = ours.UNet2DModel(**UNCONDITIONAL).eval()
         with torch.no_grad():
             model(**inputs(model))
+
+
+def test_distributed_training_and_tracing(pair, tmp_path) -> None:
+    mine, stock = pair
+    arguments = inputs(stock)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(mine)
+        for model in (wrapped, stock):
+            model(**arguments).sample.square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert error(mine.conv_in.weight.grad, stock.conv_in.weight.grad) <= 1e-3
+
+    class Tensors(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = mine
+
+        def forward(self, *args):
+            return self.model(*args, return_dict=False)[0]
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Tensors(), tuple(arguments.values()), check_trace=False)
+        assert error(traced(*arguments.values()), stock(**arguments).sample) <= BOUND
