@@ -96,7 +96,8 @@ def run(checkout: Path, arguments: list[str], *, stock: bool) -> dict[str, str]:
     else:
         print(f"fastdiff's classes: {', '.join(substitute())}")
     outcomes = Outcomes()
-    pytest.main(["-p", "no:cacheprovider", "--rootdir", str(checkout), *arguments], [outcomes])
+    options = ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    pytest.main([*options, "--rootdir", str(checkout), *arguments], [outcomes])
     return outcomes.ended
 
 

@@ -24,7 +24,6 @@ import torch
 from diffusers import UNet2DConditionModel as _Conditional
 from diffusers import UNet2DModel as _Unconditional
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fastdiff.common.per_model import PerModel
 from fastdiff.compiler import dynamo
@@ -101,31 +100,6 @@ def _call(forward: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: A
 
 
 _numbers = itertools.count()
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class _Compiled:
-    """The compiled forward of one model, compiled anew when hooks come to its layers or go.
-
-    Dynamo traces the hooks that there are and does not look for others later.
-    """
-
-    def __init__(self) -> None:
-        self._handles = -1  # how many hooks this process had ever registered at the last look
-        self._hooks: list[int] = []
-        self._function: Callable[..., Any]
-
-    def of(self, model: nn.Module) -> Callable[..., Any]:
-        """The compiled function of the model's present hooks."""
-        handles = RemovableHandle.next_id
-        if self._hooks or handles != self._handles:  # else none can have come or gone
-            hooks = [
-                hook for part in model.modules() for name in _HOOKS for hook in vars(part)[name]
-            ]
-            if hooks != self._hooks or self._handles < 0:
-                self._function = _compile()
-            self._handles, self._hooks = handles, hooks
-        return self._function
 
 
 def _compile() -> Callable[..., Any]:
@@ -135,7 +109,7 @@ def _compile() -> Callable[..., Any]:
     return torch.compile(FunctionType(code, _call.__globals__), backend="fastdiff")
 
 
-_compiled = PerModel(_Compiled)
+_compiled = PerModel(_compile)
 
 
 def _run(forward: Callable[..., Any], model: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +120,7 @@ def _run(forward: Callable[..., Any], model: Any, sample: Tensor, *args: Any, **
     if reason is not None:
         _say(reason)
         return forward(model, sample, *args, **kwargs)
-    return _compiled[model].of(model)(forward, model, sample, *args, **kwargs)
+    return _compiled[model](forward, model, sample, *args, **kwargs)
 
 
 def _why_not(sample: Tensor) -> str | None:
