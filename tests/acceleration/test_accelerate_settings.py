@@ -18,6 +18,7 @@ from torch import nn
 
 import fastdiff
 from fastdiff.acceleration import components, obstacles, report
+from fastdiff.compiler.run import packing
 
 CALL = "_compiled_call_impl"
 
@@ -140,6 +141,19 @@ def test_nothing_is_kept_alive():
     del pipe
     gc.collect()
     assert [reference() for reference in gone] == [None] * 3
+
+
+@torch.no_grad()
+def test_restore_frees_packed_weights():
+    model = unconditional.unet()
+    others = set(packing._packed)
+    fastdiff.accelerate(model)
+    model(torch.randn(1, 3, 8, 8), torch.tensor(5))
+    packed = [weakref.ref(packing._packed[key]) for key in set(packing._packed) - others]
+    assert len(packed) > 10
+    fastdiff.restore(model)
+    gc.collect()
+    assert not any(reference() for reference in packed)
 
 
 def test_cache(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from fastdiff.compiler import pipeline
 from fastdiff.compiler.report import GraphReport
 
 NEAR = 1e-4  # of images in [0, 1]
-SIZES = [(16, 16), (16, 32), (24, 16), (40, 24), (32, 32), (8, 48), (64, 8), (16, 16)]
+SIZES = [(16, 32), (24, 16), (40, 24), (32, 32), (8, 48), (64, 8), (16, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def assert_same_images(pair: tuple[Any, Any], **changes: Any) -> np.ndarray:
 
 def test_sizes(pair, graphs):
     """Every graph is on the fast path, and there are few for many sizes."""
+    assert_same_images(pair, height=16, width=16)
+    assert len(graphs) == 2  # of the U-Net and of the decoder
     for height, width in SIZES:
         images = assert_same_images(pair, height=height, width=width)
         assert images.shape == (1, height, width, 3)
-        if (height, width) == SIZES[0]:
-            assert len(graphs) == 2  # of the U-Net and of the decoder
     for report in graphs:
         assert report.reason is None
         assert len(report.emitted) > 10

@@ -101,6 +101,7 @@ def images() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     states = {id(m): dict(m.__dict__) for p in parts.values() for m in modules(p)}
     for pipe, _ in pipes.values():
         assert fastdiff.accelerate(pipe) is pipe
+        assert type(pipe.scheduler).__module__.startswith("fastdiff.")
     during = {name: draw(pipe) for name, (pipe, draw) in pipes.items()}
     for pipe, _ in pipes.values():
         assert fastdiff.restore(pipe) is pipe
