@@ -8,6 +8,13 @@ import numpy as np
 import pytest
 import small_pipelines as small
 import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 import fastdiff
 from fastdiff.acceleration import report
@@ -85,6 +92,53 @@ def test_no_black_images():
     found = images(pipe)
     assert np.abs(found - expected).max() < 2e-2
     fastdiff.restore(pipe)
+
+
+VISION: dict[str, int] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8, "projection_dim": 16,
+}  # fmt: skip
+
+
+def checker() -> StableDiffusionSafetyChecker:
+    return small.randomised(StableDiffusionSafetyChecker(CLIPConfig(vision_config=VISION)))
+
+
+def image_encoder() -> CLIPVisionModelWithProjection:
+    return small.randomised(CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "part"),
+    [
+        ("safety_checker", checker, "vision_model"),
+        ("image_encoder", image_encoder, ""),
+        ("text_encoder", small.text_encoder, ""),
+    ],
+)
+@torch.no_grad()
+def test_encoders(name, make, part):
+    """In float16 they are compiled, and at least as near to float32 as PyTorch's own."""
+    model = make()
+    inner = model.get_submodule(part)
+    x = torch.randn(2, 3, 16, 16) if name != "text_encoder" else torch.randint(2, 20, (2, 16))
+    expected = inner(x)[0]
+    pipe = small.stable_diffusion(feature_extractor=CLIPImageProcessor(), **{name: model})
+    pipe.to(dtype=torch.float16)
+    x = x.half() if x.is_floating_point() else x
+    eager = inner(x)[0]
+    fastdiff.accelerate(pipe)
+    assert inner._compiled_call_impl is not None
+    found = inner(x)[0]
+    assert found.dtype == torch.float16
+    near = (found - expected).square().mean().sqrt()
+    assert near <= 1.1 * (eager - expected).square().mean().sqrt()
+    assert near < 2e-3
+    if name == "safety_checker":  # as the pipeline calls it: images of float numbers, on the host
+        _, flags = model(clip_input=x, images=np.zeros((2, 16, 16, 3)))
+        assert len(flags) == 2
+    fastdiff.restore(pipe)
+    assert torch.equal(inner(x)[0], eager)
 
 
 def test_precision_bf16():
