@@ -44,9 +44,14 @@ def is_compiled_here(part: nn.Module) -> bool:
 
 
 def compile_in_place(part: nn.Module, options: dict[str, Any]) -> None:
-    """Compile a module in place; nothing is done where it has been compiled with these options."""
-    if is_compiled_here(part) and _parts[part].options == options:
-        return
+    """Compile a module in place; nothing is done where it has been compiled with these options.
+
+    Where it has been compiled with others, what was packed for them is freed.
+    """
+    if is_compiled_here(part):
+        if _parts[part].options == options:
+            return
+        release(part.parameters())
     # torch.compile takes options out of the dictionary that it is given.
     part.compile(backend="fastdiff", options=dict(options))
     _parts[part] = _Compiled(weakref.ref(part.__dict__[CALL]), dict(options))

@@ -10,13 +10,17 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastdiff.acceleration.compiled_parts import CALL, is_compiled_here
-from fastdiff.ops.backend import triton_missing
+from fastdiff.compiler import dynamo
+from fastdiff.ops.backend import cpu_missing, triton_missing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights
 
 
 def obstacle(part: nn.Module) -> str | None:
     """Why a module is left as it is; None where it can be compiled."""
+    off = dynamo.why_off()
+    if off:
+        return f"nothing is compiled in this process: {'; '.join(off)}"
     for name, module in part.named_modules():
         why = own_obstacle(module)
         if why is not None:
@@ -63,6 +67,8 @@ def _device(part: nn.Module) -> str | None:
     if found - {"cpu", "cuda"} or len(found) > 1:
         names = " and ".join(sorted(found))
         return f"its weights are on {names}, wanted all on a CPU or all on an NVIDIA GPU"
+    if "cuda" not in found and cpu_missing is not None:
+        return f"its weights are on a CPU, for which the C++ extension is needed: {cpu_missing}"
     if "cuda" in found and triton_missing is not None:
         return f"its weights are on a GPU, for which Triton is needed: {triton_missing}"
     return None

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import weakref
+from functools import partial
 from typing import Any
 
 import accelerate.hooks
@@ -143,15 +144,18 @@ def test_nothing_is_kept_alive():
     assert [reference() for reference in gone] == [None] * 3
 
 
+@pytest.mark.parametrize(
+    "after", [fastdiff.restore, partial(fastdiff.accelerate, precision="strict")]
+)
 @torch.no_grad()
-def test_restore_frees_packed_weights():
+def test_packed_weights_are_freed(after):
     model = unconditional.unet()
     others = set(packing._packed)
     fastdiff.accelerate(model)
     model(torch.randn(1, 3, 8, 8), torch.tensor(5))
     packed = [weakref.ref(packing._packed[key]) for key in set(packing._packed) - others]
     assert len(packed) > 10
-    fastdiff.restore(model)
+    after(model)
     gc.collect()
     assert not any(reference() for reference in packed)
 
@@ -291,6 +295,20 @@ def test_obstacles_are_named(spoil):
     with pytest.raises(ValueError, match=f"UNet2DModel.*{OBSTACLES[spoil]}"):
         fastdiff.accelerate(model)
     assert {name: part.__dict__.get(CALL) for name, part in model.named_modules()} == state
+
+
+def test_where_nothing_is_compiled():
+    with (
+        torch._dynamo.config.patch(disable=True),
+        pytest.raises(ValueError, match=r"nothing is compiled in this process: Dynamo is off"),
+    ):
+        fastdiff.accelerate(unconditional.unet())
+
+
+def test_a_cpu_without_the_extension(monkeypatch):
+    monkeypatch.setattr(obstacles, "cpu_missing", "it was not built")
+    with pytest.raises(ValueError, match=r"the C\+\+ extension is needed: it was not built"):
+        fastdiff.accelerate(unconditional.unet())
 
 
 @pytest.fixture

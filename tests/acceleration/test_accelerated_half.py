@@ -141,9 +141,13 @@ def test_encoders(name, make, part):
     assert torch.equal(inner(x)[0], eager)
 
 
-def test_precision_bf16():
+def test_precisions():
+    """A second and a third call set others."""
     expected = images(made())
-    pipe = fastdiff.accelerate(made(), precision="bf16")
-    error = np.abs(images(pipe) - expected).max()
-    assert 1e-4 < error < 0.05
+    pipe = fastdiff.accelerate(made())
+    assert np.abs(images(pipe) - expected).max() < 1e-4
+    fastdiff.accelerate(pipe, precision="bf16")
+    assert 1e-3 < np.abs(images(pipe) - expected).max() < 0.05
+    fastdiff.accelerate(pipe, precision="strict")
+    assert np.abs(images(pipe) - expected).max() < 1e-4
     fastdiff.restore(pipe)
