@@ -9,6 +9,7 @@ import torch
 from small_pipelines import arguments
 from torch import Tensor
 
+import fastdiff
 from fastdiff.compiler.run.replay import Replay
 
 FAST = 1e-4  # of a U-Net's output: what float32 may cost with Winograd's transforms
@@ -21,14 +22,21 @@ class SideBySide:
     Args:
         pipe: its U-Net is compiled in place; a graph break is an error.
         bound: of the largest difference, as a share of the largest latent.
+        accelerated: whether ``fastdiff.accelerate`` compiles the pipeline instead, its ControlNet
+            too.
     """
 
-    def __init__(self, pipe: Any, bound: float = 10 * FAST) -> None:
+    def __init__(self, pipe: Any, bound: float = 10 * FAST, *, accelerated: bool = False) -> None:
         self.pipe, self.bound, self.last = pipe, bound, None
-        pipe.unet.compile(backend="fastdiff", fullgraph=True)
+        self.networks = 1
+        if accelerated:
+            fastdiff.accelerate(pipe, scheduler=False)
+            self.networks += hasattr(pipe, "controlnet")
+        else:
+            pipe.unet.compile(backend="fastdiff", fullgraph=True)
 
     def __call__(self, *, changed: bool = True, **changes: Any) -> Tensor:
-        """The latents, which are eager's. Every evaluation of the U-Net ran as a fused graph.
+        """The latents, which are eager's. Every evaluation of a network ran as one fused graph.
 
         Args:
             changed: whether they are other latents than those of the call before, or the same.
@@ -38,7 +46,7 @@ class SideBySide:
         with torch.compiler.set_stance("force_eager"):
             expected = self.pipe(**arguments(**given)).images
         ran, found = fused_runs(lambda: self.pipe(**arguments(**given)).images)
-        assert ran == given["steps"]
+        assert ran == given["steps"] * self.networks
         assert_close(found, expected, self.bound)
         if self.last is not None:
             assert (distance(found, self.last) > 3 * self.bound) == changed

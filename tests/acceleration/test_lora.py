@@ -63,7 +63,7 @@ def test_scales_that_change_at_each_call(files):
 
 def test_weights_of_adapters_that_change_at_each_call(files):
     pipe = stable_diffusion()
-    beside = SideBySide(pipe)
+    beside = SideBySide(pipe, accelerated=True)
     for name, file in zip(("one", "two"), files, strict=True):
         pipe.load_lora_weights(file, adapter_name=name)
     for i in range(3):
@@ -99,7 +99,7 @@ def test_hot_swap(files, tmp_path):
     other = save_lora(tmp_path, pipe.unet, 3, rank=4)
     pipe.enable_lora_hotswap(target_rank=4)
     pipe.load_lora_weights(files[0], adapter_name="default")
-    beside = SideBySide(pipe)
+    beside = SideBySide(pipe, accelerated=True)
     first = beside()
     made = graphs()
     pipe.load_lora_weights(other, adapter_name="default", hotswap=True)
