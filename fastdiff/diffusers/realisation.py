@@ -140,7 +140,8 @@ def realise(
         kept: the number of tensors kept before the first step, which are in slots 0, 1, ...
         second_in_history: a step's second result has the history's dtype. Then a step that keeps
             nothing takes one row for both of its results.
-        sums: the model's output has the sample's shape, so that the two can be added.
+        sums: the sample and the model's output can be added: they have one shape, and the results
+            have their dtype.
 
     Raises:
         TooManyValuesError: the history would need more slots than it has.

@@ -113,7 +113,7 @@ def make_plan(probe: Any, step: Step, request: Request) -> Plan | None:
             maps,
             count_places(before),
             second_in_history=second == wide_dtype(request.dtype),
-            sums=request.channels[0] == request.channels[1],
+            sums=request.channels[0] == request.channels[1] and {*dtypes[0]} == {request.dtype},
         )
     except TooManyValuesError:
         return None

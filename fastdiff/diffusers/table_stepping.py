@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from fastdiff.diffusers.unit_vectors import holds, on_host, replaced
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLANS = 32  # plans that a scheduler remembers: one for each grid, start, dtype and options
 # What no step depends on, and copies and pickles of a scheduler do without.
-_CACHES = ("_run", "_plans", "_hosts", "_noise_tables")
+_CACHES = ("_run", "_plans", "_hosts", "_refused", "_noise_tables")
 
 
 class TableStepping:
@@ -51,6 +52,7 @@ class TableStepping:
     _run: Run | None = None
     _plans: dict[Any, Plan | None] | None = None
     _hosts: dict[str, Host] | None = None
+    _refused: tuple[Any, ...] = ()  # the configuration, grid, dtype and options that had no plan
     strict_compat = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -148,6 +150,10 @@ class TableStepping:
             return None
         if not isinstance(self.__dict__.get("timesteps"), Tensor):
             return None
+        wanted = (self.config, self.timesteps, sample.dtype, options)
+        refused = self._refused
+        if refused and all(map(operator.is_, wanted[:3], refused)) and options == refused[3]:
+            return None  # not to be traced again in every step
         if self._counter is None and self._grid().place(time) is None:
             return None
         if self._counter == "_step_index" and self.__dict__["_step_index"] is None:
@@ -160,6 +166,7 @@ class TableStepping:
             return None
         plan = self._plan(output, sample, options, start, is_kept)
         if plan is None:
+            self.__dict__["_refused"] = wanted
             return None
         run = Run(plan, sample, output, options)
         if start is None or self._time_matters:

@@ -208,6 +208,15 @@ def test_plans_are_made_once(name, monkeypatch) -> None:
     assert None not in made
 
 
+def test_what_has_no_plan_is_traced_once(monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(table_stepping, "make_plan", lambda *given: made.append(given))
+    ours, _ = pair("DEISMultistepScheduler")
+    for _ in range(2):
+        run(ours, steps=6)
+    assert len(made) == 1
+
+
 class _Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -159,6 +159,14 @@ def test_steps_and_dtypes(name, steps, dtype) -> None:
     assert compare(name, {}, steps=steps, dtype=dtype) == has_table(name, dtype)
 
 
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_x0_is_float32_for_bfloat16_images(name) -> None:
+    """As diffusers gives it: not a bfloat16 number in a float32 tensor."""
+    ours, _ = pair(name)
+    for _, x0 in run(ours, dtype=torch.bfloat16).steps:
+        assert not torch.equal(x0, x0.bfloat16().float())
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_ratios_of_dynamic_thresholding(ratio) -> None:
     config = {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": 9.0}
