@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import diffusers
 import pytest
 import torch
@@ -16,6 +18,8 @@ from small_pipelines import (
     t2i_adapter,
     unet,
 )
+
+from fastdiff.compiler import explain
 
 
 def image(seed: int = 0, size: int = 16):
@@ -227,3 +231,23 @@ def test_other_embeddings(changes):
         with torch.compiler.set_stance("force_eager"):
             expected = model(x, label, **given).sample
         assert distance(model(x, label, **given).sample, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_conditions_cost_no_fusion():
+    """An IP-Adapter's attention is fused too, and ControlNet's residuals cost additions alone."""
+    model, case = unet(), (torch.randn(2, 4, 8, 8), 7, torch.randn(2, 5, WIDTH))
+    down, middle = controlnet()(*case, torch.rand(2, 3, 16, 16), return_dict=False)
+    before = explain(model, *case)
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    added = explain(model, *case, **residuals)
+    assert len(added.fused) == len(before.fused)
+    assert {name for name, _ in Counter(added.left) - Counter(before.left)} <= {"add"}
+    pipe = stable_diffusion(unet=model)
+    weights = ip_adapter(model, 1)
+    pipe.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    images = {"image_embeds": [torch.randn(2, 1, WIDTH)]}
+    adapted = explain(model, *case, added_cond_kwargs=images)
+    crossing = sum(name.endswith("attn2.processor") for name in model.attn_processors)
+    counts = [sum(row.what == "attention" for row in x.fused) for x in (before, adapted)]
+    assert counts == [2 * crossing, 3 * crossing]
