@@ -26,6 +26,10 @@ def images(pipe: Any, **changes: Any) -> np.ndarray:
     return pipe(**small.arguments(STEPS, **changes)).images
 
 
+def many_images(pipe: Any) -> np.ndarray:
+    return np.stack([images(pipe, seed=seed) for seed in range(12)])
+
+
 def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.square(x).mean()))
 
@@ -41,19 +45,22 @@ def made(make: Any = small.stable_diffusion, dtype: torch.dtype = torch.float32)
     ("dtype", "bound"), [(torch.float16, 5e-3), (torch.bfloat16, 0.05)], ids=["fp16", "bf16"]
 )
 def test_near_float32(make, dtype, bound):
-    """Two calls: in float16, XL's pipeline converts the autoencoder to float32 for each of them."""
-    expected = images(made(make))
+    """Many calls: in float16, XL's pipeline converts the autoencoder to float32 for each of them.
+
+    The error of a single image is up to 1.3 times eager mode's, or 0.7 times, by chance.
+    """
+    expected = many_images(made(make))
     pipe = made(make, dtype)
-    eager = images(pipe)
+    eager = many_images(pipe)
     before = {name: x.clone() for name, x in pipe.unet.state_dict().items()}
     fastdiff.accelerate(pipe)
-    found = images(pipe)
-    assert np.array_equal(images(pipe), found)
+    found = many_images(pipe)
+    assert np.array_equal(many_images(pipe), found)
     assert np.abs(found - expected).max() < bound
     assert rms(found - expected) <= 1.1 * rms(eager - expected)
     assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == dtype
     fastdiff.restore(pipe)
-    assert np.array_equal(images(pipe), eager)
+    assert np.array_equal(many_images(pipe), eager)
     for name, x in pipe.unet.state_dict().items():
         assert torch.equal(x, before[name])
 
