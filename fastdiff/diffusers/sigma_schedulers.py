@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
@@ -212,7 +214,7 @@ class FlowMatchEulerDiscreteScheduler(
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor, ...]:
         """The step of ``diffusers.FlowMatchEulerDiscreteScheduler``: arguments, results, errors."""
-        made = None
+        made: Any = None  # annotated by diffusers as a legacy type of CPU tensors
         if per_token_timesteps is None and not _is_whole(timestep):
             options = (s_churn, s_tmin, s_tmax, s_noise)
             made = self._table_step(model_output, timestep, sample, options, generator)
@@ -221,5 +223,4 @@ class FlowMatchEulerDiscreteScheduler(
                 model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
                 per_token_timesteps, return_dict,
             )  # fmt: skip
-        # diffusers' annotation is of a legacy type of CPU tensors
-        return FlowMatchEulerDiscreteSchedulerOutput(*made) if return_dict else made  # type: ignore[arg-type]
+        return FlowMatchEulerDiscreteSchedulerOutput(*made) if return_dict else made
