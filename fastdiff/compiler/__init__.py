@@ -55,8 +55,8 @@ Neither a normalised nor an activated tensor is written to memory. With gradient
                  gated: a * gelu(b); composed: operations with gradients or for GPUs; strides:
                  restores the strides that the caller expects
     run/         calls, trained: the functions that the nodes call; forms: activations as images;
-                 packing: weights, packed again when they
-                 change; recording and replay: the calls as a list that C++ runs
+                 packing: weights, packed again when they change; adapted_weights: those that LoRA
+                 adapts; recording and replay: the calls as a list that C++ runs
     reasons.py, report.py, explanation.py   why a graph is not on the fast path; what was fused
     dynamo.py    private interfaces of Dynamo
 

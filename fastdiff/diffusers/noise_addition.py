@@ -152,7 +152,7 @@ class _LevelNoising(KeptTables):
         t = _of_each(t, x)
         if t.dtype == torch.float64 and self.timesteps.dtype == torch.float32:
             t = t.float()
-        t = t.double()
+        t = t.double().contiguous()  # of others searchsorted warns
         rows = torch.searchsorted(ascending, t)
         # On a CPU a row outside the tables is an error.
         none = steps.shape[0] + (other is None and x.device.type == "cpu")

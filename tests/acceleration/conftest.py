@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Models this small gain nothing from threads, and lose much on a busy machine."""
     threads = torch.get_num_threads()
@@ -17,7 +17,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def _no_eager_fallback() -> Iterator[None]:
     """Where Dynamo has as many graphs as it may have, it fails, and runs nothing uncompiled."""
     torch.compiler.reset()
