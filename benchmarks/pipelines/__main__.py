@@ -15,43 +15,26 @@ output at the end.
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
 
-from benchmarks import machine, tables
 from benchmarks.pipelines.peers import PEERS
 from benchmarks.pipelines.pipes import PIPES
 from benchmarks.pipelines.report import Report
 from benchmarks.pipelines.worker import Run
 from benchmarks.turns.job import DTYPES, Case
-from benchmarks.turns.options import begin, parser
-from benchmarks.turns.run import Settings, say
+from benchmarks.turns.options import measure, parser
 
 MEASURED, BATCHES = ("small",), (1, 4)
 
 
 def main() -> None:
     args = _arguments()
-    begin()
-    report, facts = Report(args.out), machine.facts(args.threads)
-    report.keep_processor(facts)
     cases = [
         Case(name, batch, dtype, args.threads)
         for name in args.models
         for dtype in args.dtypes or DTYPES
         for batch in args.batches or BATCHES
     ]
-    with tempfile.TemporaryDirectory(prefix="fastdiff-pipelines-") as scratch:
-        settings = Settings(
-            rounds=args.rounds, limit=args.limit, keep_heap=not args.plain_heap, warm=False,
-            breakdown=None, folder=args.logs or Path(scratch),
-        )  # fmt: skip
-        say(machine.line(facts))
-        for case in report.remaining(cases, args.resume):
-            peers = [name for name in PEERS if name in (args.peers or PEERS)]
-            Run(case, peers, settings, report.put).run()
-    print(report.text())
-    tables.publish(args.out)
+    measure(args, Report(args.out), cases, PEERS, Run)
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +61,9 @@ def _inductor(pipe: Any, case: Case) -> list[str]:
 
 
 def _openvino(pipe: Any, case: Case) -> list[str]:
-    """U-Net and decoder as OpenVINO's models inside the pipeline."""
+    """U-Net and decoder as OpenVINO's models inside the pipeline, which keeps their outputs."""
+    from benchmarks.unet.runtimes import openvino_model
+
     size = pipe.unet.config.sample_size
     context = pipe.unet.config.cross_attention_dim
     inputs = (
@@ -70,14 +71,14 @@ def _openvino(pipe: Any, case: Case) -> list[str]:
         torch.zeros(2 * case.batch, 77, context),
     )  # fmt: skip
     latents = torch.zeros(case.batch, 4, size, size)
-    unet, notes = _compiled(_OneOutput(pipe.unet), inputs, case)
-    decoder, _ = _compiled(pipe.vae.decoder, (latents,), case)
+    unet, notes = openvino_model(_OneOutput(pipe.unet), inputs, case)
+    decoder, _ = openvino_model(pipe.vae.decoder, (latents,), case)
 
     def evaluate(x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        return (unet(x, t, encoder_hidden_states),)
+        return (unet(x, t, encoder_hidden_states).clone(),)
 
     pipe.unet.forward = evaluate
-    pipe.vae.decoder.forward = decoder
+    pipe.vae.decoder.forward = lambda *given: decoder(*given).clone()
     return notes
 
 
@@ -90,34 +91,6 @@ class _OneOutput(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Any:
         return self.unet(x, t, context, return_dict=False)[0]
-
-
-def _compiled(
-    module: nn.Module, inputs: tuple[Tensor, ...], case: Case
-) -> tuple[Callable[..., Tensor], list[str]]:
-    """A model compiled for latency and these shapes, and remarks; outputs are float32."""
-    import openvino as ov
-
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        shapes = [list(value.shape) for value in inputs]
-        converted = ov.convert_model(module, example_input=inputs, input=shapes)
-    wanted = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": case.threads,
-        "INFERENCE_PRECISION_HINT": wanted,
-    }
-    compiled = ov.Core().compile_model(converted, "CPU", settings)
-    request = compiled.create_infer_request()
-    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    notes = [] if precision == wanted else [f"computes in {precision}, {wanted} is not native"]
-
-    def run(*given: Tensor) -> Tensor:
-        arrays = [value.numpy() for value in given]
-        return torch.from_numpy(request.infer(arrays, share_inputs=True)[0].copy())
-
-    return run, notes
 
 
 PEERS = {

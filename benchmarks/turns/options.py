@@ -6,12 +6,14 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import machine
-from benchmarks.turns.job import DTYPES
-from benchmarks.turns.run import say
+from benchmarks import machine, tables
+from benchmarks.turns.job import DTYPES, Case
+from benchmarks.turns.report import Report
+from benchmarks.turns.run import Run, Settings, say
 
 BUSY = 0.5  # load average above which other work is likely to disturb the figures
 
@@ -23,6 +25,40 @@ def begin() -> None:
     load = os.getloadavg()[0]
     if load > BUSY:
         say(f"this machine is busy: a load of {load:.2f}, at most {BUSY} is wanted for figures")
+
+
+def measure(
+    args: argparse.Namespace,
+    report: Report,
+    cases: Sequence[Case],
+    peers: Collection[str],
+    run: type[Run],
+    breakdown: str | None = None,
+) -> None:
+    """Measure what the command line asks for, print the tables, and publish them.
+
+    Args:
+        args: of :func:`parser`.
+        report: where the figures go; it holds those of one processor.
+        cases: all that were asked for.
+        peers: names of all peers.
+        run: the run of a case.
+        breakdown: the peer whose calls are broken down; None for none.
+    """
+    begin()
+    facts = machine.facts(args.threads)
+    report.keep_processor(facts)
+    with tempfile.TemporaryDirectory(prefix="fastdiff-turns-") as scratch:
+        settings = Settings(
+            rounds=args.rounds, limit=args.limit, keep_heap=not args.plain_heap, warm=False,
+            breakdown=breakdown, folder=args.logs or Path(scratch),
+        )  # fmt: skip
+        say(machine.line(facts))
+        for case in report.remaining(cases, args.resume):
+            chosen = [name for name in peers if name in (args.peers or peers)]
+            run(case, chosen, settings, report.put).run()
+    print(report.text())
+    tables.publish(args.out)
 
 
 def parser(program: str, text: str | None, peers: Iterable[str]) -> argparse.ArgumentParser:

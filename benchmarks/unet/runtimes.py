@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.turns.job import DTYPES, Job
+from benchmarks.turns.job import DTYPES, Case, Job
 from benchmarks.unet.models import Network, Plain
 from benchmarks.unet.prepared import Prepared
 
@@ -55,17 +56,34 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> str:
 
 def openvino(job: Job, network: Network, module: nn.Module) -> Prepared:
     """A model compiled for latency; inputs and outputs are float32 for any dtype of computation."""
+    inputs = network.inputs(job.case.batch)
+    call, notes = openvino_model(Plain(network, module), inputs, job.case)
+    return Prepared(call, torch.float32, notes=notes)
+
+
+def openvino_model(
+    module: nn.Module, inputs: tuple[Tensor, ...], case: Case
+) -> tuple[Callable[..., Tensor], list[str]]:
+    """A module of one output compiled by OpenVINO for latency.
+
+    Args:
+        module: in float32.
+        inputs: of the shapes that it is compiled for.
+        case: its dtype is that of computation; inputs and the output stay as they are.
+
+    Returns:
+        The compiled model, whose next call overwrites its output, and remarks for the report.
+    """
     import openvino as ov
 
-    inputs = network.inputs(job.case.batch)
-    shapes = [list(value.shape) for value in inputs]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        converted = ov.convert_model(Plain(network, module), example_input=inputs, input=shapes)
-    wanted = {"float32": "f32", "bfloat16": "bf16"}[job.case.dtype]
+        shapes = [list(value.shape) for value in inputs]
+        converted = ov.convert_model(module, example_input=inputs, input=shapes)
+    wanted = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": job.case.threads,
+        "INFERENCE_NUM_THREADS": case.threads,
         "INFERENCE_PRECISION_HINT": wanted,
     }
     compiled = ov.Core().compile_model(converted, "CPU", settings)
@@ -73,9 +91,9 @@ def openvino(job: Job, network: Network, module: nn.Module) -> Prepared:
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     notes = [] if precision == wanted else [f"computes in {precision}, {wanted} is not native"]
 
-    def call(*inputs: Tensor) -> Tensor:
-        arrays = [value.numpy() for value in inputs]
+    def call(*given: Tensor) -> Tensor:
+        arrays = [value.numpy() for value in given]
         outputs = request.infer(arrays, share_inputs=True, share_outputs=True)
         return torch.from_numpy(outputs[0])
 
-    return Prepared(call, torch.float32, notes=notes)
+    return call, notes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 Value = TypeVar("Value")
+_numbers = itertools.count()
 
 
 class PerModel(Generic[Value]):
@@ -34,3 +36,13 @@ class PerModel(Generic[Value]):
         if name not in values:
             values[name] = self._make()
         return values[name]
+
+
+def with_own_code(function: Any) -> Any:
+    """A copy of a function with code of its own.
+
+    torch.compile keeps its graphs with the code and gives up after a few. So where each model has
+    its own copy, models do not use up each other's graphs, and a model's graphs die with it.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    return FunctionType(code, function.__globals__)

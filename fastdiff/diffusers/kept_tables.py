@@ -21,16 +21,16 @@ class KeptTables:
         tables: dict[Any, Any] = self.__dict__.setdefault("_noise_tables", {})
         kept = tables.get(name)
         if kept is not None:
-            for source, known, version in zip(sources, *kept[:2], strict=True):
-                if source is not known or _version(source) != version:
+            for source, known, then in zip(sources, *kept[:2], strict=True):
+                if source is not known or version(source) != then:
                     break
             else:
                 return kept[2]
         value = make()
-        tables[name] = sources, [_version(source) for source in sources], value
+        tables[name] = sources, [version(source) for source in sources], value
         return value
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; an inference tensor does not count it."""
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None for an inference tensor, which does not count it."""
     return None if tensor.is_inference() else tensor._version

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.checks import wide_dtype
+from fastdiff.diffusers.kept_tables import version
 from fastdiff.diffusers.realisation import Program
 from fastdiff.diffusers.step_plan import Plan
 from fastdiff.diffusers.unit_vectors import Kept, is_place, replaced
@@ -56,8 +57,8 @@ class Run:
             or ((sample.requires_grad or output.requires_grad) and torch.is_grad_enabled())
         ):
             return False
-        for tensor, version in self.watched:  # noqa: SIM110 (a generator costs a microsecond)
-            if tensor._version != version:
+        for tensor, then in self.watched:  # noqa: SIM110 (a generator costs a microsecond)
+            if tensor._version != then:
                 return False
         return True
 
@@ -170,24 +171,17 @@ class Host:
     def __init__(self, value: Any) -> None:
         self.original = value
         self.value = value.detach().cpu() if isinstance(value, Tensor) else value
-        self.version = _version(value)
+        self.version = version(value) if isinstance(value, Tensor) else None
         self.key = _key(self.value)
         self.grid: Grid | None = None
 
     def is_of(self, value: Any) -> bool:
         """Whether this is the value's, and it has not changed since."""
         if isinstance(value, Tensor):
-            return value is self.original and self.version == _version(value) is not None
+            return value is self.original and self.version == version(value) is not None
         if isinstance(value, (list, np.ndarray)):  # which may change in place
             return False
         return value is self.original
-
-
-def _version(value: Any) -> int | None:
-    """A tensor's count of changes, None if it has none."""
-    if not isinstance(value, Tensor) or value.is_inference():
-        return None
-    return value._version
 
 
 def _key(value: Any) -> Any:

@@ -14,10 +14,8 @@ warning where nothing can be compiled.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from diffusers import UNet2DConditionModel as _Conditional
 from diffusers import UNet2DModel as _Unconditional
 from torch import Tensor, nn
 
-from fastdiff.common.per_model import PerModel
+from fastdiff.common.per_model import PerModel, with_own_code
 from fastdiff.compiler import dynamo
 from fastdiff.compiler.network import is_watched
 from fastdiff.ops.backend import triton_missing
@@ -99,14 +97,8 @@ def _call(forward: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: A
     return forward(model, *args, **kwargs)
 
 
-_numbers = itertools.count()
-
-
 def _compile() -> Callable[..., Any]:
-    # Dynamo keeps its graphs with the code and limits their number, so each model has its own copy
-    # of the code: models do not use up each other's graphs, and a model's graphs die with it.
-    code = _call.__code__.replace(co_name=f"unet_{next(_numbers)}")
-    return torch.compile(FunctionType(code, _call.__globals__), backend="fastdiff")
+    return torch.compile(with_own_code(_call), backend="fastdiff")
 
 
 _compiled = PerModel(_compile)

@@ -6,9 +6,7 @@ function, or one captured graph, serves all rows.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fastdiff import ops
 from fastdiff.common.model import Model
-from fastdiff.common.per_model import PerModel
+from fastdiff.common.per_model import PerModel, with_own_code
 from fastdiff.sampling.loop import State, new_history, span, wanted_output
 
 
@@ -152,14 +150,9 @@ def advance(model: Model, b: Buffers, keep_output: bool = True) -> Tensor | None
 
 Compiled = Callable[[Model, Buffers, bool], Tensor | None]
 
-_numbers = itertools.count()
-
 
 def _compile() -> Compiled:
-    # torch.compile counts the shapes that it has compiled for a code object and gives up after a
-    # few, so every model gets its own copy of the code.
-    code = advance.__code__.replace(co_name=f"advance_{next(_numbers)}")
-    return torch.compile(FunctionType(code, advance.__globals__), dynamic=False)
+    return torch.compile(with_own_code(advance), dynamic=False)
 
 
 compiled = PerModel(_compile)  # for each model, its compiled copy of ``advance``
