@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from benchmarks.training.tasks import Batch, Task
 from fastdiff import ops
 from fastdiff.nn import UNet2DModel
-from fastdiff.training import Trainer, TrainingOptions
+from fastdiff.training import Trainer, TrainingOptions, batches
 from fastdiff.training.adamw import AdamW, clipping_factor
 
 LR = 1e-4
@@ -144,7 +144,9 @@ class TrainerStep:
     def loss(self, batch: Batch) -> Tensor:
         """The trainer's loss of a batch."""
         weights = torch.ones(len(batch.t), dtype=torch.float64)
-        return self.trainer.loss(batch.x0, batch.labels, batch.t, weights, batch.noise)
+        return self.trainer.loss(
+            batches.Batch(batch.x0, batch.labels, batch.t, weights, batch.noise)
+        )
 
     def __call__(self) -> None:
         """Take a step on a new batch."""

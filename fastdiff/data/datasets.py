@@ -116,17 +116,32 @@ class ImageSet:
         )
         return train, rest
 
-    def batch(
-        self, indices: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Images float32 [B, C, S, S] in [-1, 1] and labels int64 [B] for ``indices``."""
+    def draw_mirrored(self, count: int, generator: torch.Generator | None) -> Tensor | None:
+        """Which of ``count`` images are mirrored, bool [count]; None, drawing nothing, unless
+        ``flip``."""
+        if not self.flip:
+            return None
+        return torch.rand(count, generator=generator, device="cpu") < 0.5
+
+    def read(self, indices: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images float32 [B, C, S, S] in [-1, 1] and labels int64 [B] for ``indices``.
+
+        Args:
+            indices: numbers of the images, int64 [B].
+            mirrored: which of them to mirror left to right, bool [B]; None for none.
+        """
         x0 = self.images[indices]
         if x0.dtype == torch.uint8:
             x0 = from_uint8(x0)
-        if self.flip:
-            mirrored = torch.rand(len(x0), generator=generator, device="cpu") < 0.5
+        if mirrored is not None:
             x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
         return x0, None if self.labels is None else self.labels[indices]
+
+    def batch(
+        self, indices: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`read` gives for ``indices``, with a random half mirrored if ``flip``."""
+        return self.read(indices, self.draw_mirrored(len(indices), generator))
 
 
 def digits(split: str = "train", size: int = 16) -> ImageSet:

@@ -24,11 +24,10 @@ from fastdiff.checkpoints import checkpoint, forward_process
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import optional_field
 from fastdiff.common.errors import CheckpointError, DataError, InputError, TrainingError
-from fastdiff.common.inputs import checked_seeds
 from fastdiff.common.model import Model, layered
 from fastdiff.common.seeds import seeded
 from fastdiff.data import image_grid
-from fastdiff.data.datasets import ImageSet, batch_indices, stream_generator, stream_seed
+from fastdiff.data.datasets import ImageSet, stream_seed
 from fastdiff.diffusion import Diffusion
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.image_unet import make_unet
@@ -36,8 +35,12 @@ from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
 from fastdiff.objectives import Forward
 from fastdiff.ops.profiling import span
 from fastdiff.sampling.terminal_snr import warn_of_image_at_the_end
+from fastdiff.training import batches, training_state
 from fastdiff.training.adamw import AdamW, clipping_factor
+from fastdiff.training.batches import Batch, Draws
 from fastdiff.training.fingerprint import check_same, fingerprint
+from fastdiff.training.learning_rate import learning_rate
+from fastdiff.training.preview import preview
 from fastdiff.training.session import (
     Dispensable,
     deferred_signals,
@@ -50,8 +53,6 @@ from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, re
 __all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
 
 LOSSES = "losses.jsonl"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of AdamW's moments
-PREVIEW_STEPS = 20  # DDIM steps of the sample grids during training
 
 
 class Trainer:
@@ -220,9 +221,9 @@ class Trainer:
 
     def _step(self, step: int) -> float:
         with span("data"):
-            batch = self._batch(step)
+            batch = self.batch(self.draw(step))
         with span("forward"):
-            loss = self.loss(*batch)
+            loss = self.loss(batch)
             value = float(loss.detach())
             _check_finite(value, "loss", step)
         with span("backward"):
@@ -243,24 +244,14 @@ class Trainer:
             )
         return value
 
-    def loss(
-        self, x0: Tensor, labels: Tensor | None, t: Tensor, weights: Tensor, noise: Tensor
-    ) -> Tensor:
-        """The objective's loss of a batch, a scalar.
-
-        Args:
-            x0: clean images, [N, C, S, S].
-            labels: classes, int64 [N], or None.
-            t: times, [N], from the objective's ``draw``.
-            weights: importance weights of the times, float64 [N].
-            noise: standard normal noise like ``x0``, or its seeds, int64 [N, 2].
-        """
+    def loss(self, batch: Batch) -> Tensor:
+        """The objective's loss of a batch, a scalar."""
 
         def model(x_t: Tensor, t: Tensor) -> Any:
-            with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.options.bf16):
-                return self._called(x_t, t, labels)
+            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.bf16):
+                return self._called(x_t, t, batch.labels)
 
-        return self.diffusion.objective.loss(model, x0, t, weights, noise)
+        return self.diffusion.objective.loss(model, batch.x0, batch.t, batch.weights, batch.noise)
 
     @cached_property
     def _called(self) -> nn.Module:
@@ -275,12 +266,7 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
-        options = self.options
-        rise = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
-        if options.lr_schedule == "constant":
-            return options.lr * rise
-        done = max(0, step - options.warmup) / max(1, options.steps - options.warmup)
-        return options.lr * rise * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return learning_rate(self.options, step)
 
     def run(self, *, progress: bool = True) -> signal.Signals | None:
         """Train to the last step, with checkpoints, sample grids and losses.jsonl in ``out``.
@@ -343,44 +329,17 @@ class Trainer:
             checkpoint.save(self.checkpoint(), folder, state=self._state())
         checkpoint.prune(self.out, self.options.keep)
 
-    @torch.no_grad()
     def preview(self, columns: int = 8) -> Any:
         """A labelled grid of samples from the averaged model; its noise is the same every time."""
-        current = self.checkpoint()
-        steps = min(PREVIEW_STEPS, self.diffusion.path.num_timesteps)
-        sampler = self.diffusion.sampler("ddim", steps, grid="trailing")
-        shown = range(min(10, len(current.classes)))
-        labels = [label for label in shown for _ in range(columns)] if current.classes else None
-        samples = current.sample(
-            sampler,
-            labels=labels,
-            count=None if labels else columns * 4,
-            generator=stream_generator(self.options.seed, "preview", 0),
-            progress=False,
-        )
-        names = [current.classes[label] for label in shown] if labels else None
-        return image_grid.grid(samples, columns, labels=names)
+        return preview(self.checkpoint(), columns)
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """The arguments of :meth:`loss` for step ``step``, on the model's device."""
-        seed, size = self.options.seed, self.options.batch_size
-        generator = stream_generator(seed, "step", step)
-        x0, labels = self.data.batch(batch_indices(len(self.data), size, step, seed), generator)
-        t, weights = self.diffusion.objective.draw(size, generator)
-        seeds = checked_seeds(stream_seed(seed, "noise", step), None, size)
-        if labels is not None and self.options.label_dropout:
-            hidden = (
-                torch.rand(size, generator=generator, device="cpu") < self.options.label_dropout
-            )
-            labels = labels.masked_fill(hidden, len(self.data.classes))
-        device = self.parameters[0].device
-        return (
-            x0.to(device, memory_format=self.memory_format),
-            None if labels is None else labels.to(device),
-            t.to(device),
-            weights.to(device),
-            seeds.to(device),
-        )
+    def draw(self, step: int) -> Draws:
+        """What is drawn for the whole batch of step ``step``."""
+        return batches.draw(self.data, self.diffusion.objective, self.options, step)
+
+    def batch(self, draws: Draws) -> Batch:
+        """The batch of ``draws``, or of a part of them, on the model's device."""
+        return batches.read(self.data, draws, self.parameters[0].device, self.memory_format)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -388,16 +347,7 @@ class Trainer:
         return fingerprint(self.data)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and JSON values from which :meth:`resume` continues.
-
-        AdamW has no moments before step 1; they are recorded as zeros.
-        """
-        tensors: dict[str, Tensor] = {}
-        for name, p in self._named_parameters():
-            tensors[f"model.{name}"] = p
-            for key in MOMENTS:
-                moment = self.optimizer.state[p].get(key)
-                tensors[f"{key}.{name}"] = torch.zeros_like(p) if moment is None else moment
+        """The tensors and JSON values from which :meth:`resume` continues."""
         facts = {
             "step": self.finished_steps,
             "images": len(self.data),
@@ -406,36 +356,19 @@ class Trainer:
             "record": self.record,
             "timesteps": self.diffusion.objective.state_dict(),
         }
-        return tensors, facts
+        return training_state.state_tensors(self._named_parameters(), self.optimizer), facts
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The network's parameters, with their names in files, whether compiled or not."""
         return [(plain_name(name), p) for name, p in self.network.named_parameters()]
 
-    @torch.no_grad()
     def _restore(self, tensors: Mapping[str, Tensor], saved: Checkpoint, path: Path) -> None:
         """Set weights, averages, optimizer and step from a checkpoint and its training state.
 
         ``path`` is the file of ``tensors``, for the text of errors.
         """
         self.ema.load_state_dict(saved.model.state_dict())
-        for name, p in self._named_parameters():
-            # Values are copied into existing tensors, so that p and its moments keep their memory
-            # format, which AdamW's kernels need.
-            restored = {"model": p, **{key: torch.empty_like(p) for key in MOMENTS}}
-            for key, target in restored.items():
-                value = tensors.get(f"{key}.{name}")
-                if value is None or value.shape != p.shape:
-                    seen = "nothing" if value is None else f"shape {tuple(value.shape)}"
-                    raise CheckpointError(
-                        f"{path}: {key}.{name} must have shape {tuple(p.shape)}, got {seen}"
-                    )
-                target.copy_(value)
-            where = p.device if self.optimizer.defaults["fused"] else "cpu"
-            self.optimizer.state[p] = {
-                "step": torch.tensor(float(saved.step), device=where),
-                **{key: restored[key] for key in MOMENTS},
-            }
+        training_state.restore(self._named_parameters(), self.optimizer, tensors, saved.step, path)
         self.finished_steps = saved.step
 
 

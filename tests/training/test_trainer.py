@@ -26,6 +26,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.common.errors import CheckpointError, DataError, InputError, TrainingError
 from fastdiff.data.datasets import ImageSet, stream_seed
 from fastdiff.data.image_grid import from_uint8
+from fastdiff.training.batches import Batch
 from fastdiff.training.trainer import Trainer, TrainingOptions, make_unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -488,7 +489,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_prediction(make_trainer, imag
         }[prediction]
         with torch.no_grad():
             wanted = ((trainer.model(x_t, t, labels) - target) ** 2).mean()
-            got = trainer.loss(x0, labels, t, ONES, noise)
+            got = trainer.loss(Batch(x0, labels, t, ONES, noise))
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -542,18 +543,35 @@ def test_training_learns(make_trainer):
     assert np.mean(found[-5:]) < 0.1 * np.mean(found[:5])
 
 
+def test_parts_of_a_batch_are_the_batch(make_trainer, images):
+    """What an image trains on is the same in whichever part of the batch it falls."""
+    trainer = make_trainer(
+        data=dataclasses.replace(images, flip=True),
+        label_dropout=0.3,
+        batch_size=7,
+        timestep_sampler="uniform",
+    )
+    draws = trainer.draw(5)
+    whole = trainer.batch(draws)
+    parts = [trainer.batch(draws.part(*ends)) for ends in ((0, 3), (3, 4), (4, 7))]
+    for name in ("x0", "labels", "t", "weights", "noise"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(whole, name)), name
+    assert draws.mirrored.any()
+    assert draws.hidden.any()
+
+
 def test_label_dropout_hides_its_share_of_the_labels(make_trainer, images):
     trainer = make_trainer(label_dropout=0.3, batch_size=200)
-    seen = torch.cat([trainer._batch(step)[1] for step in range(20)])
+    seen = torch.cat([trainer.batch(trainer.draw(step)).labels for step in range(20)])
     assert set(seen.tolist()) == {0, 1, 2}
     assert (seen == 2).double().mean().item() == pytest.approx(0.3, abs=0.03)
     # What is not hidden, and everything else that is random, is as without it.
-    plain = make_trainer(batch_size=200)._batch(3)
-    hidden = trainer._batch(3)
-    for index in (0, 2, 3, 4):
-        assert torch.equal(plain[index], hidden[index])
-    kept = hidden[1] != 2
-    assert torch.equal(plain[1][kept], hidden[1][kept])
+    plain, hidden = (each.batch(each.draw(3)) for each in (make_trainer(batch_size=200), trainer))
+    for name in ("x0", "t", "weights", "noise"):
+        assert torch.equal(getattr(plain, name), getattr(hidden, name))
+    kept = hidden.labels != 2
+    assert torch.equal(plain.labels[kept], hidden.labels[kept])
     assert trainer.checkpoint().null_class
     assert not make_trainer().checkpoint().null_class
 
@@ -579,11 +597,14 @@ def test_a_weighting_multiplies_each_images_error(name, make_trainer, generator)
     table = losses.weighting(SCHEDULE, "v", name)
     each = [
         float(table[t[i]])
-        * plain.loss(x0[i : i + 1], labels[i : i + 1], t[i : i + 1], ONES[:1], noise[i : i + 1])
+        * plain.loss(Batch(*(x[i : i + 1] for x in (x0, labels, t, ONES, noise))))
         for i in range(3)
     ]
     torch.testing.assert_close(
-        weighted.loss(x0, labels, t, ONES, noise), torch.stack(each).mean(), rtol=1e-4, atol=0
+        weighted.loss(Batch(x0, labels, t, ONES, noise)),
+        torch.stack(each).mean(),
+        rtol=1e-4,
+        atol=0,
     )
 
 
