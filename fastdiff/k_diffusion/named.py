@@ -43,13 +43,10 @@ def sample_euler(
     s_noise: float = 1.0,
 ) -> Tensor:
     """Euler's method with churn (Karras et al. 2022, arXiv:2206.00364, algorithm 2)."""
-    churn: dict[str, Any] = {
-        "s_churn": s_churn,
-        "s_tmin": s_tmin,
-        "s_tmax": s_tmax,
-        "s_noise": s_noise,
-    }
-    return denoise("euler", model, x, sigmas, extra_args, callback, disable, **churn)
+    return denoise(
+        "euler", model, x, sigmas, extra_args, callback, disable,
+        s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+    )  # fmt: skip
 
 
 def sample_euler_ancestral(
@@ -83,13 +80,10 @@ def sample_heun(
     s_noise: float = 1.0,
 ) -> Tensor:
     """Heun's method with churn (Karras et al. 2022, arXiv:2206.00364, algorithm 2)."""
-    churn: dict[str, Any] = {
-        "s_churn": s_churn,
-        "s_tmin": s_tmin,
-        "s_tmax": s_tmax,
-        "s_noise": s_noise,
-    }
-    return denoise("heun", model, x, sigmas, extra_args, callback, disable, **churn)
+    return denoise(
+        "heun", model, x, sigmas, extra_args, callback, disable,
+        s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+    )  # fmt: skip
 
 
 def sample_dpm_2(
@@ -105,13 +99,10 @@ def sample_dpm_2(
     s_noise: float = 1.0,
 ) -> Tensor:
     """DPM-Solver-2 with churn, two evaluations a step (Lu et al. 2022, arXiv:2206.00927)."""
-    churn: dict[str, Any] = {
-        "s_churn": s_churn,
-        "s_tmin": s_tmin,
-        "s_tmax": s_tmax,
-        "s_noise": s_noise,
-    }
-    return denoise("kdpm-2", model, x, sigmas, extra_args, callback, disable, **churn)
+    return denoise(
+        "kdpm-2", model, x, sigmas, extra_args, callback, disable,
+        s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+    )  # fmt: skip
 
 
 def sample_dpm_2_ancestral(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.checks import check_like
+from fastdiff.common.inputs import check_choice
 from fastdiff.sde.processes import SDE
 from fastdiff.sde.score import Score
 from fastdiff.sde.solvers.ode import IndexedScore, integrate_along, score_of_rows
@@ -26,6 +27,7 @@ from fastdiff.sde.solvers.rounding import MAX_EVALUATIONS
 from fastdiff.sde.solvers.runge_kutta import rms
 from fastdiff.sde.solvers.stepping import check_count, check_images
 
+PROBE_TYPES = ("rademacher", "gaussian")
 MAX_EXACT_DIMENSIONS = 4096  # the exact trace takes one backward pass per dimension
 
 
@@ -56,6 +58,7 @@ def log_likelihood(
     method: str = "dopri5",
     trace: str = "hutchinson",
     probes: int = 1,
+    probe_type: str = "rademacher",
     seed: int = 0,
     max_evaluations: int = MAX_EVALUATIONS,
     conditioned: bool = False,
@@ -77,22 +80,25 @@ def log_likelihood(
             for float32, 1e-3 for float16, 1e-2 for bfloat16.
         atol: absolute tolerance of a step, for the integral in nats; None as for ``rtol``.
         method: see :func:`fastdiff.sde.solvers.runge_kutta.integrate`.
-        trace: "hutchinson", an unbiased estimate from random signs, which stay the same during the
-            whole solve; or "exact", with a backward pass for every dimension.
-        probes: number of sign vectors per image; the estimate's variance is proportional to
-            1 / probes.
-        seed: the signs of image i come from seed + i, whatever else is in the batch. For a later
+        trace: "hutchinson", an unbiased estimate from random vectors, the probes, which stay the
+            same during the whole solve; or "exact", with a backward pass for every dimension.
+        probes: number of probes per image; the estimate's variance is proportional to 1 / probes.
+        probe_type: "rademacher", random signs, or "gaussian", standard normal values. For a
+            Jacobian J with the symmetric part S, a probe's variance is twice the sum of the squares
+            of S's elements with normal values, and without those on the diagonal with signs.
+        seed: the probes of image i come from seed + i, whatever else is in the batch. For a later
             batch of the same data, pass seed + number of images before it.
         max_evaluations: limit of score evaluations for any one image.
         conditioned: see :func:`fastdiff.sde.solvers.ode.solve_ode`.
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: an unknown trace, "exact" with more than 4096 dimensions, less than one probe,
-            a start outside 0..sde.end, or a score that has no derivative.
+        ValueError: an unknown trace or probe_type, "exact" with more than 4096 dimensions, less
+            than one probe, a start outside 0..sde.end, or a score that has no derivative.
         TypeError, ValueError, FloatingPointError, StuckError: the errors of ``integrate``.
     """
     check_images(x, "x")
+    check_choice("probe_type", probe_type, PROBE_TYPES)
     size = x[0].numel() if len(x) else math.prod(x.shape[1:])
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"unknown trace {trace!r}, wanted hutchinson or exact")
@@ -105,13 +111,15 @@ def log_likelihood(
     start = sde.trained_from if start is None else start
     if not 0 < start < sde.end:
         raise ValueError(f"start must lie between 0 and {sde.end:g}, got {start}")
-    signs = None if trace == "exact" else _signs(x, check_count(probes, "probes"), seed)
+    vectors = None
+    if trace == "hutchinson":
+        vectors = _random_probes(x, check_count(probes, "probes"), probe_type, seed)
 
     def field(state: Tensor, t: Tensor, index: Tensor) -> Tensor:
         images = state[:, :-1].reshape(-1, *x.shape[1:]).to(x.dtype)
         score_here = score_of_rows(score, conditioned, index)
         gradient, divergence = _with_divergence(
-            score_here, images, t, None if signs is None else signs[index]
+            score_here, images, t, None if vectors is None else vectors[index]
         )
         f, squared = sde.rates(sde.check_time(t, images))
         drift = f[:, None] * state[:, :-1] - squared[:, None] / 2 * gradient.double().flatten(1)
@@ -189,19 +197,25 @@ def _norm(scaled: Tensor) -> Tensor:
     return torch.maximum(rms(scaled[:, :-1]), scaled[:, -1].abs())
 
 
-def _signs(x: Tensor, probes: int, seed: int) -> Tensor:
-    """Rademacher vectors int8 [N, probes, ...] on x's device."""
+def _random_probes(x: Tensor, probes: int, probe_type: str, seed: int) -> Tensor:
+    """Probes [N, probes, ...] on x's device: signs int8, or normal values of x's dtype."""
     generator = torch.Generator()
-    signs = torch.empty(len(x), probes, *x.shape[1:], dtype=torch.int8, device="cpu")
-    for i, of_image in enumerate(signs):
-        of_image.random_(2, generator=generator.manual_seed(seed + i))
-    return signs.mul_(2).sub_(1).to(x.device)
+    signs = probe_type == "rademacher"
+    shape, dtype = (len(x), probes, *x.shape[1:]), torch.int8 if signs else torch.float32
+    vectors = torch.empty(shape, dtype=dtype, device="cpu")
+    for i, of_image in enumerate(vectors):
+        generator.manual_seed(seed + i)
+        if signs:
+            of_image.random_(2, generator=generator)
+        else:
+            of_image.normal_(generator=generator)
+    return vectors.mul_(2).sub_(1).to(x.device) if signs else vectors.to(x)
 
 
 def _with_divergence(
-    score: Score, x: Tensor, t: Tensor, signs: Tensor | None
+    score: Score, x: Tensor, t: Tensor, probes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The score, like x, and its divergence in x, float64 [M], exact if ``signs`` is None."""
+    """The score, like x, and its divergence in x, float64 [M], exact if ``probes`` is None."""
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         gradient = score(x, t)
@@ -212,13 +226,13 @@ def _with_divergence(
     def vector_jacobian_product(vector: Tensor) -> Tensor:
         return torch.autograd.grad(gradient, x, vector, retain_graph=True)[0]
 
-    if signs is None:
+    if probes is None:
         return gradient.detach(), _exact_trace(vector_jacobian_product, x)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for probe in signs.unbind(1):
+    for probe in probes.unbind(1):
         vector = probe.to(x.dtype)
         total += (vector_jacobian_product(vector) * vector).flatten(1).double().sum(1)
-    return gradient.detach(), total / signs.shape[1]
+    return gradient.detach(), total / probes.shape[1]
 
 
 def _exact_trace(vector_jacobian_product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

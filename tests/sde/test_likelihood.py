@@ -169,17 +169,33 @@ def test_hutchinson_is_unbiased(generator):
     assert many.logp.std() < 0.4 * found.logp.std()
 
 
-def test_an_image_does_not_depend_on_its_batch(generator):
+def test_gaussian_probes_are_unbiased_with_the_variance_of_theory(generator):
+    """The variance of v' A v is twice the sum of squares of A's symmetric part."""
+    sde, size, count = VP(), 3, 1000
+    matrix = -torch.eye(size, dtype=torch.float64)
+    matrix += 0.1 * torch.randn(size, size, generator=generator, dtype=torch.float64)
+    x = torch.randn(1, size, generator=generator, dtype=torch.float64).expand(count, size)
+    options = {"rtol": 1e-5, "atol": 1e-5, "progress": False}
+    exact = log_likelihood(linear_score(matrix), sde, x[:1], trace="exact", **options)
+    found = log_likelihood(linear_score(matrix), sde, x, probe_type="gaussian", **options)
+    half = (sde.beta_min + sde.beta_max) / 4 * (1 - sde.trained_from**2)
+    deviation = half * math.sqrt(2) * ((matrix + matrix.T) / 2).norm().item()
+    assert found.logp.std().item() == pytest.approx(deviation, rel=0.15)
+    assert abs(found.logp.mean() - exact.logp).item() < 3.5 * deviation / math.sqrt(count)
+
+
+@pytest.mark.parametrize("probe_type", ["rademacher", "gaussian"])
+def test_an_image_does_not_depend_on_its_batch(probe_type, generator):
     sde, x = VP(), torch.randn(4, 1, 3, 3, generator=generator, dtype=torch.float64)
     matrix = -torch.eye(9, dtype=torch.float64)
     matrix += 0.1 * torch.randn(9, 9, generator=generator, dtype=torch.float64)
-    score = linear_score(matrix)
-    whole = log_likelihood(score, sde, x, seed=5, probes=2, progress=False)
-    later = log_likelihood(score, sde, x[2:], seed=7, probes=2, progress=False)
+    score, options = linear_score(matrix), {"probe_type": probe_type, "progress": False}
+    whole = log_likelihood(score, sde, x, seed=5, probes=2, **options)
+    later = log_likelihood(score, sde, x[2:], seed=7, probes=2, **options)
     torch.testing.assert_close(whole.logp[2:], later.logp, rtol=1e-11, atol=0)
     assert whole.evaluations[2:].tolist() == later.evaluations.tolist()
     assert whole.z.shape == x.shape
-    other = log_likelihood(score, sde, x, seed=6, probes=2, progress=False)
+    other = log_likelihood(score, sde, x, seed=6, probes=2, **options)
     assert (whole.logp - other.logp).abs().max() > 1e-3
 
 
@@ -261,6 +277,9 @@ def test_no_images():
         pytest.param({"start": 0.0}, ValueError, "between 0 and 1, got 0", id="start"),
         pytest.param({"start": 1.0}, ValueError, "between 0 and 1, got 1", id="start at the end"),
         pytest.param({"probes": 0}, ValueError, "probes must be at least 1, got 0", id="probes"),
+        pytest.param(
+            {"probe_type": "normal"}, ValueError, "'normal', wanted", id="type of the probes"
+        ),
         pytest.param({"rtol": -1.0}, ValueError, "rtol >= 0", id="rtol"),
         pytest.param(
             {"score": lambda x, t: x.detach()}, ValueError, "has no derivative in x", id="detached"
