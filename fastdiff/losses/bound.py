@@ -98,6 +98,7 @@ def hybrid_loss(
     kind: str = "eps",
     variance: str = "learned_range",
     weight: Tensor | None = None,
+    vlb_weight: float | None = None,
     clip: bool = False,
     discrete: bool = True,
     **cond: Any,
@@ -117,6 +118,8 @@ def hybrid_loss(
         kind: what the model predicts, one of ``process.KINDS``.
         variance: learned or learned_range.
         weight: weights of L_simple, float64 [T], see :func:`simple_loss`.
+        vlb_weight: factor of L_t, at least 0; None is T / 1000. The authors' code without its
+            rescaled losses has 1.
         clip: limit the predicted x_0 to [-1, 1] in L_t.
         discrete: x0 are 8-bit values, see :func:`bound_term`.
         **cond: keyword arguments of the model.
@@ -126,17 +129,20 @@ def hybrid_loss(
 
     Raises:
         TypeError, ValueError, IndexError: those of :func:`vlb_loss`; ValueError for a fixed
-            variance.
+            variance or a negative vlb_weight.
     """
     reverse = ReverseSteps(schedule, kind, variance, clip, discrete)
     check_x0(x0)
     if not reverse.learned:
         raise ValueError(f"the hybrid loss is for a learned variance, got {variance!r}")
+    factor = schedule.num_timesteps / 1000 if vlb_weight is None else vlb_weight
+    if not factor >= 0:
+        raise ValueError(f"vlb_weight must be at least 0, got {vlb_weight}")
     x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
     prediction, v = predict(model, x_t, t, cond, learned=True)
     simple = weighted_error(schedule, prediction, x0, t, noise, kind, weight)
     vlb = reverse.term(reverse.x0(x_t, t, prediction.detach()), v, x0, x_t, t)
-    return simple + schedule.num_timesteps / 1000 * vlb
+    return simple + factor * vlb
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,10 @@ def test_hybrid_loss_is_its_two_parts(generator):
     simple = losses.simple_loss(COSINE, fixed, x0, T4, noise, weight=weight)
     found = losses.hybrid_loss(*given, weight=weight)
     torch.testing.assert_close(found, simple + 50 / 1000 * vlb, rtol=1e-12, atol=0)
+    unscaled = losses.hybrid_loss(*given, weight=weight, vlb_weight=1.0)
+    torch.testing.assert_close(unscaled, simple + vlb, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="vlb_weight must be at least 0, got -1"):
+        losses.hybrid_loss(*given, vlb_weight=-1.0)
     torch.testing.assert_close(losses.rescaled_kl(*given), 50 * vlb, rtol=1e-14, atol=0)
     clipped = losses.vlb_loss(*given, clip=True, kind="v", variance="learned")
     found = losses.rescaled_kl(*given, clip=True, kind="v", variance="learned")
