@@ -25,7 +25,8 @@ from fastdiff.data.datasets import ImageSet, batch_indices, stream_generator
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde import discretize
 from fastdiff.training.adamw import AdamW
-from fastdiff.training.session import deferred_signals, ema_decay, training_bar
+from fastdiff.training.session import deferred_signals, ema_decay
+from fastdiff.training.training_bar import training_bar
 
 LEVELS = 5  # number of noise levels at which accuracy is measured
 BATCH = 256  # images in one pass when accuracy is measured
@@ -180,7 +181,7 @@ class ClassifierTrainer:
         bar = training_bar(self.options.steps, self.finished_steps, progress)
         with bar as count, deferred_signals() as caught:
             while self.finished_steps < self.options.steps and not caught:
-                count(self.step())
+                count(self.step(), {})
         return caught[0] if caught else None
 
     def classifier(self, held_out: ImageSet | None = None) -> Classifier:

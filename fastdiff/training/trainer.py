@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,9 @@ from fastdiff.checkpoints import checkpoint, forward_process
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import optional_field
 from fastdiff.common.errors import CheckpointError, DataError, InputError, TrainingError
+from fastdiff.common.machine_facts import peak_memory
 from fastdiff.common.model import Model, layered
 from fastdiff.common.seeds import seeded
-from fastdiff.data import image_grid
 from fastdiff.data.datasets import ImageSet, stream_seed
 from fastdiff.diffusion import Diffusion
 from fastdiff.nn import UNet2DModel
@@ -40,19 +41,14 @@ from fastdiff.training.adamw import AdamW, clipping_factor
 from fastdiff.training.batches import Batch, Draws
 from fastdiff.training.fingerprint import check_same, fingerprint
 from fastdiff.training.learning_rate import learning_rate
+from fastdiff.training.observers import Observer, Observers, RunStart, StepRecord
 from fastdiff.training.preview import preview
-from fastdiff.training.session import (
-    Dispensable,
-    deferred_signals,
-    ema_decay,
-    loss_log,
-    training_bar,
-)
+from fastdiff.training.run_folder import observers_of_folder
+from fastdiff.training.session import Dispensable, deferred_signals, ema_decay
+from fastdiff.training.training_bar import ProgressBar
 from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, recorded_options
 
 __all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
-
-LOSSES = "losses.jsonl"
 
 
 class Trainer:
@@ -82,6 +78,9 @@ class Trainer:
         network: the given model without torch's wrappers.
         ema: the network with averaged weights, in eval mode.
         finished_steps: number of steps done.
+        gradient_norm: of the last step, before clipping; None before the first step and without
+            ``grad_clip``.
+        waited: seconds in which the last step waited for its images.
 
     Raises:
         InputError: the model, the data, the process and the objective do not fit together, or
@@ -139,6 +138,8 @@ class Trainer:
             self.parameters, lr=self.options.lr, weight_decay=self.options.weight_decay
         )
         self.finished_steps = 0
+        self.gradient_norm: float | None = None
+        self.waited = 0.0
         self.out = None if out is None else Path(out).absolute()
         self.record = dict(record or {})
 
@@ -220,8 +221,10 @@ class Trainer:
         return value
 
     def _step(self, step: int) -> float:
+        began = time.perf_counter()
         with span("data"):
             batch = self.batch(self.draw(step))
+        self.waited = time.perf_counter() - began
         with span("forward"):
             loss = self.loss(batch)
             value = float(loss.detach())
@@ -236,6 +239,7 @@ class Trainer:
                     ops.gradient_norm([p.grad for p in self.parameters if p.grad is not None])
                 )
                 _check_finite(norm, "norm of the gradient", step)
+                self.gradient_norm = norm
                 factor = clipping_factor(norm, self.options.grad_clip)
             self.optimizer.step(
                 gradient_factor=factor,
@@ -268,12 +272,18 @@ class Trainer:
         """Learning rate of step ``step``, counted from 0."""
         return learning_rate(self.options, step)
 
-    def run(self, *, progress: bool = True) -> signal.Signals | None:
-        """Train to the last step, with checkpoints, sample grids and losses.jsonl in ``out``.
+    def run(
+        self, *, progress: bool = True, observers: Sequence[Observer] = ()
+    ) -> signal.Signals | None:
+        """Train to the last step, with checkpoints, sample grids and logs in ``out``.
 
         SIGINT (Ctrl-C) or SIGTERM ends the run after the running step, with a checkpoint; a second
-        signal ends it at once, without a checkpoint. If a line of the log or a sample grid cannot
+        signal ends it at once, without a checkpoint. If a line of a log or a sample grid cannot
         be made or written, the run goes on without it, with a warning the first time.
+
+        Args:
+            progress: show a progress bar on standard error.
+            observers: further objects to tell of steps, grids and checkpoints.
 
         Returns:
             The signal that ended the run, or None after the last step.
@@ -284,25 +294,54 @@ class Trainer:
             InputError: no file can be written in ``out``.
         """
         options, dispensable = self.options, Dispensable()
-        bar = training_bar(options.steps, self.finished_steps, progress)
-        log = None if self.out is None else loss_log(self.out / LOSSES, self.finished_steps)
-        with bar as count, deferred_signals() as caught:
+        own = [ProgressBar(progress), *observers_of_folder(self.out)]
+        watchers = Observers([*own, *observers], dispensable)
+        with watchers.watching(self._start()), deferred_signals() as caught:
             while self.finished_steps < options.steps and not caught:
-                loss = self.step()
+                watchers.step(self._observed_step())
                 done = self.finished_steps
-                if log is not None:
-                    with dispensable("line in the log"):
-                        log({"step": done, "loss": loss, "lr": self.learning_rate(done - 1)})
-                count(loss)
                 if done % options.save_every == 0 or done == options.steps or caught:
                     self.save()
-                if self.out and options.sample_every and done % options.sample_every == 0:
+                    watchers.checkpoint(done)
+                if watchers.want_grids and options.sample_every and not done % options.sample_every:
                     with dispensable("sample grid"):
-                        image_grid.save(
-                            self.preview(), self.out / "samples" / f"step-{done:08d}.png"
-                        )
+                        watchers.grid(done, self.preview())
             self.save()
         return caught[0] if caught else None
+
+    def _observed_step(self) -> StepRecord:
+        """Train on the next batch; what observers are told of the step."""
+        began = time.perf_counter()
+        values = {"loss": self.step(), "lr": self.learning_rate(self.finished_steps - 1)}
+        seconds = time.perf_counter() - began
+        if self.gradient_norm is not None:
+            values["gradient_norm"] = self.gradient_norm
+        device, on_device = self.parameters[0].device, None
+        if device.type == "cuda":
+            on_device = torch.cuda.max_memory_allocated(device)
+        return StepRecord(
+            self.finished_steps, values, self.options.batch_size, seconds, self.waited,
+            peak_memory(), on_device,
+        )  # fmt: skip
+
+    def _start(self) -> RunStart:
+        device = self.parameters[0].device
+        data = self.data
+        facts = {
+            "options": asdict(self.options),
+            "process": repr(self.diffusion.forward),
+            "prediction": self.diffusion.prediction,
+            "objective": self.diffusion.objective.name,
+            "parameters": sum(p.numel() for p in self.parameters),
+            "images": {
+                "name": data.name,
+                "count": len(data),
+                "shape": [data.channels, data.size, data.size],
+                "classes": len(data.classes),
+            },
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        }
+        return RunStart(self.out, self.finished_steps, self.options.steps, facts)
 
     def checkpoint(self) -> Checkpoint:
         """The averaged model, not a copy: further training changes it."""

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import platform
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.common.machine_facts import processor
 from fastdiff.compiler.choose.measuring import COLD_BYTES, constants, measure, weight_bytes
 from fastdiff.compiler.choose.sizes import Sizes
 from fastdiff.ops.backend import isa
@@ -100,24 +100,14 @@ def cache_file() -> Path | None:
             folder = root / "fastdiff"
     except RuntimeError:  # the user has no home directory
         return None
-    name = f"{_processor()}-{isa()}-torch-{torch.__version__}".lower()
+    name = f"{processor()}-{isa()}-torch-{torch.__version__}".lower()
     return folder / f"convolutions-{''.join(c if c.isalnum() else '-' for c in name)}.json"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except (OSError, UnicodeDecodeError):
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _machine() -> dict[str, Any]:
     return {
         "version": FILE_VERSION,
-        "processor": _processor(),
+        "processor": processor(),
         "isa": isa(),
         "torch": str(torch.__version__),
         "cores": os.cpu_count(),
