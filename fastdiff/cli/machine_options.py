@@ -17,7 +17,7 @@ from fastdiff.common.errors import InputError
 from fastdiff.ops.backend import NAMES, backend, describe, on_cuda
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
+def add_arguments(command: argparse._ActionsContainer) -> None:
     """Add --backend, --threads and --device."""
     command.add_argument(
         "--backend", choices=NAMES, default="auto", help="of fastdiff's operations"

@@ -35,7 +35,7 @@ FLAGS = (
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add --objective, and the options that belong to single objectives."""
     group = command.add_argument_group(
-        "diffusion",
+        "objective",
         "Each objective has its own process and options: ddpm, hybrid and vlb take --schedule and "
         "--timesteps;\nflow takes --timesteps; dsm takes --sde and its options; ncsn takes the "
         "options of ve and --levels;\nedm takes --sigma-min, --sigma-max and --sigma-data.",

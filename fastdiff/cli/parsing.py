@@ -47,6 +47,14 @@ def integers(text: str) -> tuple[int, ...]:
     return () if text == "none" else tuple(int(part) for part in text.split(","))
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas, such as 0.999,0.9999, or ``none``; for argparse."""
+    return () if text == "none" else tuple(float(part) for part in text.split(","))
+
+
+LISTS = (integers, numbers)  # types of options whose one word has several values
+
+
 def named_value(text: str) -> tuple[str, Any]:
     """NAME=VALUE, the value as JSON or else as a string, for argparse."""
     name, equals, value = text.partition("=")

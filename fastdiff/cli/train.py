@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli import data_options, machine_options, objective_options
+from fastdiff.cli import data_options, machine_options, objective_options, run_file
 from fastdiff.cli.data_options import read_folder
 from fastdiff.cli.machine_options import machine
 from fastdiff.cli.output import note
 from fastdiff.cli.parsing import integers, positive
+from fastdiff.cli.run_file import CONTROLS
 from fastdiff.common.errors import CheckpointError, InputError, check_memory
 from fastdiff.common.seeds import seeded
 from fastdiff.data import datasets
@@ -48,8 +49,8 @@ PATHS = ("data", "out")  # arguments that are paths
 # cannot move, so if either value is DIGITS, ``data`` may not change.
 CHANGEABLE = frozenset(
     {
-        "data", "steps", "save_every", "sample_every", "keep", "out", "resume",
-        "backend", "threads", "device",
+        "data", "steps", "save_every", "sample_every", "keep", "out",
+        "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
 
@@ -58,23 +59,52 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of ``fastdiff train``."""
     defaults = TrainingOptions()
     switch = argparse.BooleanOptionalAction
-    where = command.add_argument_group("what and where")
-    where.add_argument(
-        "--data",
-        help="digits (scikit-learn's), or a folder of images, with a sub-folder for each class; "
-        "with --resume, the run's images at their present place, if they have moved",
+    which = command.add_argument_group("which run")
+    which.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="take options from a TOML file, such as the run.toml of another run; what is on the "
+        "command line comes before it",
     )
-    where.add_argument("--out", type=Path, required=True, help="folder of the run")
-    where.add_argument(
+    which.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        help="set an option by its key in the file, for example model.channels=32,64; comes before "
+        "--config",
+    )
+    which.add_argument(
         "--resume",
         action="store_true",
         help="continue the run in --out from its newest checkpoint, with its options",
     )
-    where.add_argument("--image-size", type=positive, default=16, help="height and width")
-    where.add_argument("--grayscale", action="store_true", help="read a folder's images as grey")
-    where.add_argument("--flip", action="store_true", help="mirror half of a folder's images")
-    data_options.add_arguments(where)
-    where.add_argument("--unconditional", action="store_true", help="train without the classes")
+
+    run = command.add_argument_group("run")
+    run.add_argument("--out", type=Path, help="folder of the run; must be given")
+    run.add_argument(
+        "--save-every", type=int, default=defaults.save_every, help="steps between checkpoints"
+    )
+    run.add_argument("--keep", type=int, default=defaults.keep, help="newest checkpoints to keep")
+    run.add_argument(
+        "--sample-every",
+        type=int,
+        default=defaults.sample_every,
+        help="steps between sample grids; 0 for none",
+    )
+
+    data = command.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        help="digits (scikit-learn's), or a folder of images, with a sub-folder for each class; "
+        "with --resume, the run's images at their present place, if they have moved",
+    )
+    data.add_argument("--image-size", type=positive, default=16, help="height and width")
+    data.add_argument("--grayscale", action="store_true", help="read a folder's images as grey")
+    data.add_argument("--flip", action="store_true", help="mirror half of a folder's images")
+    data_options.add_arguments(data)
+    data.add_argument("--unconditional", action="store_true", help="train without the classes")
 
     model = command.add_argument_group("model")
     model.add_argument(
@@ -93,16 +123,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     how = command.add_argument_group("training")
     how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
     how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images per step")
-    how.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
-    how.add_argument(
-        "--lr-schedule", choices=LR_SCHEDULES, default=defaults.lr_schedule, help="after warm-up"
-    )
-    how.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of warm-up")
-    how.add_argument("--ema", type=float, default=defaults.ema, help="decay of averaged weights")
-    how.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW")
-    how.add_argument(
-        "--grad-clip", type=float, default=defaults.grad_clip, help="gradient norm; 0 for no limit"
-    )
     how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
     how.add_argument(
         "--label-dropout",
@@ -137,23 +157,36 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=defaults.compile,
         help="fused operations with gradients on a CPU; without them a step takes longer",
     )
-    how.add_argument(
-        "--save-every", type=int, default=defaults.save_every, help="steps between checkpoints"
+
+    optimizer = command.add_argument_group("optimizer")
+    optimizer.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
+    optimizer.add_argument(
+        "--lr-schedule", choices=LR_SCHEDULES, default=defaults.lr_schedule, help="after warm-up"
     )
-    how.add_argument(
-        "--sample-every",
-        type=int,
-        default=defaults.sample_every,
-        help="steps between sample grids; 0 for none",
+    optimizer.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of warm-up")
+    optimizer.add_argument(
+        "--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW"
     )
-    how.add_argument("--keep", type=int, default=defaults.keep, help="newest checkpoints to keep")
-    machine_options.add_arguments(command)
+    optimizer.add_argument(
+        "--grad-clip", type=float, default=defaults.grad_clip, help="gradient norm; 0 for no limit"
+    )
+
+    averages = command.add_argument_group("averages")
+    averages.add_argument(
+        "--ema", type=float, default=defaults.ema, help="decay of averaged weights"
+    )
+
+    machine_options.add_arguments(command.add_argument_group("machine"))
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Train, and return the exit code."""
+    given = _given(args, argv)
+    args = argparse.Namespace(**{**vars(args), **given})
+    if args.out is None:
+        raise InputError("say where the run is to be: --out FOLDER")
     if args.resume:
-        args = _with_recorded(args, argv)
+        args = _with_recorded(args, given)
     elif checkpoint.newest(args.out) is not None:
         raise InputError(
             f"{args.out} holds checkpoints of an earlier run; "
@@ -172,7 +205,9 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         if not args.resume:
             _check(args, options)
         check_writable(args.out / "losses.jsonl")
-        return _train(_trainer(args, options, _images(args), device))
+        trainer = _trainer(args, options, _images(args), device)
+        run_file.write(_options(), args, args.out / run_file.NAME)
+        return _train(trainer)
 
 
 def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
@@ -204,7 +239,7 @@ def _trainer(
     device: torch.device,
 ) -> Trainer:
     """A new trainer, or with --resume a trainer that continues from the newest checkpoint."""
-    record = {"arguments": {k: _plain(k, v) for k, v in vars(args).items() if k != "resume"}}
+    record = {"arguments": {k: _plain(k, v) for k, v in vars(args).items() if k not in CONTROLS}}
     if args.resume:
         return Trainer.resume(args.out, images, options, device=device, record=record)
     with seeded(options.seed, torch.get_default_device()):
@@ -256,8 +291,12 @@ def _train(trainer: Trainer) -> int:
     return 128 + ended_by
 
 
-def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+def _with_recorded(args: argparse.Namespace, given: dict[str, Any]) -> argparse.Namespace:
     """The recorded arguments of the run to resume, updated by the arguments given now.
+
+    Args:
+        args: all arguments, with the defaults of those that were not given.
+        given: the arguments that were given.
 
     Raises:
         InputError: there is nothing to resume, or an argument given now differs from the run's and
@@ -273,7 +312,7 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
         raise CheckpointError(f"{folder} was not written by fastdiff train; resume it in Python")
     checkpoint.load(folder)  # raises for a damaged checkpoint before images are read
     checkpoint.read_state(folder)
-    recorded, given = (_with_tuples(values) for values in (arguments, _given(args, argv)))
+    recorded, given = (_with_tuples(values) for values in (arguments, given))
     recorded = {**WITHOUT_RECORD, **recorded}
     recorded |= {k: as_path(recorded[k]) for k in PATHS if isinstance(recorded.get(k), str)}
     fixed = {"data"} if DIGITS in (given.get("data"), recorded.get("data")) else set()
@@ -290,14 +329,27 @@ def _with_recorded(args: argparse.Namespace, argv: Sequence[str] | None) -> argp
 
 
 def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
-    """The arguments that are on the command line, without the defaults of the others."""
+    """The arguments that the user gave, without the defaults of the others.
+
+    What is on the command line comes before --set, and that before the file of --config.
+
+    Raises:
+        InputError: a key of --set or of the file that is no option, or a value that does not suit.
+    """
     words = sys.argv[1:] if argv is None else list(argv)
+    command, unset = _options(), object()
+    command.set_defaults(**{**dict.fromkeys(vars(args), unset), "set": []})
+    parsed = vars(command.parse_args(words[1:]))  # without the sub-command's name
+    given = {} if args.config is None else run_file.read(command, args.config)
+    given |= run_file.assigned(command, args.set)
+    return given | {name: value for name, value in parsed.items() if value is not unset}
+
+
+def _options() -> argparse.ArgumentParser:
+    """A parser of the options alone."""
     command = argparse.ArgumentParser()
     add_arguments(command)
-    unset = object()
-    command.set_defaults(**dict.fromkeys(vars(args), unset))
-    given = vars(command.parse_args(words[1:]))  # without the sub-command's name
-    return {name: value for name, value in given.items() if value is not unset}
+    return command
 
 
 def _images(args: argparse.Namespace) -> datasets.ImageSet:

@@ -214,7 +214,7 @@ ROWS = [
     ("", "the following arguments are required: command"),
     ("paint", "invalid choice: 'paint'"),
     # arguments of train
-    ("train --data digits", "the following arguments are required: --out"),
+    ("train --data digits", "say where the run is to be: --out FOLDER"),
     ("train --out {new}", "say what to train on: --data digits or --data FOLDER"),
     (f"{TRAIN} --steps 0", "steps must be at least 1, got 0"),
     (f"{TRAIN} --steps many", "argument --steps: invalid int value: 'many'"),
