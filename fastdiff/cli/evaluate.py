@@ -1,16 +1,22 @@
-"""Measure a model of the digits: class accuracy, Frechet distance, distance to training digits.
+"""Measure a model: of the digits by its classes, of any images against a reference.
 
-Each figure is also computed for held-out real digits. The classifier is independent of the model
-and fitted on the real training digits; the classifier and the feature space are deterministic.
+Without --against, a model of the digits is measured by class accuracy, Frechet distance and
+distance to the training digits. The classifier is independent of the model and fitted on the real
+training digits; the classifier and the feature space are deterministic.
+
+With --against, images that the model generates, or the files of --images, are compared with real
+ones: Frechet and kernel distance, precision, recall, density, coverage, and the distance to the
+nearest real image. Each figure is also computed for held-out real images where there are some.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli import machine_options, sampler_options
+from fastdiff.cli import evaluate_against, machine_options, sampler_options
 from fastdiff.cli.machine_options import machine, machine_facts
 from fastdiff.cli.output import print_json
 from fastdiff.cli.parsing import (
@@ -27,15 +33,27 @@ from fastdiff.cli.sampler_options import (
     sampler_facts,
     steps_text,
 )
+from fastdiff.common.errors import InputError
 from fastdiff.evaluation import Bits, Evaluation, evaluate, measure_bits
 
 BITS = 16  # default number of held-out digits for --bits
+DIGITS = 1000  # default number of digits to generate
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of ``fastdiff eval``."""
-    add_checkpoint_argument(command)
-    command.add_argument("--samples", type=positive, default=1000, help="digits to generate")
+    judged = command.add_mutually_exclusive_group()
+    add_checkpoint_argument(judged)
+    judged.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="compare these images, and generate none"
+    )
+    command.add_argument(
+        "--samples",
+        type=positive,
+        help=f"images to generate (default: {DIGITS} digits; with --against as many as the "
+        f"reference has, at most {evaluate_against.MOST})",
+    )
+    evaluate_against.add_arguments(command)
     command.add_argument(
         "--bits",
         type=positive,
@@ -54,12 +72,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Generate, measure, print, and return the exit code."""
     check_seed(args.seed)
+    if args.against is not None:
+        if args.bits is not None:
+            raise InputError("--bits is for the digits' own measures, without --against")
+        return evaluate_against.run(args)
+    evaluate_against.check_unused(args)
     with machine(args) as device:
         source = checkpoint.load(args.checkpoint)
         source.model.to(device)
         sampler, ran_on = make_sampler(args, source), machine_facts(device)
         guided = guidance(args, source, device)
-        measured = evaluate(source, sampler, samples=args.samples, seed=args.seed, **guided)
+        samples = args.samples or DIGITS
+        measured = evaluate(source, sampler, samples=samples, seed=args.seed, **guided)
         bits = None if args.bits is None else measure_bits(source, args.bits, seed=args.seed)
     facts = {
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),

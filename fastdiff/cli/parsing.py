@@ -73,7 +73,7 @@ def add_dtype_argument(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_checkpoint_argument(command: argparse.ArgumentParser) -> None:
+def add_checkpoint_argument(command: argparse._ActionsContainer) -> None:
     """Add --checkpoint."""
     command.add_argument(
         "--checkpoint",

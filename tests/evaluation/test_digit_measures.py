@@ -1,11 +1,9 @@
-"""Evaluation: the Frechet distance in closed form, and real digits in the place of samples."""
+"""The digits' own measures, with real digits in the place of samples."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,10 +13,7 @@ from fastdiff.common.errors import InputError
 from fastdiff.data.datasets import digits
 from fastdiff.evaluation import (
     Evaluation,
-    Features,
     evaluate,
-    frechet_distance,
-    nearest_distances,
     recogniser,
 )
 from fastdiff.generation import Samples
@@ -26,91 +21,7 @@ from fastdiff.generation import Samples
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def with_moments(mean, deviations, count=64):
-    """Features whose sample mean is exactly ``mean`` and whose covariance is exactly diagonal."""
-    rng = np.random.default_rng(0)
-    raw = rng.standard_normal((count, len(mean)))
-    raw -= raw.mean(0)
-    orthogonal, _ = np.linalg.qr(raw)
-    return np.asarray(mean) + orthogonal * np.sqrt(count - 1) * np.asarray(deviations)
-
-
-# The Frechet distance.
-
-
-def test_frechet_distance_of_diagonal_gaussians():
-    """|m_x - m_y|^2 + sum (s_x - s_y)^2 (Dowson & Landau 1982)."""
-    mean_x, mean_y = np.array([1.0, -2.0, 0.5]), np.array([0.0, 1.0, 0.5])
-    std_x, std_y = np.array([1.0, 2.0, 0.0]), np.array([3.0, 0.5, 0.7])
-    wanted = ((mean_x - mean_y) ** 2).sum() + ((std_x - std_y) ** 2).sum()
-    x, y = with_moments(mean_x, std_x), with_moments(mean_y, std_y, count=40)
-    assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-9)
-    assert frechet_distance(y, x) == pytest.approx(wanted, rel=1e-7)
-
-
-def test_frechet_distance_of_general_gaussians():
-    """It is invariant to rotations, which make the covariances full; and to no others."""
-    x = with_moments([1.0, 0.0, 3.0], [1.0, 2.0, 0.5])
-    y = with_moments([0.0, 0.0, 1.0], [0.5, 1.0, 2.0])
-    turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))
-    assert frechet_distance(x @ turn, y @ turn) == pytest.approx(frechet_distance(x, y), rel=1e-9)
-    assert abs(frechet_distance(x @ turn, y) - frechet_distance(x, y)) > 0.1
-
-
-def test_frechet_distance_of_covariances_that_do_not_commute():
-    """Against the matrix square root of C_x C_y, by its own eigenvalues."""
-    rng = np.random.default_rng(2)
-    x, y = rng.standard_normal((50, 4)), rng.standard_normal((60, 4)) @ rng.standard_normal((4, 4))
-    cov_x, cov_y = np.cov(x.T), np.cov(y.T)
-    root = np.sqrt(np.linalg.eigvals(cov_x @ cov_y).real).sum()
-    gap = x.mean(0) - y.mean(0)
-    wanted = gap @ gap + np.trace(cov_x) + np.trace(cov_y) - 2 * root
-    assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-9)
-
-
-def test_frechet_distance_to_itself_is_zero():
-    x = np.random.default_rng(3).standard_normal((30, 5))
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(x, x + 2) == pytest.approx(5 * 4, rel=1e-9)
-    assert frechet_distance(x[:, :1], x[:, :1] * 3) == pytest.approx(
-        4 * x[:, 0].mean() ** 2 + 4 * x[:, 0].var(ddof=1), rel=1e-9
-    )
-
-
-@pytest.mark.parametrize(
-    ("x", "y"),
-    [
-        pytest.param(np.zeros((5, 3)), np.zeros((5, 2)), id="other features"),
-        pytest.param(np.zeros((1, 3)), np.zeros((5, 3)), id="one image"),
-        pytest.param(np.zeros(5), np.zeros(5), id="vectors"),
-    ],
-)
-def test_features_that_cannot_be_compared(x, y):
-    with pytest.raises(ValueError, match="features must be"):
-        frechet_distance(x, y)
-
-
-# Features, neighbours, the classifier.
-
-
-def test_features_are_white_on_the_training_digits():
-    train = digits("train").images
-    features = Features(train)
-    seen = features(train)
-    assert seen.shape == (len(train), 32)
-    assert seen.dtype == np.float64
-    np.testing.assert_allclose(seen.mean(0), 0, atol=1e-9)
-    np.testing.assert_allclose(np.cov(seen.T), np.eye(32), atol=1e-8)
-    assert 0.95 < features.explained < 0.99
-    assert features(train[:0]).shape == (0, 32)
-    with pytest.raises(ValueError, match="more than 32 images, got 32"):
-        Features(train[:32])
-
-
-def test_nearest_distances():
-    others = torch.tensor([[0.0, 0.0], [3.0, 4.0]]).view(2, 1, 1, 2)
-    images = torch.tensor([[0.0, 1.0], [3.0, 4.0], [6.0, 8.0]]).view(3, 1, 1, 2)
-    assert nearest_distances(images, others).tolist() == [1.0, 0.0, 5.0]
+# The classifier.
 
 
 def test_the_recogniser_knows_held_out_digits():
@@ -222,13 +133,6 @@ def test_the_figures_are_plain_numbers():
     numbers = Evaluation(*[0.5] * 8, samples=100, seconds=1.0, evaluations=2.0).as_dict()
     assert list(numbers)[:4] == ["accuracy", "accuracy_real", "frechet", "frechet_real"]
     assert numbers["samples"] == 100
-
-
-def test_nothing_of_scipy_is_needed_for_the_distance(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
-    x = with_moments([0.0, 0.0], [1.0, 1.0])
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
