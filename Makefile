@@ -26,7 +26,7 @@ timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
 .PHONY: help sample test test-slow diffusers-tests asan bench bench-unet bench-bf16 bench-train \
-	bench-pipelines learning scaling quality theory gpu gpu-audit cuda-check wheel lint format doctor \
+	bench-pipelines learning scaling quality theory emoji gpu gpu-audit cuda-check wheel lint format doctor \
 	venv clean
 
 help:  ## list these commands
@@ -83,6 +83,16 @@ quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations
 theory: $(VENV)/.plot  ## train every objective on the digits and measure it: tables and pictures, 2 hours
 	$(RUN) -m benchmarks.objectives --out benchmarks/results --runs runs/objectives
 	$(RUN) -m benchmarks.adaptive_steps --checkpoint runs/objectives/dsm-vp --out benchmarks/results
+
+# One thread and these options are what the model that comes along was trained with.
+emoji: $(VENV)/.emoji data/emoji  ## train the emoji model that comes along: images, 10000 steps, float16; 1.5 hours
+	$(RUN) -m fastdiff train --data data/emoji --image-size 32 --out runs/emoji \
+		--channels 32,64,96,96 --attention 2,3 --label-dropout 0.1 --weighting min_snr \
+		--timestep-sampler low-discrepancy --batch-size 32 --steps 10000 --warmup 300 --bf16 --threads 1
+	$(RUN) -m fastdiff export --checkpoint runs/emoji --out runs/emoji/float16 --dtype float16
+
+data/emoji: | $(VENV)/.emoji
+	$(RUN) -m tools.emoji_images --out $@
 
 gpu:  ## on a machine with a GPU and a PyTorch of its own: test and time all kernels, 10 minutes
 	$(PYTHON) -m tools.gpu $(GPU)
