@@ -51,6 +51,9 @@ class Times(Protocol):
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Times [n] and the weights of their losses, float64 [n]."""
 
+    def quantiles(self, shares: Tensor) -> Tensor:
+        """Times at shares [n] of all weighted draws, the earliest first."""
+
 
 class Objective:
     """A distribution of training times, and the loss of each image; made by :func:`make`.
@@ -91,6 +94,20 @@ class Objective:
             float64 [n], on the generator's device.
         """
         return self.times.draw(n, generator)
+
+    def quantiles(self, shares: Tensor) -> Tensor:
+        """Times below which given shares of all draws lie, each draw counted by its weight.
+
+        The plain mean of the losses at evenly spread shares estimates the mean of :meth:`loss`
+        without randomness. It does not depend on the losses that the sampler has recorded.
+
+        Args:
+            shares: float64 [n], in (0, 1).
+
+        Returns:
+            Times like those of :meth:`draw`, [n]: timesteps int64, or float64.
+        """
+        return self.times.quantiles(shares)
 
     def losses(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
         """The loss of each image, [N], float32 (float64 for float64 images).
@@ -350,6 +367,9 @@ class _TimeInterval:
         share = self.spread.unit(n, generator)
         return self.first + self.length * share, torch.ones_like(share)
 
+    def quantiles(self, shares: Tensor) -> Tensor:
+        return self.first + self.length * shares
+
 
 class _LogNormal:
     """EDM's log-normal noise levels (Karras et al. 2022, table 1), clamped to the process's."""
@@ -359,7 +379,13 @@ class _LogNormal:
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         sigma = score_matching.log_normal_sigma(n, generator=generator)
-        return sigma.clamp(self.forward.smallest, self.forward.end), torch.ones_like(sigma)
+        return self._within(sigma), torch.ones_like(sigma)
+
+    def quantiles(self, shares: Tensor) -> Tensor:
+        return self._within(score_matching.log_normal_quantiles(shares))
+
+    def _within(self, sigma: Tensor) -> Tensor:
+        return sigma.clamp(self.forward.smallest, self.forward.end)
 
 
 class _GeometricLevels:
@@ -370,4 +396,10 @@ class _GeometricLevels:
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         level, weights = self.levels.draw(n, generator)
-        return level.double() / (self.levels.num_timesteps - 1), weights
+        return self._time(level), weights
+
+    def quantiles(self, shares: Tensor) -> Tensor:
+        return self._time(self.levels.quantiles(shares))
+
+    def _time(self, level: Tensor) -> Tensor:
+        return level.double() / (self.levels.num_timesteps - 1)

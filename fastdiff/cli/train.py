@@ -17,12 +17,19 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli import data_options, machine_options, objective_options, run_file
+from fastdiff.cli import (
+    data_options,
+    machine_options,
+    objective_options,
+    run_file,
+    watch_options,
+)
 from fastdiff.cli.data_options import read_folder
 from fastdiff.cli.machine_options import machine
 from fastdiff.cli.output import note
 from fastdiff.cli.parsing import integers, positive
 from fastdiff.cli.run_file import CONTROLS
+from fastdiff.cli.watch_options import DIGITS
 from fastdiff.common.errors import CheckpointError, InputError, check_memory
 from fastdiff.common.seeds import seeded
 from fastdiff.data import datasets
@@ -41,16 +48,16 @@ from fastdiff.training.trainer import (
 )
 from fastdiff.training.training_options import TIMESTEP_SAMPLERS, WEIGHTINGS, WITHOUT_RECORD
 
-DIGITS = "digits"  # the value of --data for scikit-learn's digits
-PATHS = ("data", "out")  # arguments that are paths
+PATHS = ("data", "validation", "out")  # arguments that are paths
 
 # Arguments that a resumed run may change; the others are those of its checkpoint. ``data`` may
 # change since a folder of images may have moved; the trainer compares its content. The digits
-# cannot move, so if either value is DIGITS, ``data`` may not change.
+# cannot move, so if either value is DIGITS, ``data`` may not change. ``validation`` may not change
+# if either value is a share of the images, since that decides what is trained on.
 CHANGEABLE = frozenset(
     {
-        "data", "steps", "save_every", "sample_every", "keep", "out",
-        "backend", "threads", "device", *CONTROLS,
+        "data", "validation", "steps", "save_every", "sample_every", "validate_every", "keep",
+        "out", "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
 
@@ -176,6 +183,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--ema", type=float, default=defaults.ema, help="decay of averaged weights"
     )
 
+    watch_options.add_arguments(command)
     machine_options.add_arguments(command.add_argument_group("machine"))
 
 
@@ -198,6 +206,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         raise InputError("say what to train on: --data digits or --data FOLDER")
     if args.data != DIGITS:
         args.data = str(Path(args.data).absolute())  # so that any working folder can resume it
+    watch_options.settle(args)
     options = TrainingOptions(
         **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
     )
@@ -239,9 +248,12 @@ def _trainer(
     device: torch.device,
 ) -> Trainer:
     """A new trainer, or with --resume a trainer that continues from the newest checkpoint."""
+    images, validation = watch_options.divided(args, images)
     record = {"arguments": {k: _plain(k, v) for k, v in vars(args).items() if k not in CONTROLS}}
     if args.resume:
-        return Trainer.resume(args.out, images, options, device=device, record=record)
+        return Trainer.resume(
+            args.out, images, options, validation=validation, device=device, record=record
+        )
     with seeded(options.seed, torch.get_default_device()):
         model = _network(args, images.channels, len(images.classes) + options.null_class)
     return Trainer(
@@ -252,6 +264,7 @@ def _trainer(
         prediction=args.prediction,
         objective=args.objective,
         levels=args.levels,
+        validation=validation,
         out=args.out,
         record=record,
     )
@@ -316,6 +329,8 @@ def _with_recorded(args: argparse.Namespace, given: dict[str, Any]) -> argparse.
     recorded = {**WITHOUT_RECORD, **recorded}
     recorded |= {k: as_path(recorded[k]) for k in PATHS if isinstance(recorded.get(k), str)}
     fixed = {"data"} if DIGITS in (given.get("data"), recorded.get("data")) else set()
+    if any(watch_options.share(values.get("validation")) for values in (given, recorded)):
+        fixed.add("validation")
     for name, value in given.items():
         if name not in CHANGEABLE - fixed and value != recorded.get(name):
             raise InputError(

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -95,6 +95,11 @@ class ImageSet:
     def without_labels(self) -> ImageSet:
         """The same images without labels, for unconditional training."""
         return ImageSet(self.images, name=self.name, flip=self.flip)
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The images at ``indices``, int64 [M], as a set of their own."""
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, images=self.images[indices], labels=labels)
 
     def split(self) -> tuple[ImageSet, ImageSet | None]:
         """Split into images to train on, and the held-out images: every fifth of each class.

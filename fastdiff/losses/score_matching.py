@@ -20,6 +20,7 @@ from fastdiff.losses.prediction import image_mean, predict
 from fastdiff.sde import EDM, SDE, Score
 
 WEIGHTINGS = ("sigma", "likelihood")
+LOG_MEAN, LOG_STD = -1.2, 1.2  # of sigma in EDM's training (Karras et al. 2022, table 1)
 SMALLEST_SIGMA = 1e-15  # its square and the square of its inverse are finite and not 0 in float32
 
 
@@ -89,8 +90,8 @@ def edm_loss(
 def log_normal_sigma(
     images: int,
     *,
-    mean: float = -1.2,
-    std: float = 1.2,
+    mean: float = LOG_MEAN,
+    std: float = LOG_STD,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """EDM's noise levels for training: log sigma ~ N(mean, std^2) (Karras et al. 2022, table 1).
@@ -101,6 +102,17 @@ def log_normal_sigma(
     device = torch.device("cpu") if generator is None else generator.device
     noise = torch.randn(images, generator=generator, dtype=torch.float64, device=device)
     return (mean + std * noise).exp()
+
+
+def log_normal_quantiles(shares: Tensor, *, mean: float = LOG_MEAN, std: float = LOG_STD) -> Tensor:
+    """The levels below which shares of those of :func:`log_normal_sigma` lie.
+
+    Args:
+        shares: floating point, in 0..1 without the ends.
+        mean: of the logarithm of the levels.
+        std: of the logarithm of the levels.
+    """
+    return (mean + std * torch.special.ndtri(shares)).exp()
 
 
 def ncsn_loss(

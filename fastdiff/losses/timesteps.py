@@ -57,12 +57,22 @@ class TimestepSampler:
         """
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
-        u = self.unit(n, generator)
-        cumulative = self.probabilities.cumsum(0)
-        # After division the last entry is exactly 1, above every u: no t of probability 0 is drawn.
-        cumulative = (cumulative / cumulative[-1]).to(u.device)
-        t = torch.searchsorted(cumulative, u, right=True)
-        return t, self.weights.to(u.device)[t]
+        t = _inverse(self.probabilities, self.unit(n, generator))
+        return t, self.weights.to(t.device)[t]
+
+    def quantiles(self, shares: Tensor) -> Tensor:
+        """Timesteps below which shares of the weighted losses lie, in the mean over many draws.
+
+        Importance weights make every density uniform, so these timesteps do not depend on what is
+        recorded of losses.
+
+        Args:
+            shares: float64 [n], in [0, 1).
+
+        Returns:
+            t int64 [n], on the shares' device.
+        """
+        return (shares * self.num_timesteps).long()
 
     def unit(self, n: int, generator: torch.Generator | None) -> Tensor:
         """n numbers uniform in [0, 1), float64."""
@@ -135,6 +145,10 @@ class LogitNormal(TimestepSampler):
         if self.unbiased:
             return super().weights
         return torch.ones(self.num_timesteps, dtype=torch.float64, device="cpu")
+
+    def quantiles(self, shares: Tensor) -> Tensor:
+        """As of every sampler if ``unbiased``, else the quantiles of p_t."""
+        return super().quantiles(shares) if self.unbiased else _inverse(self.probabilities, shares)
 
 
 class LossSecondMoment(TimestepSampler):
@@ -263,3 +277,11 @@ class LossSecondMoment(TimestepSampler):
     def _refresh(self, step: int) -> None:
         # hypot scales its arguments, so that the squares of large losses do not overflow.
         self._norms[step] = math.hypot(*self._losses[step])
+
+
+def _inverse(probabilities: Tensor, shares: Tensor) -> Tensor:
+    """The timesteps, int64 [n], in which shares in [0, 1) of the probability lie."""
+    cumulative = probabilities.cumsum(0)
+    # After division the last entry is exactly 1, above every share: no t of probability 0 is taken.
+    cumulative = (cumulative / cumulative[-1]).to(shares.device)
+    return torch.searchsorted(cumulative, shares, right=True)

@@ -47,6 +47,7 @@ from fastdiff.training.run_folder import observers_of_folder
 from fastdiff.training.session import Dispensable, deferred_signals, ema_decay
 from fastdiff.training.training_bar import ProgressBar
 from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, recorded_options
+from fastdiff.training.validation import ValidationLoss
 
 __all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
 
@@ -69,6 +70,8 @@ class Trainer:
             default of the process.
         variance: of the reverse steps, see ``fastdiff.objectives.make``.
         levels: of noise, for the objective ncsn, see ``fastdiff.objectives.make``.
+        validation: images whose loss is measured every ``options.validate_every`` steps of
+            :meth:`run`, of the size and the classes of ``data``; None for no validation.
         out: folder for checkpoints, sample grids and losses.jsonl; None writes nothing.
         record: JSON values of the caller to keep in the checkpoints.
 
@@ -103,6 +106,7 @@ class Trainer:
         objective: str | None = None,
         variance: str | None = None,
         levels: int | None = None,
+        validation: ImageSet | None = None,
         out: str | Path | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
@@ -137,6 +141,7 @@ class Trainer:
         self.optimizer = AdamW(
             self.parameters, lr=self.options.lr, weight_decay=self.options.weight_decay
         )
+        self.validation = None if validation is None else self._validation(validation)
         self.finished_steps = 0
         self.gradient_norm: float | None = None
         self.waited = 0.0
@@ -150,6 +155,7 @@ class Trainer:
         data: ImageSet,
         options: TrainingOptions | None = None,
         *,
+        validation: ImageSet | None = None,
         device: str | torch.device = "cpu",
         record: Mapping[str, Any] | None = None,
     ) -> Trainer:
@@ -162,6 +168,7 @@ class Trainer:
             data: the images and labels of the run. They may be at another place: their content is
                 compared, up to the rounding of another decoder.
             options: None for those of the checkpoint.
+            validation: as of :class:`Trainer`; a resumed run must be given it again.
             device: where to train.
             record: None for that of the checkpoint.
 
@@ -183,6 +190,7 @@ class Trainer:
             objective=saved.objective,
             variance=saved.variance,
             levels=saved.levels,
+            validation=validation,
             record=facts.get("record", {}) if record is None else record,
         )
         if (facts.get("images"), saved.classes) != (len(data), data.classes):
@@ -298,7 +306,7 @@ class Trainer:
         watchers = Observers([*own, *observers], dispensable)
         with watchers.watching(self._start()), deferred_signals() as caught:
             while self.finished_steps < options.steps and not caught:
-                watchers.step(self._observed_step())
+                watchers.step(self._observed_step(dispensable))
                 done = self.finished_steps
                 if done % options.save_every == 0 or done == options.steps or caught:
                     self.save()
@@ -309,19 +317,56 @@ class Trainer:
             self.save()
         return caught[0] if caught else None
 
-    def _observed_step(self) -> StepRecord:
+    def _observed_step(self, dispensable: Dispensable) -> StepRecord:
         """Train on the next batch; what observers are told of the step."""
         began = time.perf_counter()
-        values = {"loss": self.step(), "lr": self.learning_rate(self.finished_steps - 1)}
+        values: dict[str, Any] = {
+            "loss": self.step(),
+            "lr": self.learning_rate(self.finished_steps - 1),
+        }
         seconds = time.perf_counter() - began
         if self.gradient_norm is not None:
             values["gradient_norm"] = self.gradient_norm
+        every = self.options.validate_every
+        if self.validation is not None and every and not self.finished_steps % every:
+            with dispensable("validation loss"):
+                values |= self.validation_losses()
         device, on_device = self.parameters[0].device, None
         if device.type == "cuda":
             on_device = torch.cuda.max_memory_allocated(device)
         return StepRecord(
             self.finished_steps, values, self.options.batch_size, seconds, self.waited,
             peak_memory(), on_device,
+        )  # fmt: skip
+
+    def validation_losses(self) -> dict[str, Any]:
+        """The losses of the images to validate with, by the names that logs have for them.
+
+        ``validation_loss`` is that of the averaged model, ``validation_loss_raw`` that of the model
+        itself, and ``validation_loss_parts`` that of the averaged model in each quarter of the
+        times, from the least noise to the most.
+        """
+        if self.validation is None:
+            raise ValueError("the trainer was given no images to validate with")
+        averaged, parts = self.validation(self.ema)
+        raw, _ = self.validation(self.network)
+        return {
+            "validation_loss": averaged,
+            "validation_loss_raw": raw,
+            "validation_loss_parts": parts,
+        }
+
+    def _validation(self, images: ImageSet) -> ValidationLoss:
+        """The loss of images to validate with; InputError unless they are like the data."""
+        given, wanted = ((data.channels, data.size, data.classes) for data in (images, self.data))
+        if given != wanted:
+            raise InputError(
+                "images to validate with must have the channels, size and classes of those to "
+                f"train on, {wanted}, got {given}"
+            )
+        return ValidationLoss(
+            self.diffusion.objective, images, batch_size=self.options.batch_size,
+            bf16=self.options.bf16, memory_format=self.memory_format,
         )  # fmt: skip
 
     def _start(self) -> RunStart:
@@ -338,6 +383,7 @@ class Trainer:
                 "count": len(data),
                 "shape": [data.channels, data.size, data.size],
                 "classes": len(data.classes),
+                "validation": 0 if self.validation is None else len(self.validation.images),
             },
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }

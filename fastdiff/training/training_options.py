@@ -47,6 +47,8 @@ class TrainingOptions:
             or in a wrapper, or something observes its layers, such as a hook.
         save_every: steps between checkpoints; the last step always has one.
         sample_every: steps between sample grids; 0 for no grids.
+        validate_every: steps between validation losses, if the trainer has images for them; 0 for
+            none.
         keep: number of the newest checkpoints to keep.
 
     Raises:
@@ -70,6 +72,7 @@ class TrainingOptions:
     compile: bool = True
     save_every: int = 500
     sample_every: int = 500
+    validate_every: int = 500
     keep: int = 2
 
     @property
@@ -83,7 +86,14 @@ class TrainingOptions:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:
                 raise InputError(f"{name} must be below 2**31, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "grad_clip", "seed", "sample_every"):
+        for name in (
+            "warmup",
+            "weight_decay",
+            "grad_clip",
+            "seed",
+            "sample_every",
+            "validate_every",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.seed >= 2**63:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastdiff import training
 from fastdiff.checkpoints import checkpoint
+from fastdiff.data import digits
 from fastdiff.ops.backend import current
 
 DIGITS = ("train", "--data", "digits", *TINY)
@@ -242,3 +243,34 @@ def test_loss_that_is_not_finite_ends_the_run_with_its_checkpoints_kept(
     assert ran.code == 2
     assert "the loss is nan at step 7" in ran.last
     assert checkpoint.load(copied_run).step == 6
+
+
+def test_a_share_of_the_images_is_held_out_to_validate(run: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("--out", out, "--validation", "0.25", "--validate-every", 2)
+    ran = run(*DIGITS, *words, "--steps", 3)
+    assert ran.code == 0
+    counts = digits("train").labels.bincount().tolist()
+    assert f"{sum(n - n // 4 for n in counts)} images of 1x8x8" in ran.err
+    assert ["validation_loss" in line for line in losses(out)] == [False, True, False]
+    again = ("train", "--resume", "--out", out, "--steps", 4)
+    ran = run(*again, "--validation", "digits")
+    assert ran.code == 2
+    assert "cannot change --validation: it has 0.25, got digits" in ran.last
+    assert run(*again).code == 0
+    assert "validation_loss" in losses(out)[3]
+
+
+def test_images_to_validate_with_may_move(run: Callable, pictures: Path, tmp_path: Path) -> None:
+    held_out, out = tmp_path / "held out", tmp_path / "run"
+    shutil.copytree(pictures, held_out)
+    words = ("--data", pictures, "--out", out, "--validation", held_out, "--validate-every", 1)
+    assert run("train", *TINY, *words, "--steps", 1).code == 0
+    held_out.rename(tmp_path / "moved")
+    again = ("train", "--resume", "--out", out, "--steps", 2, "--validation")
+    assert run(*again, held_out).code == 2
+    assert run(*again, tmp_path / "moved").code == 0
+    assert all("validation_loss" in line for line in losses(out))
+    ran = run(*again, "digits")
+    assert ran.code == 2
+    assert "--validation has the classes ('0', " in ran.last

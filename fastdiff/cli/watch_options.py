@@ -1,0 +1,73 @@
+"""The options of what is watched in training: images to validate with, and loggers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastdiff.cli.data_options import read_folder
+from fastdiff.common.errors import InputError
+from fastdiff.data import datasets
+from fastdiff.data.datasets import ImageSet
+from fastdiff.training.training_options import TrainingOptions
+from fastdiff.training.validation import hold_out
+
+DIGITS = "digits"  # the value of --data and --validation for scikit-learn's digits
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add --validation and --validate-every."""
+    group = command.add_argument_group("watching")
+    group.add_argument(
+        "--validation",
+        metavar="DATA|SHARE",
+        help="images whose loss is measured, at the same times and noise each time: a folder like "
+        "that of --data, digits (those that training never sees), or a share such as 0.1 of each "
+        "class of --data, which is then not trained on",
+    )
+    group.add_argument(
+        "--validate-every",
+        type=int,
+        default=TrainingOptions().validate_every,
+        help="steps between validation losses; 0 for none",
+    )
+
+
+def share(value: str | None) -> float | None:
+    """The share that a value of --validation names, or None if it names images."""
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return None
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Make the path of --validation absolute, so that any working folder can resume the run."""
+    if args.validation not in (None, DIGITS) and share(args.validation) is None:
+        args.validation = str(Path(args.validation).absolute())
+
+
+def divided(args: argparse.Namespace, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+    """The images of --data to train on, and those to validate with.
+
+    Raises:
+        InputError: the share is outside (0, 0.5], or the images do not go with each other.
+        DataError: images cannot be read, or are too few.
+    """
+    part = share(args.validation)
+    if args.validation is None:
+        return images, None
+    if part is not None:
+        return hold_out(images, part)
+    if args.validation == DIGITS:
+        validation = datasets.digits("test", args.image_size)
+    else:
+        there = argparse.Namespace(**{**vars(args), "data": args.validation})
+        validation = read_folder(there, args.image_size, grayscale=args.grayscale)
+    if args.unconditional:
+        validation = validation.without_labels()
+    if images.classes != validation.classes:
+        raise InputError(
+            f"--validation has the classes {validation.classes}, --data {images.classes}"
+        )
+    return images, validation

@@ -1,0 +1,146 @@
+"""The loss of images that are not trained on, at the same times and noise at every call.
+
+A training loss jumps from batch to batch, since its times and noise are new. Here each image keeps
+its times and its noise: from one call to the next only the weights differ, so a curve is smooth,
+and the curves of two runs on the same images can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.common.errors import DataError, InputError
+from fastdiff.common.inputs import checked_seeds
+from fastdiff.data.datasets import ImageSet, stream_seed
+from fastdiff.objectives import Objective
+from fastdiff.sampling.quick import quick
+
+FEWEST = 512  # losses that a mean is taken of at least, so that every part of the times has some
+PARTS = 4  # of the times, from the least noise to the most, with a mean of their own
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class ValidationLoss:
+    """Measures the losses of networks on images.
+
+    The times are the middles of M equal parts of the objective's distribution of times. They are
+    dealt to the images in the order of the multiples of the golden ratio modulo 1, which spreads
+    them evenly over any images that follow one another, such as those of a class. The noise comes
+    from a counter. Neither depends on a run's seed.
+
+    Args:
+        objective: whose loss is measured, without importance weights.
+        images: to measure it on; few images are taken several times, at other times.
+        batch_size: images in a call of the network.
+        bf16: call the network under bfloat16 autocast, as in training.
+        memory_format: of the images.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        bf16: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        count = len(images) * -(-FEWEST // len(images))
+        self.images = images
+        self._objective, self._bf16, self._memory_format = objective, bf16, memory_format
+        self._shares = spread(count)
+        self._times = objective.quantiles(self._shares)
+        self._seeds = checked_seeds(stream_seed(0, "validation", 0), None, count)
+        self._batches = torch.arange(count, device="cpu").split(batch_size)
+
+    def __call__(self, network: nn.Module) -> tuple[float, list[float]]:
+        """The mean loss, and the means over each of :data:`PARTS` parts of the times in order.
+
+        The network is called in eval mode, by fused operations where it can be.
+        """
+        losses = self.losses(network)
+        parts = (self._shares * PARTS).long()
+        return float(losses.mean()), [float(losses[parts == k].mean()) for k in range(PARTS)]
+
+    @torch.no_grad()
+    def losses(self, network: nn.Module) -> Tensor:
+        """All losses, float64 [M]: of the images in their order, again and again."""
+        found = []
+        device = next(network.parameters()).device
+        with _in_eval_mode(network):
+            called = quick(network)
+            for places in self._batches:
+                x0, labels = self.images.read(places % len(self.images))
+                found.append(self._of_batch(called, x0, labels, places, device))
+        return torch.cat(found)
+
+    def _of_batch(
+        self, called: Any, x0: Tensor, labels: Tensor | None, places: Tensor, device: torch.device
+    ) -> Tensor:
+        labels = None if labels is None else labels.to(device)
+
+        def model(x_t: Tensor, t: Tensor) -> Any:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+                return called(x_t, t, labels)
+
+        losses = self._objective.losses(
+            model,
+            x0.to(device, memory_format=self._memory_format),
+            self._times[places].to(device),
+            self._seeds[places].to(device),
+        )
+        return losses.double().cpu()
+
+
+def spread(count: int) -> Tensor:
+    """The middles of ``count`` equal parts of 0..1 in an evenly mixed order, float64 [count]."""
+    multiples = torch.arange(count, dtype=torch.float64, device="cpu") * GOLDEN % 1
+    return (multiples.argsort().argsort().double() + 0.5) / count
+
+
+def hold_out(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
+    """Split images into those to train on and those to validate with.
+
+    Held out is every k-th image of each class, or every k-th image without classes, where k is
+    the whole number next to 1 / ``fraction``.
+
+    Args:
+        images: all images.
+        fraction: the share to hold out, above 0 and at most 0.5.
+
+    Raises:
+        InputError: a fraction outside its range.
+        DataError: there are too few images to hold one out.
+    """
+    if not 0 < fraction <= 0.5:
+        raise InputError(f"the share of images to hold out must lie in (0, 0.5], got {fraction}")
+    every = round(1 / fraction)
+    held_out = torch.zeros(len(images), dtype=torch.bool, device="cpu")
+    if images.labels is None:
+        held_out[every - 1 :: every] = True
+    else:
+        for label in images.labels.unique().tolist():
+            held_out[(images.labels == label).nonzero().flatten()[every - 1 :: every]] = True
+    if not bool(held_out.any()):
+        kind = "images" if images.labels is None else "images in any class"
+        raise DataError(f"to hold out one of {every}, there are too few {kind}")
+    rest, chosen = (images.subset(mask.nonzero().flatten()) for mask in (~held_out, held_out))
+    return rest, chosen
+
+
+@contextmanager
+def _in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """For a ``with`` block, put all modules into eval mode, and each back into its own."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
