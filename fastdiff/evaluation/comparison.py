@@ -173,7 +173,7 @@ def kernel_subset_size(*counts: int) -> int:
 
 
 def _mean(several: list[Figures]) -> Figures:
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(Figures):
         each = [getattr(figures, field.name) for figures in several]
         values[field.name] = None if each[0] is None else float(np.mean(each))
