@@ -37,10 +37,11 @@ def denoised(x, sigma):
     return (0.01 * x + sigma**2 * 0.6 * torch.tanh(0.6 * x / variance)) / variance
 
 
-def algorithm_2(name, x, noises, *, churn, low, high, s_noise, steps, rho=7):
+def algorithm_2(name, x, noises, *, churn, low, high, s_noise, steps, alpha=1, rho=7):
     """Karras et al. 2022, algorithm 2, from x of sigma 80.
 
-    "euler" leaves out the second half, "kdpm-2" takes the slope in the middle of log sigma.
+    "euler" leaves out the second half, "kdpm-2" takes the slope in the middle of log sigma. With
+    ``alpha`` below 1 the second half is that of algorithm 3.
     """
     ends = 80 ** (1 / rho), 0.002 ** (1 / rho)
     levels = [(ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** rho for i in range(steps)] + [0]
@@ -56,25 +57,31 @@ def algorithm_2(name, x, noises, *, churn, low, high, s_noise, steps, rho=7):
             inner = x_hat + (middle - t_hat) * slope
             slope = (inner - denoised(inner, middle)) / middle
             asked.append(middle)
-        x = x_hat + (after - t_hat) * slope
+        step, x = after - t_hat, x_hat + (after - t_hat) * slope
         if after and name == "heun":
-            again = (x - denoised(x, after)) / after
-            asked.append(after)
-            x = x_hat + (after - t_hat) * (slope + again) / 2
+            inside, inner = t_hat + alpha * step, x_hat + alpha * step * slope
+            again = (inner - denoised(inner, inside)) / inside
+            asked.append(inside)
+            x = x_hat + step * ((1 - 1 / (2 * alpha)) * slope + again / (2 * alpha))
     return x, asked
 
 
-@NAMES
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("euler", {}), ("heun", {}), ("heun", {"alpha": 0.5}), ("heun", {"alpha": 0.7}),
+     ("kdpm-2", {})],
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("churn", "low", "high"), [(40, 0.05, 50), (40, 0.0, math.inf), (3, 0.0, math.inf)]
 )
-def test_the_papers_algorithm(name, churn, low, high, generator):
+def test_the_papers_algorithm(name, options, churn, low, high, generator):
     """Also where it raises the first level, beyond sigma_max, and with the noise's own scale."""
     steps, s_noise = 18, 1.3
     noises = torch.randn(steps + 1, 5, 2, generator=generator, dtype=torch.float64)
     wanted, levels = algorithm_2(
-        name, 80 * noises[-1], noises, churn=churn, low=low, high=high, s_noise=s_noise, steps=steps
-    )
+        name, 80 * noises[-1], noises, churn=churn, low=low, high=high, s_noise=s_noise,
+        steps=steps, **options,
+    )  # fmt: skip
     path, told = sde.discretize(sde.EDM()), []
 
     def network(x, label):
@@ -86,7 +93,7 @@ def test_the_papers_algorithm(name, churn, low, high, generator):
     model, kind = sde.on_path(network, "edm", path)
     sampler = samplers.make(
         name, path, steps, grid="karras", prediction=kind, clip=None,
-        s_churn=churn, s_tmin=low, s_tmax=high, s_noise=s_noise,
+        s_churn=churn, s_tmin=low, s_tmax=high, s_noise=s_noise, **options,
     )  # fmt: skip
     first = 80 * noises[-1] + (math.sqrt(levels[0] ** 2 - 80**2) * s_noise * noises[0])
     spread = math.sqrt(80**2 + s_noise**2 * (levels[0] ** 2 - 80**2))

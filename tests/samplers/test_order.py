@@ -161,6 +161,13 @@ def test_heuns_form_has_the_same_order(name):
     assert slope(COUNTS, found) == pytest.approx(order, abs=MARGIN), found
 
 
+@pytest.mark.parametrize("alpha", [0.5, 2 / 3])
+@pytest.mark.parametrize("path", PATHS)
+def test_two_stages_have_second_order_wherever_the_second_lies(path, alpha):
+    found = errors("heun", COUNTS, path=path, alpha=alpha)
+    assert slope(COUNTS, found) == pytest.approx(2, abs=MARGIN), found
+
+
 def test_diffusers_form_of_dpm_3_has_third_order_with_a_larger_error():
     theirs = errors("dpm-3", COUNTS, solver_type="diffusers", **FULL)
     assert slope(COUNTS, theirs) == pytest.approx(3, abs=MARGIN), theirs

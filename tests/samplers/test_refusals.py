@@ -67,6 +67,8 @@ VALUES = [
     *((f"s_churn {churn} of {name}", make(name, s_churn=churn),
        ["s_churn must not be negative", f"got {churn}"])
       for name in ("euler", "heun", "kdpm-2") for churn in (-1, NAN)),
+    *((f"alpha {a} of heun", make("heun", alpha=a), ["alpha must lie in", f"got {a}"])
+      for a in (0, 1.5, NAN)),
     *((f"r {r} of dpmpp-sde", make("dpmpp-sde", r=r), ["r must lie in (0, 1)", f"got {r}"])
       for r in (0, 1, NAN)),
     *((f"{n} evaluations of dpm-fast", make("dpm-fast", 4, evaluations=n),
