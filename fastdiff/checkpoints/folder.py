@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdiff.common import json_file
-from fastdiff.common.errors import CheckpointError
+from fastdiff.common.errors import CheckpointError, UnwritableError
 
 FORMAT = 1  # version of the format, recorded in every JSON file
 
@@ -32,14 +32,17 @@ logger = logging.getLogger(__name__)
 def new_folder(target: Path) -> Iterator[Path]:
     """For a ``with`` block, a folder to fill, which is renamed to ``target`` at its end.
 
-    If the block raises, the folder is deleted.
+    If the block raises, the folder is deleted. Files are on the disk before the new name is, so that
+    a machine that loses power has the whole folder or none.
 
     Raises:
-        CheckpointError: ``target`` exists, or the file system refused the write.
+        CheckpointError: ``target`` exists.
+        UnwritableError: the file system refused the write.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists already; it was left as it is")
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         shutil.rmtree(staging, ignore_errors=True)  # left by a dead process that had this PID
         staging.mkdir(parents=True)
@@ -48,10 +51,11 @@ def new_folder(target: Path) -> Iterator[Path]:
             _flush(file)
         _flush(staging)
         os.rename(staging, target)
-        _flush(target.parent)
+        for folder in (target, *missing):
+            _flush(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CheckpointError(f"cannot write the checkpoint {target}: {reason}") from error
+        raise UnwritableError(f"cannot write the checkpoint {target}: {reason}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

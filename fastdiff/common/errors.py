@@ -24,6 +24,14 @@ class CheckpointError(InputError):
     """A checkpoint that is missing, damaged, of another program, or impossible to write."""
 
 
+class UnwritableError(CheckpointError):
+    """A checkpoint that the file system refused to take; what is on the disk is as it was."""
+
+
+class LockedError(InputError):
+    """The folder of a run into which another process writes."""
+
+
 class TrainingError(InputError):
     """Training that cannot go on, such as a loss that is no longer finite."""
 

@@ -11,6 +11,9 @@ from types import FrameType
 
 from fastdiff.common.errors import memory_refused
 
+# What ends a run in good order: Ctrl-C, preemption, and a terminal that is closed.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def ema_decay(largest: float, step: int) -> float:
     """Decay of the averaged weights at a step, lower at first so that they forget the start."""
@@ -49,16 +52,18 @@ class Dispensable:
 
 @contextmanager
 def deferred_signals() -> Iterator[list[signal.Signals]]:
-    """For a ``with`` block, a list in which the first SIGINT or SIGTERM is put.
+    """For a ``with`` block, a list in which the first signal of :data:`ENDING` is put.
 
-    The second signal has its usual effect. Python delivers signals to the main thread only; in
-    other threads the list stays empty.
+    The second signal has its usual effect. An ignored SIGHUP, as under nohup, stays ignored. Python
+    delivers signals to the main thread only; in other threads the list stays empty.
     """
     caught: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    previous = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    previous = {which: signal.getsignal(which) for which in ENDING}
+    if previous[signal.SIGHUP] == signal.SIG_IGN:
+        del previous[signal.SIGHUP]
 
     def restore() -> None:
         for which, handler in previous.items():
