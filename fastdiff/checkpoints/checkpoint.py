@@ -28,6 +28,7 @@ from fastdiff.checkpoints import forward_process
 from fastdiff.checkpoints.folder import (
     FORMAT,
     check_format,
+    checksums,
     damaged,
     field,
     new_folder,
@@ -37,7 +38,7 @@ from fastdiff.checkpoints.folder import (
     read_tensors,
     write_json,
 )
-from fastdiff.common.errors import CheckpointError, InputError
+from fastdiff.common.errors import CheckpointError, DamagedError, InputError
 from fastdiff.diffusion import Diffusion
 from fastdiff.generation import Classifier, Guide, Samples
 from fastdiff.nn import UNet2DModel
@@ -49,6 +50,8 @@ from fastdiff.sde import Solver
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
 META, STATE, TRAINING = "fastdiff.json", "training_state.safetensors", "training.json"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+CHECKSUMS = "sha256"  # the entry of TRAINING with the checksums of the tensors' files
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -312,6 +315,11 @@ def all_steps(out: str | Path) -> list[Path]:
     return [folder for _, folder in sorted(folders)]
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a folder of :func:`all_steps`."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def newest(out: str | Path) -> Path | None:
     """The newest checkpoint of a training run, or None."""
     return next(reversed(all_steps(out)), None)
@@ -347,7 +355,8 @@ def save(
             tensors, facts = state
             contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
             save_file(contiguous, staging / STATE)
-            write_json(staging / TRAINING, {"format": FORMAT, **facts})
+            sums = {CHECKSUMS: checksums(staging)}
+            write_json(staging / TRAINING, {"format": FORMAT, **sums, **facts})
 
 
 @contextmanager
@@ -431,7 +440,7 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
 def _read_model(folder: Path) -> UNet2DModel:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
+            raise DamagedError(f"{folder} is not a complete checkpoint: it has no {name}")
     kind = read_json(folder / CONFIG).get("_class_name")
     if kind != "UNet2DModel":
         raise CheckpointError(f"{folder / CONFIG} describes a {kind}, wanted a UNet2DModel")
@@ -442,5 +451,5 @@ def _read_model(folder: Path) -> UNet2DModel:
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         raise CheckpointError(f"cannot build the model of {folder}: {error}") from None
     if wrong := not_finite(model.state_dict()):
-        raise CheckpointError(f"{folder / WEIGHTS}: {wrong} has NaN or infinity")
+        raise DamagedError(f"{folder / WEIGHTS}: {wrong} has NaN or infinity")
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdiff.common import json_file
-from fastdiff.common.errors import CheckpointError, UnwritableError
+from fastdiff.common.errors import CheckpointError, DamagedError, UnwritableError
 
 FORMAT = 1  # version of the format, recorded in every JSON file
 
@@ -32,8 +33,8 @@ logger = logging.getLogger(__name__)
 def new_folder(target: Path) -> Iterator[Path]:
     """For a ``with`` block, a folder to fill, which is renamed to ``target`` at its end.
 
-    If the block raises, the folder is deleted. Files are on the disk before the new name is, so that
-    a machine that loses power has the whole folder or none.
+    If the block raises, the folder is deleted. The files are on the disk before the new name is, so
+    that a machine that loses power has the whole folder or none.
 
     Raises:
         CheckpointError: ``target`` exists.
@@ -48,11 +49,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for file in staging.iterdir():
-            _flush(file)
-        _flush(staging)
+            flush(file)
+        flush(staging)
         os.rename(staging, target)
         for folder in (target, *missing):
-            _flush(folder.parent)
+            flush(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnwritableError(f"cannot write the checkpoint {target}: {reason}") from error
@@ -60,7 +61,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk.
 
     Some systems cannot: Windows opens no folders, many network and shared file systems flush no
@@ -80,9 +81,9 @@ def _flush(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; CheckpointError if it is missing or damaged."""
+    """The tensors of a safetensors file; DamagedError if it is missing or damaged."""
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} is not complete: it has no {path.name}")
+        raise DamagedError(f"{path.parent} is not complete: it has no {path.name}")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -94,25 +95,52 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, value in tensors.items() if not value.isfinite().all()), None)
 
 
-def damaged(path: Path, error: Exception) -> CheckpointError:
+def damaged(path: Path, error: Exception) -> DamagedError:
     """The error for a file that is not a complete safetensors file."""
     size = path.stat().st_size
-    return CheckpointError(f"{path} is damaged or no safetensors file ({size} bytes): {error}")
+    return DamagedError(f"{path} is damaged or no safetensors file ({size} bytes): {error}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError if the file cannot be read or holds no object."""
+    """The JSON object in a file; DamagedError if the file cannot be read or holds no object."""
     try:
         return json_file.read(path)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+        raise DamagedError(f"cannot read {path}: {error}") from None
     except ValueError as error:
-        raise CheckpointError(str(error)) from None
+        raise DamagedError(str(error)) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object to a file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each safetensors file of a folder, in hexadecimal, by the file's name."""
+    return {path.name: _checksum(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def check_checksums(folder: Path, recorded: Mapping[str, Any]) -> None:
+    """DamagedError unless the files of a folder have the recorded :func:`checksums`."""
+    for name, wanted in recorded.items():
+        path = folder / name
+        try:
+            found = _checksum(path)
+        except OSError as error:
+            raise DamagedError(f"cannot read {path}: {error.strerror or error}") from None
+        if found != wanted:
+            raise DamagedError(
+                f"{path} is damaged: its SHA-256 is {found}, it was written with {wanted}"
+            )
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_format(value: dict[str, Any], path: Path) -> None:

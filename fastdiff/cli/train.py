@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints import checkpoint, resumable
 from fastdiff.cli import (
     data_options,
     machine_options,
@@ -39,6 +39,7 @@ from fastdiff.data.image_grid import check_writable
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.pretrained import NoInitialisation
+from fastdiff.training.run_lock import run_lock
 from fastdiff.training.trainer import (
     LR_SCHEDULES,
     Trainer,
@@ -46,7 +47,12 @@ from fastdiff.training.trainer import (
     make_diffusion,
     recorded_options,
 )
-from fastdiff.training.training_options import TIMESTEP_SAMPLERS, WEIGHTINGS, WITHOUT_RECORD
+from fastdiff.training.training_options import (
+    ON_BAD_LOSS,
+    TIMESTEP_SAMPLERS,
+    WEIGHTINGS,
+    WITHOUT_RECORD,
+)
 
 PATHS = ("data", "validation", "out")  # arguments that are paths
 
@@ -57,7 +63,7 @@ PATHS = ("data", "validation", "out")  # arguments that are paths
 CHANGEABLE = frozenset(
     {
         "data", "validation", "steps", "save_every", "sample_every", "validate_every", "keep",
-        "out", "backend", "threads", "device", *CONTROLS,
+        "out", "on_bad_loss", "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
 
@@ -164,6 +170,26 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=defaults.compile,
         help="fused operations with gradients on a CPU; without them a step takes longer",
     )
+    how.add_argument(
+        "--on-bad-loss",
+        choices=ON_BAD_LOSS,
+        default=defaults.on_bad_loss,
+        help="a step whose loss or gradient is not finite, or whose loss is too high by --spike, "
+        "ends the run, or is left out",
+    )
+    how.add_argument(
+        "--spike",
+        type=float,
+        default=defaults.spike,
+        metavar="FACTOR",
+        help="a loss above FACTOR times the median of the last 100 is too high; 0 for no limit",
+    )
+    how.add_argument(
+        "--max-skips",
+        type=int,
+        default=defaults.max_skips,
+        help="so many steps in a row are not left out: they end the run",
+    )
 
     optimizer = command.add_argument_group("optimizer")
     optimizer.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
@@ -193,6 +219,15 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     args = argparse.Namespace(**{**vars(args), **given})
     if args.out is None:
         raise InputError("say where the run is to be: --out FOLDER")
+    if not args.resume:
+        return _run(args, given)
+    if not args.out.is_dir():
+        raise CheckpointError(f"no checkpoint to resume in {args.out}")
+    with run_lock(args.out):  # before checkpoints are read that another process may delete
+        return _run(args, given)
+
+
+def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
     if args.resume:
         args = _with_recorded(args, given)
     elif checkpoint.newest(args.out) is not None:
@@ -213,10 +248,11 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     with machine(args) as device:
         if not args.resume:
             _check(args, options)
-        check_writable(args.out / "losses.jsonl")
-        trainer = _trainer(args, options, _images(args), device)
-        run_file.write(_options(), args, args.out / run_file.NAME)
-        return _train(trainer)
+        with run_lock(args.out):
+            check_writable(args.out / "losses.jsonl")
+            trainer = _trainer(args, options, _images(args), device)
+            run_file.write(_options(), args, args.out / run_file.NAME)
+            return _train(trainer)
 
 
 def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
@@ -315,16 +351,12 @@ def _with_recorded(args: argparse.Namespace, given: dict[str, Any]) -> argparse.
         InputError: there is nothing to resume, or an argument given now differs from the run's and
             may not change.
     """
-    folder = checkpoint.newest(args.out)
-    if folder is None:
-        raise CheckpointError(f"no checkpoint to resume in {args.out}")
-    facts = checkpoint.read_facts(folder)
+    found = resumable.find(args.out)  # before images are read
+    folder, facts = found.folder, found.facts
     recorded_options(facts, folder)
     arguments = facts.get("record", {}).get("arguments")
     if not isinstance(arguments, dict) or not set(arguments) <= set(vars(args)):
         raise CheckpointError(f"{folder} was not written by fastdiff train; resume it in Python")
-    checkpoint.load(folder)  # raises for a damaged checkpoint before images are read
-    checkpoint.read_state(folder)
     recorded, given = (_with_tuples(values) for values in (arguments, given))
     recorded = {**WITHOUT_RECORD, **recorded}
     recorded |= {k: as_path(recorded[k]) for k in PATHS if isinstance(recorded.get(k), str)}

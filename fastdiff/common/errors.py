@@ -24,6 +24,10 @@ class CheckpointError(InputError):
     """A checkpoint that is missing, damaged, of another program, or impossible to write."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are incomplete or not as they were written."""
+
+
 class UnwritableError(CheckpointError):
     """A checkpoint that the file system refused to take; what is on the disk is as it was."""
 

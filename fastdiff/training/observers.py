@@ -46,6 +46,9 @@ class StepRecord:
         waited: the part of ``seconds`` in which the step waited for its images.
         memory: largest resident memory of this process so far, in bytes.
         device_memory: largest memory allocated on the model's device, in bytes; None on a CPU.
+        refusal: of a step that updated nothing, as its loss or gradient is not finite or its loss
+            is too high: the reason, ``fault``, and the numbers of the ``images`` to blame. Such a
+            step may be the last, not finished. None for other steps.
     """
 
     step: int
@@ -55,6 +58,7 @@ class StepRecord:
     waited: float
     memory: int
     device_memory: int | None = None
+    refusal: Mapping[str, Any] | None = None
 
     @property
     def speed(self) -> dict[str, float]:
@@ -92,6 +96,9 @@ class Observer:
 
     def grid(self, step: int, picture: Any) -> None:
         """A grid of samples was drawn after step ``step``: ``picture`` is a PIL image."""
+
+    def before_checkpoint(self, step: int) -> None:
+        """A checkpoint of step ``step`` will be written: what led to it should be on the disk."""
 
     def checkpoint(self, step: int) -> None:
         """A checkpoint of step ``step`` is on the disk."""
@@ -141,6 +148,10 @@ class Observers(Observer):
     def grid(self, step: int, picture: Any) -> None:
         """Tell all members of a grid of samples."""
         self._tell_all("grid", step, picture)
+
+    def before_checkpoint(self, step: int) -> None:
+        """Tell all members that a checkpoint will be written."""
+        self._tell_all("before_checkpoint", step)
 
     def checkpoint(self, step: int) -> None:
         """Tell all members of a checkpoint."""

@@ -1,8 +1,8 @@
 """One process at a time writes into the folder of a run.
 
-The lock is the kernel's (flock), not the file: the kernel releases it when the process ends, however
-it ends, so a lock is never left over. The file stays, since deleting it would let two processes lock
-two files of one name; what is in it only serves the error of the next process.
+The lock is the kernel's (flock), not the file: the kernel releases it when the process ends,
+however it ends, so a lock is never left over. The file stays, since deleting it would let two
+processes lock two files of one name; what is in it only serves the error of the next process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fastdiff.checkpoints import checkpoint
 from fastdiff.common.errors import InputError, LockedError
 
 NAME = "run.lock"
@@ -56,6 +57,32 @@ def run_lock(out: str | Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+@contextmanager
+def claim(out: Path, finished_steps: int, keep: int) -> Iterator[None]:
+    """For a ``with`` block, a run's folder is locked and ready to be written into.
+
+    What a killed process has left of a checkpoint is deleted: it may be what fills the disk.
+
+    Args:
+        out: the run's folder.
+        finished_steps: number of steps done by the trainer that will write.
+        keep: number of the newest checkpoints to keep.
+
+    Raises:
+        LockedError: another process or thread writes there.
+        InputError: no file can be written in the folder, or it has checkpoints of later steps.
+    """
+    with run_lock(out):
+        newest = checkpoint.newest(out)
+        if newest is not None and checkpoint.step_of(newest) > finished_steps:
+            raise InputError(
+                f"another process has taken the run in {out} to {newest.name}, this one is at step "
+                f"{finished_steps}; resume the run again"
+            )
+        checkpoint.prune(out, keep)
+        yield
+
+
 def _locked(path: Path) -> int:
     """The descriptor of the file at ``path``, locked until it is closed."""
     try:
@@ -77,8 +104,8 @@ def _locked(path: Path) -> int:
             os.close(descriptor)
             raise InputError(f"cannot lock {path}: {error.strerror or error}") from None
         warnings.warn(
-            f"fastdiff: the file system of {path.parent} has no locks ({error.strerror}); take care "
-            "that no second process trains there",
+            f"fastdiff: the file system of {path.parent} has no locks ({error.strerror}); take "
+            "care that no second process trains there",
             stacklevel=5,
         )
     with suppress(OSError):  # a full disk, on which the lock holds all the same

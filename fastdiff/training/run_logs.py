@@ -7,23 +7,20 @@ digit. ``speed.jsonl`` has what the machine needed for it, a line for some secon
 
 from __future__ import annotations
 
-import errno
-import json
-import os
+import math
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.common.errors import InputError
 from fastdiff.common.machine_facts import processor
 from fastdiff.common.version import __version__
 from fastdiff.ops.backend import describe
+from fastdiff.training.line_log import LineLog, append_line
 from fastdiff.training.observers import Observer, RunStart, StepRecord
 
 LOSSES = "losses.jsonl"
@@ -33,7 +30,7 @@ SPEED_INTERVAL = 10.0  # seconds of training that a line of the speed stands for
 
 
 class LossLog(Observer):
-    """Writes the losses; see :func:`line_log`."""
+    """Writes the losses; a line that a full disk refuses is written later."""
 
     product = "line in the log"
 
@@ -42,11 +39,19 @@ class LossLog(Observer):
 
     def begin(self, start: RunStart) -> None:
         """Open the log; InputError if no file can be written in its folder."""
-        self._append = line_log(self._path, start.finished_steps)
+        self._log = LineLog(self._path, start.finished_steps)
 
     def step(self, record: StepRecord) -> None:
-        """Write the values of a step."""
-        self._append({"step": record.step, **record.values})
+        """Write the values of a step; JSON has no numbers that are not finite, but null."""
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.values.items()
+        }
+        self._log.append({"step": record.step, **values, **(record.refusal or {})})
+
+    def before_checkpoint(self, step: int) -> None:
+        """See that the lines are on the disk before a checkpoint that follows them is."""
+        self._log.write(flushed=True)
 
 
 class SpeedLog(Observer):
@@ -61,7 +66,7 @@ class SpeedLog(Observer):
 
     def begin(self, start: RunStart) -> None:
         """Open the log."""
-        self._append = line_log(self._path, start.finished_steps)
+        self._log = LineLog(self._path, start.finished_steps)
 
     def step(self, record: StepRecord) -> None:
         """Count a step, and write a line if it is time."""
@@ -94,7 +99,7 @@ class SpeedLog(Observer):
         }
         if last.device_memory is not None:
             line["device_memory"] = last.device_memory
-        self._append(line)
+        self._log.append(line)
 
 
 class SessionLog(Observer):
@@ -104,19 +109,19 @@ class SessionLog(Observer):
 
     def __init__(self, out: Path) -> None:
         self._path = out / SESSIONS
-        self._line: bytes | None = None
+        self._entry: dict[str, Any] | None = None
 
     def begin(self, start: RunStart) -> None:
         """Keep what the line says; it is written with the first step, which an error cannot end."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         entry = {"step": start.finished_steps, "began": now, "command": _command(), **_software()}
-        self._line = (json.dumps({**entry, **start.facts}) + "\n").encode()
+        self._entry = {**entry, **start.facts}
 
     def step(self, record: StepRecord) -> None:
         """Write the line."""
-        if self._line is not None:
-            line, self._line = self._line, None
-            _append(self._path, line)
+        if self._entry is not None:
+            entry, self._entry = self._entry, None
+            append_line(self._path, entry)
 
 
 def _command() -> str | None:
@@ -139,70 +144,3 @@ def _software() -> dict[str, Any]:
         "backend": kernels["backend"],
         "instruction_set": kernels["isa"],
     }
-
-
-def line_log(path: Path, finished_steps: int) -> Callable[[Mapping[str, Any]], None]:
-    """A function that appends an entry, one JSON object per line, to the log at ``path``.
-
-    Lines of an interrupted run for steps after ``finished_steps`` are removed first. The function
-    raises InputError if an entry cannot be written, and for every entry if those lines could not be
-    removed; it never leaves a part of a line.
-
-    Raises:
-        InputError: no file can be written in the log's folder, so no checkpoint either.
-    """
-    uncut: OSError | None = None
-
-    def append(entry: Mapping[str, Any]) -> None:
-        try:
-            if uncut is not None:
-                raise uncut
-            _append(path, (json.dumps(entry) + "\n").encode())
-        except OSError as error:
-            raise _unwritable(path, error) from None
-
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("\n", encoding="utf-8")  # fails if the disk is full
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    try:
-        kept = _lines_up_to(path, finished_steps)
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        uncut = error
-        partial.unlink(missing_ok=True)
-    return append
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Append a whole line to a file; OSError, with the file as it was, if that is impossible."""
-    with path.open("ab", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(size)
-            raise
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {path}: {error.strerror or error}")
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The complete lines of a log up to step ``step``."""
-    kept: list[str] = []
-    if not path.exists():
-        return kept
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError, TypeError):  # a line cut short when the machine stopped
-            break
-        kept.append(line)
-    return kept

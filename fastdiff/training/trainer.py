@@ -11,7 +11,9 @@ import copy
 import math
 import signal
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.checkpoints import checkpoint, forward_process
+from fastdiff.checkpoints import checkpoint, forward_process, resumable
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import optional_field
-from fastdiff.common.errors import CheckpointError, DataError, InputError, TrainingError
+from fastdiff.common.errors import CheckpointError, DataError, InputError, UnwritableError
 from fastdiff.common.machine_facts import peak_memory
 from fastdiff.common.model import Model, layered
 from fastdiff.common.seeds import seeded
 from fastdiff.data.datasets import ImageSet, stream_seed
-from fastdiff.diffusion import Diffusion
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
@@ -41,15 +42,20 @@ from fastdiff.training.adamw import AdamW, clipping_factor
 from fastdiff.training.batches import Batch, Draws
 from fastdiff.training.fingerprint import check_same, fingerprint
 from fastdiff.training.learning_rate import learning_rate
+from fastdiff.training.loss_guard import Fault, LossGuard
+from fastdiff.training.model_fit import check_fit, make_diffusion
 from fastdiff.training.observers import Observer, Observers, RunStart, StepRecord
 from fastdiff.training.preview import preview
 from fastdiff.training.run_folder import observers_of_folder
+from fastdiff.training.run_lock import claim, run_lock
 from fastdiff.training.session import Dispensable, deferred_signals, ema_decay
 from fastdiff.training.training_bar import ProgressBar
 from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, recorded_options
 from fastdiff.training.validation import ValidationLoss
 
-__all__ = ["LR_SCHEDULES", "Trainer", "TrainingOptions", "make_unet", "recorded_options"]
+__all__ = [
+    "LR_SCHEDULES", "Trainer", "TrainingOptions", "make_diffusion", "make_unet", "recorded_options",
+]  # fmt: skip
 
 
 class Trainer:
@@ -80,9 +86,11 @@ class Trainer:
         model: the given model, in training mode.
         network: the given model without torch's wrappers.
         ema: the network with averaged weights, in eval mode.
-        finished_steps: number of steps done.
-        gradient_norm: of the last step, before clipping; None before the first step and without
-            ``grad_clip``.
+        finished_steps: number of steps done, those that were left out included.
+        guard: judges losses and gradients, and counts the steps that were left out.
+        refusal: of the last step, if it updated nothing: the reason, ``fault``, and the numbers of
+            the ``images`` to blame; else None.
+        gradient_norm: of the last step, before clipping; None if it was not computed.
         waited: seconds in which the last step waited for its images.
 
     Raises:
@@ -115,7 +123,7 @@ class Trainer:
             model, forward, self.options, prediction, objective, variance, levels
         )
         self.network: UNet2DModel = unwrapped(model)
-        _check_fit(self.network, data, self.options.null_class, self.diffusion.objective.learned)
+        check_fit(self.network, data, self.options.null_class, self.diffusion.objective.learned)
         warn_of_image_at_the_end(self.diffusion.path)
         if out is not None:
             forward_process.describe(forward)
@@ -143,6 +151,8 @@ class Trainer:
         )
         self.validation = None if validation is None else self._validation(validation)
         self.finished_steps = 0
+        self.guard = LossGuard(self.options)
+        self.refusal: dict[str, Any] | None = None
         self.gradient_norm: float | None = None
         self.waited = 0.0
         self.out = None if out is None else Path(out).absolute()
@@ -159,9 +169,11 @@ class Trainer:
         device: str | torch.device = "cpu",
         record: Mapping[str, Any] | None = None,
     ) -> Trainer:
-        """Continue a run from its newest checkpoint.
+        """Continue a run from its newest whole checkpoint.
 
-        The model is the bare network; to compile it again, call ``trainer.model.compile()``.
+        A newer one that is damaged is told of by a warning, and gets a name by which it is no
+        longer found. The model is the bare network; to compile it again, call
+        ``trainer.model.compile()``.
 
         Args:
             out: the run's folder.
@@ -176,11 +188,8 @@ class Trainer:
             CheckpointError: there is no checkpoint in ``out``, or it cannot be resumed.
             DataError: the images are not those of the run.
         """
-        folder = checkpoint.newest(out)
-        if folder is None:
-            raise CheckpointError(f"no checkpoint to resume in {out}")
-        saved = checkpoint.load(folder)
-        tensors, facts = checkpoint.read_state(folder)
+        found = resumable.find(out)
+        folder, saved, tensors, facts = found.folder, found.saved, found.tensors, found.facts
         trainer = cls(
             copy.deepcopy(saved.model).to(device),
             saved.forward,
@@ -202,11 +211,15 @@ class Trainer:
         check_same(
             recorded, trainer.fingerprint, (saved.dataset, data.name), folder / checkpoint.TRAINING
         )
-        trainer._restore(tensors, saved, folder / checkpoint.STATE)
         try:
             trainer.diffusion.objective.load_state_dict(facts.get("timesteps", {}))
+            trainer.guard.load_state_dict(facts.get("losses", {}))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / checkpoint.TRAINING}: {error}") from None
+        trainer._restore(tensors, saved, folder / checkpoint.STATE)
+        if found.damaged:
+            with run_lock(out):
+                resumable.set_aside(found.damaged)
         trainer.out = Path(out).absolute()
         return trainer
 
@@ -216,14 +229,13 @@ class Trainer:
         torch's global generators are seeded for the step's dropout and restored afterwards.
 
         Raises:
-            TrainingError: the loss is not finite, or, if ``grad_clip`` is set, the gradient is not;
-                the model is not changed.
+            TrainingError: the loss or the gradient is not finite, or the loss is too high, and the
+                options do not leave such a step out; the model is not changed.
         """
-        step, seed = self.finished_steps, self.options.seed
+        step, self.refusal, self.gradient_norm = self.finished_steps, None, None
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        dropout = seeded(stream_seed(seed, "dropout", step), self.parameters[0].device)
-        with dropout, span("train step"):
+        with self._dropout(step), span("train step"):
             value = self._step(step)
         self.finished_steps += 1
         return value
@@ -231,39 +243,71 @@ class Trainer:
     def _step(self, step: int) -> float:
         began = time.perf_counter()
         with span("data"):
-            batch = self.batch(self.draw(step))
+            draws = self.draw(step)
+            batch = self.batch(draws)
         self.waited = time.perf_counter() - began
         with span("forward"):
             loss = self.loss(batch)
             value = float(loss.detach())
-            _check_finite(value, "loss", step)
-        with span("backward"):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        with span("optimizer"):
-            factor = 1.0
-            if self.options.grad_clip:
-                norm = float(
-                    ops.gradient_norm([p.grad for p in self.parameters if p.grad is not None])
-                )
-                _check_finite(norm, "norm of the gradient", step)
-                self.gradient_norm = norm
-                factor = clipping_factor(norm, self.options.grad_clip)
-            self.optimizer.step(
-                gradient_factor=factor,
-                averages=self.averages,
-                average_weight=1 - ema_decay(self.options.ema, step),
-            )
+        fault = self.guard.judge_loss(value)
+        if fault is None:
+            with span("backward"):
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            with span("optimizer"):
+                gradients = [p.grad for p in self.parameters if p.grad is not None]
+                norm = self.gradient_norm = float(ops.gradient_norm(gradients))
+                fault = self.guard.judge_gradient(norm)
+                if fault is None:
+                    self._update(norm, step)
+        if fault is None:
+            self.guard.accept(value)
+        else:
+            self._refuse(step, fault, draws, batch)
         return value
+
+    def _update(self, norm: float, step: int) -> None:
+        """Update weights, moments and averages by gradients of a norm."""
+        clip = self.options.grad_clip
+        self.optimizer.step(
+            gradient_factor=clipping_factor(norm, clip) if clip else 1.0,
+            averages=self.averages,
+            average_weight=1 - ema_decay(self.options.ema, step),
+        )
+
+    def _refuse(self, step: int, fault: Fault, draws: Draws, batch: Batch) -> None:
+        """Leave a step out, or raise the error that ends the run, with the images to blame."""
+        indices: list[int] = draws.indices.tolist()
+        with torch.no_grad(), self._dropout(step):  # once more, so that good steps need not do it
+            each = (self._image_losses(batch).double() * batch.weights).tolist()
+        blamed = [i for i, loss in zip(indices, each, strict=True) if fault.blames(loss)] or indices
+        self.refusal = {"fault": fault.reason, "images": blamed}
+        self.guard.refuse(step + 1, fault, [str(index) for index in blamed])
+
+    def _dropout(self, step: int) -> Any:
+        """A context in which torch's generators are seeded for the dropout of a step."""
+        seed = stream_seed(self.options.seed, "dropout", step)
+        return seeded(seed, self.parameters[0].device)
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective's loss of a batch, a scalar."""
+        x0, t, weights, noise = batch.x0, batch.t, batch.weights, batch.noise
+        return self.diffusion.objective.loss(self._model_of(batch), x0, t, weights, noise)
+
+    def _image_losses(self, batch: Batch) -> Tensor:
+        """The unweighted loss of each image of a batch, [N]."""
+        return self.diffusion.objective.losses(
+            self._model_of(batch), batch.x0, batch.t, batch.noise
+        )
+
+    def _model_of(self, batch: Batch) -> Model:
+        """The model as a function of noised images and times, given the batch's labels."""
 
         def model(x_t: Tensor, t: Tensor) -> Any:
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.bf16):
                 return self._called(x_t, t, batch.labels)
 
-        return self.diffusion.objective.loss(model, batch.x0, batch.t, batch.weights, batch.noise)
+        return model
 
     @cached_property
     def _called(self) -> nn.Module:
@@ -285,9 +329,11 @@ class Trainer:
     ) -> signal.Signals | None:
         """Train to the last step, with checkpoints, sample grids and logs in ``out``.
 
-        SIGINT (Ctrl-C) or SIGTERM ends the run after the running step, with a checkpoint; a second
-        signal ends it at once, without a checkpoint. If a line of a log or a sample grid cannot
-        be made or written, the run goes on without it, with a warning the first time.
+        SIGINT (Ctrl-C), SIGTERM or SIGHUP ends the run after the running step, with a checkpoint; a
+        second signal ends it at once, without a checkpoint. If a line of a log or a sample grid
+        cannot be made or written, the run goes on without it, with a warning the first time. If a
+        checkpoint cannot be written, the earlier ones are kept and the run goes on to the next,
+        with a warning; the last one is an error.
 
         Args:
             progress: show a progress bar on standard error.
@@ -297,46 +343,83 @@ class Trainer:
             The signal that ended the run, or None after the last step.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite.
-            CheckpointError: a checkpoint could not be written; the previous checkpoint is kept.
-            InputError: no file can be written in ``out``.
+            TrainingError: the loss or the gradient is not finite, or the loss is too high, and the
+                options do not leave such steps out.
+            CheckpointError: the last checkpoint could not be written.
+            LockedError: another process trains in ``out``.
+            InputError: no file can be written in ``out``, or another process has taken the run
+                further since this trainer was made.
         """
-        options, dispensable = self.options, Dispensable()
+        dispensable = Dispensable()
         own = [ProgressBar(progress), *observers_of_folder(self.out)]
         watchers = Observers([*own, *observers], dispensable)
-        with watchers.watching(self._start()), deferred_signals() as caught:
-            while self.finished_steps < options.steps and not caught:
-                watchers.step(self._observed_step(dispensable))
-                done = self.finished_steps
-                if done % options.save_every == 0 or done == options.steps or caught:
-                    self.save()
-                    watchers.checkpoint(done)
-                if watchers.want_grids and options.sample_every and not done % options.sample_every:
-                    with dispensable("sample grid"):
-                        watchers.grid(done, self.preview())
-            self.save()
+        claimed: AbstractContextManager[None] = nullcontext()
+        if self.out is not None:
+            claimed = claim(self.out, self.finished_steps, self.options.keep)
+        with claimed, watchers.watching(self._start()), deferred_signals() as caught:
+            self._train(watchers, dispensable, caught)
         return caught[0] if caught else None
 
-    def _observed_step(self, dispensable: Dispensable) -> StepRecord:
-        """Train on the next batch; what observers are told of the step."""
-        began = time.perf_counter()
-        values: dict[str, Any] = {
-            "loss": self.step(),
-            "lr": self.learning_rate(self.finished_steps - 1),
-        }
-        seconds = time.perf_counter() - began
+    def _train(
+        self, watchers: Observers, dispensable: Dispensable, caught: list[signal.Signals]
+    ) -> None:
+        """Train to the last step, or until a signal is caught."""
+        options = self.options
+        while self.finished_steps < options.steps and not caught:
+            self._observed_step(watchers, dispensable)
+            done = self.finished_steps
+            if done % options.save_every == 0 or done == options.steps or caught:
+                self._try_to_save(watchers, warn=done < options.steps and not caught)
+            grid = options.sample_every and done % options.sample_every == 0
+            if watchers.want_grids and grid and not caught:
+                with dispensable("sample grid"):
+                    watchers.grid(done, self.preview())
+        self.save()
+
+    def _try_to_save(self, watchers: Observers, *, warn: bool) -> None:
+        """Write a checkpoint, and tell the watchers; go on if the file system refuses it."""
+        watchers.before_checkpoint(self.finished_steps)
+        try:
+            self.save()
+        except UnwritableError as error:
+            if warn:  # else it is tried again, and is then an error
+                warnings.warn(
+                    f"fastdiff: {error}; earlier checkpoints are kept, and training goes on to the "
+                    "next one",
+                    stacklevel=4,
+                )
+        else:
+            watchers.checkpoint(self.finished_steps)
+
+    def _observed_step(self, watchers: Observers, dispensable: Dispensable) -> None:
+        """Train on the next batch, and tell the watchers, also of a step that ends the run."""
+        began, number = time.perf_counter(), self.finished_steps + 1
+        loss = math.nan
+        try:
+            loss = self.step()
+        finally:
+            if self.finished_steps == number or self.refusal is not None:
+                seconds = time.perf_counter() - began
+                watchers.step(self._record_of(number, loss, seconds, dispensable))
+
+    def _record_of(
+        self, step: int, loss: float, seconds: float, dispensable: Dispensable
+    ) -> StepRecord:
+        """What observers are told of a step."""
+        values: dict[str, Any] = {"loss": loss, "lr": self.learning_rate(step - 1)}
         if self.gradient_norm is not None:
             values["gradient_norm"] = self.gradient_norm
         every = self.options.validate_every
-        if self.validation is not None and every and not self.finished_steps % every:
+        finished = self.finished_steps == step
+        if self.validation is not None and every and finished and not step % every:
             with dispensable("validation loss"):
                 values |= self.validation_losses()
         device, on_device = self.parameters[0].device, None
         if device.type == "cuda":
             on_device = torch.cuda.max_memory_allocated(device)
         return StepRecord(
-            self.finished_steps, values, self.options.batch_size, seconds, self.waited,
-            peak_memory(), on_device,
+            step, values, self.options.batch_size, seconds, self.waited, peak_memory(), on_device,
+            self.refusal,
         )  # fmt: skip
 
     def validation_losses(self) -> dict[str, Any]:
@@ -440,6 +523,7 @@ class Trainer:
             "options": asdict(self.options),
             "record": self.record,
             "timesteps": self.diffusion.objective.state_dict(),
+            "losses": self.guard.state_dict(),
         }
         return training_state.state_tensors(self._named_parameters(), self.optimizer), facts
 
@@ -453,63 +537,6 @@ class Trainer:
         ``path`` is the file of ``tensors``, for the text of errors.
         """
         self.ema.load_state_dict(saved.model.state_dict())
-        training_state.restore(self._named_parameters(), self.optimizer, tensors, saved.step, path)
+        updates = saved.step - self.guard.skipped
+        training_state.restore(self._named_parameters(), self.optimizer, tensors, updates, path)
         self.finished_steps = saved.step
-
-
-def make_diffusion(
-    model: Model,
-    forward: Forward,
-    options: TrainingOptions,
-    prediction: str = "eps",
-    objective: str | None = None,
-    variance: str | None = None,
-    levels: int | None = None,
-) -> Diffusion:
-    """A model with its process and its objective, as :class:`Trainer` trains it.
-
-    Args:
-        model: see :class:`fastdiff.Diffusion`.
-        forward: the forward process, a schedule or an SDE.
-        options: for their ``weighting`` and ``timestep_sampler``.
-        prediction: see :class:`fastdiff.Diffusion`.
-        objective: see :class:`fastdiff.Diffusion`.
-        variance: see :class:`fastdiff.Diffusion`.
-        levels: see :class:`fastdiff.Diffusion`.
-
-    Raises:
-        InputError: options that do not fit the process or each other.
-    """
-    weighting, times = options.weighting, options.timestep_sampler
-    return Diffusion(
-        model, forward, prediction, objective=objective, variance=variance, levels=levels,
-        weighting=None if weighting == "none" else weighting,
-        timesteps=None if times == "default" else times,
-    )  # fmt: skip
-
-
-def _check_finite(value: float, name: str, step: int) -> None:
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"the {name} is {value} at step {step + 1}; a lower learning rate may help"
-        )
-
-
-def _check_fit(model: UNet2DModel, data: ImageSet, null_class: bool, learned: bool) -> None:
-    config, classes = model.config, model.config.num_class_embeds or 0
-    if (config.in_channels, config.sample_size) != (data.channels, data.size):
-        raise InputError(
-            f"the model takes {config.in_channels} x {config.sample_size} x {config.sample_size} "
-            f"images, the data has {data.channels} x {data.size} x {data.size}"
-        )
-    if config.out_channels != data.channels * (2 if learned else 1):
-        raise InputError(
-            f"the model returns {config.out_channels} channels; for images of {data.channels} and "
-            f"a {'learned' if learned else 'fixed'} variance it must return "
-            f"{data.channels * (2 if learned else 1)}"
-        )
-    if null_class and not data.classes:
-        raise InputError("label_dropout hides labels, but the data has none")
-    if classes != len(data.classes) + null_class:
-        more = " and label_dropout needs one more" if null_class else ""
-        raise InputError(f"the model has {classes} classes, the data {len(data.classes)}{more}")

@@ -14,6 +14,7 @@ from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.losses import score_matching, weights
 
 LR_SCHEDULES = ("cosine", "constant")
+ON_BAD_LOSS = ("stop", "skip")
 WEIGHTINGS = ("none", *weights.NAMES, *score_matching.WEIGHTINGS)
 # Options of runs that began before there was the option, whose arithmetic may not change.
 WITHOUT_RECORD = {"compile": False}
@@ -45,6 +46,11 @@ class TrainingOptions:
         compile: train a network of this library that is on a CPU through fused operations with
             gradients (``fastdiff.compiler.network.TrainedNetwork``), unless it is compiled already
             or in a wrapper, or something observes its layers, such as a hook.
+        on_bad_loss: what becomes of a step whose loss or gradient is not finite, or whose loss is
+            too high: "stop" ends the run, "skip" leaves the step out, so that it changes nothing.
+        spike: a loss of more than ``spike`` times the median of the last 100 is too high; 0 for no
+            limit.
+        max_skips: number of steps in a row that are not left out, since the run does not recover.
         save_every: steps between checkpoints; the last step always has one.
         sample_every: steps between sample grids; 0 for no grids.
         validate_every: steps between validation losses, if the trainer has images for them; 0 for
@@ -70,6 +76,9 @@ class TrainingOptions:
     timestep_sampler: str = "default"
     channels_last: bool = True
     compile: bool = True
+    on_bad_loss: str = "stop"
+    spike: float = 0.0
+    max_skips: int = 10
     save_every: int = 500
     sample_every: int = 500
     validate_every: int = 500
@@ -81,7 +90,7 @@ class TrainingOptions:
         return self.label_dropout > 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep"):
+        for name in ("steps", "batch_size", "max_skips", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:
@@ -102,12 +111,15 @@ class TrainingOptions:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema must lie in [0, 1), got {self.ema}")
+        if self.spike and not 1 < self.spike < math.inf:
+            raise InputError(f"spike must be above 1, or 0 for no limit, got {self.spike}")
         if not 0 <= self.label_dropout < 1:
             raise InputError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         for name, known in (
             ("weighting", WEIGHTINGS),
             ("timestep_sampler", TIMESTEP_SAMPLERS),
             ("lr_schedule", LR_SCHEDULES),
+            ("on_bad_loss", ON_BAD_LOSS),
         ):
             value = getattr(self, name)
             if value not in known:

@@ -38,7 +38,7 @@ def restore(
     parameters: Named,
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
-    step: int,
+    updates: int,
     path: Path,
 ) -> None:
     """Set parameters and moments to those of :func:`state_tensors`.
@@ -47,7 +47,7 @@ def restore(
         parameters: with their names in files.
         optimizer: of these parameters.
         tensors: the recorded values.
-        step: number of steps done.
+        updates: number of updates that the optimizer has made.
         path: the file of ``tensors``, for the text of errors.
 
     Raises:
@@ -67,6 +67,6 @@ def restore(
             target.copy_(value)
         where = p.device if optimizer.defaults["fused"] else "cpu"
         optimizer.state[p] = {
-            "step": torch.tensor(float(step), device=where),
+            "step": torch.tensor(float(updates), device=where),
             **{key: restored[key] for key in MOMENTS},
         }

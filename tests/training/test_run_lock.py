@@ -97,9 +97,9 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match="has no locks .Operation not supported.*take care"):
-        with run_lock(tmp_path):
-            pass
+    told = pytest.warns(UserWarning, match="has no locks .Operation not supported.*take care")
+    with told, run_lock(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
@@ -108,9 +108,9 @@ def test_a_lock_that_fails_is_an_error(number, tmp_path, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(InputError, match=f"cannot lock .*{NAME}: {os.strerror(number)}"):
-        with run_lock(tmp_path):
-            pass
+    told = pytest.raises(InputError, match=f"cannot lock .*{NAME}: {os.strerror(number)}")
+    with told, run_lock(tmp_path):
+        pass
 
 
 def test_a_full_disk_does_not_matter_to_a_lock(tmp_path, monkeypatch):
@@ -124,6 +124,6 @@ def test_a_full_disk_does_not_matter_to_a_lock(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=f"cannot write .*{NAME}: File exists"):
-        with run_lock(tmp_path / "file"):
-            pass
+    told = pytest.raises(InputError, match=f"cannot write .*{NAME}: File exists")
+    with told, run_lock(tmp_path / "file"):
+        pass

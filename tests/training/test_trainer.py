@@ -23,7 +23,13 @@ from torch import nn
 
 from fastdiff import NoiseSchedule, losses, process, schedules
 from fastdiff.checkpoints import checkpoint
-from fastdiff.common.errors import CheckpointError, DataError, InputError, TrainingError
+from fastdiff.common.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    TrainingError,
+    UnwritableError,
+)
 from fastdiff.data.datasets import ImageSet, stream_seed
 from fastdiff.data.image_grid import from_uint8
 from fastdiff.training.batches import Batch
@@ -324,6 +330,7 @@ def test_checkpoints_with_the_compilers_names_are_resumed(make_trainer, images, 
     ):
         tensors = load_file(folder / file)
         save_file({insert(name): value for name, value in tensors.items()}, folder / file)
+    forget_checksums(folder)
     resumed = Trainer.resume(tmp_path, images)
     assert resumed.step() == trainer.step()
     assert same_weights(resumed.ema, trainer.ema)
@@ -378,13 +385,12 @@ def test_a_run_stays_in_its_folder(make_trainer, images, tmp_path, monkeypatch):
     assert checkpoint.newest(tmp_path / "run").name == "step-00000002"
 
 
-def lose(name):
-    def damage(path):
-        tensors = load_file(path)
-        del tensors[name]
-        save_file(tensors, path)
-
-    return damage
+def forget_checksums(folder):
+    """As of versions that recorded none."""
+    path = folder / checkpoint.TRAINING
+    facts = json.loads(path.read_text())
+    del facts[checkpoint.CHECKSUMS]
+    path.write_text(json.dumps(facts))
 
 
 def test_what_cannot_be_resumed(make_trainer, images, tmp_path, tiny_checkpoint):
@@ -417,12 +423,16 @@ def test_what_cannot_be_resumed(make_trainer, images, tmp_path, tiny_checkpoint)
         with pytest.raises(CheckpointError, match=r"sums' must be a list|unusable finger"):
             Trainer.resume(tmp_path / "run", images)
     facts.write_text(written)
-    lose("exp_avg.conv_in.weight")(checkpoint.newest(tmp_path / "run") / checkpoint.STATE)
+    state = checkpoint.newest(tmp_path / "run") / checkpoint.STATE
+    tensors = load_file(state)
+    del tensors["exp_avg.conv_in.weight"]
+    save_file(tensors, state)
+    forget_checksums(state.parent)
     with pytest.raises(CheckpointError, match=r"exp_avg\.conv_in\.weight must have .* nothing"):
         Trainer.resume(tmp_path / "run", images)
     shared = checkpoint.step_folder(tmp_path / "shared", 1)
     checkpoint.export(tiny_checkpoint, shared)
-    with pytest.raises(CheckpointError, match="it has no training_state"):
+    with pytest.raises(CheckpointError, match="cannot be resumed: it has no training"):
         Trainer.resume(tmp_path / "shared", images)
 
 
@@ -683,7 +693,7 @@ def test_a_used_folder_is_not_written_into(make_trainer, tmp_path):
         make_trainer(tmp_path)
 
 
-def test_a_full_disk_ends_the_run_and_the_old_checkpoint_survives(
+def test_a_full_disk_ends_the_run_at_its_last_step_and_the_old_checkpoint_survives(
     make_trainer, images, tmp_path, monkeypatch
 ):
     trainer = make_trainer(tmp_path, save_every=2)
@@ -691,13 +701,39 @@ def test_a_full_disk_ends_the_run_and_the_old_checkpoint_survives(
     trainer.step()
     trainer.save()
     monkeypatch.setattr("fastdiff.checkpoints.checkpoint.save_file", full_disk)
-    with pytest.raises(CheckpointError, match="step-00000004: No space left on device"):
+    with (
+        pytest.warns(UserWarning, match="step-00000004: No space left on device; earlier check"),
+        pytest.raises(UnwritableError, match="step-00000006: No space left on device"),
+    ):
         trainer.run(progress=False)
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert Trainer.resume(tmp_path, images).finished_steps == 2
     trainer.save()  # the trainer itself has lost nothing
-    assert checkpoint.load(tmp_path).step == 4
+    assert checkpoint.load(tmp_path).step == 6
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(
+    make_trainer, images, tmp_path, monkeypatch
+):
+    trainer, real = make_trainer(tmp_path, save_every=2, keep=1), checkpoint.save_file
+
+    def full_at_step_4(tensors, path):
+        return full_disk() if trainer.finished_steps == 4 else real(tensors, path)
+
+    monkeypatch.setattr("fastdiff.checkpoints.checkpoint.save_file", full_at_step_4)
+    take_step, kept = trainer.step, []
+
+    def step():
+        kept.append([path.name for path in checkpoint.all_steps(tmp_path)])
+        return take_step()
+
+    trainer.step = step
+    with pytest.warns(UserWarning, match="step-00000004: No space left") as told:
+        assert trainer.run(progress=False) is None
+    assert len(told) == 1
+    assert kept == [[], [], *[["step-00000002"]] * 4]
+    assert [path.name for path in checkpoint.all_steps(tmp_path)] == ["step-00000006"]
 
 
 def full_disk(*args, **kwargs):
@@ -761,7 +797,7 @@ def test_a_log_that_is_no_file_is_a_warning(make_trainer, tmp_path):
     assert [p.name[-1] for p in checkpoint.all_steps(tmp_path)] == ["2", "4"]
 
 
-def test_a_line_that_only_half_fits_on_the_disk_is_left_out(make_trainer, tmp_path):
+def test_a_line_that_only_half_fits_on_the_disk_is_written_later(make_trainer, tmp_path):
     """The limit on a file's size is met in the middle of step 2's line, and then lifted."""
     trainer = make_trainer(tmp_path, steps=4, save_every=3)
     take_step, log = trainer.step, tmp_path / "losses.jsonl"
@@ -781,7 +817,7 @@ def test_a_line_that_only_half_fits_on_the_disk_is_left_out(make_trainer, tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [entry["step"] for entry in entries] == [1, 3, 4]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
     assert [p.name[-1] for p in checkpoint.all_steps(tmp_path)] == ["3", "4"]
 
 

@@ -1,0 +1,70 @@
+"""A model with its process, objective and data: what a trainer makes of its arguments."""
+
+from __future__ import annotations
+
+from fastdiff.common.errors import InputError
+from fastdiff.common.model import Model
+from fastdiff.data.datasets import ImageSet
+from fastdiff.diffusion import Diffusion
+from fastdiff.nn import UNet2DModel
+from fastdiff.objectives import Forward
+from fastdiff.training.training_options import TrainingOptions
+
+
+def make_diffusion(
+    model: Model,
+    forward: Forward,
+    options: TrainingOptions,
+    prediction: str = "eps",
+    objective: str | None = None,
+    variance: str | None = None,
+    levels: int | None = None,
+) -> Diffusion:
+    """A model with its process and its objective, as :class:`fastdiff.training.Trainer` trains it.
+
+    Args:
+        model: see :class:`fastdiff.Diffusion`.
+        forward: the forward process, a schedule or an SDE.
+        options: for their ``weighting`` and ``timestep_sampler``.
+        prediction: see :class:`fastdiff.Diffusion`.
+        objective: see :class:`fastdiff.Diffusion`.
+        variance: see :class:`fastdiff.Diffusion`.
+        levels: see :class:`fastdiff.Diffusion`.
+
+    Raises:
+        InputError: options that do not fit the process or each other.
+    """
+    weighting, times = options.weighting, options.timestep_sampler
+    return Diffusion(
+        model, forward, prediction, objective=objective, variance=variance, levels=levels,
+        weighting=None if weighting == "none" else weighting,
+        timesteps=None if times == "default" else times,
+    )  # fmt: skip
+
+
+def check_fit(model: UNet2DModel, data: ImageSet, null_class: bool, learned: bool) -> None:
+    """InputError unless a model takes the images and classes of the data.
+
+    Args:
+        model: the bare network.
+        data: the images.
+        null_class: whether the model has a class for hidden labels.
+        learned: whether the model predicts the variance too.
+    """
+    config, classes = model.config, model.config.num_class_embeds or 0
+    if (config.in_channels, config.sample_size) != (data.channels, data.size):
+        raise InputError(
+            f"the model takes {config.in_channels} x {config.sample_size} x {config.sample_size} "
+            f"images, the data has {data.channels} x {data.size} x {data.size}"
+        )
+    if config.out_channels != data.channels * (2 if learned else 1):
+        raise InputError(
+            f"the model returns {config.out_channels} channels; for images of {data.channels} and "
+            f"a {'learned' if learned else 'fixed'} variance it must return "
+            f"{data.channels * (2 if learned else 1)}"
+        )
+    if null_class and not data.classes:
+        raise InputError("label_dropout hides labels, but the data has none")
+    if classes != len(data.classes) + null_class:
+        more = " and label_dropout needs one more" if null_class else ""
+        raise InputError(f"the model has {classes} classes, the data {len(data.classes)}{more}")
