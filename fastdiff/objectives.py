@@ -125,16 +125,24 @@ class Objective:
     def loss(
         self, model: Model, x0: Tensor, t: Tensor, weights: Tensor, noise: Tensor, **cond: Any
     ) -> Tensor:
-        """The weighted mean of :meth:`losses`, a scalar.
-
-        The sampler loss-second-moment records the losses if all are finite.
-        """
+        """The weighted mean of :meth:`losses`, a scalar, whose losses are observed."""
         image_losses = self.losses(model, x0, t, noise, **cond)
+        self.observe(t, image_losses)
+        return (weights.to(image_losses.device, image_losses.dtype) * image_losses).mean()
+
+    def observe(self, t: Tensor, image_losses: Tensor) -> None:
+        """Tell the sampler of times the losses of a batch; loss-second-moment records them.
+
+        Nothing is recorded unless all losses are finite.
+
+        Args:
+            t: times of the whole batch, [N].
+            image_losses: unweighted losses at these times, floating point [N].
+        """
         if isinstance(self.times, LossSecondMoment):
             detached = image_losses.detach()
             if bool(detached.isfinite().all()):
                 self.times.update(t, detached)
-        return (weights.to(image_losses.device, image_losses.dtype) * image_losses).mean()
 
     def state_dict(self) -> dict[str, Any]:
         """The recorded losses of loss-second-moment, ready for JSON; {} for other samplers."""

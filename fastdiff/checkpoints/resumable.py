@@ -58,8 +58,8 @@ def find(out: str | Path) -> Resumable:
         except DamagedError as error:
             damaged.append((folder, error))
             continue
-        for _, error in damaged:
-            warnings.warn(f"fastdiff: {error}; going on from {folder.name}", stacklevel=3)
+        for _, why in damaged:
+            warnings.warn(f"fastdiff: {why}; going on from {folder.name}", stacklevel=3)
         return found
     if damaged:
         raise damaged[0][1]

@@ -14,6 +14,7 @@ import torch
 
 from fastdiff.cli.parsing import positive
 from fastdiff.common.errors import InputError
+from fastdiff.common.world import local_rank
 from fastdiff.ops.backend import NAMES, backend, describe, on_cuda
 
 
@@ -30,11 +31,16 @@ def add_arguments(command: argparse._ActionsContainer) -> None:
 def machine(args: argparse.Namespace) -> Iterator[torch.device]:
     """For a ``with`` block, apply --backend and --threads; gives the device of --device.
 
+    Each process that torchrun started on a machine has a GPU of its own.
+
     Raises:
         InputError: a backend or device that this machine cannot use.
     """
     try:
         device = torch.device(args.device)
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", local_rank())
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         text = str(error).split("\n")[0]

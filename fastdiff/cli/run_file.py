@@ -20,7 +20,8 @@ from fastdiff.common.version import __version__
 from fastdiff.data.file_names import as_path, as_text
 
 NAME = "run.toml"  # of the file that a run writes into its folder
-CONTROLS = ("config", "set", "resume")  # options that say which run it is, and are in no file
+# Options that say which run it is, and are in no file.
+CONTROLS = ("config", "set", "resume", "resume_if_any")
 _TITLES = ("positional arguments", "options")  # argparse's own groups
 
 # For types of options: the values that a file may have, and what these are in words.

@@ -11,6 +11,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fastdiff.cli.run_file import CONTROLS
 from fastdiff.cli.watch_options import DIGITS
 from fastdiff.common.errors import CheckpointError, InputError, check_memory
 from fastdiff.common.seeds import seeded
+from fastdiff.common.world import is_first, process_group
 from fastdiff.data import datasets
 from fastdiff.data.file_names import as_path, as_text
 from fastdiff.data.image_folder import class_names
@@ -63,7 +65,8 @@ PATHS = ("data", "validation", "out")  # arguments that are paths
 CHANGEABLE = frozenset(
     {
         "data", "validation", "steps", "save_every", "sample_every", "validate_every", "keep",
-        "out", "on_bad_loss", "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
+        "out", "accumulate", "on_bad_loss", "spike", "max_skips", "backend", "threads", "device",
+        *CONTROLS,
     }
 )  # fmt: skip
 
@@ -92,6 +95,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--resume",
         action="store_true",
         help="continue the run in --out from its newest checkpoint, with its options",
+    )
+    which.add_argument(
+        "--resume-if-any",
+        action="store_true",
+        help="as --resume if --out has a checkpoint, else begin: for programs that start the same "
+        "command again, such as torchrun --max-restarts",
     )
 
     run = command.add_argument_group("run")
@@ -136,6 +145,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     how = command.add_argument_group("training")
     how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
     how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images per step")
+    how.add_argument(
+        "--accumulate",
+        type=int,
+        default=defaults.accumulate,
+        help="micro-batches of a step, one after another, in the memory of one",
+    )
     how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
     how.add_argument(
         "--label-dropout",
@@ -219,15 +234,13 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     args = argparse.Namespace(**{**vars(args), **given})
     if args.out is None:
         raise InputError("say where the run is to be: --out FOLDER")
-    if not args.resume:
-        return _run(args, given)
-    if not args.out.is_dir():
-        raise CheckpointError(f"no checkpoint to resume in {args.out}")
-    with run_lock(args.out):  # before checkpoints are read that another process may delete
+    # An existing folder is locked before checkpoints are read that another process may delete.
+    with _lock(args.out) if args.out.is_dir() else nullcontext():
         return _run(args, given)
 
 
 def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    args.resume |= args.resume_if_any and checkpoint.newest(args.out) is not None
     if args.resume:
         args = _with_recorded(args, given)
     elif checkpoint.newest(args.out) is not None:
@@ -245,14 +258,20 @@ def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
     options = TrainingOptions(
         **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
     )
-    with machine(args) as device:
+    with machine(args) as device, process_group(device):
         if not args.resume:
             _check(args, options)
-        with run_lock(args.out):
+        with _lock(args.out):
             check_writable(args.out / "losses.jsonl")
             trainer = _trainer(args, options, _images(args), device)
-            run_file.write(_options(), args, args.out / run_file.NAME)
+            if trainer.world.first:
+                run_file.write(_options(), args, args.out / run_file.NAME)
             return _train(trainer)
+
+
+def _lock(out: Path) -> AbstractContextManager[None]:
+    """The lock of a run's folder, which the first of several processes holds for all."""
+    return run_lock(out) if is_first() else nullcontext()
 
 
 def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
@@ -325,19 +344,25 @@ def _train(trainer: Trainer) -> int:
     images, steps = trainer.data, trainer.options.steps
     count = sum(p.numel() for p in trainer.parameters)
     classes = f"{len(images.classes)} classes" if images.classes else "unconditional"
-    note(
+    tell = note if trainer.world.first else _silent
+    processes = f"; {trainer.world.count} processes" if trainer.world.count > 1 else ""
+    tell(
         f"{len(images)} images of {images.channels}x{images.size}x{images.size}, {classes}; "
-        f"{count / 1e6:.2f} M parameters; steps {trainer.finished_steps}..{steps}"
+        f"{count / 1e6:.2f} M parameters; steps {trainer.finished_steps}..{steps}{processes}"
     )
     ended_by = trainer.run()
     assert trainer.out is not None
     folder = checkpoint.step_folder(trainer.out, trainer.finished_steps)
     if ended_by is None:
-        note(f"done: {folder}")
+        tell(f"done: {folder}")
         return 0
-    note(f"{ended_by.name}: stopped after step {trainer.finished_steps}; checkpoint {folder}")
-    note(f"continue with: fastdiff train --resume --out {shlex.quote(str(trainer.out))}")
+    tell(f"{ended_by.name}: stopped after step {trainer.finished_steps}; checkpoint {folder}")
+    tell(f"continue with: fastdiff train --resume --out {shlex.quote(str(trainer.out))}")
     return 128 + ended_by
+
+
+def _silent(text: str) -> None:
+    """In place of ``note`` in processes that leave it to the first."""
 
 
 def _with_recorded(args: argparse.Namespace, given: dict[str, Any]) -> argparse.Namespace:

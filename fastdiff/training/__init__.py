@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastdiff.common.world import World, process_group
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.training.trainer import Trainer, make_diffusion
 from fastdiff.training.training_options import (
@@ -13,6 +14,6 @@ from fastdiff.training.training_options import (
 )
 
 __all__ = [
-    "LR_SCHEDULES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Trainer", "TrainingOptions",
-    "make_diffusion", "make_unet", "recorded_options",
+    "LR_SCHEDULES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Trainer", "TrainingOptions", "World",
+    "make_diffusion", "make_unet", "process_group", "recorded_options",
 ]  # fmt: skip

@@ -28,8 +28,9 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import optional_field
 from fastdiff.common.errors import CheckpointError, DataError, InputError, UnwritableError
 from fastdiff.common.machine_facts import peak_memory
-from fastdiff.common.model import Model, layered
+from fastdiff.common.model import layered
 from fastdiff.common.seeds import seeded
+from fastdiff.common.world import present
 from fastdiff.data.datasets import ImageSet, stream_seed
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.image_unet import make_unet
@@ -43,6 +44,7 @@ from fastdiff.training.batches import Batch, Draws
 from fastdiff.training.fingerprint import check_same, fingerprint
 from fastdiff.training.learning_rate import learning_rate
 from fastdiff.training.loss_guard import Fault, LossGuard
+from fastdiff.training.micro_batches import exchange, parallel, settling, split
 from fastdiff.training.model_fit import check_fit, make_diffusion
 from fastdiff.training.observers import Observer, Observers, RunStart, StepRecord
 from fastdiff.training.preview import preview
@@ -136,13 +138,19 @@ class Trainer:
                 "sample grids show images of 1 or 3 channels, the data has "
                 f"{data.channels}; set sample_every to 0"
             )
-        self.data = data
+        self.data, self.world = data, present()
+        if self.options.batch_size < self.world.count * self.options.accumulate:
+            raise InputError(
+                f"a batch of {self.options.batch_size} images cannot be divided among "
+                f"{self.world.count} processes in {self.options.accumulate} micro-batches"
+            )
         self.memory_format = (
             torch.channels_last if self.options.channels_last else torch.contiguous_format
         )
         self.model = model.train()
         if not is_distributed(model):
             model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.world.as_first([*self.network.parameters(), *self.network.buffers()])
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.parameters = list(self.network.parameters())
         self.averages = list(self.ema.parameters())
@@ -153,6 +161,10 @@ class Trainer:
         self.finished_steps = 0
         self.guard = LossGuard(self.options)
         self.refusal: dict[str, Any] | None = None
+        # DistributedDataParallel settles by its first backward pass in which order it adds up
+        # gradients. That pass is repeated, so that a resumed run adds in the same order as one
+        # that was never interrupted.
+        self._settled = self.world.count == 1
         self.gradient_norm: float | None = None
         self.waited = 0.0
         self.out = None if out is None else Path(out).absolute()
@@ -235,25 +247,24 @@ class Trainer:
         step, self.refusal, self.gradient_norm = self.finished_steps, None, None
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        with self._dropout(step), span("train step"):
+        with span("train step"), self.world.lost_as_errors():
             value = self._step(step)
         self.finished_steps += 1
         return value
 
     def _step(self, step: int) -> float:
-        began = time.perf_counter()
+        self.waited = 0.0
         with span("data"):
             draws = self.draw(step)
-            batch = self.batch(draws)
-        self.waited = time.perf_counter() - began
-        with span("forward"):
-            loss = self.loss(batch)
-            value = float(loss.detach())
+        if not self._settled:
+            with settling():
+                self._gradient(step, draws)
+            self._settled = True
+        losses = self._gradient(step, draws)
+        weighted = draws.weights.to(losses.dtype) * losses
+        value = float(weighted.mean())
         fault = self.guard.judge_loss(value)
         if fault is None:
-            with span("backward"):
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
             with span("optimizer"):
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
                 norm = self.gradient_norm = float(ops.gradient_norm(gradients))
@@ -262,9 +273,38 @@ class Trainer:
                     self._update(norm, step)
         if fault is None:
             self.guard.accept(value)
+            self.diffusion.objective.observe(draws.t, losses)
         else:
-            self._refuse(step, fault, draws, batch)
+            self._refuse(step, fault, draws, weighted)
         return value
+
+    def _gradient(self, step: int, draws: Draws) -> Tensor:
+        """Give the parameters the gradient of the loss of a step's whole batch.
+
+        Every process goes through its share of the batch. In the last backward pass the gradients
+        of all processes come together.
+
+        Returns:
+            The losses of the images of the whole batch, [N] on the CPU.
+        """
+        size, found = len(draws), []
+        parts = split(*self.world.share(size), self.options.accumulate)
+        self.optimizer.zero_grad(set_to_none=True)
+        for start, stop in parts:
+            last = (start, stop) == parts[-1]
+            with self._dropout(step, start), exchange(self._called, now=last):
+                began = time.perf_counter()
+                with span("data"):
+                    batch = self.batch(draws.part(start, stop))
+                self.waited += time.perf_counter() - began
+                with span("forward"):
+                    losses = self.losses(batch)
+                    found.append(losses.detach())
+                with span("backward"):
+                    # Gradients of micro-batches are added up, those of the processes averaged.
+                    weighted = batch.weights.to(losses.device, losses.dtype) * losses
+                    (weighted.sum() / (size / self.world.count)).backward()
+        return self.world.joined(torch.cat(found), size)
 
     def _update(self, norm: float, step: int) -> None:
         """Update weights, moments and averages by gradients of a norm."""
@@ -275,50 +315,45 @@ class Trainer:
             average_weight=1 - ema_decay(self.options.ema, step),
         )
 
-    def _refuse(self, step: int, fault: Fault, draws: Draws, batch: Batch) -> None:
+    def _refuse(self, step: int, fault: Fault, draws: Draws, losses: Tensor) -> None:
         """Leave a step out, or raise the error that ends the run, with the images to blame."""
         indices: list[int] = draws.indices.tolist()
-        with torch.no_grad(), self._dropout(step):  # once more, so that good steps need not do it
-            each = (self._image_losses(batch).double() * batch.weights).tolist()
-        blamed = [i for i, loss in zip(indices, each, strict=True) if fault.blames(loss)] or indices
+        each = zip(indices, losses.tolist(), strict=True)
+        blamed = [index for index, loss in each if fault.blames(loss)] or indices
         self.refusal = {"fault": fault.reason, "images": blamed}
         self.guard.refuse(step + 1, fault, [str(index) for index in blamed])
 
-    def _dropout(self, step: int) -> Any:
-        """A context in which torch's generators are seeded for the dropout of a step."""
-        seed = stream_seed(self.options.seed, "dropout", step)
+    def _dropout(self, step: int, first: int) -> AbstractContextManager[None]:
+        """Torch's generators for the dropout of the part of a batch that begins at ``first``."""
+        stream = f"dropout from image {first}" if first else "dropout"
+        seed = stream_seed(self.options.seed, stream, step)
         return seeded(seed, self.parameters[0].device)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The objective's loss of a batch, a scalar."""
-        x0, t, weights, noise = batch.x0, batch.t, batch.weights, batch.noise
-        return self.diffusion.objective.loss(self._model_of(batch), x0, t, weights, noise)
-
-    def _image_losses(self, batch: Batch) -> Tensor:
-        """The unweighted loss of each image of a batch, [N]."""
-        return self.diffusion.objective.losses(
-            self._model_of(batch), batch.x0, batch.t, batch.noise
-        )
-
-    def _model_of(self, batch: Batch) -> Model:
-        """The model as a function of noised images and times, given the batch's labels."""
+    def losses(self, batch: Batch) -> Tensor:
+        """The objective's loss of each image of a batch, without its weight, [N]."""
 
         def model(x_t: Tensor, t: Tensor) -> Any:
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.bf16):
                 return self._called(x_t, t, batch.labels)
 
-        return model
+        return self.diffusion.objective.losses(model, batch.x0, batch.t, batch.noise)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted mean of :meth:`losses`, a scalar."""
+        losses = self.losses(batch)
+        return (batch.weights.to(losses.device, losses.dtype) * losses).mean()
 
     @cached_property
     def _called(self) -> nn.Module:
         """What is called for the model: it computes the same, with fused operations if it can."""
+        called: nn.Module = self.model
         bare = self.options.compile and self.model is self.network
         network = layered(self.network, training=True) if bare else None
-        if network is None:
-            return self.model
-        from fastdiff.compiler.network import TrainedNetwork  # which others need not import
+        if network is not None:
+            from fastdiff.compiler.network import TrainedNetwork  # which others need not import
 
-        return TrainedNetwork(network)
+            called = TrainedNetwork(network)
+        return parallel(called, self.world)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
@@ -330,10 +365,11 @@ class Trainer:
         """Train to the last step, with checkpoints, sample grids and logs in ``out``.
 
         SIGINT (Ctrl-C), SIGTERM or SIGHUP ends the run after the running step, with a checkpoint; a
-        second signal ends it at once, without a checkpoint. If a line of a log or a sample grid
-        cannot be made or written, the run goes on without it, with a warning the first time. If a
-        checkpoint cannot be written, the earlier ones are kept and the run goes on to the next,
-        with a warning; the last one is an error.
+        second signal ends it at once, without a checkpoint. Of several processes all end after the
+        same step, whichever the signal reached. If a line of a log or a sample grid cannot be made
+        or written, the run goes on without it, with a warning the first time. If a checkpoint
+        cannot be written, the earlier ones are kept and the run goes on to the next, with a
+        warning; the last one is an error.
 
         Args:
             progress: show a progress bar on standard error.
@@ -350,31 +386,39 @@ class Trainer:
             InputError: no file can be written in ``out``, or another process has taken the run
                 further since this trainer was made.
         """
-        dispensable = Dispensable()
-        own = [ProgressBar(progress), *observers_of_folder(self.out)]
+        dispensable, first = Dispensable(), self.world.first
+        own = [ProgressBar(progress), *observers_of_folder(self.out)] if first else []
         watchers = Observers([*own, *observers], dispensable)
         claimed: AbstractContextManager[None] = nullcontext()
-        if self.out is not None:
+        if self.out is not None and first:
             claimed = claim(self.out, self.finished_steps, self.options.keep)
         with claimed, watchers.watching(self._start()), deferred_signals() as caught:
-            self._train(watchers, dispensable, caught)
-        return caught[0] if caught else None
+            ended_by = self._train(watchers, dispensable, caught)
+        return signal.Signals(ended_by) if ended_by else None
 
     def _train(
         self, watchers: Observers, dispensable: Dispensable, caught: list[signal.Signals]
-    ) -> None:
-        """Train to the last step, or until a signal is caught."""
+    ) -> int:
+        """Train to the last step, or until a signal is caught; the signal, or 0."""
         options = self.options
-        while self.finished_steps < options.steps and not caught:
+
+        def signalled() -> int:
+            # A signal reaches some processes a step earlier than others.
+            return self.world.largest(*caught, 0)
+
+        stop = signalled()
+        while self.finished_steps < options.steps and not stop:
             self._observed_step(watchers, dispensable)
             done = self.finished_steps
-            if done % options.save_every == 0 or done == options.steps or caught:
-                self._try_to_save(watchers, warn=done < options.steps and not caught)
+            stop = signalled()
+            if done % options.save_every == 0 or done == options.steps or stop:
+                self._try_to_save(watchers, warn=done < options.steps and not stop)
             grid = options.sample_every and done % options.sample_every == 0
-            if watchers.want_grids and grid and not caught:
+            if watchers.want_grids and grid and not stop:
                 with dispensable("sample grid"):
                     watchers.grid(done, self.preview())
         self.save()
+        return stop
 
     def _try_to_save(self, watchers: Observers, *, warn: bool) -> None:
         """Write a checkpoint, and tell the watchers; go on if the file system refuses it."""
@@ -410,8 +454,8 @@ class Trainer:
         if self.gradient_norm is not None:
             values["gradient_norm"] = self.gradient_norm
         every = self.options.validate_every
-        finished = self.finished_steps == step
-        if self.validation is not None and every and finished and not step % every:
+        due = every and self.finished_steps == step and not step % every
+        if self.validation is not None and due and self.world.first:
             with dispensable("validation loss"):
                 values |= self.validation_losses()
         device, on_device = self.parameters[0].device, None
@@ -489,9 +533,15 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write a checkpoint into ``out``, unless this step has one, and delete the oldest."""
-        if self.out is None:
-            return
+        """Write a checkpoint into ``out``, unless this step has one, and delete the oldest.
+
+        Of several processes the first writes, and the others wait; all must call this.
+        """
+        if self.out is not None:
+            self.world.by_first(self._save)
+
+    def _save(self) -> None:
+        assert self.out is not None
         folder = checkpoint.step_folder(self.out, self.finished_steps)
         if not folder.exists():
             checkpoint.save(self.checkpoint(), folder, state=self._state())

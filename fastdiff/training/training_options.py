@@ -27,7 +27,10 @@ class TrainingOptions:
 
     Attributes:
         steps: total number of optimizer steps.
-        batch_size: images per step.
+        batch_size: images per step, of all processes together.
+        accumulate: number of micro-batches in which a process takes its share of a batch. It
+            changes the result by rounding alone, apart from which values dropout drops, and needs
+            the memory of one micro-batch.
         lr: highest learning rate of AdamW.
         lr_schedule: after the warm-up, "cosine" falls to 0 at the last step, "constant" stays.
         warmup: number of first steps in which the learning rate rises linearly.
@@ -63,6 +66,7 @@ class TrainingOptions:
 
     steps: int = 3000
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 1e-3
     lr_schedule: str = "cosine"
     warmup: int = 100
@@ -90,7 +94,7 @@ class TrainingOptions:
         return self.label_dropout > 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_skips", "save_every", "keep"):
+        for name in ("steps", "batch_size", "accumulate", "max_skips", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:

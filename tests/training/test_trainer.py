@@ -443,7 +443,8 @@ def test_what_cannot_be_resumed(make_trainer, images, tmp_path, tiny_checkpoint)
 def test_a_step_leaves_the_callers_random_numbers_alone(fails, make_trainer):
     trainer = make_trainer()
     if fails:
-        trainer.loss = lambda *args: torch.rand(()) * torch.nan
+        weight = trainer.model.conv_in.weight
+        trainer.losses = lambda batch: weight.sum() * torch.rand(len(batch.x0)) * torch.nan
     drawn, wanted = [], []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -623,7 +624,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, tmp_path):
     trainer.step()
     trainer.save()
     kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.loss = lambda *args: trainer.model.conv_in.weight.sum() * torch.nan
+    trainer.losses = lambda batch: (
+        trainer.model.conv_in.weight.sum().expand(len(batch.x0)) * torch.nan
+    )
     with pytest.raises(TrainingError, match="loss is nan at step 2; a lower learning rate"):
         trainer.run(progress=False)
     assert all(torch.equal(kept[k], v) for k, v in trainer.model.state_dict().items())
@@ -634,7 +637,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer):
     trainer = make_trainer()
     kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     # The square root of 0 is 0; its derivative is not finite.
-    trainer.loss = lambda *args: (trainer.model.conv_in.weight.sum() * 0).sqrt()
+    trainer.losses = lambda batch: (
+        (trainer.model.conv_in.weight.sum() * 0).sqrt().expand(len(batch.x0))
+    )
     with pytest.raises(TrainingError, match="norm of the gradient is nan at step 1"):
         trainer.step()
     assert all(torch.equal(kept[k], v) for k, v in trainer.model.state_dict().items())

@@ -1,0 +1,178 @@
+"""Several processes train as one does: the same losses, weights and checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff.common.errors import InputError
+from fastdiff.common.world import World, present
+
+PROGRAM = Path(__file__).with_name("distributed_run.py")
+LIMIT = 300  # seconds after which processes hang
+
+spec = importlib.util.spec_from_file_location("distributed_run", PROGRAM)
+program = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["two", "three"])
+def found(request, tmp_path_factory):
+    """What each process of a group found."""
+    count, folder = request.param, tmp_path_factory.mktemp("processes")
+    root = Path(__file__).parents[2]
+    common = {
+        **os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(folder)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        errors = [process.communicate(timeout=LIMIT)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * count, errors
+    return [torch.load(folder / f"found-{rank}.pt") for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same in one process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield {
+        name: program.results(program.make_trainer(**case)) for name, case in program.CASES.items()
+    }
+    torch.set_num_threads(threads)
+
+
+def assert_equal_but_for_rounding(found, wanted):
+    """Of tensors by name; Adam's weights and moments.
+
+    Softmax ignores what is added to all keys, so the bias of keys has no gradient but rounding,
+    which Adam enlarges to steps of full length.
+    """
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if "to_k.bias" not in name:
+            apart = (found[name] - value).norm()
+            assert apart <= 2e-4 * value.norm(), (name, float(apart / value.norm()))
+
+
+def made(rank):
+    """The cases that processes went through; three go through fewer than two."""
+    return [case for case in (*program.CASES, "wrapped") if case in rank]
+
+
+def test_any_number_of_processes_and_micro_batches_trains_the_same(found, alone):
+    for rank in found:
+        for case in made(rank):
+            wanted = alone["plain" if case == "wrapped" else case]
+            assert rank[case]["losses"] == pytest.approx(wanted["losses"], rel=1e-5), case
+            assert_equal_but_for_rounding(rank[case]["tensors"], wanted["tensors"])
+
+
+def test_processes_have_the_same_weights_bit_for_bit(found):
+    for name in made(found[0]):
+        first, *others = (rank[name] for rank in found)
+        for other in others:
+            assert other["losses"] == first["losses"]
+            assert other["times"] == first["times"]
+            for key, value in first["tensors"].items():
+                assert torch.equal(other["tensors"][key], value), (name, key)
+
+
+def test_the_sampler_of_times_sees_all_losses_in_order(found, alone):
+    if len(found) > 2:
+        pytest.skip("two processes have shown it")
+    wanted, got = (x["second moment"]["times"]["losses"] for x in (alone, found[0]))
+    assert sum(map(len, wanted)) == 21  # three batches of seven
+    assert list(map(len, got)) == list(map(len, wanted))
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_an_error_of_one_process_is_that_of_all(found):
+    if len(found) > 2:
+        pytest.skip("two processes have shown it")
+    assert found[0]["failing write"].startswith("cannot write the checkpoint")
+    assert found[0]["not finite"].startswith("the loss is nan at step 1")
+    for name in ("failing write", "not finite"):
+        assert len({rank[name] for rank in found}) == 1
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(found):
+    wanted = {"signal": signal.SIGTERM, "step": program.STOP}
+    assert [rank["signalled"] for rank in found] == [wanted] * len(found)
+    assert found[0]["folders"] == [f"step-{program.STOP:08d}"]
+    assert found[0]["whole"] == program.STOP
+
+
+def test_a_run_is_resumed_by_any_number_of_processes(found):
+    """Some processes made the first steps and the next; one alone does the same."""
+    whole = program.make_trainer(steps=50)
+    for _ in range(program.STOP + 1):
+        whole.step()
+    wanted = {name: p.detach() for name, p in whole.network.named_parameters()}
+    for rank in found:
+        assert_equal_but_for_rounding(rank["resumed"], wanted)
+
+
+def test_shares_are_joined_in_order(found):
+    for rank in found:
+        assert rank["joined"].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(("total", "count"), [(7, 3), (2, 3), (0, 2), (8, 4)])
+def test_shares_are_disjoint_and_complete(total, count):
+    shares = [World(rank, count).share(total) for rank in range(count)]
+    assert shares[0][0] == 0
+    assert shares[-1][1] == total
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(shares))
+    sizes = [stop - start for start, stop in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_micro_batches_change_nothing_but_rounding(parts, alone):
+    found = program.results(program.make_trainer(accumulate=parts))
+    assert found["losses"] == pytest.approx(alone["plain"]["losses"], rel=1e-5)
+    assert_equal_but_for_rounding(found["tensors"], alone["plain"]["tensors"])
+
+
+def test_micro_batches_of_no_image_are_refused():
+    with pytest.raises(InputError, match=r"batch of 7 images .* 1 processes in 8 micro-batches"):
+        program.make_trainer(accumulate=8)
+
+
+def test_processes_without_a_group_are_refused(monkeypatch):
+    """Each would train alone, and write over what the others wrote."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="torchrun started 2 processes"):
+        present()
