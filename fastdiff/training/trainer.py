@@ -230,8 +230,7 @@ class Trainer:
             raise CheckpointError(f"{folder / checkpoint.TRAINING}: {error}") from None
         trainer._restore(tensors, saved, folder / checkpoint.STATE)
         if found.damaged:
-            with run_lock(out):
-                resumable.set_aside(found.damaged)
+            trainer.world.by_first(lambda: _set_aside(out, found.damaged))
         trainer.out = Path(out).absolute()
         return trainer
 
@@ -590,3 +589,8 @@ class Trainer:
         updates = saved.step - self.guard.skipped
         training_state.restore(self._named_parameters(), self.optimizer, tensors, updates, path)
         self.finished_steps = saved.step
+
+
+def _set_aside(out: str | Path, damaged: Sequence[Path]) -> None:
+    with run_lock(out):
+        resumable.set_aside(damaged)
