@@ -1,6 +1,7 @@
 """Checkpoints: a folder that fastdiff and diffusers both read, written whole or not at all.
 
     config.json, diffusion_pytorch_model.safetensors   the (averaged) model in diffusers' format
+    diffusion_pytorch_model.NAME.safetensors           other averages, see ``named_weights``
     fastdiff.json                                      process, prediction, classes and origin
     training_state.safetensors, training.json          for resuming; not in exported checkpoints
 
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdiff.checkpoints import forward_process
+from fastdiff.checkpoints import forward_process, named_weights
 from fastdiff.checkpoints.folder import (
     FORMAT,
     check_format,
@@ -38,6 +39,7 @@ from fastdiff.checkpoints.folder import (
     read_tensors,
     write_json,
 )
+from fastdiff.checkpoints.named_weights import STATE
 from fastdiff.common.errors import CheckpointError, DamagedError, InputError
 from fastdiff.diffusion import Diffusion
 from fastdiff.generation import Classifier, Guide, Samples
@@ -48,7 +50,7 @@ from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
-META, STATE, TRAINING = "fastdiff.json", "training_state.safetensors", "training.json"
+META, TRAINING = "fastdiff.json", "training.json"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 CHECKSUMS = "sha256"  # the entry of TRAINING with the checksums of the tensors' files
@@ -77,6 +79,7 @@ class Checkpoint:
             the default of the forward process.
         variance: of the reverse steps, with a NoiseSchedule; None is the objective's default.
         levels: number of noise levels of the objective ncsn; None for other objectives.
+        weights: the name of the model's weights, such as ema-0.999; None if they have none.
     """
 
     model: UNet2DModel
@@ -90,6 +93,7 @@ class Checkpoint:
     objective: str | None = None
     variance: str | None = None
     levels: int | None = None
+    weights: str | None = None
 
     def diffusion(self) -> Diffusion:
         """The model with its process; InputError if the checkpoint's fields contradict."""
@@ -215,26 +219,29 @@ class Checkpoint:
     draw = generate  # the name in earlier versions
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Path, weights: str | None = None) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         path: the name of a model shipped with fastdiff ("digits"), a checkpoint folder, or the
             folder of a training run, whose newest checkpoint is read. The name of a shipped model
             has precedence over a folder of the same name; write ./digits for the folder.
+        weights: the name of the weights to read: of an average that the run kept, such as
+            ema-0.9999 or std-0.05, or "raw" for the weights of the last step, which are in a
+            training run's checkpoints; None for the average that the run calls its model.
 
     Returns:
         The checkpoint on the CPU, its model in eval mode and float32 whatever the file holds.
 
     Raises:
-        CheckpointError: there is no checkpoint, or its files are damaged, of another program or of
-            another format; the text names the file.
+        CheckpointError: there is no checkpoint, no weights of that name, or its files are damaged,
+            of another program or of another format; the text names the file.
     """
     folder = resolve(path)
     meta = read_json(folder / META)
     check_format(meta, folder / META)
     forward = forward_process.read(meta, folder / META)
-    model = _read_model(folder)
+    model = _read_model(folder, named_weights.read(folder, meta, folder / META, weights))
     checkpoint = Checkpoint(
         model,
         forward,
@@ -247,6 +254,7 @@ def load(path: str | Path) -> Checkpoint:
         objective=optional_field(meta, "objective", str, folder / META),
         variance=optional_field(meta, "variance", str, folder / META),
         levels=optional_field(meta, "levels", int, folder / META),
+        weights=weights or optional_field(meta, "weights", str, folder / META),
     )
     try:
         outputs = checkpoint.channels * (2 if checkpoint.diffusion().objective.learned else 1)
@@ -336,6 +344,7 @@ def save(
     *,
     dtype: torch.dtype = torch.float32,
     state: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a checkpoint as a new folder, flushed to disk; after an error there is no folder.
 
@@ -344,13 +353,15 @@ def save(
         folder: the folder to create; must not exist.
         dtype: of the model's weights in the file.
         state: tensors and JSON values for resuming the training, see :func:`read_state`.
+        averages: further weights of the model, by their name and the parameters' names.
 
     Raises:
         CheckpointError: the folder exists, weights are not finite in ``dtype``, or the file system
             refused the write. Nothing that existed before is changed.
     """
     with _model_folder(checkpoint.model, Path(folder), dtype) as staging:
-        write_json(staging / META, _meta(checkpoint))
+        write_json(staging / META, _meta(checkpoint) | {"averages": list(averages or ())})
+        named_weights.write(staging, averages or {})
         if state is not None:
             tensors, facts = state
             contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
@@ -434,10 +445,12 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
         "step": checkpoint.step,
         "seed": checkpoint.seed,
         "dataset": checkpoint.dataset,
+        "weights": checkpoint.weights,
     }
 
 
-def _read_model(folder: Path) -> UNet2DModel:
+def _read_model(folder: Path, weights: Mapping[str, Tensor] | None) -> UNet2DModel:
+    """The model in a folder, with other weights than its own unless they are None."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise DamagedError(f"{folder} is not a complete checkpoint: it has no {name}")
@@ -446,6 +459,8 @@ def _read_model(folder: Path) -> UNet2DModel:
         raise CheckpointError(f"{folder / CONFIG} describes a {kind}, wanted a UNet2DModel")
     try:
         model = UNet2DModel.from_pretrained(folder).float().eval()
+        if weights is not None:
+            model.load_state_dict(dict(weights))
     except SafetensorError as error:
         raise damaged(folder / WEIGHTS, error) from None
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:

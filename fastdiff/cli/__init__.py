@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastdiff.cli import convert, doctor, evaluate, export, sample, train, train_classifier
+from fastdiff.cli import average, convert, doctor, evaluate, export, sample, train, train_classifier
 from fastdiff.cli.output import standard_output
 from fastdiff.cli.parsing import Formatter, Parser
 from fastdiff.common.errors import InputError, memory_refused
@@ -19,6 +19,7 @@ COMMANDS = {
     "sample": sample,
     "eval": evaluate,
     "train-classifier": train_classifier,
+    "average": average,
     "export": export,
     "convert": convert,
     "doctor": doctor,

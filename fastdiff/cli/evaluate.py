@@ -23,6 +23,7 @@ from fastdiff.cli.parsing import (
     add_checkpoint_argument,
     add_json_argument,
     add_seed_argument,
+    add_weights_argument,
     check_seed,
     positive,
 )
@@ -44,6 +45,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of ``fastdiff eval``."""
     judged = command.add_mutually_exclusive_group()
     add_checkpoint_argument(judged)
+    add_weights_argument(command)
     judged.add_argument(
         "--images", type=Path, metavar="FOLDER", help="compare these images, and generate none"
     )
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         return evaluate_against.run(args)
     evaluate_against.check_unused(args)
     with machine(args) as device:
-        source = checkpoint.load(args.checkpoint)
+        source = checkpoint.load(args.checkpoint, args.weights)
         source.model.to(device)
         sampler, ran_on = make_sampler(args, source), machine_facts(device)
         guided = guidance(args, source, device)

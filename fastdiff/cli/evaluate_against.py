@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print, and return the exit code."""
     with machine(args) as device:
         if args.images is not None:
+            if args.weights is not None:
+                raise InputError("--weights are a checkpoint's, --images need none")
             size = _size_of_images(args.images)
             real = _Real(args, size, channels=3)
             pixels = pixel_batches(real.folder(args.images))
@@ -157,7 +159,7 @@ def _of_model(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], _Real, Pictures]:
     """How the model of --checkpoint was sampled, for JSON; the real images; the generated ones."""
-    source = checkpoint.load(args.checkpoint)
+    source = checkpoint.load(args.checkpoint, args.weights)
     if source.channels not in (1, 3):
         raise InputError(f"pictures have 1 or 3 channels, the model's have {source.channels}")
     source.model.to(device)

@@ -84,6 +84,16 @@ def add_checkpoint_argument(command: argparse._ActionsContainer) -> None:
     )
 
 
+def add_weights_argument(command: argparse.ArgumentParser) -> None:
+    """Add --weights, for ``checkpoint.load``."""
+    command.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="of the checkpoint's weights: an average that the run kept, such as ema-0.9999 or "
+        "std-0.05, or raw for those of the last step; the run's model if not given",
+    )
+
+
 def add_seed_argument(command: argparse.ArgumentParser) -> None:
     """Add --seed, to be checked by :func:`check_seed`."""
     command.add_argument("--seed", type=int, default=0, help="of all noise")

@@ -29,6 +29,7 @@ from fastdiff.cli.parsing import (
     add_checkpoint_argument,
     add_json_argument,
     add_seed_argument,
+    add_weights_argument,
     check_seed,
     integers,
     positive,
@@ -62,6 +63,7 @@ NEXT = [
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of ``fastdiff sample``."""
     add_checkpoint_argument(command)
+    add_weights_argument(command)
     command.add_argument("--out", type=Path, default=Path("samples.png"), help="the image to write")
     command.add_argument(
         "--classes", type=integers, help="numbers of the classes, such as 0,1,2; all if not given"
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     check_seed(args.seed)
     check_image_path(args.out)
     with machine(args) as device:
-        source = checkpoint.load(args.checkpoint)
+        source = checkpoint.load(args.checkpoint, args.weights)
         if source.channels not in (1, 3):
             raise InputError(f"pictures have 1 or 3 channels, the model's have {source.channels}")
         source.model.to(device)
@@ -153,6 +155,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     facts = {
         "out": str(args.out),
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
+        "weights": source.weights,
         "images": count,
         "classes": classes,
         **sampler_facts(sampler),

@@ -28,7 +28,7 @@ from fastdiff.cli import (
 from fastdiff.cli.data_options import read_folder
 from fastdiff.cli.machine_options import machine
 from fastdiff.cli.output import note
-from fastdiff.cli.parsing import integers, positive
+from fastdiff.cli.parsing import integers, numbers, positive
 from fastdiff.cli.run_file import CONTROLS
 from fastdiff.cli.watch_options import DIGITS
 from fastdiff.common.errors import CheckpointError, InputError, check_memory
@@ -51,6 +51,8 @@ from fastdiff.training.trainer import (
 )
 from fastdiff.training.training_options import (
     ON_BAD_LOSS,
+    SEVERAL,
+    SNAPSHOT_DTYPES,
     TIMESTEP_SAMPLERS,
     WEIGHTINGS,
     WITHOUT_RECORD,
@@ -219,9 +221,37 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--grad-clip", type=float, default=defaults.grad_clip, help="gradient norm; 0 for no limit"
     )
 
-    averages = command.add_argument_group("averages")
+    averages = command.add_argument_group(
+        "averages",
+        "of the weights. The first is the run's model; the others are kept beside it, and "
+        "fastdiff sample --weights names one, such as ema-0.9999 or std-0.05.",
+    )
     averages.add_argument(
-        "--ema", type=float, default=defaults.ema, help="decay of averaged weights"
+        "--ema",
+        type=numbers,
+        default=",".join(map(str, defaults.decays)),
+        metavar="DECAYS",
+        help="decays of exponential moving averages, such as 0.999,0.9999, or none",
+    )
+    averages.add_argument(
+        "--ema-std",
+        type=numbers,
+        default="none",
+        metavar="STDS",
+        help="relative standard deviations of averages by a power function, such as 0.05,0.10, of "
+        "which fastdiff average makes others after the run",
+    )
+    averages.add_argument(
+        "--snapshots",
+        type=positive,
+        default=defaults.snapshots,
+        help="times, evenly over the run, that the averages of --ema-std are kept for that",
+    )
+    averages.add_argument(
+        "--snapshot-dtype",
+        choices=SNAPSHOT_DTYPES,
+        default=defaults.snapshot_dtype,
+        help="of their files",
     )
 
     watch_options.add_arguments(command)
@@ -435,8 +465,11 @@ def _images(args: argparse.Namespace) -> datasets.ImageSet:
 
 
 def _with_tuples(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with tuples in place of lists, which JSON and argparse give for several values."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    """Arguments with tuples in place of lists, which JSON and argparse give for several values, and
+    of the one number that earlier versions recorded.
+    """
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    return found | {k: (found[k],) for k in SEVERAL if isinstance(found.get(k), float)}
 
 
 def _plain(name: str, value: Any) -> Any:

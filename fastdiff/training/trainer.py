@@ -40,6 +40,7 @@ from fastdiff.ops.profiling import span
 from fastdiff.sampling.terminal_snr import warn_of_image_at_the_end
 from fastdiff.training import batches, training_state
 from fastdiff.training.adamw import AdamW, clipping_factor
+from fastdiff.training.averages import Averages
 from fastdiff.training.batches import Batch, Draws
 from fastdiff.training.fingerprint import check_same, fingerprint
 from fastdiff.training.learning_rate import learning_rate
@@ -50,7 +51,8 @@ from fastdiff.training.observers import Observer, Observers, RunStart, StepRecor
 from fastdiff.training.preview import preview
 from fastdiff.training.run_folder import observers_of_folder
 from fastdiff.training.run_lock import claim, run_lock
-from fastdiff.training.session import Dispensable, deferred_signals, ema_decay
+from fastdiff.training.session import Dispensable, deferred_signals
+from fastdiff.training.snapshots import SnapshotKeeper
 from fastdiff.training.training_bar import ProgressBar
 from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, recorded_options
 from fastdiff.training.validation import ValidationLoss
@@ -87,7 +89,7 @@ class Trainer:
         diffusion: the model with its process and its objective.
         model: the given model, in training mode.
         network: the given model without torch's wrappers.
-        ema: the network with averaged weights, in eval mode.
+        averages: of the weights.
         finished_steps: number of steps done, those that were left out included.
         guard: judges losses and gradients, and counts the steps that were left out.
         refusal: of the last step, if it updated nothing: the reason, ``fault``, and the numbers of
@@ -151,9 +153,8 @@ class Trainer:
         if not is_distributed(model):
             model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.world.as_first([*self.network.parameters(), *self.network.buffers()])
-        self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.averages = Averages(self.network, self.options)
         self.parameters = list(self.network.parameters())
-        self.averages = list(self.ema.parameters())
         self.optimizer = AdamW(
             self.parameters, lr=self.options.lr, weight_decay=self.options.weight_decay
         )
@@ -310,9 +311,10 @@ class Trainer:
         clip = self.options.grad_clip
         self.optimizer.step(
             gradient_factor=clipping_factor(norm, clip) if clip else 1.0,
-            averages=self.averages,
-            average_weight=1 - ema_decay(self.options.ema, step),
+            averages=self.averages.first,
+            average_weight=self.averages.first_weight(step),
         )
+        self.averages.move_others(self.parameters, step)
 
     def _refuse(self, step: int, fault: Fault, draws: Draws, losses: Tensor) -> None:
         """Leave a step out, or raise the error that ends the run, with the images to blame."""
@@ -386,7 +388,11 @@ class Trainer:
                 further since this trainer was made.
         """
         dispensable, first = Dispensable(), self.world.first
-        own = [ProgressBar(progress), *observers_of_folder(self.out)] if first else []
+        own: list[Observer] = []
+        if first:
+            own = [ProgressBar(progress), *observers_of_folder(self.out)]
+        if first and self.out is not None and self.options.ema_std:
+            own.append(SnapshotKeeper(self.out, self.averages, self.options))
         watchers = Observers([*own, *observers], dispensable)
         claimed: AbstractContextManager[None] = nullcontext()
         if self.out is not None and first:
@@ -529,7 +535,13 @@ class Trainer:
             objective=self.diffusion.objective.name,
             variance=self.diffusion.objective.variance,
             levels=self.diffusion.objective.levels,
+            weights=self.averages.profiles[0].name,
         )
+
+    @property
+    def ema(self) -> UNet2DModel:
+        """The network with averaged weights, the first of ``averages``, in eval mode."""
+        return self.averages.network
 
     def save(self) -> None:
         """Write a checkpoint into ``out``, unless this step has one, and delete the oldest.
@@ -543,7 +555,12 @@ class Trainer:
         assert self.out is not None
         folder = checkpoint.step_folder(self.out, self.finished_steps)
         if not folder.exists():
-            checkpoint.save(self.checkpoint(), folder, state=self._state())
+            checkpoint.save(
+                self.checkpoint(),
+                folder,
+                state=self._state(),
+                averages=self.averages.other_states(),
+            )
         checkpoint.prune(self.out, self.options.keep)
 
     def preview(self, columns: int = 8) -> Any:
@@ -585,7 +602,10 @@ class Trainer:
 
         ``path`` is the file of ``tensors``, for the text of errors.
         """
-        self.ema.load_state_dict(saved.model.state_dict())
+        states = {self.averages.profiles[0].name: saved.model.state_dict()}
+        for profile in self.averages.profiles[1:]:
+            states[profile.name] = checkpoint.load(path.parent, profile.name).model.state_dict()
+        self.averages.restore(states)
         updates = saved.step - self.guard.skipped
         training_state.restore(self._named_parameters(), self.optimizer, tensors, updates, path)
         self.finished_steps = saved.step

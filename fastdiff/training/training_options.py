@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from fastdiff import objectives
 from fastdiff.checkpoints import checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.losses import score_matching, weights
+from fastdiff.training import power_function
 
+SNAPSHOT_DTYPES = ("float32", "bfloat16", "float16")
+SEVERAL = ("ema", "ema_std")  # options of several values
 LR_SCHEDULES = ("cosine", "constant")
 ON_BAD_LOSS = ("stop", "skip")
 WEIGHTINGS = ("none", *weights.NAMES, *score_matching.WEIGHTINGS)
@@ -34,7 +37,14 @@ class TrainingOptions:
         lr: highest learning rate of AdamW.
         lr_schedule: after the warm-up, "cosine" falls to 0 at the last step, "constant" stays.
         warmup: number of first steps in which the learning rate rises linearly.
-        ema: decay of the averaged weights; at step s it is min(ema, (1 + s) / (10 + s)).
+        ema: decays of the exponential moving averages of the weights, one number or several; at
+            step s a decay is min(ema, (1 + s) / (10 + s)).
+        ema_std: relative standard deviations of averages by a power function, see
+            ``fastdiff.training.power_function``. The run's model is the first average of ``ema``,
+            or without any the first of ``ema_std``; the others are kept beside it.
+        snapshots: how many times, evenly over the run, the averages of ``ema_std`` are kept in the
+            run's folder, from which averages of other lengths are made afterwards.
+        snapshot_dtype: of their files, one of ``SNAPSHOT_DTYPES``.
         weight_decay: of AdamW.
         grad_clip: largest norm of the gradient; 0 for no limit.
         seed: of the images' order, the timesteps, the noise and dropout.
@@ -70,7 +80,10 @@ class TrainingOptions:
     lr: float = 1e-3
     lr_schedule: str = "cosine"
     warmup: int = 100
-    ema: float = 0.999
+    ema: float | tuple[float, ...] = (0.999,)
+    ema_std: tuple[float, ...] = ()
+    snapshots: int = 16
+    snapshot_dtype: str = "float32"
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     seed: int = 0
@@ -89,12 +102,23 @@ class TrainingOptions:
     keep: int = 2
 
     @property
+    def decays(self) -> tuple[float, ...]:
+        """The decays in ``ema``."""
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
+
+    @property
     def null_class(self) -> bool:
         """Whether the model has a class for hidden labels."""
         return self.label_dropout > 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "max_skips", "save_every", "keep"):
+        for name in SEVERAL:  # one number, or what JSON makes of a tuple
+            value = getattr(self, name)
+            values = tuple(value) if isinstance(value, Sequence) else (value,)
+            object.__setattr__(self, name, values)
+        for name in (
+            "steps", "batch_size", "accumulate", "max_skips", "save_every", "keep", "snapshots"
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:
@@ -113,8 +137,16 @@ class TrainingOptions:
             raise InputError(f"seed must be below 2**63, got {self.seed}")
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"ema must lie in [0, 1), got {self.ema}")
+        for decay in self.decays:
+            if not 0 <= decay < 1:
+                raise InputError(f"ema must lie in [0, 1), got {decay}")
+        for std in self.ema_std:
+            power_function.check_std(std)
+        for name in SEVERAL:
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise InputError(f"{name} has a value twice: {getattr(self, name)}")
+        if not self.decays and not self.ema_std:
+            raise InputError("ema and ema_std name no average; a run has at least one")
         if self.spike and not 1 < self.spike < math.inf:
             raise InputError(f"spike must be above 1, or 0 for no limit, got {self.spike}")
         if not 0 <= self.label_dropout < 1:
@@ -124,6 +156,7 @@ class TrainingOptions:
             ("timestep_sampler", TIMESTEP_SAMPLERS),
             ("lr_schedule", LR_SCHEDULES),
             ("on_bad_loss", ON_BAD_LOSS),
+            ("snapshot_dtype", SNAPSHOT_DTYPES),
         ):
             value = getattr(self, name)
             if value not in known:
