@@ -27,20 +27,31 @@ from fastdiff.common.errors import InputError
 from fastdiff.common.inputs import check_choice
 from fastdiff.common.model import Model
 from fastdiff.losses import LossSecondMoment, score_matching
+from fastdiff.losses.densities import Density
 from fastdiff.losses.timesteps import TimestepSampler
 from fastdiff.samplers.ddpm import VARIANCES
 from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
 
 Forward = GaussianPath | sde.SDE
 
-DISCRETE: dict[str, Callable[[int], TimestepSampler]] = {
+
+def _of_count(kind: Callable[[int], TimestepSampler], path: GaussianPath) -> TimestepSampler:
+    return kind(path.num_timesteps)
+
+
+DENSITIES: dict[str, Density] = {"laplace": losses.Laplace(), "cosh": losses.Cosh()}
+EVEN: dict[str, Callable[[int], TimestepSampler]] = {
     "uniform": losses.Uniform,
     "low-discrepancy": losses.LowDiscrepancy,
-    # Biased on purpose: the paper's density is meant to weight the loss.
-    "logit-normal": lambda count: losses.LogitNormal(count, unbiased=False),
-    "loss-second-moment": LossSecondMoment,
 }
-CONTINUOUS = ("uniform", "low-discrepancy")
+DISCRETE: dict[str, Callable[[GaussianPath], TimestepSampler]] = {
+    **{name: partial(_of_count, kind) for name, kind in EVEN.items()},
+    # Biased on purpose: the papers' densities are meant to weight the loss.
+    "logit-normal": lambda path: losses.LogitNormal(path.num_timesteps, unbiased=False),
+    **{name: partial(losses.OfLogSNR, density=density) for name, density in DENSITIES.items()},
+    "loss-second-moment": partial(_of_count, LossSecondMoment),
+}
+CONTINUOUS = (*EVEN, *DENSITIES)
 TIMESTEPS = (*DISCRETE, "log-normal")
 DEFAULT_LEVELS = 100  # number of noise levels of ncsn
 
@@ -176,9 +187,10 @@ def make(
         prediction: one of ``process.KINDS``; for an SDE also ncsn or edm.
         weighting: weighting of the loss: for ddpm, flow and hybrid a name of ``losses.weighting``
             or None for weights of 1, for dsm sigma (the default) or likelihood, else None.
-        timesteps: distribution of the times: for a schedule uniform, low-discrepancy, logit-normal
-            or loss-second-moment, for EDM log-normal, for ncsn uniform, for dsm with other SDEs
-            uniform or low-discrepancy. None is loss-second-moment for vlb, else the first of these.
+        timesteps: distribution of the times: for a schedule uniform, low-discrepancy, logit-normal,
+            laplace, cosh or loss-second-moment, for EDM log-normal, laplace or cosh, for ncsn
+            uniform, for dsm with other SDEs uniform, low-discrepancy, laplace or cosh. None is
+            loss-second-moment for vlb, else the first of these.
         variance: for a NoiseSchedule one of ``samplers.ddpm.VARIANCES``; None is learned_range for
             hybrid and vlb, else fixed_small.
         levels: number of noise levels of ncsn, at least 2; None is 100.
@@ -262,7 +274,7 @@ def _discrete(
     weight = None if weighting is None else losses.weighting(forward, prediction, weighting)
 
     losses_of = partial(_discrete_losses, name, forward, prediction, weight, variance)
-    sampler = DISCRETE[times](forward.num_timesteps)
+    sampler = DISCRETE[times](forward)
     return Objective(name, forward, prediction, sampler, losses_of, variance)
 
 
@@ -350,7 +362,10 @@ def _times(
 ) -> tuple[Times, int | None]:
     """The sampler of an SDE's training times, and the number of levels of ncsn, else None."""
     if isinstance(forward, sde.EDM):
-        check_choice(f"timestep sampler with {forward!r}", times or "log-normal", ("log-normal",))
+        times = times or "log-normal"
+        check_choice(f"timestep sampler with {forward!r}", times, ("log-normal", *DENSITIES))
+        if times in DENSITIES:
+            return _OfLogSNR(forward, DENSITIES[times]), None
         return _LogNormal(forward), None
     if name == "ncsn":
         assert isinstance(forward, sde.VE)
@@ -361,7 +376,9 @@ def _times(
         return _GeometricLevels(levels), levels
     times = times or "uniform"
     check_choice("timestep sampler in continuous time", times, CONTINUOUS)
-    return _TimeInterval(forward, DISCRETE[times](1)), None
+    if times in DENSITIES:
+        return _OfLogSNR(forward, DENSITIES[times]), None
+    return _TimeInterval(forward, EVEN[times](1)), None
 
 
 class _TimeInterval:
@@ -377,6 +394,22 @@ class _TimeInterval:
 
     def quantiles(self, shares: Tensor) -> Tensor:
         return self.first + self.length * shares
+
+
+class _OfLogSNR:
+    """Times of an SDE whose log-SNR has a density, cut to the times that are trained."""
+
+    def __init__(self, forward: sde.SDE, density: Density) -> None:
+        self.forward, self.density = forward, density
+        ends = torch.tensor([forward.end, forward.trained_from], dtype=torch.float64, device="cpu")
+        alpha, sigma = forward.levels(ends)
+        self.low, self.high = density.cumulative(2 * (alpha / sigma).log()).tolist()
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        share = losses.Uniform(1).unit(n, generator)
+        log_snr = self.density.quantile(self.low + (self.high - self.low) * share)
+        time = self.forward.time_at(torch.exp(-log_snr / 2))
+        return time.clamp(self.forward.trained_from, self.forward.end), torch.ones_like(time)
 
 
 class _LogNormal:

@@ -57,6 +57,21 @@ def test_times_of_edm_are_log_normal(generator):
     assert bool((weights == 1).all())
 
 
+@pytest.mark.parametrize("name", objectives.DENSITIES)
+@pytest.mark.parametrize("forward", [VP, VE, EDM, sde.LinearLogSNR()], ids=repr)
+def test_times_follow_a_density_of_the_log_snr(name, forward, generator):
+    kind = "edm" if forward is EDM else "eps"
+    t, weights = objectives.make(None, forward, kind, timesteps=name).draw(2000, generator)
+    alpha, sigma = forward.levels(t)
+    density = objectives.DENSITIES[name]
+    ends = torch.tensor([forward.end, forward.trained_from], dtype=torch.float64)
+    low, high = density.cumulative(-2 * (forward.levels(ends)[1] / forward.levels(ends)[0]).log())
+    share = (density.cumulative(2 * (alpha / sigma).log()).sort().values - low) / (high - low)
+    even = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    assert (share - even).abs().max().item() < 1.63 / 2000**0.5  # Kolmogorov's, once in a hundred
+    assert bool((weights == 1).all())
+
+
 def test_times_of_ncsn_are_those_of_a_geometric_ladder(generator):
     made = objectives.make("ncsn", VE, "ncsn", levels=7)
     sigma = VE.levels(made.draw(500, generator)[0])[1].unique()
@@ -66,8 +81,8 @@ def test_times_of_ncsn_are_those_of_a_geometric_ladder(generator):
 
 @pytest.mark.parametrize("name", objectives.DISCRETE)
 def test_timesteps_are_those_of_the_sampler_named(name):
-    kind = objectives.DISCRETE[name](50)
     for forward, prediction in ((SCHEDULE, "v"), (FLOW, "flow")):
+        kind = objectives.DISCRETE[name](forward)
         made = objectives.make(None, forward, prediction, timesteps=name)
         found, wanted = (x.draw(9, torch.Generator().manual_seed(1)) for x in (made, kind))
         assert torch.equal(found[0], wanted[0])

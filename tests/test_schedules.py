@@ -41,11 +41,33 @@ def sigmoid_beta(t: int) -> float:
     return 1e-4 + (0.02 - 1e-4) / (1 + math.exp(6 - 12 * t / (T - 1)))
 
 
+def sigmoid_abar_beta(t: int) -> float:
+    def abar(step: int) -> float:
+        def curve(u: float) -> float:
+            return 1 / (1 + math.exp(3 - 6 * u))
+
+        return (curve(1) - curve(step / T)) / (curve(1) - curve(0))
+
+    return min(1 - abar(t + 1) / abar(t), 0.999)
+
+
+def shifted_cosine_beta(t: int) -> float:
+    def abar(step: int) -> float:
+        if step == 0:
+            return 1.0
+        first, last = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
+        return math.cos(first + step / T * (last - first)) ** 2
+
+    return 1 - abar(t + 1) / abar(t)
+
+
 FORMULAS = {
     "linear": linear_beta,
     "scaled_linear": scaled_linear_beta,
     "cosine": cosine_beta,
-    "sigmoid": sigmoid_beta,
+    "shifted_cosine": shifted_cosine_beta,
+    "sigmoid_betas": sigmoid_beta,
+    "sigmoid_abar": sigmoid_abar_beta,
 }
 ALL = [pytest.param(name, id=name) for name in FORMULAS]
 
@@ -55,8 +77,8 @@ def test_betas_follow_the_formula(name):
     wanted = float64([FORMULAS[name](t) for t in range(T)])
     schedule = schedules.make(name, T)
     assert schedule.betas.dtype == torch.float64
-    # 1e-11: the cosine's betas are differences of numbers near 1.
-    torch.testing.assert_close(schedule.betas, wanted, rtol=1e-11, atol=0)
+    # Betas of the cosines are differences of numbers near 1.
+    torch.testing.assert_close(schedule.betas, wanted, rtol=1e-11, atol=5e-16)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -94,7 +116,7 @@ def test_terminal_values_are_the_published_ones(name, snr, signal):
             id="scaled_linear",
         ),
         pytest.param("cosine", {"beta_schedule": "squaredcos_cap_v2"}, 1e-4, id="cosine"),
-        pytest.param("sigmoid", {"beta_schedule": "sigmoid"}, 1e-5, id="sigmoid"),
+        pytest.param("sigmoid_betas", {"beta_schedule": "sigmoid"}, 1e-5, id="sigmoid"),
     ],
 )
 def test_tables_are_those_of_diffusers(name, theirs, rtol):
@@ -104,6 +126,27 @@ def test_tables_are_those_of_diffusers(name, theirs, rtol):
     torch.testing.assert_close(
         scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=rtol, atol=1e-9
     )
+
+
+def test_a_shift_of_the_cosine_is_one_of_its_log_snr():
+    plain, shifted = schedules.shifted_cosine(50), schedules.shifted_cosine(50, image_size=256)
+    torch.testing.assert_close(shifted.snr, plain.snr / 16, rtol=1e-9, atol=0)
+    early = schedules.make("cosine", T, s=0).snr[:900]  # the limits hardly matter there
+    torch.testing.assert_close(
+        schedules.shifted_cosine(T).snr[50:900], early[50:], rtol=0.02, atol=0
+    )
+
+
+def test_an_earlier_name_gives_the_same_schedule():
+    old, new = schedules.make("sigmoid", 30), schedules.sigmoid_betas(30)
+    assert torch.equal(old.betas, new.betas)
+    assert old.name == new.name == "sigmoid_betas"
+
+
+def test_a_narrow_sigmoid_falls_in_the_middle():
+    wide, narrow = schedules.sigmoid_abar(T), schedules.sigmoid_abar(T, tau=0.3)
+    assert narrow.alphas_cumprod[250] > wide.alphas_cumprod[250]
+    assert narrow.alphas_cumprod[750] < wide.alphas_cumprod[750]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -364,6 +407,12 @@ def test_a_schedule_knows_how_it_was_made():
         pytest.param(lambda: schedules.sigmoid(10, 0.0, 0.1), "0 < beta_start", id="starts at 0"),
         pytest.param(lambda: schedules.scaled_linear(10, 0.1, 1.0), "< 1", id="ends at 1"),
         pytest.param(lambda: schedules.cosine(10, max_beta=1.0), "max_beta < 1", id="cap of 1"),
+        pytest.param(lambda: schedules.sigmoid_abar(9, tau=0.0), "tau > 0, got .* 0.0", id="tau"),
+        pytest.param(lambda: schedules.sigmoid_abar(9, 3, -3), "start < end .* got 3", id="start"),
+        pytest.param(lambda: schedules.shifted_cosine(9, 0), "at least 1, got 0", id="image of 0"),
+        pytest.param(
+            lambda: schedules.shifted_cosine(9, log_snr_max=-20), "got -20 and", id="log-SNR rises"
+        ),
         pytest.param(
             lambda: schedules.rescale_zero_terminal_snr(schedules.linear(1)),
             "at least 2",

@@ -20,11 +20,14 @@ from fastdiff.schedules import FlowSchedule, NoiseSchedule
 
 # For each name its class, and for each option of the constructor the attribute that holds it.
 _TIMES = {"smallest": "smallest", "trained_from": "trained_from"}
+_LOG_SNR = {"log_snr_max": "log_snr_max", "log_snr_min": "log_snr_min"}
 _KINDS: dict[str, tuple[Callable[..., Forward], dict[str, str]]] = {
     "vp": (sde.VP, {"beta_min": "beta_min", "beta_max": "beta_max", **_TIMES}),
     "subvp": (sde.SubVP, {"beta_min": "beta_min", "beta_max": "beta_max", **_TIMES}),
     "ve": (sde.VE, {"sigma_min": "sigma_min", "sigma_max": "sigma_max", **_TIMES}),
     "edm": (sde.EDM, {"sigma_min": "smallest", "sigma_max": "end", "sigma_data": "sigma_data"}),
+    "linear-log-snr": (sde.LinearLogSNR, _LOG_SNR),
+    "cosine-log-snr": (sde.CosineLogSNR, {**_LOG_SNR, "shift": "shift"}),
     "flow": (
         FlowSchedule,
         {"num_timesteps": "num_timesteps", "shift": "shift", "label_by": "label_by"},

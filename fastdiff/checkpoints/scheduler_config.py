@@ -18,7 +18,7 @@ _SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
     "squaredcos_cap_v2": "cosine",
-    "sigmoid": "sigmoid",
+    "sigmoid": "sigmoid_betas",
 }
 # The constructors' defaults, which a config.json may leave out.
 _DEFAULTS: dict[str, Any] = {

@@ -6,12 +6,12 @@ import argparse
 from typing import Any
 
 from fastdiff import objectives, schedules, sde
-from fastdiff.cli.parsing import positive
+from fastdiff.cli.parsing import named_value, positive
 from fastdiff.common.errors import InputError
 from fastdiff.objectives import Forward
 
 # The options of each objective, with their defaults.
-_DDPM = {"schedule": "cosine", "timesteps": 1000}
+_DDPM = {"schedule": "cosine", "timesteps": 1000, "schedule_option": ()}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ddpm": {**_DDPM, "prediction": "v"},
     "hybrid": {**_DDPM, "prediction": "eps"},
@@ -25,10 +25,16 @@ SDES: dict[str, tuple[type[sde.SDE], dict[str, float]]] = {
     "vp": (sde.VP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
     "subvp": (sde.SubVP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
     "ve": (sde.VE, {"sigma_min": 0.01, "sigma_max": 50.0, "trained_from": 1e-5}),
+    "linear-log-snr": (sde.LinearLogSNR, {"log_snr_max": 13.3, "log_snr_min": -5.0}),
+    "cosine-log-snr": (
+        sde.CosineLogSNR,
+        {"log_snr_max": 15.0, "log_snr_min": -15.0, "shift": 0.0},
+    ),
 }
 FLAGS = (
-    "schedule", "timesteps", "sde", "beta_min", "beta_max", "sigma_min", "sigma_max", "sigma_data",
-    "trained_from", "levels", "prediction",
+    "schedule", "schedule_option", "timesteps", "sde", "beta_min", "beta_max", "sigma_min",
+    "sigma_max", "sigma_data", "log_snr_max", "log_snr_min", "shift", "trained_from",
+    "levels", "prediction",
 )  # fmt: skip
 
 
@@ -36,9 +42,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add --objective, and the options that belong to single objectives."""
     group = command.add_argument_group(
         "objective",
-        "Each objective has its own process and options: ddpm, hybrid and vlb take --schedule and "
-        "--timesteps;\nflow takes --timesteps; dsm takes --sde and its options; ncsn takes the "
-        "options of ve and --levels;\nedm takes --sigma-min, --sigma-max and --sigma-data.",
+        "Each objective has its own process and options: ddpm, hybrid and vlb take --schedule, its "
+        "options\nand --timesteps; flow takes --timesteps; dsm takes --sde and its options;\n"
+        "ncsn takes the options of ve and --levels; edm takes --sigma-min, --sigma-max and "
+        "--sigma-data.",
     )
     group.add_argument(
         "--objective",
@@ -57,6 +64,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "that they end in noise for any number of timesteps T",
     )
     group.add_argument(
+        "--schedule-option", action="append", type=named_value, metavar="NAME=VALUE",
+        help="an option of the schedule, such as image_size=256 of shifted_cosine, tau=0.9 of "
+        "sigmoid_abar or beta_end=0.01 of linear; may be repeated",
+    )  # fmt: skip
+    group.add_argument(
         "--timesteps", type=positive, metavar="T", help="of the schedule (default: 1000)"
     )
     group.add_argument("--sde", choices=tuple(SDES), help="of dsm (default: vp)")
@@ -66,6 +78,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         ("--sigma-min", "smallest sigma of ve (default: 0.01) and edm (default: 0.002)"),
         ("--sigma-max", "largest sigma of ve (default: 50) and edm (default: 80)"),
         ("--sigma-data", "standard deviation of the images, for edm (default: 0.5)"),
+        ("--log-snr-max", "log-SNR of the least noise (default: 13.3 of linear-, 15 of cosine-)"),
+        ("--log-snr-min", "log-SNR of the most noise (default: -5 of linear-, -15 of cosine-)"),
+        ("--shift", "added to the log-SNR of cosine-log-snr, such as 2 log(64 / side)"),
         ("--trained-from", "smallest time of training and likelihoods of --sde (default: 1e-5)"),
     ):
         group.add_argument(name, type=float, metavar="X", help=text)
@@ -114,6 +129,7 @@ def forward(args: argparse.Namespace) -> Forward:
             return kind(**{name: getattr(args, name) for name in options})
         # Betas scaled by 1000 / T, so that short schedules end in noise, too.
         scaled = {"rescaled": True} if args.schedule in schedules.RESCALABLE else {}
-        return schedules.make(args.schedule, args.timesteps, **scaled)
-    except ValueError as error:
+        options: dict[str, Any] = {**scaled, **dict(args.schedule_option)}
+        return schedules.make(args.schedule, args.timesteps, **options)
+    except (TypeError, ValueError) as error:
         raise InputError(str(error)) from None

@@ -25,22 +25,30 @@ from fastdiff.losses.consistency_loss import (
     lcm_form,
     prediction_form,
 )
+from fastdiff.losses.densities import Cosh, Laplace
 from fastdiff.losses.discretized_gaussian import discretized_gaussian_log_likelihood, normal_kl
 from fastdiff.losses.jumps import ddim_jump
 from fastdiff.losses.progressive_distillation import progressive_loss, progressive_target
 from fastdiff.losses.simple import simple_loss
-from fastdiff.losses.timesteps import LogitNormal, LossSecondMoment, LowDiscrepancy, Uniform
+from fastdiff.losses.timesteps import (
+    LogitNormal,
+    LossSecondMoment,
+    LowDiscrepancy,
+    OfLogSNR,
+    Uniform,
+)
 from fastdiff.losses.training_noise import assign_noise, offset_noise
 from fastdiff.losses.variance import fixed_log_variance, model_variance
 from fastdiff.losses.weights import convert, edm, min_snr, p2, snr, vlb, weighting
 
 __all__ = [
-    "BitsPerDim", "LogitNormal", "LossSecondMoment", "LowDiscrepancy", "Uniform", "assign_noise",
-    "bits_per_dim", "bound_term", "consistency_loss", "convert", "ddim_jump",
-    "discretized_gaussian_log_likelihood", "discretized_log_normal", "edm", "fixed_log_variance",
-    "hybrid_loss", "intervals_at", "karras_form", "lcm_form", "min_snr", "model_variance",
-    "normal_kl", "offset_noise", "p2", "prediction_form", "prior_term", "progressive_loss",
-    "progressive_target", "rescaled_kl", "simple_loss", "snr", "vlb", "vlb_loss", "weighting",
+    "BitsPerDim", "Cosh", "Laplace", "LogitNormal", "LossSecondMoment", "LowDiscrepancy",
+    "OfLogSNR", "Uniform", "assign_noise", "bits_per_dim", "bound_term", "consistency_loss",
+    "convert", "ddim_jump", "discretized_gaussian_log_likelihood", "discretized_log_normal", "edm",
+    "fixed_log_variance", "hybrid_loss", "intervals_at", "karras_form", "lcm_form", "min_snr",
+    "model_variance", "normal_kl", "offset_noise", "p2", "prediction_form", "prior_term",
+    "progressive_loss", "progressive_target", "rescaled_kl", "simple_loss", "snr", "vlb",
+    "vlb_loss", "weighting",
 ]  # fmt: skip
 
 _moved.attach(__name__)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.common.checks import check_floating, wide_dtype
+from fastdiff.common.checks import beside, check_floating, check_shape, wide_dtype
 from fastdiff.common.model import Model
 from fastdiff.losses.noising import noised, squared_error
 from fastdiff.losses.prediction import image_mean, predict
-from fastdiff.sde import EDM, SDE, Score
+from fastdiff.sde import EDM, SDE, LogSNR, Score
 
 WEIGHTINGS = ("sigma", "likelihood")
 LOG_MEAN, LOG_STD = -1.2, 1.2  # of sigma in EDM's training (Karras et al. 2022, table 1)
@@ -55,6 +55,37 @@ def denoising_score_matching(
     if weighting == "likelihood":
         weight = sde.rates(t)[1] * (level / sigma) ** 2
     return squared_error(score(x_t, t), x0, each, noise, None, *_tables(x0, -1 / level, weight))
+
+
+def diffusion_loss(
+    model: Model, sde: LogSNR, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any
+) -> Tensor:
+    """-l'(t) |noise - model(x_t)|^2 / 2, the bound's diffusion loss in continuous time.
+
+    Kingma et al. 2021, arXiv:2107.00630, eq. 17, l being the log-SNR. Unlike the other losses it is
+    differentiable in the parameters of a :class:`fastdiff.sde.LearnedLogSNR`, too. Its mean over
+    uniform t trains the network. That mean does not depend on l between its ends; the mean of its
+    square does, and trains l, to the least variance of the estimate (appendix I.2).
+
+    Args:
+        model: the network, which predicts the noise: (x_t, label, **cond) -> like x_t.
+        sde: the process.
+        x0: clean images [N, ...], floating point.
+        t: times [N], floating point, in 0..1, uniform.
+        noise: standard normal, like ``x0``.
+        cond: keyword arguments of the model.
+
+    Raises:
+        ValueError: shapes that do not fit, or times outside the range.
+    """
+    check_shape(noise, x0, "noise")
+    t = sde.check_time(t, x0).expand(x0.shape[0])
+    alpha, sigma = (beside(level, x0) for level in sde.levels(t))
+    x_t = (alpha * x0 + sigma * noise).to(x0.dtype)
+    label = sde.label(t).to(wide_dtype(x0.dtype))
+    output, _ = predict(model, x_t, label, cond)
+    error = image_mean((output - noise).square())
+    return -sde.log_snr_rate(t).to(error.dtype) / 2 * error
 
 
 def edm_loss(

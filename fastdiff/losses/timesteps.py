@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.losses.densities import Density
+from fastdiff.schedules import GaussianPath
+
 
 class TimestepSampler:
     """Draws timesteps 0..T-1 independently, timestep t with probability p_t.
@@ -149,6 +152,41 @@ class LogitNormal(TimestepSampler):
     def quantiles(self, shares: Tensor) -> Tensor:
         """As of every sampler if ``unbiased``, else the quantiles of p_t."""
         return super().quantiles(shares) if self.unbiased else _inverse(self.probabilities, shares)
+
+
+class OfLogSNR(TimestepSampler):
+    """Timesteps whose log-SNR has a density that is given: the mass of each timestep's cell.
+
+    Cells meet half-way between the log-SNRs of neighbouring timesteps, and mass beyond the first
+    and the last is dropped (Hang et al. 2024, arXiv:2407.03297, section 3.1). There the density is
+    meant to weight the loss, for which the weights are 1.
+
+    Args:
+        schedule: the schedule, of T timesteps.
+        density: of the log-SNR.
+
+    Raises:
+        ValueError: the density has no mass between the first and the last timestep.
+    """
+
+    def __init__(self, schedule: GaussianPath, density: Density) -> None:
+        super().__init__(schedule.num_timesteps)
+        log_snr = 2 * schedule.lambda_t
+        edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])
+        mass = -density.cumulative(edges).diff()
+        if len(mass) > 1 and not mass.sum() > 0:
+            raise ValueError(f"no timestep of {schedule!r} has a log-SNR that {density!r} draws")
+        self._probabilities = mass / mass.sum() if len(mass) > 1 else torch.ones_like(mass)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_t, float64 [T] on the CPU."""
+        return self._probabilities
+
+    @property
+    def weights(self) -> Tensor:
+        """1, float64 [T] on the CPU."""
+        return torch.ones_like(self._probabilities)
 
 
 class LossSecondMoment(TimestepSampler):

@@ -94,6 +94,8 @@ def test_an_export_holds_the_dtype_and_no_training_state(tiny_checkpoint, tmp_pa
         pytest.param(schedules.linear(30, 1e-3, 0.1), id="options"),
         pytest.param(schedules.scaled_linear(30, rescaled=True), id="rescaled"),
         pytest.param(schedules.make("sigmoid", 30, zero_terminal_snr=True), id="zero-snr"),
+        pytest.param(schedules.shifted_cosine(30, image_size=128), id="shifted_cosine"),
+        pytest.param(schedules.sigmoid_abar(30, tau=0.9), id="sigmoid_abar"),
         pytest.param(NoiseSchedule(torch.linspace(0.1, 0.3, 7)), id="betas"),
         pytest.param(NoiseSchedule(torch.linspace(0.1, 0.3, 7), name="linear"), id="misnamed"),
         pytest.param(
@@ -114,6 +116,8 @@ def test_every_schedule_survives_exactly(schedule, tiny_checkpoint, tmp_path):
     [
         pytest.param(sde.VP(0.2, 15.0), "v", {}, id="vp"),
         pytest.param(sde.SubVP(), "score", {"objective": "dsm"}, id="subvp"),
+        pytest.param(sde.LinearLogSNR(9, -9), "eps", {"objective": "dsm"}, id="linear-log-snr"),
+        pytest.param(sde.CosineLogSNR(shift=-2), "v", {"objective": "dsm"}, id="cosine-log-snr"),
         pytest.param(sde.VP(smallest=2e-3, trained_from=1e-4), "eps", {}, id="times"),
         pytest.param(sde.VE(0.02, 30.0), "ncsn", {"objective": "ncsn", "levels": 12}, id="ncsn"),
         pytest.param(sde.EDM(0.01, 40.0, 0.7), "edm", {}, id="edm"),

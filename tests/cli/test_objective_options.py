@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli_calls import TINY
 
-from fastdiff import sde
+from fastdiff import schedules, sde
 from fastdiff.checkpoints import checkpoint
 from fastdiff.evaluation import measure_bits
 
@@ -99,7 +99,7 @@ def test_bits_of_held_out_digits(run: Callable, tmp_path: Path) -> None:
     assert last.startswith("100 digits, ")
 
 
-@pytest.mark.parametrize("name", ["linear", "scaled_linear", "sigmoid", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "sigmoid", "cosine", "sigmoid_abar"])
 def test_short_schedules_reach_noise(name: str, run: Callable, tmp_path: Path) -> None:
     """Their betas are scaled by 1000 / T, and a checkpoint says so."""
     out = tmp_path / "run"
@@ -108,8 +108,31 @@ def test_short_schedules_reach_noise(name: str, run: Callable, tmp_path: Path) -
     forward = checkpoint.load(out).forward
     assert forward.num_timesteps == 50
     assert forward.alphas_cumprod[-1] < 0.01
-    if name != "cosine":
+    if name in schedules.RESCALABLE:
         assert forward.options["rescaled"] is True
+
+
+def test_a_schedule_has_options(run: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("train", "--data", "digits", "--out", out, *TINY, "--steps", 1, "--timesteps", 20)
+    shifted = ("--schedule", "shifted_cosine", "--schedule-option", "image_size=128")
+    assert run(*words, *shifted).code == 0
+    assert checkpoint.load(out).forward.options["image_size"] == 128
+    words = (*words[:4], tmp_path / "other", *words[5:-2])
+    refused = run(*words, "--schedule", "cosine", "--schedule-option", "mood=1")
+    assert (refused.code, "'mood'" in refused.last) == (2, True)
+    refused = run(*words, "--objective", "flow", "--schedule-option", "tau=1")
+    assert "--schedule-option does not belong to --objective flow" in refused.last
+
+
+def test_a_process_is_given_by_its_log_snr(run: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("train", "--data", "digits", "--out", out, *TINY, "--steps", 1, "--objective", "dsm")
+    process = ("--sde", "cosine-log-snr", "--shift", -1.5, "--timestep-sampler", "laplace")
+    assert run(*words, *process).code == 0
+    assert repr(checkpoint.load(out).forward) == "CosineLogSNR(15.0, -15.0, shift=-1.5)"
+    drawn = ("sample", "--checkpoint", out, "--out", tmp_path / "grid.png", "--per-class", 1)
+    assert run(*drawn, "--sampler", "dpmpp-2m", "--steps", 3).code == 0
 
 
 def test_scores_are_drawn_adaptively(run: Callable, tmp_path: Path) -> None:

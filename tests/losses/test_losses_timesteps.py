@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from fastdiff import losses
+from fastdiff import losses, schedules
 
 T = 40
 
@@ -118,6 +118,44 @@ def test_logit_normal_as_the_weighting_itself(generator):
     assert torch.equal(sampler.draw(9, generator)[1], torch.ones(9, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("density", [losses.Laplace(0.4, 0.8), losses.Cosh(-1.0, 1.5)], ids=repr)
+def test_log_snrs_follow_the_density(density):
+    """Its integral over a cell, by the published formula."""
+    schedule = schedules.cosine(1000)
+    log_snr = schedule.snr.log()
+    z = (log_snr - density.mean) / density.scale
+    if isinstance(density, losses.Laplace):
+        value = torch.exp(-z.abs()) / (2 * density.scale)
+    else:
+        value = 1 / (math.pi * density.scale * torch.cosh(z))
+    mass = (value[1:-1] * (log_snr[:-2] - log_snr[2:]) / 2)[20:-20]
+    p = losses.OfLogSNR(schedule, density).probabilities
+    torch.testing.assert_close(p[21:-21], mass, rtol=2e-2, atol=0)
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("density", [losses.Laplace(0.4, 0.8), losses.Cosh(-1.0, 1.5)], ids=repr)
+def test_a_quantile_inverts_the_distribution_function(density):
+    share = torch.linspace(0.001, 0.999, 41, dtype=torch.float64)
+    torch.testing.assert_close(density.cumulative(density.quantile(share)), share)
+    infinite = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
+    assert density.cumulative(infinite).tolist() == [0, 1]
+
+
+def test_the_cosh_of_uniform_cosine_is_uniform():
+    """Uniform times of the cosine schedule have the default density."""
+    p = losses.OfLogSNR(schedules.cosine(1000, s=0), losses.Cosh()).probabilities
+    torch.testing.assert_close(p[9:-9], torch.full_like(p[9:-9], 1e-3), rtol=5e-3, atol=0)
+
+
+def test_a_density_of_log_snrs_weights_the_loss_itself(generator):
+    zero_snr = schedules.rescale_zero_terminal_snr(schedules.linear(T))
+    for schedule in (zero_snr, schedules.flow(T), schedules.linear(1)):
+        t, weights = losses.OfLogSNR(schedule, losses.Laplace()).draw(50, generator)
+        assert bool((weights == 1).all())
+        assert bool((t < schedule.num_timesteps).all())
+
+
 def test_second_moments_make_the_probabilities():
     sampler = losses.LossSecondMoment(3, history=2, uniform=0.3)
     sampler.update(torch.tensor([0, 1, 2, 0, 1]), torch.tensor([1.0, 2.0, -3.0, 1.0, 4.0]))
@@ -202,6 +240,12 @@ STATE = losses.LossSecondMoment(2, 1).state_dict()
             lambda: losses.LogitNormal(3, math.nan), ValueError, "mean must be finite", id="mean"
         ),
         pytest.param(lambda: losses.LogitNormal(3, std=0), ValueError, "std .* got 0", id="std"),
+        pytest.param(lambda: losses.Laplace(scale=0), ValueError, "scale .* got 0", id="scale"),
+        pytest.param(lambda: losses.Cosh(math.inf), ValueError, "mean .* got inf", id="cosh"),
+        pytest.param(
+            lambda: losses.OfLogSNR(schedules.linear(9), losses.Laplace(1e6)), ValueError,
+            r"no timestep of .* has a log-SNR that Laplace\(mean=1000000.0", id="density elsewhere",
+        ),
         pytest.param(lambda: losses.LossSecondMoment(3, 0), ValueError, "history", id="history"),
         pytest.param(
             lambda: losses.LossSecondMoment(3, uniform=1.5), ValueError, "got 1.5", id="uniform"

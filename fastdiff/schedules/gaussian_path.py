@@ -1,4 +1,4 @@
-"""Noise schedules: how much signal and how much noise x_t holds at every timestep.
+"""Gaussian paths: how much signal and how much noise x_t holds at every timestep.
 
 Every schedule is a Gaussian path x_t = alpha_t x_0 + sigma_t eps for t = 0..T-1. DDPM's path
 follows from betas, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020,
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdiff.common.per_device import PerDevice
 
-_ONE = torch.ones(1, dtype=torch.float64, device="cpu")  # abar_{-1}, before the first timestep
+ONE = torch.ones(1, dtype=torch.float64, device="cpu")  # abar_{-1}, before the first timestep
 LABELS = ("sigma", "timestep")  # choices for ``label_by`` of FlowSchedule
 
 Value = TypeVar("Value")
@@ -128,7 +128,7 @@ class NoiseSchedule(GaussianPath):
     Args:
         betas: forward variances beta_t, shape [T], each in (0, 1]; before the last step they must
             leave some signal, abar_t > 0.
-        name: the schedule's name in :data:`NAMES`, if it has one.
+        name: the schedule's name in ``schedules.NAMES``, if it has one.
         options: the arguments of the function of that name, so that a checkpoint can record them.
 
     Raises:
@@ -190,7 +190,7 @@ class NoiseSchedule(GaussianPath):
     @_table
     def alphas_cumprod_prev(self) -> Tensor:
         """abar_{t-1}, with abar_{-1} = 1."""
-        return torch.cat([_ONE, self.alphas_cumprod[:-1]])
+        return torch.cat([ONE, self.alphas_cumprod[:-1]])
 
     @_table
     def sqrt_alphas_cumprod(self) -> Tensor:
@@ -230,7 +230,7 @@ class NoiseSchedule(GaussianPath):
         Its betas are 1 - abar_t / abar_prev over the visited steps (iDDPM, arXiv:2102.09672).
         """
         abar = self.alphas_cumprod[timesteps]
-        previous = torch.cat([_ONE, abar[:-1]])
+        previous = torch.cat([ONE, abar[:-1]])
         return NoiseSchedule(1 - abar / previous, name=f"{self.name}, respaced")
 
 
@@ -256,7 +256,8 @@ class FlowSchedule(GaussianPath):
     def __init__(
         self, num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma"
     ) -> None:
-        _check(num_timesteps)
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
         if label_by not in LABELS:
             raise ValueError(f"unknown label_by {label_by!r}, wanted one of {', '.join(LABELS)}")
         if not 0 < shift < math.inf:
@@ -305,157 +306,3 @@ class FlowSchedule(GaussianPath):
             return label
         sigma = label / self.num_timesteps
         return self.num_timesteps * sigma / (self.shift - (self.shift - 1) * sigma) - 1
-
-
-def linear(
-    num_timesteps: int = 1000,
-    beta_start: float = 1e-4,
-    beta_end: float = 0.02,
-    *,
-    rescaled: bool = False,
-) -> NoiseSchedule:
-    """Linearly increasing betas (DDPM, arXiv:2006.11239, section 4).
-
-    Args:
-        num_timesteps: T. The default betas are made for T = 1000: with T = 200 the last abar is
-            0.13 and with T = 50 it is 0.6, far from the noise that sampling starts from.
-        beta_start: the first beta.
-        beta_end: the last beta.
-        rescaled: multiply the betas by 1000 / T and clamp them to 0.999, so that any T >= 2 ends
-            in noise as T = 1000 does. OpenAI's and lucidrains' code does so, diffusers does not.
-
-    Raises:
-        ValueError: T below 1, or not 0 < beta_start <= beta_end < 1.
-    """
-    _check(num_timesteps, beta_start, beta_end)
-    betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device="cpu")
-    return _from_betas("linear", betas, beta_start, beta_end, rescaled)
-
-
-def scaled_linear(
-    num_timesteps: int = 1000,
-    beta_start: float = 0.00085,
-    beta_end: float = 0.012,
-    *,
-    rescaled: bool = False,
-) -> NoiseSchedule:
-    """Betas whose square roots increase linearly (latent diffusion, arXiv:2112.10752).
-
-    The arguments and errors are those of :func:`linear`.
-    """
-    _check(num_timesteps, beta_start, beta_end)
-    roots = torch.linspace(
-        beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64, device="cpu"
-    )
-    return _from_betas("scaled_linear", roots**2, beta_start, beta_end, rescaled)
-
-
-def cosine(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """abar follows a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17).
-
-    Args:
-        num_timesteps: T.
-        s: offset that keeps the first betas from being too small.
-        max_beta: upper limit of the betas.
-
-    Raises:
-        ValueError: T below 1, or not 0 < max_beta < 1.
-    """
-    _check(num_timesteps, max_beta=max_beta)
-    u = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
-    abar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-    betas = (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
-    return NoiseSchedule(betas, name="cosine", options={"s": s, "max_beta": max_beta})
-
-
-def sigmoid(
-    num_timesteps: int = 1000,
-    beta_start: float = 1e-4,
-    beta_end: float = 0.02,
-    *,
-    rescaled: bool = False,
-) -> NoiseSchedule:
-    """Betas that follow a logistic curve over [-6, 6] (GeoDiff, arXiv:2203.02923).
-
-    The arguments and errors are those of :func:`linear`.
-    """
-    _check(num_timesteps, beta_start, beta_end)
-    curve = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64, device="cpu").sigmoid()
-    betas = curve * (beta_end - beta_start) + beta_start
-    return _from_betas("sigmoid", betas, beta_start, beta_end, rescaled)
-
-
-def flow(num_timesteps: int = 1000, shift: float = 1.0, *, label_by: str = "sigma") -> FlowSchedule:
-    """The straight path of rectified flow: see :class:`FlowSchedule`."""
-    return FlowSchedule(num_timesteps, shift, label_by=label_by)
-
-
-def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
-    """Shift and scale sqrt(abar) so that the last step holds no signal (arXiv:2305.08891, alg. 1).
-
-    Train and sample the result with a prediction of x0, v or flow: where abar = 0, eps and score do
-    not determine x_0.
-
-    Raises:
-        ValueError: fewer than 2 timesteps.
-    """
-    if schedule.num_timesteps < 2:
-        raise ValueError("zero terminal SNR needs at least 2 timesteps, got 1")
-    root = schedule.sqrt_alphas_cumprod
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    abar = root**2
-    previous = torch.cat([_ONE, abar[:-1]])
-    options = {**schedule.options, "zero_terminal_snr": True}
-    return NoiseSchedule(1 - abar / previous, name=schedule.name, options=options)
-
-
-def _from_betas(
-    name: str, betas: Tensor, beta_start: float, beta_end: float, rescaled: bool
-) -> NoiseSchedule:
-    """The schedule of ``betas``, multiplied by 1000 / T if ``rescaled``."""
-    options: dict[str, Any] = {"beta_start": beta_start, "beta_end": beta_end}
-    if rescaled:
-        options["rescaled"] = True
-        betas = (betas * (1000 / betas.numel())).clamp(max=0.999)
-    return NoiseSchedule(betas, name=name, options=options)
-
-
-RESCALABLE = ("linear", "scaled_linear", "sigmoid")  # schedules with the option ``rescaled``
-NAMES: dict[str, Callable[..., NoiseSchedule]] = {
-    "linear": linear,
-    "scaled_linear": scaled_linear,
-    "cosine": cosine,
-    "sigmoid": sigmoid,
-}
-
-
-def make(
-    name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False, **options: Any
-) -> NoiseSchedule:
-    """A schedule by its name in :data:`NAMES`.
-
-    Args:
-        name: linear, scaled_linear, cosine or sigmoid.
-        num_timesteps: T.
-        zero_terminal_snr: apply :func:`rescale_zero_terminal_snr`.
-        **options: further arguments of the function of that name.
-
-    Raises:
-        ValueError: an unknown name, or an option out of range.
-        TypeError: an option that the schedule does not have.
-    """
-    if name not in NAMES:
-        raise ValueError(f"unknown schedule {name!r}, wanted one of {', '.join(NAMES)}")
-    schedule = NAMES[name](num_timesteps, **options)
-    return rescale_zero_terminal_snr(schedule) if zero_terminal_snr else schedule
-
-
-def _check(
-    num_timesteps: int, beta_start: float = 0.5, beta_end: float = 0.5, max_beta: float = 0.5
-) -> None:
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
-    if not 0 < beta_start <= beta_end < 1:
-        raise ValueError(f"wanted 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-    if not 0 < max_beta < 1:
-        raise ValueError(f"wanted 0 < max_beta < 1, got {max_beta}")
