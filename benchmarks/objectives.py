@@ -18,18 +18,15 @@ models are kept, and an interrupted training is resumed; delete a file to have i
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import machine, rows, tables
+from benchmarks import rows, tables
+from benchmarks.evaluations import Figures, command
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
 from fastdiff.cli.sampler_options import make_sampler, sampler_facts
@@ -136,49 +133,6 @@ def trained_classifier(name: str, model: Path, args: argparse.Namespace) -> Path
             sys.exit(128 + ended_by)
         classifier_checkpoint.save(trainer.classifier(digits("test", SIZE)), folder)
     return folder
-
-
-def command(words: Sequence[str]) -> str:
-    """Run a ``fastdiff`` command and return what it prints; exit if it fails."""
-    with redirect_stdout(io.StringIO()) as out:
-        code = cli.main(words)
-    if code:
-        sys.exit(code)
-    return out.getvalue()
-
-
-class Figures:
-    """The results of ``fastdiff eval`` by its command, in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.results: dict[str, Any] = {"machines": [], "rows": [], "found": {}}
-        if path.exists():
-            self.results = json.loads(path.read_text(encoding="utf-8"))
-
-    def of(self, words: str) -> str:
-        """Run ``fastdiff eval`` with these arguments, unless its figures are in the file.
-
-        Returns:
-            The command, the key of the figures in ``results["found"]``.
-        """
-        asked = " ".join(f"fastdiff eval {words}".split())
-        known = self.results["found"]
-        if asked not in known:
-            facts = known[asked] = json.loads(command(["eval", *words.split(), "--json"]))
-            machines = machine.with_this_one(self.results["machines"], facts["threads"])
-            self.results["machines"] = machines
-            self.save()
-        print(
-            f"{known[asked]['frechet']:8.3f} {known[asked]['accuracy']:6.1%}  {asked}", flush=True
-        )
-        return asked
-
-    def save(self) -> None:
-        """Write the file; if that is interrupted, the earlier file stays."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
-        os.replace(partial, self.path)
 
 
 def with_steps(way: str, steps: int | None) -> str:

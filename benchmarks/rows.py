@@ -1,8 +1,8 @@
 """Stored figures as rows of a table: one function a table, from a file's content to its cells.
 
 Each function returns the head first. What the files hold is said where they are written:
-``benchmarks.turns.report``, ``conftest``, ``sampler_quality``, ``objectives``, ``adaptive_steps``
-and the audit of the GPU kernels.
+``benchmarks.turns.report``, ``conftest``, ``sampler_quality``, ``emoji_quality``, ``objectives``,
+``adaptive_steps`` and the audit of the GPU kernels.
 """
 
 from __future__ import annotations
@@ -417,7 +417,8 @@ def sampler_quality(results: Results) -> list[Row]:
         at = {row["budget"]: f"{row['frechet']:.2f}" for row in figures if row["sampler"] == name}
         table.append([f"`{name}`", *(at.get(budget, "") for budget in budgets)])
     real = f"{figures[0]['frechet_real']:.2f}"
-    return [*table, ["held-out real digits", *[real] * len(budgets)]]
+    model = results.get("model", "digits")
+    return [*table, [f"held-out real {model}", *[real] * len(budgets)]]
 
 
 def shipped_model(results: Results) -> list[Row]:
@@ -433,6 +434,28 @@ def shipped_model(results: Results) -> list[Row]:
     for name, (key, form) in figures.items():
         table.append([name, form.format(one[key]), form.format(one[f"{key}_real"])])
     return table
+
+
+# The emoji model: emoji_quality.json.
+
+
+def emoji_quality(results: Results) -> list[Row]:
+    """One row a way to sample, in sets as large as the held-out set; the last row is that set."""
+    columns = {
+        "frechet": ("Fréchet distance", "{:.2f}"),
+        "precision": ("precision", "{:.2f}"),
+        "recall": ("recall", "{:.2f}"),
+        "coverage": ("coverage", "{:.2f}"),
+        "nearest_median": ("nearest training emoji, median", "{:.1f}"),
+        "nearest_min": ("nearest, smallest", "{:.1f}"),
+    }
+    table = [["", *(title for title, _ in columns.values())]]
+    for one in results["rows"]:
+        facts = results["found"][one["command"]]
+        cells = (form.format(facts[f"{key}_matched"]) for key, (_, form) in columns.items())
+        table.append([one["name"], *cells])
+    real = (form.format(facts[f"{key}_real"]) for key, (_, form) in columns.items())
+    return [*table, ["held-out real emoji", *real]]
 
 
 # Objectives on the 8x8 digits: objectives.json and guidance.json.
