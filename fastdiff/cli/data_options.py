@@ -1,11 +1,63 @@
-"""The options that say how the image files of a folder are read."""
+"""The options that say what images to train on and how they are read."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import os
+from dataclasses import dataclass
+from pathlib import Path
 
+from fastdiff.common.errors import InputError
 from fastdiff.data import datasets
+from fastdiff.data.image_file import CROPS, FILTERS, Reading
+from fastdiff.data.image_loading import load
+from fastdiff.data.image_source import ImageSource
+from fastdiff.data.recognition import find_source, is_local
+from fastdiff.data.training_images import TrainingImages
+
+DIGITS = "digits"  # the value of --data for scikit-learn's digits
+MOST_WORKERS = 8  # processes that read, unless more are asked for
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+HELP = (
+    "digits (scikit-learn's); a folder of images, with a sub-folder for each class; tar shards; "
+    "parquet files; hf:NAME of the Hugging Face Hub; CIFAR's or MNIST's own files; or latents"
+)
+
+
+def add_source_arguments(group: argparse._ActionsContainer) -> None:
+    """Add what is read and how, but not --data and not what :func:`add_arguments` adds."""
+    group.add_argument(
+        "--split", default="train", help="of data that have splits: train, test or as they name it"
+    )
+    group.add_argument(
+        "--crop",
+        choices=CROPS,
+        default="center",
+        help="the square of each image to train on: the one in its middle, or one at a random "
+        "place, drawn anew each time",
+    )
+    group.add_argument(
+        "--resize", choices=tuple(FILTERS), default="bicubic", help="filter that brings to size"
+    )
+    group.add_argument(
+        "--latent-scale", type=float, default=1.0, help="factor of latents, for example 0.18215"
+    )
+    group.add_argument("--image-column", help="of a table: the column of the images")
+    group.add_argument("--label-column", help="of a table: the column of the labels")
+    group.add_argument(
+        "--cache",
+        type=byte_count,
+        default=datasets.CACHE,
+        metavar="BYTES",
+        help="memory for images, for example 16G; those that do not fit are read while training",
+    )
+    group.add_argument(
+        "--workers",
+        type=_whole,
+        default=_workers(),
+        help="processes that read images; 0 reads them between the steps",
+    )
 
 
 def add_arguments(group: argparse._ActionsContainer) -> None:
@@ -15,28 +67,111 @@ def add_arguments(group: argparse._ActionsContainer) -> None:
         type=float,
         nargs=2,
         metavar=("BLACK", "WHITE"),
-        help="the values that are black and white in a folder's files of more than 8 bits a value: "
-        "for example 0 4095 for 12-bit images in files of 16 bits",
+        help="the values that are black and white in files of more than 8 bits a value: for "
+        "example 0 4095 for 12-bit images in files of 16 bits",
     )
     group.add_argument(
         "--skip-bad",
         action="store_true",
-        help="skip the files of a folder that cannot be read, and say how many",
+        help="do without images that cannot be read, and say how many",
     )
 
 
-def read_folder(args: argparse.Namespace, size: int, **options: Any) -> datasets.ImageSet:
-    """The images of the folder --data, by the options of :func:`add_arguments`.
+@dataclass(frozen=True)
+class Found:
+    """The images of --data, found but not read.
+
+    Attributes:
+        source: where they are; None for the digits.
+        reading: how they become pixels.
+        args: the parsed arguments.
+    """
+
+    source: ImageSource | None
+    reading: Reading
+    args: argparse.Namespace
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; empty without labels."""
+        return tuple("0123456789") if self.source is None else self.source.classes
+
+    @property
+    def channels(self) -> int:
+        """The channels of the images."""
+        return 1 if self.source is None else self.source.channels(self.reading)
+
+    def read(self, *, flip: bool = False) -> TrainingImages:
+        """The images, in memory or read while training.
+
+        Raises:
+            DataError: they cannot be read, or the options do not suit them.
+        """
+        if self.source is None:
+            if flip:
+                raise InputError("--flip is not for digits: a mirrored digit is no digit")
+            return datasets.digits(self.args.split, self.reading.size)
+        args = self.args
+        return load(
+            self.source, self.reading, cache=args.cache, workers=args.workers, flip=flip,
+            skip_bad=args.skip_bad, scale=args.latent_scale,
+        )  # fmt: skip
+
+
+def find(args: argparse.Namespace, size: int, *, grayscale: bool = False) -> Found:
+    """Find the images of --data.
 
     Args:
-        args: the parsed arguments.
+        args: the parsed arguments, with --data and those that this file adds.
         size: height and width of the result.
-        **options: of :func:`fastdiff.data.folder`.
+        grayscale: read one channel instead of three.
 
     Raises:
-        DataError: as :func:`fastdiff.data.folder` does.
+        DataError: there are none, or they are damaged.
     """
     value_range = None if args.value_range is None else tuple(args.value_range)
-    return datasets.folder(
-        args.data, size, value_range=value_range, skip_bad=args.skip_bad, **options
+    reading = Reading(size, grayscale, value_range, args.crop, args.resize)
+    if args.data == DIGITS:
+        return Found(None, reading, args)
+    source = find_source(
+        args.data, split=args.split, image_column=args.image_column, label_column=args.label_column
     )
+    source.check(reading)
+    return Found(source, reading, args)
+
+
+def settled(data: str) -> str:
+    """The value of --data, a path made absolute, so that any working folder can resume the run."""
+    return str(Path(data).absolute()) if data != DIGITS and is_local(data) else data
+
+
+def is_gone(data: str) -> bool:
+    """Whether a value of --data is the path of something that is no longer there."""
+    return data != DIGITS and is_local(data) and "{" not in data and not Path(data).exists()
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, such as 2G, 500M or 1000000, for argparse; units are powers of 1024."""
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = number[-1:] if number[-1:] in UNITS else ""
+    try:
+        count = int(float(number.removesuffix(unit)) * UNITS[unit])
+    except (ValueError, OverflowError):
+        count = -1
+    if not 0 <= count < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 2G, got {text!r}")
+    return count
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**10:
+        raise argparse.ArgumentTypeError(f"must lie in 0..1023, got {value}")
+    return value
+
+
+def _workers() -> int:
+    """One for each processor that this process may use, shared among the processes of a machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(MOST_WORKERS, (usable or 1) // max(1, here)))

@@ -28,7 +28,7 @@ from fastdiff.cli.sampler_options import (
 from fastdiff.common.errors import DataError, InputError
 from fastdiff.data import datasets
 from fastdiff.data.datasets import ImageSet
-from fastdiff.data.image_folder import find
+from fastdiff.data.image_folder import SUFFIXES, find
 from fastdiff.evaluation.comparison import Comparison, Figures, Reference, compare
 from fastdiff.evaluation.drawing import balanced_labels, draw_in_batches, labels_like
 from fastdiff.evaluation.pictures import FeatureSpace, Pictures, as_pixels, pixel_batches
@@ -225,7 +225,7 @@ def _size_of_images(path: Path) -> int:
     if not path.is_dir():
         raise DataError(f"{path} is not a folder of images" if path.exists() else f"no {path}")
     first = None
-    for file in (file for files in find(path).values() for file in files):
+    for file in (path / name for names in find(path, SUFFIXES).values() for name in names):
         try:
             with Image.open(file) as opened:
                 size = opened.size

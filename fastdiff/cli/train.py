@@ -25,19 +25,17 @@ from fastdiff.cli import (
     run_file,
     watch_options,
 )
-from fastdiff.cli.data_options import read_folder
+from fastdiff.cli.data_options import DIGITS, Found
 from fastdiff.cli.machine_options import machine
 from fastdiff.cli.output import note
 from fastdiff.cli.parsing import integers, numbers, positive
 from fastdiff.cli.run_file import CONTROLS
-from fastdiff.cli.watch_options import DIGITS
 from fastdiff.common.errors import CheckpointError, InputError, check_memory
 from fastdiff.common.seeds import seeded
 from fastdiff.common.world import is_first, process_group
-from fastdiff.data import datasets
 from fastdiff.data.file_names import as_path, as_text
-from fastdiff.data.image_folder import class_names
 from fastdiff.data.image_grid import check_writable
+from fastdiff.data.training_images import TrainingImages
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.pretrained import NoInitialisation
@@ -66,7 +64,7 @@ PATHS = ("data", "validation", "out")  # arguments that are paths
 # if either value is a share of the images, since that decides what is trained on.
 CHANGEABLE = frozenset(
     {
-        "data", "validation", "steps", "save_every", "sample_every", "validate_every", "keep",
+        "data", "cache", "workers", "validation", "steps", "save_every", "sample_every", "validate_every", "keep",
         "out", "accumulate", "on_bad_loss", "spike", "max_skips", "backend", "threads", "device",
         *CONTROLS,
     }
@@ -121,12 +119,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     data = command.add_argument_group("data")
     data.add_argument(
         "--data",
-        help="digits (scikit-learn's), or a folder of images, with a sub-folder for each class; "
-        "with --resume, the run's images at their present place, if they have moved",
+        help=f"{data_options.HELP}; with --resume, the run's images at their present place, if "
+        "they have moved",
     )
     data.add_argument("--image-size", type=positive, default=16, help="height and width")
-    data.add_argument("--grayscale", action="store_true", help="read a folder's images as grey")
-    data.add_argument("--flip", action="store_true", help="mirror half of a folder's images")
+    data.add_argument("--grayscale", action="store_true", help="read images as grey")
+    data.add_argument("--flip", action="store_true", help="mirror half of the images")
+    data_options.add_source_arguments(data)
     data_options.add_arguments(data)
     data.add_argument("--unconditional", action="store_true", help="train without the classes")
 
@@ -282,18 +281,20 @@ def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
         args = objective_options.settled(args)
     if args.data is None:
         raise InputError("say what to train on: --data digits or --data FOLDER")
-    if args.data != DIGITS:
-        args.data = str(Path(args.data).absolute())  # so that any working folder can resume it
+    args.data = data_options.settled(args.data)
     watch_options.settle(args)
     options = TrainingOptions(
         **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
     )
     with machine(args) as device, process_group(device):
+        found = data_options.find(args, args.image_size, grayscale=args.grayscale)
         if not args.resume:
-            _check(args, options)
+            _check(args, options, found)
         with _lock(args.out):
             check_writable(args.out / "losses.jsonl")
-            trainer = _trainer(args, options, _images(args), device)
+            images = found.read(flip=args.flip)
+            images = images.without_labels() if args.unconditional else images
+            trainer = _trainer(args, options, images, device)
             if trainer.world.first:
                 run_file.write(_options(), args, args.out / run_file.NAME)
             return _train(trainer)
@@ -304,19 +305,17 @@ def _lock(out: Path) -> AbstractContextManager[None]:
     return run_lock(out) if is_first() else nullcontext()
 
 
-def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
+def _check(args: argparse.Namespace, options: TrainingOptions, found: Found) -> None:
     """Check, before images are read, all that does not depend on them.
 
     Raises:
         InputError: arguments that do not fit together.
         RuntimeError: torch has no memory for a batch.
     """
-    classes = 0
-    if not args.unconditional:
-        classes = len(class_names(args.data)) if args.data != DIGITS else 10
-    if options.null_class and not classes and (args.unconditional or Path(args.data).is_dir()):
+    classes = 0 if args.unconditional else len(found.classes)
+    if options.null_class and not classes:
         raise InputError("label_dropout hides labels, but the data has none")
-    channels = 1 if args.grayscale or args.data == DIGITS else 3
+    channels = found.channels
     with torch.device("meta"), NoInitialisation():
         network = _network(args, channels, classes + options.null_class)
     make_diffusion(
@@ -329,7 +328,7 @@ def _check(args: argparse.Namespace, options: TrainingOptions) -> None:
 def _trainer(
     args: argparse.Namespace,
     options: TrainingOptions,
-    images: datasets.ImageSet,
+    images: TrainingImages,
     device: torch.device,
 ) -> Trainer:
     """A new trainer, or with --resume a trainer that continues from the newest checkpoint."""
@@ -425,7 +424,7 @@ def _with_recorded(args: argparse.Namespace, given: dict[str, Any]) -> argparse.
                 f"it has {recorded.get(name)}, got {value}"
             )
     images = recorded.get("data")
-    if "data" not in given and images not in (None, DIGITS) and not Path(images).is_dir():
+    if "data" not in given and isinstance(images, str) and data_options.is_gone(images):
         raise InputError(f"the run's images are no longer in {images}; give --data FOLDER")
     return argparse.Namespace(**{**vars(args), **recorded, **given})
 
@@ -452,16 +451,6 @@ def _options() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser()
     add_arguments(command)
     return command
-
-
-def _images(args: argparse.Namespace) -> datasets.ImageSet:
-    if args.data == DIGITS:
-        if args.flip:
-            raise InputError("--flip is not for digits: a mirrored digit is no digit")
-        images = datasets.digits("train", args.image_size)
-    else:
-        images = read_folder(args, args.image_size, grayscale=args.grayscale, flip=args.flip)
-    return images.without_labels() if args.unconditional else images
 
 
 def _with_tuples(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -17,14 +17,14 @@ import torch
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
 from fastdiff.checkpoints.classifier_checkpoint import Accuracy, Architecture, Classifier
 from fastdiff.cli import data_options, machine_options
-from fastdiff.cli.data_options import read_folder
+from fastdiff.cli.data_options import Found
 from fastdiff.cli.machine_options import machine
 from fastdiff.cli.output import note
 from fastdiff.cli.parsing import add_checkpoint_argument, integers, positive
 from fastdiff.common.errors import InputError, check_memory
 from fastdiff.data import datasets
-from fastdiff.data.image_folder import class_names
 from fastdiff.data.image_grid import check_writable
+from fastdiff.data.training_images import TrainingImages
 from fastdiff.nn.pretrained import NoInitialisation
 from fastdiff.training.classifier_trainer import ClassifierOptions, ClassifierTrainer
 
@@ -36,8 +36,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data",
         required=True,
-        help="digits (scikit-learn's), or a folder of images with a sub-folder for each class",
+        help=f"{data_options.HELP}; with classes",
     )
+    data_options.add_source_arguments(command)
     data_options.add_arguments(command)
     command.add_argument("--out", type=Path, required=True, help="the folder to create")
 
@@ -70,10 +71,11 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     if args.out.exists():
         raise InputError(f"{args.out} exists already; it was left as it is")
     guided = checkpoint.load(args.checkpoint)
-    architecture = _architecture(args, guided)
+    found = data_options.find(args, guided.image_size, grayscale=guided.channels == 1)
+    architecture = _architecture(args, guided, found)
     check_writable(args.out)
     with machine(args) as device:
-        train, held_out = _images(args, guided)
+        train, held_out = _images(found)
         trainer = ClassifierTrainer(guided, train, architecture, options, device=device)
         count = sum(p.numel() for p in trainer.model.parameters())
         note(
@@ -92,38 +94,37 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     return 128 + ended_by
 
 
-def _architecture(args: argparse.Namespace, guided: checkpoint.Checkpoint) -> Architecture:
+def _architecture(
+    args: argparse.Namespace, guided: checkpoint.Checkpoint, found: Found
+) -> Architecture:
     """The classifier's architecture, checked before images are read.
 
     Raises:
         InputError: the architecture is impossible, or cannot guide the model for any images.
         RuntimeError: torch has no memory for a batch.
     """
-    digits = args.data == "digits"
-    classes = tuple("0123456789") if digits else class_names(args.data)
     made = Architecture(
-        guided.image_size, 1 if digits or guided.channels == 1 else 3,
-        args.channels, args.layers_per_block, args.attention,
-    )  # fmt: skip
+        guided.image_size, found.channels, args.channels, args.layers_per_block, args.attention
+    )
     with torch.device("meta"), NoInitialisation():
-        model = made.make(max(2, len(classes)))
-    if classes:
-        classifier_checkpoint.check_fits(Classifier(model, guided.forward, made, classes), guided)
+        model = made.make(max(2, len(found.classes)))
+    if found.classes:
+        classifier = Classifier(model, guided.forward, made, found.classes)
+        classifier_checkpoint.check_fits(classifier, guided)
     check_memory(args.batch_size, made.channels, made.image_size, made.image_size)
     return made
 
 
-def _images(
-    args: argparse.Namespace, guided: checkpoint.Checkpoint
-) -> tuple[datasets.ImageSet, datasets.ImageSet | None]:
+def _images(found: Found) -> tuple[TrainingImages, TrainingImages | None]:
     """Images to train on, and held-out images, if any."""
-    size = guided.image_size
-    if args.data == "digits":
+    if found.source is None:
+        size = found.reading.size
         return datasets.digits("train", size), datasets.digits("test", size)
-    images = read_folder(args, size, grayscale=guided.channels == 1)
+    images = found.read()
     if images.labels is None:
         raise InputError(
-            f"{args.data} has no sub-folders, one for each class: a classifier needs classes"
+            f"{found.args.data} has no sub-folders, one for each class, and no labels: a "
+            "classifier needs classes"
         )
     return images.split()
 

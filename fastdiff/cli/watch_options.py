@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from fastdiff.cli.data_options import read_folder
+from fastdiff.cli import data_options
 from fastdiff.common.errors import InputError
-from fastdiff.data import datasets
-from fastdiff.data.datasets import ImageSet
+from fastdiff.data.training_images import TrainingImages
 from fastdiff.training.training_options import TrainingOptions
 from fastdiff.training.validation import hold_out
-
-DIGITS = "digits"  # the value of --data and --validation for scikit-learn's digits
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -21,9 +17,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--validation",
         metavar="DATA|SHARE",
-        help="images whose loss is measured, at the same times and noise each time: a folder like "
-        "that of --data, digits (those that training never sees), or a share such as 0.1 of each "
-        "class of --data, which is then not trained on",
+        help="images whose loss is measured, at the same times and noise each time: data "
+        "like --data, of which the split test is taken if it has splits (as digits have), or a "
+        "share such as 0.1 of each class of --data, which is then not trained on",
     )
     group.add_argument(
         "--validate-every",
@@ -43,11 +39,13 @@ def share(value: str | None) -> float | None:
 
 def settle(args: argparse.Namespace) -> None:
     """Make the path of --validation absolute, so that any working folder can resume the run."""
-    if args.validation not in (None, DIGITS) and share(args.validation) is None:
-        args.validation = str(Path(args.validation).absolute())
+    if args.validation is not None and share(args.validation) is None:
+        args.validation = data_options.settled(args.validation)
 
 
-def divided(args: argparse.Namespace, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+def divided(
+    args: argparse.Namespace, images: TrainingImages
+) -> tuple[TrainingImages, TrainingImages | None]:
     """The images of --data to train on, and those to validate with.
 
     Raises:
@@ -59,11 +57,8 @@ def divided(args: argparse.Namespace, images: ImageSet) -> tuple[ImageSet, Image
         return images, None
     if part is not None:
         return hold_out(images, part)
-    if args.validation == DIGITS:
-        validation = datasets.digits("test", args.image_size)
-    else:
-        there = argparse.Namespace(**{**vars(args), "data": args.validation})
-        validation = read_folder(there, args.image_size, grayscale=args.grayscale)
+    there = argparse.Namespace(**{**vars(args), "data": args.validation, "split": "test"})
+    validation = data_options.find(there, args.image_size, grayscale=args.grayscale).read()
     if args.unconditional:
         validation = validation.without_labels()
     if images.classes != validation.classes:

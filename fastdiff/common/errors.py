@@ -78,13 +78,21 @@ def check_memory(*shape: int) -> None:
     torch.empty(shape, device="cpu")
 
 
-def require(module: str) -> ModuleType:
-    """Import a module of an optional dependency; InputError, with what to install, without it."""
+def require(module: str, extra: str = "train") -> ModuleType:
+    """Import a module of an optional dependency.
+
+    Args:
+        module: its name.
+        extra: the extra of fastdiff that brings its package.
+
+    Raises:
+        InputError: the package is not installed; the text says what to install.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise InputError(
-            f"this needs the package {module.split('.')[0]!r}: pip install 'fastdiff[train]'"
+            f"this needs the package {module.split('.')[0]!r}: pip install 'fastdiff[{extra}]'"
         ) from None

@@ -1,4 +1,4 @@
-"""Images to train on, read from files and folders, and grids of images to look at."""
+"""Images to train on, in memory or read while training, and grids of images to look at."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from fastdiff.data.datasets import (
     batch_indices,
     digits,
     folder,
+    open_images,
     stream_generator,
     stream_seed,
 )
+from fastdiff.data.training_images import TrainingImages
 
-__all__ = ["ImageSet", "batch_indices", "digits", "folder", "stream_generator", "stream_seed"]
+__all__ = [
+    "ImageSet", "TrainingImages", "batch_indices", "digits", "folder", "open_images",
+    "stream_generator", "stream_seed",
+]  # fmt: skip

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.inputs import checked_seeds
-from fastdiff.data.datasets import ImageSet, batch_indices, stream_generator, stream_seed
+from fastdiff.data.order import batch_indices, stream_generator, stream_seed
+from fastdiff.data.training_images import TrainingImages
 from fastdiff.objectives import Objective
 from fastdiff.training.training_options import TrainingOptions
 
@@ -28,6 +29,8 @@ class Draws:
         weights: importance weights of the times, float64 [N].
         seeds: of the noise, int64 [N, 2]: a seed and the image's place in the whole batch.
         mirrored: which images are mirrored left to right, bool [N], or None.
+        corners: where images are cut, float32 [N, 2], or None; see
+            :meth:`fastdiff.data.TrainingImages.draw_corners`.
         hidden: which labels are hidden from the model, bool [N], or None.
     """
 
@@ -36,6 +39,7 @@ class Draws:
     weights: Tensor
     seeds: Tensor
     mirrored: Tensor | None = None
+    corners: Tensor | None = None
     hidden: Tensor | None = None
 
     def __len__(self) -> int:
@@ -66,11 +70,12 @@ class Batch:
     noise: Tensor
 
 
-def draw(data: ImageSet, objective: Objective, options: TrainingOptions, step: int) -> Draws:
+def draw(data: TrainingImages, objective: Objective, options: TrainingOptions, step: int) -> Draws:
     """What step ``step`` draws for its whole batch; a function of the seed and the step alone."""
     seed, size = options.seed, options.batch_size
     generator = stream_generator(seed, "step", step)
     mirrored = data.draw_mirrored(size, generator)
+    corners = data.draw_corners(size, generator)
     t, weights = objective.draw(size, generator)
     hidden = None
     if data.classes and options.label_dropout:
@@ -81,12 +86,13 @@ def draw(data: ImageSet, objective: Objective, options: TrainingOptions, step: i
         weights,
         checked_seeds(stream_seed(seed, "noise", step), None, size),
         mirrored,
+        corners,
         hidden,
     )
 
 
 def read(
-    data: ImageSet, draws: Draws, device: torch.device, memory_format: torch.memory_format
+    data: TrainingImages, draws: Draws, device: torch.device, memory_format: torch.memory_format
 ) -> Batch:
     """The images of ``draws`` with what was drawn for them.
 
@@ -96,7 +102,7 @@ def read(
         device: where the batch is wanted.
         memory_format: of its images.
     """
-    x0, labels = data.read(draws.indices, draws.mirrored)
+    x0, labels = data.read(draws.indices, draws.mirrored, draws.corners)
     if labels is not None and draws.hidden is not None:
         labels = labels.masked_fill(draws.hidden, len(data.classes))
     return Batch(

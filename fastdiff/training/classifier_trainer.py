@@ -21,7 +21,8 @@ from fastdiff.checkpoints.classifier_checkpoint import (
 )
 from fastdiff.common.errors import InputError, TrainingError
 from fastdiff.common.seeds import seeded
-from fastdiff.data.datasets import ImageSet, batch_indices, stream_generator
+from fastdiff.data.order import batch_indices, stream_generator
+from fastdiff.data.training_images import TrainingImages
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde import discretize
 from fastdiff.training.adamw import AdamW
@@ -102,7 +103,7 @@ class ClassifierTrainer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        data: ImageSet,
+        data: TrainingImages,
         architecture: Architecture | None = None,
         options: ClassifierOptions | None = None,
         *,
@@ -184,7 +185,7 @@ class ClassifierTrainer:
                 count(self.step(), {})
         return caught[0] if caught else None
 
-    def classifier(self, held_out: ImageSet | None = None) -> Classifier:
+    def classifier(self, held_out: TrainingImages | None = None) -> Classifier:
         """The averaged classifier, not a copy: further training changes it.
 
         Args:
@@ -206,11 +207,11 @@ class ClassifierTrainer:
         return replace(made, accuracy=tuple(self._accuracy(held_out, t) for t in timesteps))
 
     @torch.no_grad()
-    def _accuracy(self, images: ImageSet, timestep: int) -> Accuracy:
+    def _accuracy(self, images: TrainingImages, timestep: int) -> Accuracy:
         generator = stream_generator(self.options.seed, "held out", timestep)
         right = 0
         for indices in torch.arange(len(images), device="cpu").split(BATCH):
-            x0, classes = replace(images, flip=False).batch(indices)
+            x0, classes = images.read(indices)
             assert classes is not None
             t = torch.full((len(x0),), timestep, device="cpu")
             predicted = self._logits(self.ema, x0, t, generator).argmax(1).cpu()

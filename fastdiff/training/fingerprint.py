@@ -9,6 +9,10 @@ fingerprints tells how far the images are apart: E (s_k - s'_k)^2 is the mean sq
 difference of all values (Achlioptas 2003, "Database-friendly random projections"). Unlike a hash,
 a fingerprint still recognises images of which a few values are rounded differently, since another
 processor has enlarged them or another version of a decoder has read them.
+
+Of images that are read from files while a model trains, these are the sums of a sample: of up to
+1024 of them, evenly spaced. With it go the labels of all images and a hash of the names of the
+files.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from torch import Tensor
 
 from fastdiff.checkpoints.folder import field, optional_field
 from fastdiff.common.errors import CheckpointError, DataError
-from fastdiff.data.datasets import ImageSet, stream_generator
+from fastdiff.data.image_loading import SAMPLE, spaced
+from fastdiff.data.order import stream_generator
+from fastdiff.data.training_images import TrainingImages
 
 SUMS = 16  # K
 CHUNK = 2**20  # values that are summed at a time
@@ -34,27 +40,34 @@ ROUNDING = 1e-3  # up to this the images count as the same
 OTHER = 1.0  # up to this another decoder is the likely reason; beyond, the images are others
 
 
-def fingerprint(images: ImageSet) -> dict[str, Any]:
+def fingerprint(images: TrainingImages, *, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The fingerprint of images and their labels, as a JSON object; see the module's docstring.
 
+    Args:
+        images: all are read, or a sample if they say so (``images.sampled``).
+        like: a fingerprint to compare with; it decides in place of the images whether all are read.
+
     Returns:
-        ``sums``, K numbers, and ``labels``, a hash of the labels or None.
+        ``sums``, K numbers, and ``labels``, a hash of the labels or None. Of a sample also
+        ``sample``, the number of images that were read, and ``names``, a hash of the names of the
+        files or None.
     """
-    count, values = len(images), images.images[0].numel()
+    sampled = images.sampled if like is None else like.get("sample") is not None
+    chosen = spaced(len(images), SAMPLE if sampled else len(images))
+    count, values = len(chosen), images.channels * images.size**2
     of_image, of_value = _signs("images", count), _signs("values", values)
     sums = torch.zeros(SUMS, dtype=torch.float64, device="cpu")
     size = max(1, CHUNK // values)
-    for chunk, signs in zip(images.images.split(size), of_image.split(size), strict=True):
-        levels = chunk.cpu().flatten(1).double()
-        if images.images.dtype != torch.uint8:
-            levels = (levels + 1) * 127.5
+    for indices, signs in zip(chosen.split(size), of_image.split(size), strict=True):
+        levels = (images.read(indices)[0].flatten(1).double() + 1) * 127.5
         sums += (levels @ of_value * signs).sum(0)
     labels = images.labels
     data = b"" if labels is None else labels.cpu().numpy().tobytes()
-    return {
+    found: dict[str, Any] = {
         "sums": (sums / math.sqrt(count * values)).tolist(),
         "labels": None if labels is None else hashlib.blake2b(data, digest_size=16).hexdigest(),
     }
+    return {**found, "sample": count, "names": images.listing} if sampled else found
 
 
 def check_same(
@@ -99,6 +112,13 @@ def check_same(
     if optional_field(recorded, "labels", str, path) != present["labels"]:
         raise DataError(
             f"the run trained with other labels: those of {before!r} then and of {now!r} now differ"
+        )
+    names = recorded.get("names"), present.get("names")
+    if None not in names and names[0] != names[1]:
+        warnings.warn(
+            f"fastdiff: the files of {now!r} have other names than those of {before!r}; of their "
+            f"images {present['sample']} were compared, and are the same",
+            stacklevel=3,
         )
     if apart > ROUNDING:
         warnings.warn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastdiff.common.errors import InputError
 from fastdiff.common.model import Model
-from fastdiff.data.datasets import ImageSet
+from fastdiff.data.training_images import TrainingImages
 from fastdiff.diffusion import Diffusion
 from fastdiff.nn import UNet2DModel
 from fastdiff.objectives import Forward
@@ -42,7 +42,7 @@ def make_diffusion(
     )  # fmt: skip
 
 
-def check_fit(model: UNet2DModel, data: ImageSet, null_class: bool, learned: bool) -> None:
+def check_fit(model: UNet2DModel, data: TrainingImages, null_class: bool, learned: bool) -> None:
     """InputError unless a model takes the images and classes of the data.
 
     Args:

@@ -31,7 +31,8 @@ from fastdiff.common.machine_facts import peak_memory
 from fastdiff.common.model import layered
 from fastdiff.common.seeds import seeded
 from fastdiff.common.world import present
-from fastdiff.data.datasets import ImageSet, stream_seed
+from fastdiff.data.order import Lookahead, batch_indices, stream_seed
+from fastdiff.data.training_images import TrainingImages
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
@@ -63,7 +64,7 @@ __all__ = [
 
 
 class Trainer:
-    """Trains a model on images in memory, and averages its weights.
+    """Trains a model on images, and averages its weights.
 
     Args:
         model: predicts [N, C, S, S] from (x_t, t[, class_labels]), or [N, 2 C, S, S] with a
@@ -111,14 +112,14 @@ class Trainer:
         self,
         model: UNet2DModel,
         forward: Forward,
-        data: ImageSet,
+        data: TrainingImages,
         options: TrainingOptions | None = None,
         *,
         prediction: str = "eps",
         objective: str | None = None,
         variance: str | None = None,
         levels: int | None = None,
-        validation: ImageSet | None = None,
+        validation: TrainingImages | None = None,
         out: str | Path | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
@@ -175,10 +176,10 @@ class Trainer:
     def resume(
         cls,
         out: str | Path,
-        data: ImageSet,
+        data: TrainingImages,
         options: TrainingOptions | None = None,
         *,
-        validation: ImageSet | None = None,
+        validation: TrainingImages | None = None,
         device: str | torch.device = "cpu",
         record: Mapping[str, Any] | None = None,
     ) -> Trainer:
@@ -221,6 +222,7 @@ class Trainer:
                 f"{saved.classes}, now there are {len(data)} of {data.classes}"
             )
         recorded = optional_field(facts, "fingerprint", dict, folder / checkpoint.TRAINING)
+        trainer.fingerprint = fingerprint(data, like=recorded)
         check_same(
             recorded, trainer.fingerprint, (saved.dataset, data.name), folder / checkpoint.TRAINING
         )
@@ -255,6 +257,7 @@ class Trainer:
     def _step(self, step: int) -> float:
         self.waited = 0.0
         with span("data"):
+            self._lookahead(step)
             draws = self.draw(step)
         if not self._settled:
             with settling():
@@ -488,7 +491,7 @@ class Trainer:
             "validation_loss_parts": parts,
         }
 
-    def _validation(self, images: ImageSet) -> ValidationLoss:
+    def _validation(self, images: TrainingImages) -> ValidationLoss:
         """The loss of images to validate with; InputError unless they are like the data."""
         given, wanted = ((data.channels, data.size, data.classes) for data in (images, self.data))
         if given != wanted:
@@ -574,6 +577,17 @@ class Trainer:
     def batch(self, draws: Draws) -> Batch:
         """The batch of ``draws``, or of a part of them, on the model's device."""
         return batches.read(self.data, draws, self.parameters[0].device, self.memory_format)
+
+    @cached_property
+    def _lookahead(self) -> Lookahead:
+        """Tells the images which of them this process will read in the next steps."""
+        count, options = len(self.data), self.options
+        share = slice(*self.world.share(options.batch_size))
+
+        def order(step: int) -> Tensor:
+            return batch_indices(count, options.batch_size, step, options.seed)[share]
+
+        return Lookahead(self.data, order, options.steps)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

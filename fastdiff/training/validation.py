@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastdiff.common.errors import DataError, InputError
 from fastdiff.common.inputs import checked_seeds
-from fastdiff.data.datasets import ImageSet, stream_seed
+from fastdiff.data.order import stream_seed
+from fastdiff.data.training_images import TrainingImages
 from fastdiff.objectives import Objective
 from fastdiff.sampling.quick import quick
 
@@ -45,7 +46,7 @@ class ValidationLoss:
     def __init__(
         self,
         objective: Objective,
-        images: ImageSet,
+        images: TrainingImages,
         *,
         batch_size: int,
         bf16: bool = False,
@@ -104,7 +105,7 @@ def spread(count: int) -> Tensor:
     return (multiples.argsort().argsort().double() + 0.5) / count
 
 
-def hold_out(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
+def hold_out(images: TrainingImages, fraction: float) -> tuple[TrainingImages, TrainingImages]:
     """Split images into those to train on and those to validate with.
 
     Held out is every k-th image of each class, or every k-th image without classes, where k is

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from fastdiff.common.errors import DataError, InputError
-from fastdiff.data import datasets
+from fastdiff.data import order
 from fastdiff.data.datasets import (
     ImageSet,
     batch_indices,
@@ -300,7 +300,7 @@ def test_every_epoch_visits_every_image_once(count, batch_size):
 def test_the_order_depends_on_the_seed_and_the_step_alone():
     late = batch_indices(100, 10, 37, seed=0)
     batch_indices(50, 7, 3, seed=5)
-    datasets._permutation.cache_clear()
+    order._permutation.cache_clear()
     assert torch.equal(batch_indices(100, 10, 37, seed=0), late)
     assert not torch.equal(batch_indices(100, 10, 37, seed=1), late)
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fastdiff import data
 from fastdiff.common.errors import DataError
-from fastdiff.data import datasets, image_file
+from fastdiff.data import image_file, image_reader
+from fastdiff.data.image_file import Reading
 
 # EXIF's orientation 6, "its top is at the right", beside a ResolutionUnit that does not fit into
 # the 16 bits that the tag has.
@@ -353,7 +354,7 @@ def test_damaged_files_are_read_or_named(suffix, tmp_path):
                 file[position] ^= 1 << rng.integers(8)
         path.write_bytes(bytes(file))
         try:
-            image, _ = image_file.read(path, 8, False, (0, 65535))
+            image, _ = image_file.read(path, Reading(8, value_range=(0, 65535)), str(path))
         except DataError as error:
             refused.append(str(error))
         else:
@@ -390,7 +391,7 @@ def test_all_bad_files_are_told_at_once(tmp_path):
     _spoil(tmp_path, 30)
     with pytest.raises(DataError, match=r"cannot read 31 of 32 images: .*; and 21 more") as caught:
         read(tmp_path)
-    assert str(caught.value).count("cannot identify") == datasets.NAMED_FILES
+    assert str(caught.value).count("cannot identify") == image_reader.NAMED_FILES
 
 
 def test_bad_files_are_left_out_on_demand(tmp_path, caplog):
@@ -468,7 +469,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"a\.png: Permission denied"):
             read(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.iterdir", refuse)
+        patch.setattr("os.scandir", refuse)
         with pytest.raises(DataError, match=r"cannot list the folder .*: Permission denied"):
             read(tmp_path)
 
