@@ -406,10 +406,13 @@ class _OfLogSNR:
         self.low, self.high = density.cumulative(2 * (alpha / sigma).log()).tolist()
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        share = losses.Uniform(1).unit(n, generator)
-        log_snr = self.density.quantile(self.low + (self.high - self.low) * share)
+        time = self.quantiles(1 - losses.Uniform(1).unit(n, generator))
+        return time, torch.ones_like(time)
+
+    def quantiles(self, shares: Tensor) -> Tensor:
+        log_snr = self.density.quantile(self.high - (self.high - self.low) * shares)
         time = self.forward.time_at(torch.exp(-log_snr / 2))
-        return time.clamp(self.forward.trained_from, self.forward.end), torch.ones_like(time)
+        return time.clamp(self.forward.trained_from, self.forward.end)
 
 
 class _LogNormal:

@@ -125,8 +125,8 @@ def forward(args: argparse.Namespace) -> Forward:
         if args.objective == "edm":
             return sde.EDM(args.sigma_min, args.sigma_max, args.sigma_data)
         if args.sde is not None:
-            kind, options = SDES[args.sde]
-            return kind(**{name: getattr(args, name) for name in options})
+            kind, named = SDES[args.sde]
+            return kind(**{name: getattr(args, name) for name in named})
         # Betas scaled by 1000 / T, so that short schedules end in noise, too.
         scaled = {"rescaled": True} if args.schedule in schedules.RESCALABLE else {}
         options: dict[str, Any] = {**scaled, **dict(args.schedule_option)}

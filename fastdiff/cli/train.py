@@ -64,9 +64,9 @@ PATHS = ("data", "validation", "out")  # arguments that are paths
 # if either value is a share of the images, since that decides what is trained on.
 CHANGEABLE = frozenset(
     {
-        "data", "cache", "workers", "validation", "steps", "save_every", "sample_every", "validate_every", "keep",
-        "out", "accumulate", "on_bad_loss", "spike", "max_skips", "backend", "threads", "device",
-        *CONTROLS,
+        "data", "cache", "workers", "validation", "steps", "save_every", "sample_every",
+        "validate_every", "keep", "out", "accumulate", "on_bad_loss", "spike", "max_skips",
+        "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
 

@@ -159,7 +159,8 @@ def _scan(shards: Sequence[Path], progress: bool) -> _Members:
             names += shard.names
             bar.update(path.stat().st_size)
     columns = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    found = _Members(*columns.copy(), names)
+    shard_numbers, starts, sizes, labels = columns.copy()
+    found = _Members(shard_numbers, starts, sizes, labels, names)
     with suppress(OSError):  # without a cache folder the shards are scanned every time
         _keep(found, shards)
     return found
@@ -229,7 +230,8 @@ def _kept(shards: Sequence[Path]) -> _Members | None:
         return None
     if not ((columns[0] >= 0) & (columns[0] < len(shards)) & (columns[1] >= 0)).all():
         return None
-    return _Members(*columns, list(_pieces(names, ends)))
+    shard_numbers, starts, sizes, labels = columns
+    return _Members(shard_numbers, starts, sizes, labels, list(_pieces(names, ends)))
 
 
 def _pieces(names: bytes, ends: np.ndarray) -> Iterator[bytes]:

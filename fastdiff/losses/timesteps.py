@@ -188,6 +188,10 @@ class OfLogSNR(TimestepSampler):
         """1, float64 [T] on the CPU."""
         return torch.ones_like(self._probabilities)
 
+    def quantiles(self, shares: Tensor) -> Tensor:
+        """The quantiles of p_t, since the weights are 1."""
+        return _inverse(self._probabilities, shares)
+
 
 class LossSecondMoment(TimestepSampler):
     """p_t in proportion to the root mean square of the latest losses at t.
