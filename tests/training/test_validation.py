@@ -51,6 +51,9 @@ OBJECTIVES = {
     "uniform": (SCHEDULE, "v", {}),
     "low-discrepancy": (SCHEDULE, "v", {"timesteps": "low-discrepancy"}),
     "logit-normal": (schedules.flow(50), "flow", {"timesteps": "logit-normal"}),
+    "laplace": (SCHEDULE, "v", {"timesteps": "laplace"}),
+    "dsm, cosh": (sde.VP(), "eps", {"timesteps": "cosh"}),
+    "edm, laplace": (sde.EDM(), "edm", {"timesteps": "laplace"}),
     "loss-second-moment": (SCHEDULE, "eps", {"name": "vlb"}),
     "dsm": (sde.VP(), "eps", {}),
     "edm": (sde.EDM(), "edm", {}),
@@ -62,7 +65,12 @@ OBJECTIVES = {
 def test_quantiles_are_those_of_the_draws(name, generator):
     """Each share of many weighted draws lies below its quantile."""
     forward, prediction, options = OBJECTIVES[name]
-    objective = objectives.make(options.pop("name", None), forward, prediction, **options)
+    objective = objectives.make(
+        options.get("name"),
+        forward,
+        prediction,
+        **{k: v for k, v in options.items() if k != "name"},
+    )
     t, weights = objective.draw(40_000, generator)
     shares = torch.tensor([0.1, 0.35, 0.5, 0.8, 0.97], dtype=torch.float64)
     found = objective.quantiles(shares)
