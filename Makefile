@@ -26,8 +26,8 @@ timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
 .PHONY: help sample test test-slow diffusers-tests asan bench bench-unet bench-bf16 bench-train \
-	bench-pipelines learning scaling quality theory emoji gpu gpu-audit cuda-check wheel lint format doctor \
-	venv clean
+	bench-pipelines learning scaling quality theory emoji soak gpu gpu-audit cuda-check wheel lint format \
+	doctor venv clean
 
 help:  ## list these commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 14
@@ -93,6 +93,9 @@ emoji: $(VENV)/.emoji data/emoji  ## train the emoji model that comes along: ima
 
 data/emoji: | $(VENV)/.emoji
 	$(RUN) -m tools.emoji_images --out $@
+
+soak: $(VENV)/.test  ## interrupt a training run again and again; nothing may be lost: 10 minutes
+	$(RUN) -m tools.soak $(SOAK)
 
 gpu:  ## on a machine with a GPU and a PyTorch of its own: test and time all kernels, 10 minutes
 	$(PYTHON) -m tools.gpu $(GPU)

@@ -19,6 +19,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import check_checksums, optional_field
 from fastdiff.common.errors import CheckpointError, DamagedError
+from fastdiff.common.world import is_first
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def find(out: str | Path) -> Resumable:
         except DamagedError as error:
             damaged.append((folder, error))
             continue
-        for _, why in damaged:
+        for _, why in damaged if is_first() else []:
             warnings.warn(f"fastdiff: {why}; going on from {folder.name}", stacklevel=3)
         return found
     if damaged:

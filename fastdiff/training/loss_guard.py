@@ -50,13 +50,14 @@ class LossGuard:
 
     Args:
         options: for ``on_bad_loss``, ``spike`` and ``max_skips``.
+        tells: whether to warn of steps that are left out; of several processes one should.
 
     Attributes:
         skipped: number of steps that were left out.
     """
 
-    def __init__(self, options: TrainingOptions) -> None:
-        self.options = options
+    def __init__(self, options: TrainingOptions, *, tells: bool = True) -> None:
+        self.options, self._tells = options, tells
         self.skipped = 0
         self._in_a_row = 0
         self._recent: deque[float] = deque(maxlen=WINDOW)
@@ -112,10 +113,8 @@ class LossGuard:
                 f"{where}, and {self._in_a_row} steps in a row were left out: the run does not "
                 f"recover. The last is {blamed}; a lower learning rate may help"
             )
-        warnings.warn(
-            f"fastdiff: {where}, which is left out: {blamed}",
-            stacklevel=4,
-        )
+        if self._tells:
+            warnings.warn(f"fastdiff: {where}, which is left out: {blamed}", stacklevel=4)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next steps are judged by, ready for JSON."""

@@ -161,7 +161,7 @@ class Trainer:
         )
         self.validation = None if validation is None else self._validation(validation)
         self.finished_steps = 0
-        self.guard = LossGuard(self.options)
+        self.guard = LossGuard(self.options, tells=self.world.first)
         self.refusal: dict[str, Any] | None = None
         # DistributedDataParallel settles by its first backward pass in which order it adds up
         # gradients. That pass is repeated, so that a resumed run adds in the same order as one
@@ -232,6 +232,12 @@ class Trainer:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / checkpoint.TRAINING}: {error}") from None
         trainer._restore(tensors, saved, folder / checkpoint.STATE)
+        fewest, most = -trainer.world.largest(-saved.step), trainer.world.largest(saved.step)
+        if fewest != most:
+            raise CheckpointError(
+                f"the processes of the run found different newest checkpoints in {out}, of steps "
+                f"{fewest} to {most}: it must be one folder for all of them"
+            )
         if found.damaged:
             trainer.world.by_first(lambda: _set_aside(out, found.damaged))
         trainer.out = Path(out).absolute()
@@ -434,7 +440,7 @@ class Trainer:
         try:
             self.save()
         except UnwritableError as error:
-            if warn:  # else it is tried again, and is then an error
+            if warn and self.world.first:  # the last is tried again, and is then an error
                 warnings.warn(
                     f"fastdiff: {error}; earlier checkpoints are kept, and training goes on to the "
                     "next one",

@@ -12,7 +12,6 @@ import signal
 import subprocess
 from contextlib import suppress
 
-from fastdiff.checkpoints import checkpoint
 from tools.soak.command import WAIT, Command, Run
 
 TOO_SMALL = 2**14  # bytes: the files of tensors are larger, and soon the log of losses is
@@ -74,13 +73,12 @@ def fill_disk(run: Run, command: Command, moment: float, chance: random.Random) 
 
 def intrude(run: Run, command: Command, moment: float, chance: random.Random) -> None:
     """A second process on the folder must be refused, and the first not be disturbed."""
-    if run.wait_until(run.trains) and run.wait_until(
-        lambda: checkpoint.newest(run.out) is not None
-    ):
-        words = command.words(run.out)
-        second = subprocess.run(words, capture_output=True, text=True, timeout=WAIT, check=False)
-        first_lives = run.process.poll() is None
-        if first_lives and (second.returncode == 0 or "is in use: process" not in second.stderr):
-            raise FailedError(f"a second process was not refused: {second.stderr[-500:]}")
+    if run.wait_until(run.trains):
+        with run.halted():  # so that it is not done before the second has started
+            words = command.words(run.out)
+            second = subprocess.run(words, capture_output=True, text=True, timeout=WAIT)
+            refused = second.returncode != 0 and "is in use: process" in second.stderr
+            if run.process.poll() is None and not refused:
+                raise FailedError(f"a second process was not refused: {second.stderr[-500:]}")
         run.sleep(moment)
     run.kill()
