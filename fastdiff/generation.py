@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from fastdiff import sde
 from fastdiff.common.checks import wide_dtype
 from fastdiff.common.conditions import Conditions, PerImage
+from fastdiff.common.errors import InputError
 from fastdiff.common.inputs import check_max_batch, real_parameter
 from fastdiff.common.model import Model
-from fastdiff.guidance import LogProb, classifier_guided, guided_score, log_prob_of
+from fastdiff.guidance import LogProb, Rule, classifier_guided, guided_score, log_prob_of
+from fastdiff.guidance.contrast import contrasted
+from fastdiff.guidance.levels import levels_at
 from fastdiff.losses.prediction import predict
 from fastdiff.objectives import Forward
 from fastdiff.samplers import Sampler
@@ -28,6 +31,7 @@ from fastdiff.sde.solvers.ode import IndexedScore
 
 ModelArguments = Mapping[str, Any]
 Classifier = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> logits
+WITHOUT = "without"  # the keyword of the arguments that only a weaker model gets
 LABELS = "labels"  # the keyword by which log_prob_of takes the wanted classes
 
 
@@ -72,6 +76,20 @@ class Guide:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Guidance away from a weaker model, see ``fastdiff.guidance.contrast``.
+
+    Attributes:
+        rule: how the two predictions are combined, with the scale of the guidance.
+        weaker: a model of the same process and kind of prediction; None for the network itself with
+            the arguments ``uncond``.
+    """
+
+    rule: Rule
+    weaker: Model | None = None
+
+
+@dataclass(frozen=True)
 class Network:
     """A network and its forward process, in the forms that samplers and solvers need.
 
@@ -108,15 +126,22 @@ class Network:
     @cached_property
     def predictor(self) -> Model:
         """The model, its output cut to the prediction [N, C, ...] if it predicts a variance too."""
-        return _PredictionOnly(self.model) if self.learned else self.model
+        return self._cut(self.model)
 
-    def for_sampler(self, sampler: Sampler, guide: Guide | None = None) -> Model:
+    def _cut(self, model: Model) -> Model:
+        return _PredictionOnly(model) if self.learned else model
+
+    def for_sampler(
+        self, sampler: Sampler, guide: Guide | None = None, contrast: Contrast | None = None
+    ) -> Model:
         """The model as ``fastdiff.sample`` calls it with this sampler.
 
         Args:
             sampler: of :attr:`path`.
             guide: None for no classifier guidance. Otherwise the labels are expected among the
                 model's keyword arguments, as ``labels``.
+            contrast: None for no weaker model. Otherwise arguments that only the weaker model gets
+                are expected among the model's, in the dict ``without``.
 
         Raises:
             ValueError: the sampler needs a learned variance that the model does not predict, or was
@@ -127,13 +152,17 @@ class Network:
         model = self.model if sampler.learned_variance else self.predictor
         path, kind = sampler.schedule, self.prediction
         label: Callable[[Tensor], Tensor] = _unchanged
+        weaker = self._cut(contrast.weaker) if contrast and contrast.weaker else model
         if isinstance(path, DiscretizedSDE):
+            weaker, _ = sde.on_path(weaker, kind, path)
             model, kind = sde.on_path(model, kind, path)
             label = partial(_label_on_path, path)
         if sampler.prediction != kind:
             raise ValueError(
                 f"the sampler was made for {sampler.prediction}, the model predicts {kind}"
             )
+        if contrast is not None:
+            model = contrasted(model, weaker, contrast.rule, partial(levels_at, path), kind)
         if guide is None:
             return model
         return classifier_guided(
@@ -141,7 +170,11 @@ class Network:
         )
 
     def score(
-        self, conditions: Conditions, guidance: float = 1.0, guide: Guide | None = None
+        self,
+        conditions: Conditions,
+        guidance: float = 1.0,
+        guide: Guide | None = None,
+        contrast: Contrast | None = None,
     ) -> IndexedScore:
         """The guided score (x [M, C, ...], t [M], index [M]) -> [M, C, ...].
 
@@ -150,14 +183,24 @@ class Network:
                 of the M images that a call is for.
             guidance: scale of classifier-free guidance, used if ``conditions`` are joined.
             guide: classifier guidance, or None.
+            contrast: guidance away from a weaker model, or None; the arguments that only the weaker
+                model gets are the dict ``without`` of the conditions.
         """
         continuous, model = self.continuous, self.predictor
+        weaker = self._cut(contrast.weaker) if contrast and contrast.weaker else model
 
         def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
             arguments = conditions.part(index)
+            changed = arguments.pop(WITHOUT, {})
             plain = sde.score_fn(model, self.prediction, continuous, **arguments)
 
             def guided(x: Tensor, t: Tensor) -> Tensor:
+                if contrast is not None:
+                    weak = sde.score_fn(
+                        weaker, self.prediction, continuous, **{**arguments, **changed}
+                    )
+                    combined = contrasted(plain, weak, contrast.rule, continuous.levels, "score")
+                    return cast(Tensor, combined(x, t))
                 if not conditions.joined:
                     return plain(x, t)
                 without, conditional = plain(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
@@ -181,6 +224,7 @@ def generate(
     uncond: ModelArguments | None = None,
     guidance: float | Sequence[float] = 1.0,
     guide: Guide | None = None,
+    contrast: Contrast | None = None,
     generator: torch.Generator | None = None,
     mode: str = "auto",
     max_batch: int | None = None,
@@ -202,6 +246,8 @@ def generate(
         guidance: scale of classifier-free guidance: as in ``fastdiff.sample`` with a sampler, one
             number with a solver.
         guide: classifier guidance, or None.
+        contrast: guidance away from a weaker model, in place of ``guidance``, or None. The weaker
+            model gets ``uncond``, or if that is None ``cond``.
         generator: source of all noise, None for PyTorch's global one.
         mode: of ``fastdiff.sample``; for a solver "auto" or "eager".
         max_batch: most images at a time; None for all at once.
@@ -213,14 +259,21 @@ def generate(
             and :meth:`Network.for_sampler` do.
     """
     shape, cond = tuple(shape), dict(cond or {})
+    if contrast is not None:
+        check_contrast(contrast, guidance, uncond, isinstance(sampler, Sampler))
+        if uncond is not None:
+            cond, uncond = {**cond, WITHOUT: per_image(uncond, shape[0])}, None
     if mode == "auto":
         network = replace(network, model=quick(network.model))
+        if contrast is not None and contrast.weaker is not None:
+            contrast = replace(contrast, weaker=quick(contrast.weaker))
     if isinstance(sampler, Sampler):
         if x_T is not None and not options.get("start"):  # without x_T, ``sample`` warns itself
             warn_of_image_at_the_beginning(sampler)
         labels = {} if guide is None else {LABELS: PerImage(guide.labels)}
+        model = network.for_sampler(sampler, guide, contrast)
         images: Any = sample(
-            network.for_sampler(sampler, guide), sampler, shape, x_T=x_T, cond=cond | labels,
+            model, sampler, shape, x_T=x_T, cond=cond | labels,
             uncond=None if uncond is None else {**uncond, **labels}, guidance=guidance,
             generator=generator, mode=mode, max_batch=max_batch, progress=progress, **options,
         )  # fmt: skip
@@ -247,7 +300,7 @@ def generate(
         x = sampler.prior(shape, generator=generator, device=device)
     else:
         x = x_T * sampler.sde.prior_std
-    score = network.score(conditions, guidance, guide)
+    score = network.score(conditions, guidance, guide, contrast)
     parts = [
         sampler.sample(
             _from(score, first),
@@ -261,6 +314,28 @@ def generate(
     return Samples(
         torch.cat([part.x for part in parts]), torch.cat([part.evaluations for part in parts])
     )
+
+
+def check_contrast(
+    contrast: Contrast, guidance: Any, uncond: ModelArguments | None, stepwise: bool
+) -> None:
+    """InputError unless a contrast fits the other arguments of :func:`generate`."""
+    if guidance != 1:
+        raise InputError(f"a contrast has a scale of its own, got guidance {guidance}, too")
+    if contrast.weaker is None and uncond is None:
+        raise InputError("a contrast needs a weaker model, or uncond for the network itself")
+    if contrast.rule.momentum and not stepwise:
+        raise InputError("momentum is for samplers with timesteps: a solver's steps may go back")
+
+
+def per_image(arguments: ModelArguments, images: int) -> dict[str, Any]:
+    """The arguments, their unmarked tensors with one row an image marked as such."""
+
+    def marked(value: Any) -> Any:
+        rows = isinstance(value, Tensor) and value.shape[:1] == (images,)
+        return PerImage(value) if rows else value
+
+    return {name: marked(value) for name, value in arguments.items()}
 
 
 # The names in earlier versions.

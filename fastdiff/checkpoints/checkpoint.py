@@ -41,8 +41,10 @@ from fastdiff.checkpoints.folder import (
 )
 from fastdiff.checkpoints.named_weights import STATE
 from fastdiff.common.errors import CheckpointError, DamagedError, InputError
+from fastdiff.common.model import Model
 from fastdiff.diffusion import Diffusion
-from fastdiff.generation import Classifier, Guide, Samples
+from fastdiff.generation import Classifier, Contrast, Guide, Samples
+from fastdiff.guidance import Linear, Projected
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.wrappers import plain_names, plain_state, unwrapped
 from fastdiff.objectives import Forward
@@ -126,6 +128,23 @@ class Checkpoint:
                 f"class {wrong[0]} does not exist: the model has 0..{len(self.classes) - 1}"
             )
 
+    def check_weaker(self, other: Checkpoint) -> None:
+        """InputError unless the model can be guided away from that of another checkpoint.
+
+        Both must have the same forward process, prediction, variance, image size and classes.
+        """
+        pairs: dict[str, list[Any]] = {
+            "the process": [forward_process.describe(one.forward) for one in (self, other)],
+            "the prediction": [self.prediction, other.prediction],
+            "a learned variance": [one.diffusion().objective.learned for one in (self, other)],
+            "images of channels": [self.channels, other.channels],
+            "images of size": [self.image_size, other.image_size],
+            "the classes": [self.classes, other.classes],
+        }
+        for name, (own, others) in pairs.items():
+            if own != others:
+                raise InputError(f"the weaker model has {name} {others}, the model has {own}")
+
     def sample(self, sampler: Sampler | Solver, **options: Any) -> Tensor:
         """The images of :meth:`generate`, with the same arguments."""
         return self.generate(sampler, **options).images
@@ -139,6 +158,8 @@ class Checkpoint:
         guidance: float | Sequence[float] = 1.0,
         classifier: Classifier | None = None,
         classifier_scale: float = 1.0,
+        weaker: Model | None = None,
+        projection: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
         mode: str = "auto",
         memory_format: torch.memory_format = torch.channels_last,
@@ -157,6 +178,10 @@ class Checkpoint:
                 labels; t is the time as the diffusion network is given it. For a model without
                 classes, ``labels`` are classes of the classifier.
             classifier_scale: factor of the gradient of the classifier's log-probabilities.
+            weaker: a model that takes the same arguments and predicts the same; ``guidance`` is the
+                scale of guidance away from it (arXiv:2406.02507) instead of classifier-free.
+            projection: options eta, norm and momentum of adaptive projected guidance, with
+                ``guidance`` as its scale (arXiv:2410.02416); None for none.
             generator: source of all noise; None for PyTorch's global one.
             mode: of ``fastdiff.sample``; for a solver "auto" or "eager".
             memory_format: of the images in the loop; results agree to rounding.
@@ -194,10 +219,11 @@ class Checkpoint:
                 cond["class_labels"] = wanted
             if self.null_class:
                 uncond = {"class_labels": torch.full_like(wanted, len(self.classes))}
-        if guidance != 1 and uncond is None:
+        if guidance != 1 and uncond is None and weaker is None:
             raise InputError(
                 f"guidance {guidance} needs a model with classes, trained with label dropout"
             )
+        contrast, guidance, uncond = self._contrast(guidance, uncond, weaker, projection)
         try:
             samples = self.diffusion().generate(
                 sampler,
@@ -207,6 +233,7 @@ class Checkpoint:
                 uncond=uncond,
                 guidance=guidance,
                 guide=guide,
+                contrast=contrast,
                 generator=generator,
                 mode=mode,
                 max_batch=batch_size,
@@ -217,6 +244,24 @@ class Checkpoint:
         return Samples(samples.images.contiguous().cpu(), samples.evaluations)
 
     draw = generate  # the name in earlier versions
+
+    def _contrast(
+        self,
+        guidance: float | Sequence[float],
+        uncond: dict[str, Any] | None,
+        weaker: Model | None,
+        projection: Mapping[str, Any] | None,
+    ) -> tuple[Contrast | None, float | Sequence[float], dict[str, Any] | None]:
+        """The contrast of :meth:`generate`, and what is left of guidance and uncond."""
+        if (weaker is None and projection is None) or guidance == 1:
+            return None, guidance, uncond
+        if not isinstance(guidance, (int, float)):
+            raise InputError(f"guidance by contrast has one scale, got {guidance!r}")
+        try:
+            rule = Linear(guidance) if projection is None else Projected(guidance, **projection)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from None
+        return Contrast(rule, weaker), 1.0, uncond if weaker is None else None
 
 
 def load(path: str | Path, weights: str | None = None) -> Checkpoint:

@@ -129,7 +129,7 @@ def forward(args: argparse.Namespace) -> Forward:
             return kind(**{name: getattr(args, name) for name in named})
         # Betas scaled by 1000 / T, so that short schedules end in noise, too.
         scaled = {"rescaled": True} if args.schedule in schedules.RESCALABLE else {}
-        options: dict[str, Any] = {**scaled, **dict(args.schedule_option)}
-        return schedules.make(args.schedule, args.timesteps, **options)
+        given: dict[str, Any] = {**scaled, **dict(args.schedule_option)}
+        return schedules.make(args.schedule, args.timesteps, **given)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from None

@@ -22,7 +22,7 @@ import torch
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.cli import machine_options, sampler_options
+from fastdiff.cli import contrast_options, machine_options, sampler_options
 from fastdiff.cli.machine_options import machine, machine_facts, process_seconds
 from fastdiff.cli.output import note, print_json
 from fastdiff.cli.parsing import (
@@ -77,6 +77,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help=f"images of an unconditional model; {COUNT} if not given",
     )
     sampler_options.add_arguments(command)
+    contrast_options.add_arguments(command)
     add_seed_argument(command)
     command.add_argument(
         "--compare", action="store_true", help="time the same call in plain PyTorch too"
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             raise InputError(f"pictures have 1 or 3 channels, the model's have {source.channels}")
         source.model.to(device)
         guided = guidance(args, source, device)
+        contrast = contrast_options.contrast(args, source, device)
         guide = guided["classifier"]
         # With a classifier, a model without classes takes the classifier's labels.
         labelled = source if guide is None else replace(source, classes=guide.classes)
@@ -133,7 +135,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
                     labels=labels,
                     count=count,
                     generator=torch.Generator("cpu").manual_seed(args.seed),
-                    **{"progress": False, **guided, **options},
+                    **{"progress": False, **guided, **contrast, **options},
                 )
             return samples, time.perf_counter() - begin
 
@@ -161,6 +163,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         **sampler_facts(sampler),
         "evaluations": float(samples.evaluations.double().mean()),
         **guidance_facts(guided, args),
+        **contrast_options.contrast_facts(args),
         "seed": args.seed,
         **ran_on,
         "mode": mode,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -160,16 +160,38 @@ class Output:
             TypeError: ``returned`` is none of these.
             ValueError: the prediction has another shape.
         """
-        out = returned
-        if not isinstance(out, Tensor):
-            out = out[0] if isinstance(out, tuple) and out else getattr(out, "sample", None)
-            if not isinstance(out, Tensor):
-                raise TypeError(
-                    "the model must return a tensor, a tuple that begins with one, or an object "
-                    f"with one named sample, got {type(returned).__name__}"
-                )
+        out = tensor_of(returned)
         if out.shape != self.shape:
             raise ValueError(
                 f"with {self.request} the model must return {self.shape}, got {tuple(out.shape)}"
             )
         return out
+
+
+def tensor_of(returned: Any) -> Tensor:
+    """The tensor in what a model returned: itself, the first of a tuple, or the one named sample.
+
+    Raises:
+        TypeError: ``returned`` is none of these.
+    """
+    out = returned
+    if not isinstance(out, Tensor):
+        out = out[0] if isinstance(out, tuple) and out else getattr(out, "sample", None)
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            "the model must return a tensor, a tuple that begins with one, or an object "
+            f"with one named sample, got {type(returned).__name__}"
+        )
+    return out
+
+
+class KeepsValues(Protocol):
+    """A model that keeps values from one of its calls to the next, within one run of a sampler."""
+
+    def begin_sampling(self) -> None:
+        """Forget what was kept: a run begins, or the next slice of a large batch."""
+
+
+def keeps_values(model: Any) -> TypeGuard[KeepsValues]:
+    """Whether the model is a :class:`KeepsValues`."""
+    return callable(getattr(model, "begin_sampling", None))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,12 +46,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W], in x's memory format."""
+        return self.attended(x, F.scaled_dot_product_attention)
+
+    def attended(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """``forward`` with another function of queries, keys and values.
+
+        Args:
+            x: [N, C, H, W].
+            attend: (q, k, v), each [N, heads, H W, head_dim] -> like v.
+        """
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H W, C]
         q, k, v = (
             project(h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [N, heads, H W, head_dim]
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         h = self.to_out[0](h.transpose(1, 2).flatten(2))  # [N, H W, C]
         out = x + h.transpose(1, 2).unflatten(2, x.shape[2:])
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
