@@ -21,7 +21,7 @@ from fastdiff.nn.wrappers import plain_names
 
 STATE = "training_state.safetensors"
 RAW = "raw"  # the name of the weights of the last step
-MODEL = "model."  # what their names in STATE begin with
+MODEL = "model"  # what their names in STATE begin with, before a point
 
 _NAME = re.compile(r"[\w.-]+")  # a part of the name of a file in the same folder
 
@@ -62,7 +62,7 @@ def read(folder: Path, meta: Mapping[str, Any], path: Path, wanted: str | None) 
     others = [str(name) for name in optional_field(meta, "averages", list, path) or ()]
     if wanted == RAW and (folder / STATE).is_file():
         tensors = plain_names(read_tensors(folder / STATE))
-        return {k.removeprefix(MODEL): v for k, v in tensors.items() if k.startswith(MODEL)}
+        return {k[len(MODEL) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{MODEL}.")}
     if wanted not in others or not _NAME.fullmatch(wanted):
         raw = [RAW] if (folder / STATE).is_file() else []
         names = ", ".join([*([own] if own else []), *others, *raw])

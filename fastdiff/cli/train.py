@@ -49,6 +49,7 @@ from fastdiff.training.trainer import (
 )
 from fastdiff.training.training_options import (
     ON_BAD_LOSS,
+    OPTIMIZERS,
     SEVERAL,
     SNAPSHOT_DTYPES,
     TIMESTEP_SAMPLERS,
@@ -64,9 +65,9 @@ PATHS = ("data", "validation", "out")  # arguments that are paths
 # if either value is a share of the images, since that decides what is trained on.
 CHANGEABLE = frozenset(
     {
-        "data", "cache", "workers", "validation", "steps", "save_every", "sample_every",
-        "validate_every", "keep", "out", "accumulate", "on_bad_loss", "spike", "max_skips",
-        "backend", "threads", "device", *CONTROLS,
+        "data", "cache", "workers", "validation", "steps", "cooldown", "save_every",
+        "sample_every", "validate_every", "keep", "out", "accumulate", "on_bad_loss", "spike",
+        "max_skips", "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
 
@@ -178,6 +179,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     how.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass: less memory, more time",
+    )
+    how.add_argument(
         "--channels-last", action=switch, default=True, help="channels_last memory format"
     )
     how.add_argument(
@@ -208,13 +214,53 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
     optimizer = command.add_argument_group("optimizer")
+    optimizer.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default=defaults.optimizer,
+        help="muon is for the weights of hidden layers, with adamw for the others",
+    )
     optimizer.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
     optimizer.add_argument(
-        "--lr-schedule", choices=LR_SCHEDULES, default=defaults.lr_schedule, help="after warm-up"
+        "--lr-schedule",
+        choices=LR_SCHEDULES,
+        default=defaults.lr_schedule,
+        help="after warm-up: cosine and linear fall to 0 at the last step, constant stays, rsqrt "
+        "falls with the inverse square root of the step",
     )
     optimizer.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of warm-up")
     optimizer.add_argument(
-        "--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW"
+        "--lr-reference",
+        type=int,
+        default=defaults.lr_reference,
+        metavar="STEP",
+        help="after which rsqrt falls; 0 for the end of the warm-up",
+    )
+    optimizer.add_argument(
+        "--cooldown",
+        type=int,
+        default=defaults.cooldown,
+        metavar="STEPS",
+        help="last steps in which the rate of constant and rsqrt falls to 0",
+    )
+    optimizer.add_argument(
+        "--betas",
+        type=numbers,
+        default=",".join(map(str, defaults.betas)),
+        help="decays of the moments of adamw and adam",
+    )
+    optimizer.add_argument(
+        "--eps", type=float, default=defaults.eps, help="added to the root of the second moment"
+    )
+    optimizer.add_argument(
+        "--momentum", type=float, help="of sgd (default: 0.9) and muon (default: 0.95)"
+    )
+    optimizer.add_argument("--nesterov", action="store_true", help="Nesterov's momentum, for sgd")
+    optimizer.add_argument(
+        "--weight-decay",
+        type=float,
+        default=defaults.weight_decay,
+        help="decoupled for adamw and muon, part of the gradient for adam and sgd",
     )
     optimizer.add_argument(
         "--grad-clip", type=float, default=defaults.grad_clip, help="gradient norm; 0 for no limit"

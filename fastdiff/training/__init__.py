@@ -7,6 +7,8 @@ from fastdiff.nn.image_unet import make_unet
 from fastdiff.training.trainer import Trainer, make_diffusion
 from fastdiff.training.training_options import (
     LR_SCHEDULES,
+    OPTIMIZERS,
+    SNAPSHOT_DTYPES,
     TIMESTEP_SAMPLERS,
     WEIGHTINGS,
     TrainingOptions,
@@ -14,6 +16,6 @@ from fastdiff.training.training_options import (
 )
 
 __all__ = [
-    "LR_SCHEDULES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Trainer", "TrainingOptions", "World",
-    "make_diffusion", "make_unet", "process_group", "recorded_options",
+    "LR_SCHEDULES", "OPTIMIZERS", "SNAPSHOT_DTYPES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Trainer",
+    "TrainingOptions", "World", "make_diffusion", "make_unet", "process_group", "recorded_options",
 ]  # fmt: skip

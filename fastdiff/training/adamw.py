@@ -111,7 +111,8 @@ class AdamW(torch.optim.AdamW):
                     "exp_avg_sq": zeros[1],
                 }
         steps = [self.state[p]["step"] for p in parameters]
-        torch._foreach_add_(steps, 1)
+        if steps:  # PyTorch refuses an empty list
+            torch._foreach_add_(steps, 1)
         found: dict[int, list[nn.Parameter]] = {}
         for p, step in zip(parameters, steps, strict=True):
             found.setdefault(int(step), []).append(p)

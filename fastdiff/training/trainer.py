@@ -39,8 +39,8 @@ from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
 from fastdiff.objectives import Forward
 from fastdiff.ops.profiling import span
 from fastdiff.sampling.terminal_snr import warn_of_image_at_the_end
-from fastdiff.training import batches, training_state
-from fastdiff.training.adamw import AdamW, clipping_factor
+from fastdiff.training import batches, optimizers, training_state
+from fastdiff.training.adamw import clipping_factor
 from fastdiff.training.averages import Averages
 from fastdiff.training.batches import Batch, Draws
 from fastdiff.training.fingerprint import check_same, fingerprint
@@ -155,10 +155,10 @@ class Trainer:
             model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.world.as_first([*self.network.parameters(), *self.network.buffers()])
         self.averages = Averages(self.network, self.options)
+        if self.options.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
         self.parameters = list(self.network.parameters())
-        self.optimizer = AdamW(
-            self.parameters, lr=self.options.lr, weight_decay=self.options.weight_decay
-        )
+        self.optimizer = optimizers.make(self.options, self._named_parameters())
         self.validation = None if validation is None else self._validation(validation)
         self.finished_steps = 0
         self.guard = LossGuard(self.options, tells=self.world.first)

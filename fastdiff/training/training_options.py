@@ -15,8 +15,10 @@ from fastdiff.losses import score_matching, weights
 from fastdiff.training import power_function
 
 SNAPSHOT_DTYPES = ("float32", "bfloat16", "float16")
-SEVERAL = ("ema", "ema_std")  # options of several values
-LR_SCHEDULES = ("cosine", "constant")
+SEVERAL = ("ema", "ema_std", "betas")  # options of several values
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+LR_SCHEDULES = ("cosine", "linear", "constant", "rsqrt")
+COOLED = ("constant", "rsqrt")  # schedules that do not end at 0 by themselves
 ON_BAD_LOSS = ("stop", "skip")
 WEIGHTINGS = ("none", *weights.NAMES, *score_matching.WEIGHTINGS)
 # Options of runs that began before there was the option, whose arithmetic may not change.
@@ -34,8 +36,13 @@ class TrainingOptions:
         accumulate: number of micro-batches in which a process takes its share of a batch. It
             changes the result by rounding alone, apart from which values dropout drops, and needs
             the memory of one micro-batch.
-        lr: highest learning rate of AdamW.
-        lr_schedule: after the warm-up, "cosine" falls to 0 at the last step, "constant" stays.
+        optimizer: one of ``OPTIMIZERS``, see ``fastdiff.training.optimizers``. "muon" takes AdamW
+            for what is not the weight of a hidden layer.
+        lr: highest learning rate.
+        lr_schedule: after the warm-up, "cosine" and "linear" fall to 0 at the last step, "constant"
+            stays, and "rsqrt" falls with the inverse square root of the step.
+        lr_reference: of rsqrt, the step after which it falls; 0 for that of the warm-up.
+        cooldown: number of last steps in which the rate of "constant" and "rsqrt" falls to 0.
         warmup: number of first steps in which the learning rate rises linearly.
         ema: decays of the exponential moving averages of the weights, one number or several; at
             step s a decay is min(ema, (1 + s) / (10 + s)).
@@ -45,10 +52,17 @@ class TrainingOptions:
         snapshots: how many times, evenly over the run, the averages of ``ema_std`` are kept in the
             run's folder, from which averages of other lengths are made afterwards.
         snapshot_dtype: of their files, one of ``SNAPSHOT_DTYPES``.
-        weight_decay: of AdamW.
+        betas: decays of the moments of adamw, adam and of muon's AdamW.
+        eps: added to the root of their second moment.
+        momentum: of sgd and muon; None for 0.9 and 0.95.
+        nesterov: whether sgd has Nesterov's momentum, as muon always has.
+        weight_decay: of the optimizer; that of adam and sgd is part of the gradient.
         grad_clip: largest norm of the gradient; 0 for no limit.
         seed: of the images' order, the timesteps, the noise and dropout.
         bf16: run the model under bfloat16 autocast.
+        gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the
+            rest again: less memory, more time, the same results. It leaves the network to PyTorch,
+            whatever ``compile`` says.
         label_dropout: probability with which a label is hidden, so that the model can be guided
             without a classifier. If above 0, the model must have an additional last class, which
             stands for "no class".
@@ -77,17 +91,25 @@ class TrainingOptions:
     steps: int = 3000
     batch_size: int = 64
     accumulate: int = 1
+    optimizer: str = "adamw"
     lr: float = 1e-3
     lr_schedule: str = "cosine"
+    lr_reference: int = 0
+    cooldown: int = 0
     warmup: int = 100
     ema: float | tuple[float, ...] = (0.999,)
     ema_std: tuple[float, ...] = ()
     snapshots: int = 16
     snapshot_dtype: str = "float32"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float | None = None
+    nesterov: bool = False
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     seed: int = 0
     bf16: bool = False
+    gradient_checkpointing: bool = False
     label_dropout: float = 0.0
     weighting: str = "none"
     timestep_sampler: str = "default"
@@ -125,7 +147,10 @@ class TrainingOptions:
                 raise InputError(f"{name} must be below 2**31, got {getattr(self, name)}")
         for name in (
             "warmup",
+            "lr_reference",
+            "cooldown",
             "weight_decay",
+            "eps",
             "grad_clip",
             "seed",
             "sample_every",
@@ -142,7 +167,7 @@ class TrainingOptions:
                 raise InputError(f"ema must lie in [0, 1), got {decay}")
         for std in self.ema_std:
             power_function.check_std(std)
-        for name in SEVERAL:
+        for name in ("ema", "ema_std"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"{name} has a value twice: {getattr(self, name)}")
         if not self.decays and not self.ema_std:
@@ -152,6 +177,7 @@ class TrainingOptions:
         if not 0 <= self.label_dropout < 1:
             raise InputError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         for name, known in (
+            ("optimizer", OPTIMIZERS),
             ("weighting", WEIGHTINGS),
             ("timestep_sampler", TIMESTEP_SAMPLERS),
             ("lr_schedule", LR_SCHEDULES),
@@ -161,6 +187,27 @@ class TrainingOptions:
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}, wanted one of {', '.join(known)}")
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        """InputError for options of the optimizer or the rate that do not fit each other."""
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.momentum is not None:
+            if self.optimizer not in ("sgd", "muon"):
+                raise InputError(f"momentum is of sgd and muon; {self.optimizer} has betas")
+            if not 0 <= self.momentum < 1:
+                raise InputError(f"momentum must lie in [0, 1), got {self.momentum}")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise InputError("nesterov is for the optimizer sgd with a momentum")
+        if self.cooldown and self.lr_schedule not in COOLED:
+            raise InputError(
+                f"cooldown is for {' and '.join(COOLED)}; the schedule {self.lr_schedule} ends at 0"
+            )
+        if self.lr_reference and self.lr_schedule != "rsqrt":
+            raise InputError(f"lr_reference is for rsqrt, and not for {self.lr_schedule}")
+        if self.lr_schedule == "rsqrt" and not (self.lr_reference or self.warmup):
+            raise InputError("rsqrt needs lr_reference, the step after which it falls, or warmup")
 
 
 def recorded_options(facts: Mapping[str, Any], folder: Path) -> TrainingOptions:

@@ -278,7 +278,7 @@ def test_a_wrapped_model_is_kept_under_its_own_names(
     assert trainer.model is given
     folder = checkpoint.newest(tmp_path / "run")
     assert set(load_file(folder / checkpoint.WEIGHTS)) == names
-    kinds = ("model", "exp_avg", "exp_avg_sq")
+    kinds = ("model", "exp_avg", "exp_avg_sq", "step")
     assert set(load_file(folder / checkpoint.STATE)) == {f"{k}.{n}" for k in kinds for n in names}
 
     resumed = Trainer.resume(tmp_path / "run", images)
