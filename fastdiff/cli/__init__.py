@@ -6,7 +6,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastdiff.cli import average, convert, doctor, evaluate, export, sample, train, train_classifier
+from fastdiff.cli import (
+    average,
+    compare_runs,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    sample,
+    train,
+    train_classifier,
+)
 from fastdiff.cli.output import standard_output
 from fastdiff.cli.parsing import Formatter, Parser
 from fastdiff.common.errors import InputError, memory_refused
@@ -18,6 +28,7 @@ COMMANDS = {
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "report": compare_runs,
     "train-classifier": train_classifier,
     "average": average,
     "export": export,

@@ -1,0 +1,111 @@
+"""Curves: values by step, read from logs, smoothed, and thinned without losing their extremes."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BUCKETS = 500  # of a thinned curve: about one for each pixel of a chart's width
+SMOOTHED_SHARE = 40  # a smoothed value is the mean of this part of all values ...
+LONGEST_MEAN = 1000  # ... but of no more than this many
+
+
+@dataclass(frozen=True)
+class Series:
+    """Finite values at rising steps.
+
+    Attributes:
+        steps: float64 [N].
+        values: float64 [N].
+        left_out: number of values that were not finite, such as the loss of a skipped step.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def read_log(path: Path) -> dict[str, Series]:
+    """The numbers of a log of one JSON object a line, by their names; {} if there is no file.
+
+    A number k of a list has the name of the list and ``.k``. Lines that are not complete, and lines
+    without a step, are left out: a log may be read while it is written.
+    """
+    columns: dict[str, tuple[array[float], array[float]]] = {}
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+                step = float(entry.pop("step"))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            for name, value in _numbers(entry):
+                steps, values = columns.setdefault(name, (array("d"), array("d")))
+                steps.append(step)
+                values.append(value)
+    return {name: _finite(np.array(s), np.array(v)) for name, (s, v) in columns.items()}
+
+
+def smoothed(series: Series) -> tuple[Series, int]:
+    """Means of the last W values, and W, which is 1 for a series too short to be smoothed.
+
+    The first values have fewer before them and are means of those.
+    """
+    window = min(LONGEST_MEAN, len(series) // SMOOTHED_SHARE)
+    if window < 2:
+        return series, 1
+    # The mean is subtracted first, so that the sums stay small and lose few digits.
+    middle = series.values.mean()
+    sums = np.concatenate([[0.0], np.cumsum(series.values - middle)])
+    last = np.arange(1, len(series) + 1)
+    first = np.maximum(0, last - window)
+    means = (sums[last] - sums[first]) / (last - first) + middle
+    return Series(series.steps, means), window
+
+
+def thinned(series: Series, buckets: int = BUCKETS) -> Series:
+    """At most two values for each of the buckets: its least and its largest, in their order.
+
+    The first and the last value are kept as well.
+    """
+    if len(series) <= 2 * buckets:
+        return series
+    edges = np.linspace(0, len(series), buckets + 1).astype(int)
+    kept = [0, len(series) - 1]
+    for start, stop in pairwise(edges):
+        part = series.values[start:stop]
+        kept += [start + int(part.argmin()), start + int(part.argmax())]
+    chosen = np.unique(kept)
+    return Series(series.steps[chosen], series.values[chosen], series.left_out)
+
+
+def ratio(top: Series, bottom: Series, factor: float = 1.0) -> Series:
+    """The quotients of two series of the same steps."""
+    return _finite(top.steps, factor * top.values / np.maximum(bottom.values, 1e-12))
+
+
+def _numbers(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in entry.items():
+        if isinstance(value, list):
+            found += _numbers({f"{name}.{k}": member for k, member in enumerate(value)})
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((name, float(value)))
+    return found
+
+
+def _finite(steps: np.ndarray, values: np.ndarray) -> Series:
+    kept = np.isfinite(values)
+    return Series(steps[kept], values[kept], int(len(values) - kept.sum()))
