@@ -39,6 +39,7 @@ from fastdiff.data.training_images import TrainingImages
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.pretrained import NoInitialisation
+from fastdiff.training.observers import Observer
 from fastdiff.training.run_lock import run_lock
 from fastdiff.training.trainer import (
     LR_SCHEDULES,
@@ -66,8 +67,8 @@ PATHS = ("data", "validation", "out")  # arguments that are paths
 CHANGEABLE = frozenset(
     {
         "data", "cache", "workers", "validation", "steps", "cooldown", "save_every",
-        "sample_every", "validate_every", "keep", "out", "accumulate", "on_bad_loss", "spike",
-        "max_skips", "backend", "threads", "device", *CONTROLS,
+        "sample_every", "validate_every", "log", "keep", "out", "accumulate", "on_bad_loss",
+        "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
 
@@ -336,6 +337,7 @@ def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
         found = data_options.find(args, args.image_size, grayscale=args.grayscale)
         if not args.resume:
             _check(args, options, found)
+        loggers = watch_options.loggers(args) if is_first() else []
         with _lock(args.out):
             check_writable(args.out / "losses.jsonl")
             images = found.read(flip=args.flip)
@@ -343,7 +345,7 @@ def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
             trainer = _trainer(args, options, images, device)
             if trainer.world.first:
                 run_file.write(_options(), args, args.out / run_file.NAME)
-            return _train(trainer)
+            return _train(trainer, loggers)
 
 
 def _lock(out: Path) -> AbstractContextManager[None]:
@@ -414,7 +416,7 @@ def _network(args: argparse.Namespace, channels: int, classes: int) -> UNet2DMod
     )
 
 
-def _train(trainer: Trainer) -> int:
+def _train(trainer: Trainer, loggers: Sequence[Observer]) -> int:
     """Run the training, with notes on standard error, and return the exit code."""
     images, steps = trainer.data, trainer.options.steps
     count = sum(p.numel() for p in trainer.parameters)
@@ -425,7 +427,7 @@ def _train(trainer: Trainer) -> int:
         f"{len(images)} images of {images.channels}x{images.size}x{images.size}, {classes}; "
         f"{count / 1e6:.2f} M parameters; steps {trainer.finished_steps}..{steps}{processes}"
     )
-    ended_by = trainer.run()
+    ended_by = trainer.run(observers=loggers)
     assert trainer.out is not None
     folder = checkpoint.step_folder(trainer.out, trainer.finished_steps)
     if ended_by is None:

@@ -7,12 +7,14 @@ import argparse
 from fastdiff.cli import data_options
 from fastdiff.common.errors import InputError
 from fastdiff.data.training_images import TrainingImages
+from fastdiff.training.loggers import LOGGERS
+from fastdiff.training.observers import Observer
 from fastdiff.training.training_options import TrainingOptions
 from fastdiff.training.validation import hold_out
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add --validation and --validate-every."""
+    """Add --validation, --validate-every and --log."""
     group = command.add_argument_group("watching")
     group.add_argument(
         "--validation",
@@ -27,6 +29,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=TrainingOptions().validate_every,
         help="steps between validation losses; 0 for none",
     )
+    group.add_argument(
+        "--log",
+        nargs="+",
+        choices=tuple(LOGGERS),
+        default=[],
+        help="log losses, speed and sample grids there as well, each by a package of that name",
+    )
+
+
+def loggers(args: argparse.Namespace) -> list[Observer]:
+    """The loggers of --log; InputError if the package of one is not installed."""
+    return [LOGGERS[name]() for name in dict.fromkeys(args.log)]
 
 
 def share(value: str | None) -> float | None:

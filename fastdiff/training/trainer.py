@@ -526,6 +526,7 @@ class Trainer:
                 "classes": len(data.classes),
                 "validation": 0 if self.validation is None else len(self.validation.images),
             },
+            "processes": self.world.count,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
         return RunStart(self.out, self.finished_steps, self.options.steps, facts)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_threads_and_backend_are_applied_and_put_back(
 ) -> None:
     seen = []
 
-    def look(trainer: training.Trainer) -> None:
+    def look(trainer: training.Trainer, observers: Any) -> None:
         seen.append((current(), torch.get_num_threads()))
 
     monkeypatch.setattr(training.Trainer, "run", look)
@@ -274,3 +275,14 @@ def test_images_to_validate_with_may_move(run: Callable, pictures: Path, tmp_pat
     ran = run(*again, "digits")
     assert ran.code == 2
     assert "--validation has the classes ('0', " in ran.last
+
+
+def test_loggers_that_are_not_there_are_named_before_images_are_read(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = ("--data", "digits", "--out", tmp_path / "run", "--log", "wandb")
+    ran = run("train", *TINY, *words, "--steps", 1)
+    assert ran.code == 2
+    assert "this needs the package 'wandb': pip install 'fastdiff[wandb]'" in ran.last
+    assert not (tmp_path / "run").exists()

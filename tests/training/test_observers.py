@@ -77,7 +77,7 @@ def test_an_observer_is_told_of_everything_in_order(make_trainer, images, tmp_pa
         "end",
     ]  # fmt: skip
     assert seen.start.facts["images"] == {
-        "name": "", "count": 7, "shape": [1, 8, 8], "classes": 0
+        "name": "", "count": 7, "shape": [1, 8, 8], "classes": 0, "validation": 0
     }  # fmt: skip
     again = Recorder()
     options = dataclasses.replace(OPTIONS, steps=5)

@@ -89,13 +89,14 @@ def test_a_log_is_read_as_it_is(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(
         '{"step": 1, "loss": 2.5, "parts": [1, 2], "name": "x", "on": true}\n'
-        '{"step": 2, "loss": NaN}\n{"loss": 4}\n[]\n{"step": 3, "loss": 0.5}\n{"step": 4, "lo'
+        '{"step": 2, "loss": NaN}\n{"step": 2, "loss": null}\n{"loss": 4}\n[]\n'
+        '{"step": 3, "loss": 0.5}\n{"step": 4, "lo'
     )
     found = read_log(path)
     assert set(found) == {"loss", "parts.0", "parts.1"}
     assert found["loss"].steps.tolist() == [1, 3]
     assert found["loss"].values.tolist() == [2.5, 0.5]
-    assert found["loss"].left_out == 1
+    assert found["loss"].left_out == 2
     assert read_log(tmp_path / "none") == {}
 
 

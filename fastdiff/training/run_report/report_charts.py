@@ -72,6 +72,7 @@ def charts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
         ),
         Chart(
             "Memory of the process", "largest so far, GiB", memory, zero=True, marks=marks,
+            note="Resident, since the process began.",
         ),
         Chart(
             "Memory on the device", "largest so far, GiB", on_device, zero=True, marks=marks,

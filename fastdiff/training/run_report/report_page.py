@@ -22,9 +22,9 @@ from fastdiff.training.run_report.series import Series, smoothed
 MOST_GRIDS = 24  # of a run
 MOST_GRID_BYTES = 4_000_000  # of a run's grids together, as files
 MACHINE = (
-    ("processor", "processor"), ("device", "device"), ("threads", "threads"), ("system", "system"),
-    ("instruction_set", "instruction set"), ("backend", "backend"), ("fastdiff", "fastdiff"),
-    ("torch", "torch"), ("python", "python"),
+    ("processor", "processor"), ("device", "device"), ("processes", "processes"),
+    ("threads", "threads of each"), ("system", "system"), ("instruction_set", "instruction set"),
+    ("backend", "backend"), ("fastdiff", "fastdiff"), ("torch", "torch"), ("python", "python"),
 )  # fmt: skip
 
 
@@ -106,10 +106,14 @@ def _numbers(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         )
         return f'<dl class="tiles">{tiles}</dl>'
     rows = [
-        (label, [" ".join(filter(None, numbers.get(label, ("-", "")))) for numbers in found])
+        (label, [_with_remark(*numbers.get(label, ("-", ""))) for numbers in found])
         for label in labels
     ]
     return f'<h2>Numbers</h2><div class="card">{_table(rows, names)}</div>'
+
+
+def _with_remark(value: str, remark: str) -> str:
+    return f"{value} ({remark})" if remark else value
 
 
 def _numbers_of(run: RunRecord) -> dict[str, tuple[str, str]]:
@@ -158,15 +162,20 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
-def _table(rows: Sequence[tuple[str, Sequence[str]]], names: Sequence[str]) -> str:
-    """A table of a row for each quantity and a column for each run."""
+def _table(
+    rows: Sequence[tuple[str, Sequence[str]]], names: Sequence[str], *, compared: bool = False
+) -> str:
+    """A table of a row for each quantity and a column for each run.
+
+    If ``compared``, rows whose values differ stand out.
+    """
     head = ""
     if len(names) > 1:
         head = "".join(f"<th>{escape(name)}</th>" for name in names)
         head = f"<thead><tr><th></th>{head}</tr></thead>"
     lines = []
     for label, values in rows:
-        differs = ' class="differs"' if len(set(values)) > 1 else ""
+        differs = ' class="differs"' if compared and len(set(values)) > 1 else ""
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
         lines.append(f"<tr{differs}><th>{escape(label)}</th>{cells}</tr>")
     return f'<div class="scroll"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'
@@ -211,7 +220,7 @@ def _options(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         return ""
     rows = [(label, [_plain(run.options.get(label)) for run in runs]) for label in labels]
     rows.sort(key=lambda row: len(set(row[1])) == 1)  # those in which the runs differ come first
-    return f'<h2>Options</h2><div class="card">{_table(rows, names)}</div>'
+    return f'<h2>Options</h2><div class="card">{_table(rows, names, compared=True)}</div>'
 
 
 def _processes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ class Series:
 def read_log(path: Path) -> dict[str, Series]:
     """The numbers of a log of one JSON object a line, by their names; {} if there is no file.
 
-    A number k of a list has the name of the list and ``.k``. Lines that are not complete, and lines
-    without a step, are left out: a log may be read while it is written.
+    null stands for a value that is not finite. A number k of a list has the name of the list and
+    ``.k``. Lines that are not complete, and lines without a step, are left out: a log may be read
+    while it is written.
     """
     columns: dict[str, tuple[array[float], array[float]]] = {}
     if not path.is_file():
@@ -101,6 +103,8 @@ def _numbers(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
     for name, value in entry.items():
         if isinstance(value, list):
             found += _numbers({f"{name}.{k}": member for k, member in enumerate(value)})
+        elif value is None:
+            found.append((name, math.nan))
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found.append((name, float(value)))
     return found
