@@ -93,7 +93,7 @@ class LazyImages(TrainingImages):
         return torch.rand(count, 2, generator=generator, device="cpu")
 
     def place(self, index: int) -> str:
-        """How a text names image ``index``: its file."""
+        """How a text names an image: its file."""
         return self.reader.source.place(int(self._numbers(torch.tensor([index]))[0]))
 
     def subset(self, indices: Tensor) -> LazyImages:

@@ -54,12 +54,12 @@ class TarShards(ImageSource):
         self.shards = [path.absolute() for path in shards]
         self.name = as_text(name)
         found = _kept(self.shards) or _scan(self.shards, progress)
-        self._shard, self._start, self._size = found.shard, found.start, found.size
+        self._shard, self._start, self._size, labels = found.columns
         self._names = PackedNames(found.names)
         if not len(self._names):
             raise DataError(f"no images in the tar files of {name}, from {self.shards[0]} on")
         self.listing = self._names.digest()
-        self._set_labels(found)
+        self._set_labels(labels)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -82,14 +82,14 @@ class TarShards(ImageSource):
         member = os.fsdecode(self._names[index])
         return f"{self.shards[self._shard[index]]}: {member}"
 
-    def _set_labels(self, found: _Members) -> None:
-        if (found.label >= 0).all():
-            self.labels = torch.from_numpy(found.label)
-            self.classes = tuple(map(str, range(int(found.label.max()) + 1)))
+    def _set_labels(self, labels: np.ndarray) -> None:
+        if (labels >= 0).all():
+            self.labels = torch.from_numpy(labels)
+            self.classes = tuple(map(str, range(int(labels.max()) + 1)))
             return
-        if (found.label >= 0).any():
-            index = int(found.label.argmin())
-            raise DataError(f"{self.place(index)} has no class in a member .cls, but others have")
+        if (labels >= 0).any():
+            place = self.place(int(labels.argmin()))
+            raise DataError(f"{place} has no class in a member .cls, but others have")
         folders = [_folder(name) for name in self._names]
         classes = sorted(set(folders))
         if len(classes) > 1 and b"" not in classes:
@@ -119,12 +119,15 @@ def expanded(pattern: str) -> list[Path]:
 
 @dataclass
 class _Members:
-    """The images of all shards: where the bytes of each lie, its label or -1, and its name."""
+    """The images of all shards, N of them.
 
-    shard: np.ndarray  # int64 [N]
-    start: np.ndarray  # int64 [N]
-    size: np.ndarray  # int64 [N]
-    label: np.ndarray  # int64 [N]
+    Attributes:
+        columns: int64 [4, N]: the number of the shard, where the bytes begin in it, how many they
+            are, and the label or -1.
+        names: of the members.
+    """
+
+    columns: np.ndarray
     names: list[bytes]
 
 
@@ -159,8 +162,7 @@ def _scan(shards: Sequence[Path], progress: bool) -> _Members:
             names += shard.names
             bar.update(path.stat().st_size)
     columns = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    shard_numbers, starts, sizes, labels = columns.copy()
-    found = _Members(shard_numbers, starts, sizes, labels, names)
+    found = _Members(columns.copy(), names)
     with suppress(OSError):  # without a cache folder the shards are scanned every time
         _keep(found, shards)
     return found
@@ -230,8 +232,7 @@ def _kept(shards: Sequence[Path]) -> _Members | None:
         return None
     if not ((columns[0] >= 0) & (columns[0] < len(shards)) & (columns[1] >= 0)).all():
         return None
-    shard_numbers, starts, sizes, labels = columns
-    return _Members(shard_numbers, starts, sizes, labels, list(_pieces(names, ends)))
+    return _Members(columns, list(_pieces(names, ends)))
 
 
 def _pieces(names: bytes, ends: np.ndarray) -> Iterator[bytes]:
@@ -249,7 +250,7 @@ def _keep(found: _Members, shards: Sequence[Path]) -> None:
         with os.fdopen(handle, "wb") as file:
             np.savez(
                 file,
-                columns=np.stack([found.shard, found.start, found.size, found.label]),
+                columns=found.columns,
                 names=np.frombuffer(b"".join(found.names), np.uint8),
                 ends=np.cumsum([len(name) for name in found.names], dtype=np.int64),
             )

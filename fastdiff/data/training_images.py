@@ -81,8 +81,8 @@ class TrainingImages(ABC):
         """The same images without labels, for unconditional training."""
 
     def place(self, index: int) -> str:
-        """How a text names image ``index``: its file, where there is one."""
-        return f"image {index}"
+        """How a text names an image: its file, where there is one, or its number."""
+        return str(index)
 
     def prefetch(self, indices: Tensor) -> None:  # noqa: B027 - most images need not be told
         """Begin to read images that will be wanted; this returns at once."""

@@ -113,8 +113,8 @@ def check_same(
         raise DataError(
             f"the run trained with other labels: those of {before!r} then and of {now!r} now differ"
         )
-    files = recorded.get("names"), present.get("names")
-    if None not in files and files[0] != files[1]:
+    files = {recorded.get("names"), present.get("names")}
+    if None not in files and len(files) > 1:
         warnings.warn(
             f"fastdiff: the files of {now!r} have other names than those of {before!r}; of their "
             f"images {present['sample']} were compared, and are the same",

@@ -331,7 +331,7 @@ class Trainer:
         each = zip(indices, losses.tolist(), strict=True)
         blamed = [index for index, loss in each if fault.blames(loss)] or indices
         self.refusal = {"fault": fault.reason, "images": blamed}
-        self.guard.refuse(step + 1, fault, [str(index) for index in blamed])
+        self.guard.refuse(step + 1, fault, [self.data.place(index) for index in blamed])
 
     def _dropout(self, step: int, first: int) -> AbstractContextManager[None]:
         """Torch's generators for the dropout of the part of a batch that begins at ``first``."""
