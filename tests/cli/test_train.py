@@ -212,6 +212,7 @@ def full(*args: Any, **options: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.filterwarnings("ignore:fastdiff. no line in the log")  # which is flushed as well
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(checkpoint, "save_file"), (os, "fsync"), (os, "rename")],
@@ -238,8 +239,8 @@ def test_full_disk_keeps_the_old_checkpoint(
 def test_loss_that_is_not_finite_ends_the_run_with_its_checkpoints_kept(
     run: Callable, copied_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = training.Trainer.loss
-    monkeypatch.setattr(training.Trainer, "loss", lambda *args: loss(*args) * torch.nan)
+    losses_of = training.Trainer.losses
+    monkeypatch.setattr(training.Trainer, "losses", lambda *args: losses_of(*args) * torch.nan)
     ran = run("train", "--resume", "--out", copied_run, "--steps", 8)
     assert ran.code == 2
     assert "the loss is nan at step 7" in ran.last
