@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -220,13 +221,42 @@ def process_group(device: str | torch.device = "cpu") -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, count = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+        # torchrun keeps one store for all its starts, with what the processes of earlier starts
+        # have put there, such as the addresses at which nobody listens any more.
+        store = dist.PrefixStore(_name_of_start(store, rank, count), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         text = str(error).split("\n")[0]
         raise InputError(f"the {_started()} processes cannot be connected: {text}") from None
     yield present()
     # Only at a good end: after an error NCCL would wait for processes that have ended.
     dist.destroy_process_group()
+
+
+def _name_of_start(store: dist.Store, rank: int, count: int) -> str:
+    """A name on which the processes that were started together agree, and no others.
+
+    The first process chooses it, and answers each question with it until all have heard it. Some
+    questions may be of processes that have died; nobody waits for the answer.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"fastdiff/question/{rank}", own)
+        name = store.get(f"fastdiff/answer/{own}").decode()  # waits until there is one
+        store.set(f"fastdiff/heard/{name}/{rank}", "")
+        return name
+    waiting, until = set(range(1, count)), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"fastdiff/heard/{own}/{other}"]):
+                waiting.remove(other)
+            elif store.check([question := f"fastdiff/question/{other}"]):
+                store.set(f"fastdiff/answer/{store.get(question).decode()}", own)
+        if time.monotonic() > until:
+            raise RuntimeError(f"processes {sorted(waiting)} have not come")
+        time.sleep(0.01)
+    return own
 
 
 def local_rank() -> int:

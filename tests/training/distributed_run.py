@@ -1,6 +1,7 @@
 """What each of several processes does in ``test_distributed.py``; run as a program.
 
-Every process writes what it found to FOLDER/found-RANK.pt.
+``distributed_run.py FOLDER`` writes what each process found to FOLDER/found-RANK.pt.
+``distributed_run.py FOLDER killed`` is ``fastdiff train``, whose second process is killed once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import fastdiff.cli
 from fastdiff import schedules
 from fastdiff.checkpoints import checkpoint
 from fastdiff.common.errors import CheckpointError, TrainingError
@@ -33,6 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
     "eager": {"compile": False, "channels_last": False, "accumulate": 2},
     "second moment": {"objective": "hybrid", "timestep_sampler": "loss-second-moment"},
 }
+COMMAND = [
+    "train", "--resume-if-any", "--data", "digits", "--image-size", "8", "--channels", "8,16",
+    "--layers-per-block", "1", "--attention", "1", "--dropout", "0.2", "--steps", "8",
+    "--batch-size", "5", "--save-every", "3", "--sample-every", "4", "--out",
+]  # fmt: skip
 STOP = 2  # the step in which the first process is signalled
 
 
@@ -128,6 +135,7 @@ def main(folder: Path) -> None:
             found["wrapped"] = results(make_trainer(wrap=wrapped))
             found["failing write"] = failing_write(folder / "failing")
             found["not finite"] = not_finite()
+            found["command"] = fastdiff.cli.main([*COMMAND, str(folder / "command")])
         found["signalled"] = signalled(folder / "signalled")
         trainer = Trainer.resume(folder / "signalled", images())
         trainer.step()
@@ -138,5 +146,21 @@ def main(folder: Path) -> None:
         torch.save(found, folder / f"found-{world.rank}.pt")
 
 
+def killed(folder: Path) -> int:
+    """``fastdiff train``; at the first start the second process is killed in its fifth step."""
+    losses = Trainer.losses
+
+    def dying(trainer: Trainer, batch: Any) -> Any:
+        if trainer.finished_steps == 4 and trainer.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses(trainer, batch)
+
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        Trainer.losses = dying  # type: ignore[method-assign]
+    return fastdiff.cli.main([*COMMAND, str(folder / "command")])
+
+
 if __name__ == "__main__":
+    if sys.argv[2:] == ["killed"]:
+        sys.exit(killed(Path(sys.argv[1])))
     main(Path(sys.argv[1]))

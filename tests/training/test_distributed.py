@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdiff.checkpoints import checkpoint
 from fastdiff.common.errors import InputError
 from fastdiff.common.world import World, present
 
 PROGRAM = Path(__file__).with_name("distributed_run.py")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
 LIMIT = 300  # seconds after which processes hang
 
 spec = importlib.util.spec_from_file_location("distributed_run", PROGRAM)
@@ -33,14 +37,29 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def torchrun(*arguments: str) -> tuple[int, str]:
+    """Run two processes; the exit code, and what they wrote on standard error."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *arguments],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        said = started.communicate(timeout=LIMIT)[1]
+    finally:
+        if started.poll() is None:
+            started.terminate()  # torchrun then ends its processes, which kill would leave behind
+            started.wait()
+    return started.returncode, said
+
+
 @pytest.fixture(scope="module", params=[2, 3], ids=["two", "three"])
 def found(request, tmp_path_factory):
     """What each process of a group found."""
     count, folder = request.param, tmp_path_factory.mktemp("processes")
-    root = Path(__file__).parents[2]
     common = {
-        **os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test",
+        **ENVIRONMENT, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
     started = [
         subprocess.Popen(
@@ -57,7 +76,10 @@ def found(request, tmp_path_factory):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0] * count, errors
-    return [torch.load(folder / f"found-{rank}.pt") for rank in range(count)]
+    ranks = [torch.load(folder / f"found-{rank}.pt") for rank in range(count)]
+    for rank in ranks:
+        rank["folder"] = folder
+    return ranks
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +163,27 @@ def test_a_run_is_resumed_by_any_number_of_processes(found):
     wanted = {name: p.detach() for name, p in whole.network.named_parameters()}
     for rank in found:
         assert_equal_but_for_rounding(rank["resumed"], wanted)
+
+
+@pytest.mark.parametrize("found", [2], ids=["two"], indirect=True)
+def test_torchrun_carries_on_after_a_process_was_killed(found, tmp_path):
+    """In mid-step. The run ends as one that was never interrupted, bit for bit."""
+    assert [rank["command"] for rank in found] == [0, 0]
+    code, said = torchrun("--max-restarts", "1", str(PROGRAM), str(tmp_path), "killed")
+    assert code == 0, said
+    lines = [line for line in said.splitlines() if line.startswith("fastdiff: error")]
+    assert len(lines) == 1, said
+    assert re.search(r"process 1 \(PID \d+ on .*\) of the run ended, so process 0 cannot", lines[0])
+    whole, parts = found[0]["folder"] / "command", tmp_path / "command"
+    assert "steps 3..8; 2 processes" in said
+    for name in ("losses.jsonl", "samples"):
+        assert (parts / name).exists()
+    steps = [json.loads(line)["step"] for line in (parts / "losses.jsonl").open()]
+    assert steps == list(range(1, 9))
+    for file in (checkpoint.WEIGHTS, checkpoint.STATE):
+        ours, theirs = (checkpoint.newest(run) / file for run in (parts, whole))
+        assert ours.name == theirs.name
+        assert ours.read_bytes() == theirs.read_bytes(), file
 
 
 def test_shares_are_joined_in_order(found):
