@@ -89,6 +89,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         bits = None if args.bits is None else measure_bits(source, args.bits, seed=args.seed)
     facts = {
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
+        "weights": source.weights,
         **sampler_facts(sampler),
         **guidance_facts(guided, args),
         "seed": args.seed,

@@ -185,6 +185,7 @@ def _of_model(
     pictures = Pictures.of(batches(), real.space, total=count, desc="generating images")
     facts = {
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
+        "weights": source.weights,
         **sampler_facts(sampler),
         **guidance_facts(guided, args),
         "seed": args.seed,

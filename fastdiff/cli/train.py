@@ -182,7 +182,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="compute activations again in the backward pass: less memory, more time",
+        help="compute activations again in the backward pass, by PyTorch's own operations: less "
+        "memory, more time",
     )
     how.add_argument(
         "--channels-last", action=switch, default=True, help="channels_last memory format"

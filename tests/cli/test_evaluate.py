@@ -34,6 +34,7 @@ def test_json_holds_the_figures(run: Callable, words: tuple, digits_run: Path) -
     assert isinstance(facts.pop("isa"), str)
     assert facts == {
         "checkpoint": str(checkpoint.newest(digits_run)),
+        "weights": "ema-0.999",
         "sampler": "ddpm",
         "steps": 2,
         "guidance": 1.0,
