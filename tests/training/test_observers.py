@@ -88,8 +88,8 @@ def test_an_observer_is_told_of_everything_in_order(make_trainer, images, tmp_pa
 def test_a_record_has_what_the_step_computed_and_took(make_trainer, monkeypatch):
     """Reading the images is made to take 30 of at least 30 ms."""
     trainer, seen = make_trainer(steps=1), Recorder()
-    draw = trainer.draw
-    monkeypatch.setattr(trainer, "draw", lambda step: (time.sleep(0.03), draw(step))[1])
+    read = trainer.batch
+    monkeypatch.setattr(trainer, "batch", lambda draws: (time.sleep(0.03), read(draws))[1])
     trainer.run(progress=False, observers=[seen])
     (record,) = seen.records
     assert set(record.values) == {"loss", "lr", "gradient_norm"}
@@ -100,12 +100,6 @@ def test_a_record_has_what_the_step_computed_and_took(make_trainer, monkeypatch)
     assert record.speed["data_wait_share"] == pytest.approx(record.waited / record.seconds)
     assert 0.01 < record.speed["memory_gib"] < 1000
     assert "device_memory_gib" not in record.speed
-
-
-def test_the_norm_of_the_gradient_is_unknown_without_clipping(make_trainer):
-    seen = Recorder()
-    make_trainer(steps=1, grad_clip=0).run(progress=False, observers=[seen])
-    assert set(seen.records[0].values) == {"loss", "lr"}
 
 
 def test_grids_are_drawn_only_for_one_who_looks(make_trainer):
@@ -124,10 +118,12 @@ def test_grids_are_drawn_only_for_one_who_looks(make_trainer):
 
 def test_the_end_is_told_after_an_error(make_trainer):
     trainer, seen = make_trainer(), Recorder()
-    trainer.loss = lambda *args: trainer.model.conv_in.weight.sum() * torch.nan
+    weight = trainer.model.conv_in.weight
+    trainer.losses = lambda batch: weight.sum().expand(len(batch.x0)) * torch.nan
     with pytest.raises(ValueError, match="loss is nan"):
         trainer.run(progress=False, observers=[seen])
-    assert seen.told == ["begin 0", "end"]
+    assert seen.told == ["begin 0", "step 1", "end"]
+    assert seen.records[0].refusal is not None
 
 
 def test_a_foreign_observer_never_ends_a_run_and_is_dropped(make_trainer):

@@ -22,7 +22,7 @@ from fastdiff.training import Trainer, TrainingOptions
 from fastdiff.training.run_report import ReportWriter, RunRecord, page, write
 from fastdiff.training.run_report import report_writer as writer_module
 from fastdiff.training.run_report.line_chart import Chart, Line, linear_axis, log_axis, number, svg
-from fastdiff.training.run_report.series import Series, read_log, smoothed, thinned
+from fastdiff.training.run_report.series import Series, read_log, smoothed, thinned, window
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,15 +100,23 @@ def test_a_log_is_read_as_it_is(tmp_path):
     assert read_log(tmp_path / "none") == {}
 
 
-def test_smoothing_is_a_mean_of_the_last_values():
+def test_smoothing_is_a_mean_of_values_on_both_sides():
     values = np.random.default_rng(0).normal(1e6, 1.0, 400)
     series = Series(np.arange(400.0), values)
-    mean, window = smoothed(series)
-    assert window == 10
-    for i in (0, 4, 9, 10, 399):
-        assert mean.values[i] == pytest.approx(values[max(0, i - 9) : i + 1].mean(), rel=1e-12)
-    assert smoothed(Series(series.steps[:79], values[:79]))[1] == 1
-    assert smoothed(Series(np.arange(10.0**5), np.ones(10**5)))[1] == 1000
+    assert window(series) == 10
+    mean = smoothed(series).values
+    for i, first, end in ((0, 0, 1), (3, 0, 7), (5, 0, 11), (200, 195, 206), (399, 394, 400)):
+        assert mean[i] == pytest.approx(values[first:end].mean(), rel=1e-12)
+    assert window(Series(series.steps[:79], values[:79])) == 1
+    few = Series(series.steps[:79], values[:79])
+    assert smoothed(few) is few
+    assert window(Series(np.arange(10.0**5), np.ones(10**5))) == 1000
+
+
+def test_smoothing_does_not_lag():
+    """A straight line stays where it is, but for its last few values."""
+    line = Series(np.arange(400.0), np.linspace(1, 0, 400))
+    assert np.allclose(smoothed(line).values[:-5], line.values[:-5])
 
 
 def test_thinning_keeps_every_extreme_in_its_place():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastdiff.training.run_report.line_chart import Chart, Line
 from fastdiff.training.run_report.report_style import COLOURS
 from fastdiff.training.run_report.run_record import RunRecord
-from fastdiff.training.run_report.series import Series, smoothed
+from fastdiff.training.run_report.series import Series, smoothed, window
 
 GIB = 2.0**30
 PARTS = ("least noise", "second quarter", "third quarter", "most noise")
@@ -87,13 +87,14 @@ def _with_means(runs: Sequence[RunRecord], names: Sequence[str], name: str) -> l
         if name not in run.curves:
             continue
         series, colour = run.curves[name], k % COLOURS
-        mean, window = smoothed(series)
-        if window == 1:
+        count = window(series)
+        if count == 1:
             means.append(Line("each step" if len(runs) == 1 else label, series, colour))
             continue
         pale.append(Line("each step" if len(runs) == 1 else "", series, colour, faint=True))
-        of = f"mean of the last {window} steps"
-        means.append(Line(of if len(runs) == 1 else f"{label}, {of}", mean, colour))
+        of = f"mean over {count} steps"
+        text = of if len(runs) == 1 else f"{label}, {of}"
+        means.append(Line(text, smoothed(series), colour))
     return pale + means
 
 

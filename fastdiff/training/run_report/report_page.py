@@ -17,7 +17,7 @@ from fastdiff.training.run_report.line_chart import Chart, svg
 from fastdiff.training.run_report.report_charts import GIB, charts
 from fastdiff.training.run_report.report_style import SCRIPT, STYLE
 from fastdiff.training.run_report.run_record import RunRecord
-from fastdiff.training.run_report.series import Series, smoothed
+from fastdiff.training.run_report.series import Series, window
 
 MOST_GRIDS = 24  # of a run
 MOST_GRID_BYTES = 4_000_000  # of a run's grids together, as files
@@ -123,9 +123,9 @@ def _numbers_of(run: RunRecord) -> dict[str, tuple[str, str]]:
     found = {"steps": (f"{run.last_step:,}", f"of {wanted:,}" if isinstance(wanted, int) else "")}
     loss, validation = curves.get("loss", empty), curves.get("validation_loss", empty)
     if len(loss):
-        mean, window = smoothed(loss)
-        of = f"mean of the last {window} steps" if window > 1 else "of the last step"
-        found["training loss"] = (f"{mean.values[-1]:.4g}", of)
+        count = window(loss)
+        of = f"mean of the last {count} steps" if count > 1 else "of the last step"
+        found["training loss"] = (f"{loss.values[-count:].mean():.4g}", of)
     if len(validation):
         best = int(validation.values.argmin())
         where = f"least {validation.values[best]:.4g} at step {int(validation.steps[best]):,}"

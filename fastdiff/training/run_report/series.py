@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 BUCKETS = 500  # of a thinned curve: about one for each pixel of a chart's width
-SMOOTHED_SHARE = 40  # a smoothed value is the mean of this part of all values ...
+SMOOTHED_SHARE = 40  # a smoothed value is the mean of one in so many of all values ...
 LONGEST_MEAN = 1000  # ... but of no more than this many
 
 
@@ -60,21 +60,27 @@ def read_log(path: Path) -> dict[str, Series]:
     return {name: _finite(np.array(s), np.array(v)) for name, (s, v) in columns.items()}
 
 
-def smoothed(series: Series) -> tuple[Series, int]:
-    """Means of the last W values, and W, which is 1 for a series too short to be smoothed.
+def window(series: Series) -> int:
+    """The number of values W that a smoothed curve takes means of; 1 for no smoothing."""
+    return max(1, min(LONGEST_MEAN, len(series) // SMOOTHED_SHARE))
 
-    The first values have fewer before them and are means of those.
+
+def smoothed(series: Series) -> Series:
+    """Means over about W values, half of them before and half after the step.
+
+    A mean of the values before alone would lag behind a falling curve. Near the first step the mean
+    is of fewer values, as many before the step as after it; near the last step of those there are.
     """
-    window = min(LONGEST_MEAN, len(series) // SMOOTHED_SHARE)
-    if window < 2:
-        return series, 1
+    half, count = window(series) // 2, len(series)
+    if half == 0:
+        return series
     # The mean is subtracted first, so that the sums stay small and lose few digits.
     middle = series.values.mean()
     sums = np.concatenate([[0.0], np.cumsum(series.values - middle)])
-    last = np.arange(1, len(series) + 1)
-    first = np.maximum(0, last - window)
-    means = (sums[last] - sums[first]) / (last - first) + middle
-    return Series(series.steps, means), window
+    at = np.arange(count)
+    reach = np.minimum(half, at)
+    first, end = at - reach, np.minimum(count, at + reach + 1)
+    return Series(series.steps, (sums[end] - sums[first]) / (end - first) + middle)
 
 
 def thinned(series: Series, buckets: int = BUCKETS) -> Series:
