@@ -26,7 +26,7 @@ HELP = (
 
 
 def add_source_arguments(group: argparse._ActionsContainer) -> None:
-    """Add what is read and how, but not --data and not what :func:`add_arguments` adds."""
+    """Add what is trained on and how it is read, but not --data and :func:`add_arguments`'s."""
     group.add_argument(
         "--split", default="train", help="of data that have splits: train, test or as they name it"
     )
@@ -38,10 +38,15 @@ def add_source_arguments(group: argparse._ActionsContainer) -> None:
         "place, drawn anew each time",
     )
     group.add_argument(
-        "--resize", choices=tuple(FILTERS), default="bicubic", help="filter that brings to size"
-    )
-    group.add_argument(
         "--latent-scale", type=float, default=1.0, help="factor of latents, for example 0.18215"
+    )
+    add_reading_arguments(group)
+
+
+def add_reading_arguments(group: argparse._ActionsContainer) -> None:
+    """Add how images of any data are read: --resize, the columns, --cache and --workers."""
+    group.add_argument(
+        "--resize", choices=tuple(FILTERS), default="bicubic", help="filter that brings to size"
     )
     group.add_argument("--image-column", help="of a table: the column of the images")
     group.add_argument("--label-column", help="of a table: the column of the labels")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli import evaluate_against, machine_options, sampler_options
+from fastdiff.cli import evaluate_against, machine_options, reference_options, sampler_options
 from fastdiff.cli.machine_options import machine, machine_facts
 from fastdiff.cli.output import print_json
 from fastdiff.cli.parsing import (
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         if args.bits is not None:
             raise InputError("--bits is for the digits' own measures, without --against")
         return evaluate_against.run(args)
-    evaluate_against.check_unused(args)
+    reference_options.check_unused(args)
     with machine(args) as device:
         source = checkpoint.load(args.checkpoint, args.weights)
         source.model.to(device)

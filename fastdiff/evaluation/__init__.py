@@ -16,6 +16,7 @@ from fastdiff.evaluation.distances import (
     nearest_distances,
 )
 from fastdiff.evaluation.drawing import balanced_labels, draw_in_batches, labels_like
+from fastdiff.evaluation.inception import Inception
 from fastdiff.evaluation.manifolds import Manifold
 from fastdiff.evaluation.pictures import Pictures, thumbnails
 from fastdiff.evaluation.principal_components import PrincipalComponents
@@ -26,6 +27,7 @@ __all__ = [
     "Evaluation",
     "Figures",
     "Gaussian",
+    "Inception",
     "Manifold",
     "Pictures",
     "PrincipalComponents",

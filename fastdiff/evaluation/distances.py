@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,40 +20,49 @@ class Gaussian:
 
     Attributes:
         mean: float64 [D].
-        cov: float64 [D, D].
+        factor: float64 [R, D], whose ``factor.T @ factor`` is the covariance.
     """
 
     mean: np.ndarray
-    cov: np.ndarray
+    factor: np.ndarray
 
     @classmethod
     def of(cls, features: np.ndarray) -> Gaussian:
         """The sample mean and the unbiased sample covariance of features [N, D], N at least 2."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features must be [N, D] with N >= 2, got {features.shape}")
-        wide = features.astype(np.float64, copy=False)
-        return cls(wide.mean(0), np.atleast_2d(np.cov(wide, rowvar=False)))
+        mean = features.mean(0, dtype=np.float64)
+        gaps = (features - mean) / np.sqrt(len(features) - 1)
+        # Fewer features than dimensions are a factor themselves, and so make all products small.
+        if len(gaps) > len(mean):
+            gaps = np.asarray(np.linalg.qr(gaps, mode="r"))
+        return cls(mean, gaps)
 
-    @cached_property
-    def root(self) -> np.ndarray:
-        """The symmetric square root of the covariance."""
-        values, vectors = np.linalg.eigh(self.cov)
-        root: np.ndarray = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-        return root
+    @classmethod
+    def of_moments(cls, mean: np.ndarray, cov: np.ndarray) -> Gaussian:
+        """The Gaussian of a mean [D] and a covariance [D, D]."""
+        values, vectors = np.linalg.eigh(cov.astype(np.float64))
+        return cls(mean.astype(np.float64), np.sqrt(values.clip(min=0))[:, None] * vectors.T)
+
+    @property
+    def cov(self) -> np.ndarray:
+        """The covariance, float64 [D, D]."""
+        cov: np.ndarray = self.factor.T @ self.factor
+        return cov
 
     def frechet(self, other: Gaussian) -> float:
         """Squared Frechet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)).
 
-        Equation 6 of Heusel et al. 2017, arXiv:1706.08500 (Dowson & Landau 1982). The root of this
-        Gaussian's covariance is kept for further distances.
+        Equation 6 of Heusel et al. 2017, arXiv:1706.08500 (Dowson & Landau 1982).
         """
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"features have {len(self.mean)} and {len(other.mean)} dimensions")
-        # (C_x C_y)^(1/2) has the eigenvalues of the symmetric (C_x^(1/2) C_y C_x^(1/2))^(1/2).
-        product = self.root @ other.cov @ self.root
-        cross = np.sqrt(np.linalg.eigvalsh(product).clip(min=0)).sum()
+        # With C_x = A'A and C_y = B'B the eigenvalues of (C_x C_y)^(1/2) are the singular values of
+        # AB'. So nothing is squared, of which a root would have to be taken again.
+        cross = np.linalg.svd(self.factor @ other.factor.T, compute_uv=False).sum()
         gap = self.mean - other.mean
-        return float(gap @ gap + np.trace(self.cov) + np.trace(other.cov) - 2 * cross)
+        traces = np.square(self.factor).sum() + np.square(other.factor).sum()
+        return float(gap @ gap + traces - 2 * cross)
 
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:

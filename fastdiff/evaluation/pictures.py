@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from fastdiff.common.errors import DataError, InputError
 from fastdiff.common.progress import progress_bar
-from fastdiff.data.datasets import ImageSet
 from fastdiff.data.image_grid import to_uint8
+from fastdiff.data.training_images import TrainingImages
 
 THUMBNAIL = 32  # largest height and width of the copies that are kept
 BATCH = 64  # images whose features are computed at once
@@ -93,10 +93,15 @@ def thumbnails(images: Tensor) -> Tensor:
     return small.round().to(torch.uint8) if images.dtype == torch.uint8 else small
 
 
-def pixel_batches(images: ImageSet) -> Iterator[Tensor]:
-    """The images of a set in order, uint8 [B, C, S, S]."""
-    for part in images.images.split(BATCH):
-        yield part if part.dtype == torch.uint8 else as_pixels(part)
+def pixel_batches(images: TrainingImages) -> Iterator[Tensor]:
+    """The images of a set in order, uint8 [B, C, S, S], read ahead where that pays."""
+    batches = torch.arange(len(images), device="cpu").split(BATCH)
+    for later in batches[: images.ahead]:
+        images.prefetch(later)
+    for place, indices in enumerate(batches):
+        for later in batches[place + images.ahead :][: min(1, images.ahead)]:
+            images.prefetch(later)
+        yield as_pixels(images.read(indices)[0])
 
 
 def as_pixels(images: Tensor) -> Tensor:

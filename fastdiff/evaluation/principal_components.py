@@ -26,16 +26,17 @@ class PrincipalComponents:
         images: real images, [N, C, S, S], float in [-1, 1] or uint8, N at least 33.
 
     Attributes:
+        description: what the features are, in words.
         explained: share of the images' variance in the components.
     """
+
+    description = f"{COMPONENTS} principal components of the reference"
 
     def __init__(self, images: Tensor) -> None:
         if len(images) <= COMPONENTS:
             raise ValueError(f"wanted more than {COMPONENTS} images, got {len(images)}")
-        parts = images.split(_ROWS)
-        self.mean = sum(_flat(part).sum(0) for part in parts) / len(images)
-        scatter = sum(gap.T @ gap for gap in (_flat(part) - self.mean for part in parts))
-        values, vectors = np.linalg.eigh(scatter / (len(images) - 1))
+        self.mean = sum(_flat(part).sum(0) for part in images.split(_ROWS)) / len(images)
+        values, vectors = self._components(images)
         top = slice(-1, -COMPONENTS - 1, -1)
         if not (values[top] > 1e-9 * values[-1]).all():
             raise ValueError(
@@ -44,6 +45,14 @@ class PrincipalComponents:
             )
         self.projection = vectors[:, top] / np.sqrt(values[top])
         self.explained = float(values[top].sum() / values.sum())
+
+    def _components(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Variances [R], ascending, and directions [D, R] of the principal components."""
+        if len(images) < len(self.mean):  # the smaller of the two problems
+            _, roots, directions = np.linalg.svd(_flat(images) - self.mean, full_matrices=False)
+            return roots[::-1] ** 2 / (len(images) - 1), directions[::-1].T
+        gaps = (_flat(part) - self.mean for part in images.split(_ROWS))
+        return np.linalg.eigh(sum(gap.T @ gap for gap in gaps) / (len(images) - 1))
 
     def __call__(self, images: Tensor) -> np.ndarray:
         """Features float64 [N, 32] of images [N, C, S, S], of the dtype and shape of the real."""

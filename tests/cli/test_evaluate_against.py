@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_calls import TINY
 from PIL import Image
 
 from fastdiff.checkpoints import checkpoint
+from fastdiff.cli import reference_options
 
 QUICK = ("--steps", 2, "--threads", 1)
 
@@ -116,6 +118,98 @@ def test_classes_come_in_the_proportions_of_the_reference(
     assert "model's 2 classes (cat, dog), got 2 (emu, fox)" in refused.err
 
 
+class Projection:
+    """In the place of the network: 64 fixed directions, so that no weights are needed."""
+
+    def __init__(self, path: Path, *, resize: str, device: object) -> None:
+        self.description = f"{path.name}, {resize}"
+
+    def __call__(self, pixels: torch.Tensor) -> np.ndarray:
+        directions = np.random.default_rng(0).standard_normal((3 * 64, 64))
+        return (pixels.expand(-1, 3, -1, -1).flatten(1).numpy() / 255 @ directions).astype("f4")
+
+
+def numbers(facts: dict) -> dict:
+    return {name: value for name, value in facts.items() if isinstance(value, (int, float))}
+
+
+@pytest.fixture
+def inception(monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    monkeypatch.setattr(reference_options, "Inception", Projection)
+    monkeypatch.setattr(reference_options, "FEATURES", 64)
+    return ("--threads", 1, "--features", "inception:some/weights.pth")
+
+
+def test_features_are_saved_and_read(
+    run: Callable, tmp_path: Path, inception: tuple, real: Path, unseen: Path
+) -> None:
+    saved = tmp_path / "saved.npz"
+    words = ("eval", "--images", unseen, *inception, "--json", "--against")
+    ran = run(*words, real, "--save-features", saved)
+    assert ran.code == 0, ran.err
+    first = ran.json
+    assert first["features"] == "weights.pth, tf"
+    assert "a FID of 12 images is too large" in ran.err
+    again = run(*words, saved).json
+    assert (first["against"], again["against"]) == (str(real), str(saved))
+    assert numbers(again) == pytest.approx(numbers(first), rel=1e-6)
+    other = run(*words, saved, "--inception-resize", "clean")
+    assert "saved.npz has weights.pth, tf, wanted weights.pth, clean" in other.last
+    table = run(*(word for word in words if word != "--json"), saved).out.splitlines()
+    assert [row.split()[0] for row in table[2:4]] == ["FID", "KID"]
+
+
+def test_saved_features_keep_the_classes(
+    run: Callable, tmp_path: Path, inception: tuple, real: Path
+) -> None:
+    saved, out = tmp_path / "saved.npz", tmp_path / "run"
+    assert run("train", "--data", real, "--out", out, *TINY, "--steps", 1).code == 0
+    words = ("eval", "--checkpoint", out, *inception, "--steps", 2, "--json", "--against")
+    first = run(*words, real, "--save-features", saved).json
+    again = run(*words, saved).json
+    assert first["labels"] == again["labels"] == "reference"
+    assert again["frechet"] == pytest.approx(first["frechet"], rel=1e-6)
+
+
+def test_published_references(
+    run: Callable, tmp_path: Path, inception: tuple, real: Path, unseen: Path
+) -> None:
+    """Statistics tell the FID alone; a batch of images is a reference like a folder of them."""
+    words = ("eval", "--images", unseen, "--threads", 1, "--json", "--against")
+    saved, batch = tmp_path / "saved.npz", tmp_path / "batch.npz"
+    whole = run(*words, real, *inception, "--save-features", saved).json
+    with np.load(saved) as arrays:
+        np.savez(tmp_path / "statistics.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+        np.savez(tmp_path / "few.npz", mu=arrays["mu"][:9], sigma=arrays["sigma"][:9, :9])
+    known = run(*words, tmp_path / "statistics.npz", *inception).json
+    assert known["frechet"] == pytest.approx(whole["frechet"], rel=1e-6)
+    assert known["reference_images"] is known["kid"] is known["nearest_min"] is None
+    text = run(*(w for w in words if w != "--json"), tmp_path / "statistics.npz", *inception).out
+    assert "against statistics, in weights.pth, tf" in text
+    assert "precision" not in text
+    np.savez(
+        batch, np.stack([np.asarray(Image.open(file)) for file in sorted(real.rglob("*.png"))])
+    )
+    for chosen in (inception, ()):
+        given, read = (run(*words, source, *chosen).json for source in (batch, real))
+        assert numbers(given) == pytest.approx(numbers(read), rel=1e-6)
+    np.savez(tmp_path / "large.npz", np.zeros((40, 9, 9, 3), np.uint8))
+    for source, options, part in (
+        ("statistics.npz", (), "holds features and no images: say --features inception:PATH"),
+        ("few.npz", inception, "must have statistics of 64 features, got 9"),
+        ("large.npz", (), "images of 3 channels, 9x9 pixels; wanted 3 channels, 8x8 pixels"),
+        ("statistics.npz", (*inception, "--save-features", tmp_path / "b.npz"), "statistics alone"),
+        ("batch.npz", (*inception, "--save-features", tmp_path / "b"), "must end in .npz"),
+        ("batch.npz", ("--save-features", tmp_path / "b.npz"), "--features inception:PATH"),
+        ("batch.npz", ("--inception-resize", "clean"), "--features inception:PATH"),
+        ("batch.npz", ("--held-out", tmp_path / "statistics.npz"), "--held-out wants images"),
+        ("batch.npz", ("--features", "clip"), "must be pca or inception:PATH, got 'clip'"),
+    ):
+        ran = run(*words, tmp_path / source, *options)
+        assert ran.code == 2, source
+        assert part in ran.last, source
+
+
 def test_what_cannot_be_compared(
     run: Callable, tmp_path: Path, plain_run: Path, digits_run: Path, real: Path
 ) -> None:
@@ -136,6 +230,7 @@ def test_what_cannot_be_compared(
         ((*model, "--against", real, "--bits", 2), "--bits is for the digits' own measures"),
         ((*model, "--held-out", real), "--held-out needs --against"),
         (("--images", real), "--images needs --against"),
+        ((*model, "--features", "inception:a.pth"), "--features needs --against"),
         ((*model, "--images", real), "not allowed with argument"),
         (
             ("--images", mixed, "--against", real),

@@ -92,12 +92,26 @@ def test_nothing_of_scipy_is_needed_for_the_distance(monkeypatch):
 
 def test_a_gaussian_is_that_of_its_features():
     x, y = (np.random.default_rng(i).standard_normal((40, 6)) for i in (0, 1))
-    known = Gaussian(y.mean(0), np.cov(y.T))
+    known = Gaussian.of_moments(y.mean(0), np.cov(y.T))
+    np.testing.assert_allclose(known.cov, np.cov(y.T), atol=1e-12)
     assert known.frechet(Gaussian.of(x)) == pytest.approx(frechet_distance(x, y), rel=1e-9)
     narrow = Gaussian.of(x.astype(np.float32))
     assert narrow.cov.dtype == np.float64
+    np.testing.assert_allclose(narrow.cov, np.cov(x.T), atol=1e-6)
     with pytest.raises(ValueError, match="features have 6 and 5 dimensions"):
         known.frechet(Gaussian.of(x[:, :5]))
+
+
+def test_fewer_features_than_dimensions():
+    """Against eigenvalues of the product of the covariances, which are singular."""
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((7, 20)), rng.standard_normal((31, 20)) + 1
+    cov_x, cov_y = np.cov(x.T), np.cov(y.T)
+    root = np.sqrt(np.linalg.eigvals(cov_x @ cov_y).astype(complex)).real.sum()
+    gap = x.mean(0) - y.mean(0)
+    wanted = gap @ gap + np.trace(cov_x) + np.trace(cov_y) - 2 * root
+    assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-6)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
 
 
 # The kernel distance.
