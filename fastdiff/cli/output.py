@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from typing import Any
 
@@ -43,8 +43,9 @@ def standard_output(own: bool) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Print a line for the user on standard error."""
-    print(text, file=sys.stderr)
+    """Print a line for the user on standard error; if its terminal is closed, drop the line."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

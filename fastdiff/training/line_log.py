@@ -7,6 +7,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ WAITING = 100_000  # lines that wait at most for a disk that is full; older ones
 class LineLog:
     """Appends entries to a log; what cannot be written is kept, and written with a later entry.
 
-    Lines of an interrupted run for steps after ``finished_steps`` are removed first. If that is
-    impossible, nothing is written.
+    Lines of an interrupted run for steps after ``finished_steps`` are removed first. As long as
+    that is impossible, nothing is written.
 
     Args:
         path: the file.
@@ -33,21 +34,14 @@ class LineLog:
     def __init__(self, path: Path, finished_steps: int) -> None:
         self.path = path
         self._waiting: deque[bytes] = deque(maxlen=WAITING)
-        self._uncut: OSError | None = None
-        partial = path.with_suffix(".partial")
+        self._to_cut: int | None = finished_steps  # the step, until the log is cut to it
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text("\n", encoding="utf-8")  # fails if the disk is full
+            self._partial.write_text("\n", encoding="utf-8")  # fails if the disk is full
         except OSError as error:
             raise _unwritable(path, error) from None
-        try:
-            kept = _lines_up_to(path, finished_steps)
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            flush(partial)  # else a power loss could leave neither the old lines nor the new
-            os.replace(partial, path)
-        except OSError as error:
-            self._uncut = error
-            partial.unlink(missing_ok=True)
+        with suppress(OSError):  # tried again, and told of, when there is something to write
+            self._cut()
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Append an entry, whose ``step`` is greater than that of the entry before.
@@ -65,8 +59,7 @@ class LineLog:
             flushed: also wait until all is on the disk.
         """
         try:
-            if self._uncut is not None:
-                raise self._uncut
+            self._cut()
             if self._waiting:
                 _append(self.path, b"".join(self._waiting))
                 self._waiting.clear()
@@ -74,6 +67,24 @@ class LineLog:
                 flush(self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from None
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_suffix(".partial")
+
+    def _cut(self) -> None:
+        """Remove the lines of later steps, unless they are removed already."""
+        if self._to_cut is None:
+            return
+        try:
+            kept = _lines_up_to(self.path, self._to_cut)
+            self._partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            flush(self._partial)  # else a power loss could leave neither the old lines nor the new
+            os.replace(self._partial, self.path)
+        except OSError:
+            self._partial.unlink(missing_ok=True)
+            raise
+        self._to_cut = None
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:

@@ -47,8 +47,9 @@ class StepRecord:
         memory: largest resident memory of this process so far, in bytes.
         device_memory: largest memory allocated on the model's device, in bytes; None on a CPU.
         refusal: of a step that updated nothing, as its loss or gradient is not finite or its loss
-            is too high: the reason, ``fault``, and the numbers of the ``images`` to blame. Such a
-            step may be the last, not finished. None for other steps.
+            is too high: the reason, ``fault``, and the numbers of the ``images`` to blame with
+            their ``places``, such as files. Such a step may be the last, not finished. None for
+            other steps.
     """
 
     step: int

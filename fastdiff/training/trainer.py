@@ -94,7 +94,7 @@ class Trainer:
         finished_steps: number of steps done, those that were left out included.
         guard: judges losses and gradients, and counts the steps that were left out.
         refusal: of the last step, if it updated nothing: the reason, ``fault``, and the numbers of
-            the ``images`` to blame; else None.
+            the ``images`` to blame with their ``places``; else None.
         gradient_norm: of the last step, before clipping; None if it was not computed.
         waited: seconds in which the last step waited for its images.
 
@@ -330,8 +330,9 @@ class Trainer:
         indices: list[int] = draws.indices.tolist()
         each = zip(indices, losses.tolist(), strict=True)
         blamed = [index for index, loss in each if fault.blames(loss)] or indices
-        self.refusal = {"fault": fault.reason, "images": blamed}
-        self.guard.refuse(step + 1, fault, [self.data.place(index) for index in blamed])
+        places = [self.data.place(index) for index in blamed]
+        self.refusal = {"fault": fault.reason, "images": blamed, "places": places}
+        self.guard.refuse(step + 1, fault, places)
 
     def _dropout(self, step: int, first: int) -> AbstractContextManager[None]:
         """Torch's generators for the dropout of the part of a batch that begins at ``first``."""

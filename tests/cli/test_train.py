@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from cli_calls import TINY
+from cli_calls import TINY, call
 from PIL import Image
 
 from fastdiff import training
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data import digits
 from fastdiff.ops.backend import current
+from fastdiff.training.run_lock import run_lock
 
 DIGITS = ("train", "--data", "digits", *TINY)
 
@@ -190,6 +193,61 @@ def test_sigterm_does_the_same(
     assert ran.code == 128 + signal.SIGTERM
     assert checkpoint.newest(tmp_path / "run") == checkpoint.step_folder(tmp_path / "run", 2)
     assert handlers == [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+
+
+class ClosedTerminal(io.StringIO):
+    """What is left of a terminal whose window is closed."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    flush = fileno = write  # type: ignore[assignment]
+
+
+def test_a_closed_terminal_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = training.Trainer.step
+
+    def step_and_hang_up(trainer: training.Trainer) -> float:
+        if trainer.finished_steps == 2:
+            monkeypatch.setattr(sys, "stderr", ClosedTerminal())
+            signal.raise_signal(signal.SIGHUP)
+        return step(trainer)
+
+    monkeypatch.setattr(training.Trainer, "step", step_and_hang_up)
+    assert call(*DIGITS, "--out", tmp_path / "run", "--steps", 6) == 128 + signal.SIGHUP
+    assert checkpoint.newest(tmp_path / "run") == checkpoint.step_folder(tmp_path / "run", 3)
+
+
+def test_a_folder_in_use_is_refused(run: Callable, copied_run: Path) -> None:
+    refused = []
+
+    def in_another_thread() -> None:
+        refused.append(run("train", "--resume", "--out", copied_run, "--steps", 8))
+
+    with run_lock(copied_run):
+        thread = threading.Thread(target=in_another_thread)
+        thread.start()
+        thread.join()
+    assert refused[0].code == 2
+    assert f"{copied_run} is in use: process {os.getpid()} on" in refused[0].last
+    assert run("train", "--resume", "--out", copied_run, "--steps", 8).code == 0
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(
+    run: Callable, copied_run: Path
+) -> None:
+    path = checkpoint.newest(copied_run) / checkpoint.STATE
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"state\.safetensors is damaged.* from step-00000003"):
+        ran = run("train", "--resume", "--out", copied_run)
+    assert ran.code == 0
+    assert "steps 3..6" in ran.err
+    assert [entry["step"] for entry in losses(copied_run)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -1,6 +1,6 @@
 """A soak of training: a run is interrupted again and again, and must end as if it had not been.
 
-    python -m tools.soak --minutes 10 --kills 50 [--ranks 2] [--seed 0] [--out FOLDER]
+    python -m tools.soak --minutes 10 --kills 50 --ranks 2 --workers 1 [--seed 0] [--out FOLDER]
 
 A small network is trained on a folder of images, first without interruption. Then the same run is
 killed by kill -9 at random moments, and now and then ended by SIGTERM, deprived of space on its

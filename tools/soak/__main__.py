@@ -65,9 +65,10 @@ class Soak:
 
     def _run_with_interruptions(self, out: Path, wanted: int, until: float) -> None:
         """One run from its beginning to its end."""
-        step = 0
+        step, filled = 0, False
         while self.kills < wanted and time.monotonic() < until and step < self.command.steps:
             interruption = self._choose()
+            filled |= interruption is interruptions.fill_disk
             run = Run(self.command, out)
             moment = self.chance.uniform(0, self._span)
             try:
@@ -81,16 +82,16 @@ class Soak:
                 if run.process.poll() is None:
                     run.kill()
             self.kills += interruption.__name__.startswith("kill")
-        self._finish(out)
+        self._finish(out, all_kept=not filled)
 
-    def _finish(self, out: Path) -> None:
+    def _finish(self, out: Path, *, all_kept: bool) -> None:
         """Let a run go on to its end, and compare it with the one without interruption."""
         try:
             run = Run(self.command, out)
             code = run.ended(600)
             if code != 0:
                 raise FailedError(f"exit code {code}: {run.notes()[-2000:]}")
-            check_end(out, self.whole)
+            check_end(out, self.whole, all_kept=all_kept)
         except FailedError as failure:
             self._tell("end", f"in {out}: {failure}", good=False)
             return
@@ -98,10 +99,9 @@ class Soak:
         shutil.rmtree(out)
 
     def _choose(self) -> Interruption:
-        several = self.command.ranks > 1
         kinds: dict[Interruption, int] = {
-            interruptions.kill: 8 if several else 14,
-            interruptions.kill_one: 6 if several else 0,
+            interruptions.kill: 8,
+            interruptions.kill_one: 6,
             interruptions.terminate: 2,
             interruptions.fill_disk: 1,
             interruptions.intrude: 1,
@@ -120,7 +120,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10, help="after which no run is begun")
     parser.add_argument("--kills", type=int, default=50, help="how often to kill -9")
     parser.add_argument("--steps", type=int, default=300, help="of each run")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a run")
+    parser.add_argument("--ranks", type=int, default=2, help="processes that train")
+    parser.add_argument("--workers", type=int, default=1, help="that read images for each of them")
     parser.add_argument("--seed", type=int, default=0, help="of what happens when")
     parser.add_argument("--out", type=Path, help="folder to work in, which must not exist")
     parser.add_argument("extra", nargs="*", help="options of fastdiff train, after --")
@@ -130,7 +131,8 @@ def main(words: list[str] | None = None) -> int:
         folder = Path(temporary) if args.out is None else args.out
         images = folder / "images"
         write_images(images)
-        soak = Soak(Command(images, args.steps, args.ranks, tuple(args.extra)), folder, args.seed)
+        command = Command(images, args.steps, args.ranks, args.workers, tuple(args.extra))
+        soak = Soak(command, folder, args.seed)
         soak.train_whole()
         soak.go_on(args.kills, until)
     print(f"{soak.passed} passed, {soak.failed} failed; kill -9: {soak.kills} times")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ OPTIONS = (
     "--image-size", "8", "--channels", "8,16", "--layers-per-block", "1", "--attention", "1",
     "--dropout", "0.1", "--batch-size", "8", "--warmup", "5", "--label-dropout", "0.1",
     "--save-every", "10", "--sample-every", "50", "--keep", "2", "--flip", "--threads", "1",
+    "--ema", "0.999,0.9", "--ema-std", "0.1", "--snapshots", "6",
 )  # fmt: skip
 
 
@@ -44,13 +45,16 @@ class Command:
     Attributes:
         images: folder of the images.
         steps: of the run.
-        ranks: number of processes; above 1 they are started by torchrun.
+        ranks: number of processes that train; above 1 they are started by torchrun.
+        workers: number of processes that read images for each of these; the images are then in no
+            cache.
         extra: further options of ``fastdiff train``.
     """
 
     images: Path
     steps: int
     ranks: int = 1
+    workers: int = 0
     extra: tuple[str, ...] = ()
 
     def words(self, out: Path) -> list[str]:
@@ -62,11 +66,13 @@ class Command:
         if checkpoint.newest(out) is not None:
             return [sys.executable, *launch, "train", "--out", str(out), "--resume"]
         given = ("--data", str(self.images), "--steps", str(self.steps), *OPTIONS, *self.extra)
+        if self.workers:
+            given += ("--cache", "0", "--workers", str(self.workers))
         return [sys.executable, *launch, "train", "--out", str(out), *given]
 
 
 class Run:
-    """The processes that work on a run, in a process group of their own.
+    """The processes that work on a run: a first one, and what it has started.
 
     Args:
         command: how to start them.
@@ -76,6 +82,7 @@ class Run:
     def __init__(self, command: Command, out: Path) -> None:
         self.out = out
         self._notes = out.with_suffix(".stderr")
+        self._ranks = command.ranks
         before = self._lines()
         with self._notes.open("wb") as notes:
             self.process = subprocess.Popen(
@@ -109,34 +116,43 @@ class Run:
         """Wait some time, or until the run ends."""
         self.wait_until(lambda: False, seconds)
 
-    def workers(self) -> list[int]:
-        """The processes that train: those that torchrun has started, or the only one."""
-        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        children = [int(pid) for pid in listed.read_text(encoding="utf-8").split()]
-        return children or [self.process.pid]
+    def training(self) -> list[int]:
+        """The processes that train: the first one, or those that it has started as torchrun."""
+        return [self.process.pid] if self._ranks == 1 else children(self.process.pid)
+
+    def all(self) -> list[int]:
+        """All processes, torchrun and those that read images included."""
+        found = [self.process.pid]
+        for pid in found:
+            found += children(pid)
+        return found
 
     def limit_files(self, size: int) -> None:
         """Let the processes write no file beyond a size, as if the disk were full; -1 for any."""
-        for pid in self.workers():
-            hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
+        for pid in self.training():
+            with suppress(ProcessLookupError):
+                hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
 
     @contextmanager
     def halted(self) -> Iterator[None]:
         """For a ``with`` block, the processes stand still."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGSTOP)
+        halted = self.all()
+        send(halted, signal.SIGSTOP)
         try:
             yield
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGCONT)
+            send(halted, signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill -9 all processes."""
-        with suppress(ProcessLookupError):  # they have ended
-            os.killpg(self.process.pid, signal.SIGKILL)
+        doomed = self.all()
+        send(doomed, signal.SIGSTOP)  # so that none starts another meanwhile
+        doomed += [pid for pid in self.all() if pid not in doomed]
+        send(doomed, signal.SIGKILL)
         self.process.wait()
+        if not gone(doomed, WAIT):
+            raise RuntimeError(f"processes {doomed} survive SIGKILL")
 
     def ended(self, seconds: float = WAIT) -> int | None:
         """The exit code, or None if the run goes on after some time, which ends it."""
@@ -151,3 +167,38 @@ class Run:
             return (self.out / "losses.jsonl").read_text(encoding="utf-8").splitlines()
         except OSError:
             return []
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that still exist."""
+    found: list[int] = []
+    with suppress(OSError):  # it has ended
+        for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += map(int, listed.read_text(encoding="utf-8").split())
+    return found
+
+
+def send(pids: Iterable[int], which: signal.Signals) -> None:
+    """Send a signal to those of the processes that still exist."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, which)
+
+
+def gone(pids: Sequence[int], seconds: float) -> bool:
+    """Wait until processes have ended; False if one still runs after some time."""
+    until = time.monotonic() + seconds
+    while any(_lives(pid) for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(POLL)
+    return True
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that only waits for its parent to look at it does not."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] not in "ZX"

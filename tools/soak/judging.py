@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,22 @@ def check_progress(out: Path, whole: Path, before: int) -> int:
     return step
 
 
-def check_end(out: Path, whole: Path) -> None:
-    """Check a run that is done; FailedError unless it is the whole run, bit for bit."""
+def check_end(out: Path, whole: Path, *, all_kept: bool = True) -> None:
+    """Check a run that is done; FailedError unless it is the whole run, bit for bit.
+
+    Args:
+        out: its folder.
+        whole: the folder of the run without interruption.
+        all_kept: False for a run without those snapshots of averages that a full disk refused.
+    """
     ours, theirs = checkpoint.newest(out), checkpoint.newest(whole)
     if ours is None or theirs is None or ours.name != theirs.name:
         raise FailedError(f"the last checkpoint is {ours}, wanted that of {theirs}")
-    for name in (checkpoint.WEIGHTS, checkpoint.STATE):
-        found, wanted = load_file(ours / name), load_file(theirs / name)
-        if set(found) != set(wanted):
-            raise FailedError(f"{name} has other tensors")
-        differing = [key for key in wanted if not _same_bits(found[key], wanted[key])]
-        if differing:
-            raise FailedError(f"{len(differing)} of {len(wanted)} tensors of {name} differ")
+    _compare(ours, theirs, theirs.glob("*.safetensors"))
+    kept = [path for path in whole.glob("snapshots/*/*.safetensors")]
+    _compare(
+        out, whole, [path for path in kept if all_kept or (out / path.relative_to(whole)).exists()]
+    )
     facts = [_facts(folder / checkpoint.TRAINING) for folder in (ours, theirs)]
     if facts[0] != facts[1]:
         raise FailedError(f"{checkpoint.TRAINING} differs")
@@ -68,6 +73,20 @@ def check_end(out: Path, whole: Path) -> None:
     left = [path.name for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
     if left:
         raise FailedError(f"parts of checkpoints are left: {', '.join(left)}")
+
+
+def _compare(ours: Path, theirs: Path, files: Iterable[Path]) -> None:
+    """FailedError unless files of tensors in ``theirs`` are in ``ours`` too, with the same bits."""
+    for path in files:
+        name = path.relative_to(theirs)
+        if not (ours / name).exists():
+            raise FailedError(f"there is no {name}")
+        found, wanted = load_file(ours / name), load_file(path)
+        if set(found) != set(wanted):
+            raise FailedError(f"{name} has other tensors")
+        differing = [key for key in wanted if not _same_bits(found[key], wanted[key])]
+        if differing:
+            raise FailedError(f"{len(differing)} of {len(wanted)} tensors of {name} differ")
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
