@@ -31,11 +31,20 @@ from fastdiff.guidance.energies import (
 )
 from fastdiff.guidance.levels import denoised
 from fastdiff.guidance.mean_shift import condition_mean
+from fastdiff.guidance.measurements import (
+    Measured,
+    grey,
+    pixels,
+    posterior_sampling,
+    pseudoinverse_guided,
+    smaller,
+)
 from fastdiff.guidance.perturbed import perturbed_attention, smoothed_energy
 from fastdiff.guidance.scales import cfg_plus_plus, interval
 
 __all__ = [
-    "Linear", "LogProb", "Projected", "Rule", "adaptive_projected", "autoguided", "cfg_plus_plus",
-    "classifier_guided", "condition_mean", "denoised", "gradient_of", "guided_by_contrast",
-    "guided_score", "interval", "log_prob_of", "perturbed_attention", "smoothed_energy",
+    "Linear", "LogProb", "Measured", "Projected", "Rule", "adaptive_projected", "autoguided",
+    "cfg_plus_plus", "classifier_guided", "condition_mean", "denoised", "gradient_of", "grey",
+    "guided_by_contrast", "guided_score", "interval", "log_prob_of", "perturbed_attention",
+    "pixels", "posterior_sampling", "pseudoinverse_guided", "smaller", "smoothed_energy",
 ]  # fmt: skip

@@ -22,16 +22,18 @@ from fastdiff.sde.score import PARAMETRISATIONS, Score, prediction_fn, score_fn
 from fastdiff.sde.solvers.adaptive import solve_adaptive
 from fastdiff.sde.solvers.by_name import Sampled, Solver
 from fastdiff.sde.solvers.fixed_steps import solve, time_grid
+from fastdiff.sde.solvers.known_part import Known, known_grey, known_pixels
 from fastdiff.sde.solvers.langevin import annealed_langevin
 from fastdiff.sde.solvers.ode import solve_ode
 from fastdiff.sde.solvers.runge_kutta import Integrated, integrate
 
 __all__ = [
     "EDM", "PARAMETRISATIONS", "SDE", "VE", "VP", "CosineLogSNR", "DiscretizedSDE", "Integrated",
-    "Interpolated", "LearnedLogSNR", "Likelihood", "LinearLogSNR", "LogSNR", "Reverse", "Sampled",
-    "Score", "Solver", "Straight", "SubVP", "annealed_langevin", "bits_per_dim", "continuous",
-    "dequantize", "discretize", "integrate", "log_likelihood", "on_path", "prediction_fn",
-    "probability_flow", "reverse", "score_fn", "solve", "solve_adaptive", "solve_ode", "time_grid",
+    "Interpolated", "Known", "LearnedLogSNR", "Likelihood", "LinearLogSNR", "LogSNR", "Reverse",
+    "Sampled", "Score", "Solver", "Straight", "SubVP", "annealed_langevin", "bits_per_dim",
+    "continuous", "dequantize", "discretize", "integrate", "known_grey", "known_pixels",
+    "log_likelihood", "on_path", "prediction_fn", "probability_flow", "reverse", "score_fn",
+    "solve", "solve_adaptive", "solve_ode", "time_grid",
 ]  # fmt: skip
 
 _moved.attach(__name__)

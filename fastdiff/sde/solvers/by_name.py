@@ -16,6 +16,7 @@ from fastdiff.sde.score import Score
 from fastdiff.sde.solvers.adaptive import NORMS, solve_adaptive
 from fastdiff.sde.solvers.adaptive_schemes import SCHEMES
 from fastdiff.sde.solvers.fixed_steps import solve
+from fastdiff.sde.solvers.known_part import Known
 from fastdiff.sde.solvers.langevin import CORRECTORS, annealed_langevin
 from fastdiff.sde.solvers.ode import IndexedScore, score_of_rows, solve_ode
 from fastdiff.sde.solvers.predictors import METHODS as PREDICTORS
@@ -120,6 +121,7 @@ class Solver:
         x_T: Tensor,
         *,
         conditioned: bool = False,
+        known: Known | None = None,
         generator: torch.Generator | None = None,
         progress: bool | str = True,
     ) -> Sampled:
@@ -130,12 +132,18 @@ class Solver:
             x_T: noise of the prior, [N, ...], floating point.
             conditioned: whether the score takes a third argument, the numbers of its images in the
                 batch, see :func:`fastdiff.sde.solve_ode`.
+            known: a part of the images that is known, see ``solve``, whose methods take it.
             generator: source of the noise, None for PyTorch's global generator.
             progress: show a progress bar on standard error; with fixed steps a string names it.
 
         Raises:
+            ValueError: a known part with a method that has no fixed steps of its own.
             TypeError, ValueError, FloatingPointError, StuckError: those of the method's function.
         """
+        if known is not None and self.method not in PREDICTORS:
+            raise ValueError(
+                f"a known part is for {', '.join(PREDICTORS)}, {self.method} does not restore it"
+            )
         if self.method == "ode":
             options = dict(self.options)
             result = solve_ode(
@@ -158,15 +166,18 @@ class Solver:
             evaluations += 1
             return score_of_all(x, t)
 
-        x = self._by_steps(counted, x_T, {"generator": generator, "progress": progress})
+        x = self._by_steps(counted, x_T, {"generator": generator, "progress": progress}, known)
         return Sampled(x, torch.full((len(x_T),), evaluations, dtype=torch.int64, device="cpu"))
 
-    def _by_steps(self, score: Score, x_T: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _by_steps(
+        self, score: Score, x_T: Tensor, arguments: dict[str, Any], known: Known | None
+    ) -> Tensor:
         assert self.steps is not None
         if self.method != "annealed-langevin":
             return solve(
-                score, self.sde, x_T, self.steps, method=self.method, **arguments, **self.options
-            )
+                score, self.sde, x_T, self.steps, method=self.method, known=known, **arguments,
+                **self.options,
+            )  # fmt: skip
         sigmas = self._levels()
         step = LANGEVIN_STEP_SHARE * sigmas[-1].item() ** 2
         options = {"steps_each": LANGEVIN_STEPS_EACH, "step": step, **self.options}

@@ -9,6 +9,7 @@ from fastdiff.common.checks import wide_dtype
 from fastdiff.common.inputs import check_choice
 from fastdiff.sde.processes import EDM, SDE
 from fastdiff.sde.score import Score
+from fastdiff.sde.solvers.known_part import Known, check_known
 from fastdiff.sde.solvers.langevin import CORRECTORS, Level
 from fastdiff.sde.solvers.predictors import METHODS, Steps
 from fastdiff.sde.solvers.stepping import (
@@ -36,6 +37,7 @@ def solve(
     corrector_steps: int = 1,
     denoise: bool = True,
     start: float | None = None,
+    known: Known | None = None,
     generator: torch.Generator | None = None,
     check_finite: bool = False,
     progress: bool | str = True,
@@ -72,6 +74,8 @@ def solve(
             more evaluation; without it some noise is left (Jolicoeur-Martineau et al. 2021,
             arXiv:2105.14080).
         start: the time of x_T; None for the process's end.
+        known: a part of the images that is restored after each step and each corrector, with new
+            noise, and at the end without any: ``known_pixels`` or ``known_grey``.
         generator: source of all noise, None for PyTorch's global generator.
         check_finite: check every score, which waits for the device.
         progress: show a progress bar on standard error; a string is its label.
@@ -84,7 +88,7 @@ def solve(
             is no tensor.
         ValueError: an unknown method or corrector; a number of steps below 1, an snr that is not
             positive, an ``x_T`` without dimensions beside N, a ``start`` outside the process's
-            times; a score of another shape than x.
+            times, a known part that does not fit; a score of another shape than x.
         FloatingPointError: with ``check_finite``, the score is not finite.
     """
     check_choice("method", method, METHODS)
@@ -100,22 +104,34 @@ def solve(
     times = plan.times.to(x_T.device)
 
     evaluate, x = CheckedScore(score, x_T.dtype, check_finite), x_T.to(wide_dtype(x_T.dtype))
+    if known is not None:
+        check_known(known, x)
+
+    def restored(x: Tensor, end: int) -> Tensor:
+        """x with the known part at the level that step ``end`` begins with."""
+        if known is None:
+            return x
+        return known.restore(x, alphas[end], sigmas[end], normal(x, generator))
+
     for i in with_progress(len(rows), progress):
         of_x, of_score, of_noise = rows[i]
         gradient = evaluate(x, times[i], f"step {i}")
         x = of_x * x + of_score * gradient
         if of_noise:
             x.add_(normal(x, generator), alpha=of_noise)
+        x = restored(x, i + 1)
         if corrector is not None:
             level = Level(sigmas[i + 1], signal_kept[i] ** 2)
             for _ in range(corrector_steps):
                 gradient = evaluate(x, times[i + 1], f"step {i}, corrector")
                 z = normal(x, generator)
                 size = CORRECTORS[corrector](gradient, z, level, snr)
-                x = x + size * gradient + (2 * size).sqrt() * z
+                x = restored(x + size * gradient + (2 * size).sqrt() * z, i + 1)
     if denoise:
         gradient = evaluate(x, times[-1], "the last denoising step")
         x = (x + sigmas[-1] ** 2 * gradient) / alphas[-1]
+    if known is not None:
+        x = known.restore(x, 1.0, 0.0, None)
     return x.to(x_T.dtype)
 
 
