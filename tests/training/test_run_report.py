@@ -271,6 +271,17 @@ def test_runs_of_earlier_versions_are_shown(runs, tmp_path):
     )
 
 
+def test_steps_that_were_left_out_are_counted(tmp_path):
+    lines = [
+        {"step": 1, "loss": 1.0, "lr": 1.0},
+        {"step": 2, "loss": None, "lr": 1.0, "fault": "x"},
+    ]
+    (tmp_path / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(page([RunRecord.read(tmp_path)])).text
+    assert re.search(r"steps left out\n+1\n", text)
+    assert "Values that are not finite are left out: 1." in text
+
+
 def test_an_empty_log_is_a_report(tmp_path):
     (tmp_path / "losses.jsonl").write_text("")
     assert Page(page([RunRecord.read(tmp_path)])).open == []

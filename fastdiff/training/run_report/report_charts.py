@@ -105,7 +105,7 @@ def _about_means(lines: Sequence[Line]) -> str:
     if any(line.faint for line in lines):
         told.append("Pale: each step; where steps are dense, from the least value to the largest.")
     if left_out:
-        told.append(f"{left_out} values that are not finite are left out.")
+        told.append(f"Values that are not finite are left out: {left_out}.")
     return " ".join(told)
 
 

@@ -17,7 +17,7 @@ from fastdiff.training.run_report.line_chart import Chart, svg
 from fastdiff.training.run_report.report_charts import GIB, charts
 from fastdiff.training.run_report.report_style import SCRIPT, STYLE
 from fastdiff.training.run_report.run_record import RunRecord
-from fastdiff.training.run_report.series import Series, window
+from fastdiff.training.run_report.series import FAULT, Series, window
 
 MOST_GRIDS = 24  # of a run
 MOST_GRID_BYTES = 4_000_000  # of a run's grids together, as files
@@ -130,6 +130,8 @@ def _numbers_of(run: RunRecord) -> dict[str, tuple[str, str]]:
         best = int(validation.values.argmin())
         where = f"least {validation.values[best]:.4g} at step {int(validation.steps[best]):,}"
         found["validation loss"] = (f"{validation.values[-1]:.4g}", where)
+    if FAULT in curves:
+        found["steps left out"] = (f"{curves[FAULT].left_out:,}", "of a bad loss or gradient")
     seconds = curves.get("seconds", empty)
     if len(seconds):
         spent, rate, waited = (

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+FAULT = "fault"  # the entry of losses.jsonl that steps have which were left out
 BUCKETS = 500  # of a thinned curve: about one for each pixel of a chart's width
 SMOOTHED_SHARE = 40  # a smoothed value is the mean of one in so many of all values ...
 LONGEST_MEAN = 1000  # ... but of no more than this many
@@ -39,9 +40,10 @@ class Series:
 def read_log(path: Path) -> dict[str, Series]:
     """The numbers of a log of one JSON object a line, by their names; {} if there is no file.
 
-    null stands for a value that is not finite. A number k of a list has the name of the list and
-    ``.k``. Lines that are not complete, and lines without a step, are left out: a log may be read
-    while it is written.
+    null stands for a value that is not finite, and so does the text of :data:`FAULT`, whose curve
+    thus has the number of such steps as ``left_out``. A number k of a list has the name of the list
+    and ``.k``. Lines that are not complete, and lines without a step, are left out: a log may be
+    read while it is written.
     """
     columns: dict[str, tuple[array[float], array[float]]] = {}
     if not path.is_file():
@@ -109,7 +111,7 @@ def _numbers(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
     for name, value in entry.items():
         if isinstance(value, list):
             found += _numbers({f"{name}.{k}": member for k, member in enumerate(value)})
-        elif value is None:
+        elif value is None or name == FAULT:
             found.append((name, math.nan))
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found.append((name, float(value)))
