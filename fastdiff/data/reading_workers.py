@@ -99,7 +99,13 @@ class _Process:
         self.process: Any = context.Process(
             target=_serve, args=(theirs, source, reading), name="fastdiff reading", daemon=True
         )
-        self.process.start()
+        try:
+            self.process.start()
+        except OSError as error:
+            raise DataError(
+                f"cannot start a process that reads images: {error.strerror or error}; workers=0 "
+                "(--workers 0) reads without any"
+            ) from None
         theirs.close()
 
     def ask(self, indices: list[int]) -> list[Image]:

@@ -113,12 +113,15 @@ def _in_folder(
 def _kinds(root: Path) -> Counter[str]:
     """How many files of each suffix there are in a folder and below, among the first found."""
     kinds: Counter[str] = Counter()
+    seen: set[str] = set()
     for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+        real = os.path.realpath(folder)
+        below[:] = sorted(name for name in below if not name.startswith(".") and real not in seen)
+        seen.add(real)
         kinds.update(
             os.path.splitext(name)[1].lower() for name in files if not name.startswith(".")
         )
-        if kinds.total() >= LISTED or len(Path(folder).relative_to(root).parts) > 8:
+        if kinds.total() >= LISTED:
             break
     return kinds
 

@@ -143,7 +143,7 @@ class _Shard:
 
 def _scan(shards: Sequence[Path], progress: bool) -> _Members:
     """Find the images of all shards, and keep what was found for the next time."""
-    rows: list[tuple[int, int, int, int]] = []
+    parts = [np.empty((4, 0), dtype=np.int64)]
     names: list[bytes] = []
     total = 0
     for path in shards:
@@ -157,12 +157,13 @@ def _scan(shards: Sequence[Path], progress: bool) -> _Members:
     with shown as bar:
         for number, path in enumerate(shards):
             shard = _scan_one(path)
-            for key, (start, size) in zip(shard.keys, shard.places, strict=True):
-                rows.append((number, start, size, shard.labels.get(key, -1)))
+            labels = [shard.labels.get(key, -1) for key in shard.keys]
+            starts, sizes = zip(*shard.places, strict=True) if shard.places else ((), ())
+            columns = ([number] * len(labels), starts, sizes, labels)
+            parts.append(np.array(columns, dtype=np.int64))
             names += shard.names
             bar.update(path.stat().st_size)
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    found = _Members(columns.copy(), names)
+    found = _Members(np.concatenate(parts, axis=1), names)
     with suppress(OSError):  # without a cache folder the shards are scanned every time
         _keep(found, shards)
     return found
@@ -171,15 +172,18 @@ def _scan(shards: Sequence[Path], progress: bool) -> _Members:
 def _scan_one(path: Path) -> _Shard:
     shard = _Shard()
     try:
+        end = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 if not member.isreg() or not stem:
                     continue
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError(f"it ends within its member {member.name}")
                 key = f"{folder}/{stem}"
                 if f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES:
-                    shard.names.append(os.fsencode(member.name.encode("utf-8", "surrogateescape")))
+                    shard.names.append(member.name.encode("utf-8", "surrogateescape"))
                     shard.places.append((member.offset_data, member.size))
                     shard.keys.append(key)
                 elif suffix == "cls":

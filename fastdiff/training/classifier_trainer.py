@@ -21,7 +21,7 @@ from fastdiff.checkpoints.classifier_checkpoint import (
 )
 from fastdiff.common.errors import InputError, TrainingError
 from fastdiff.common.seeds import seeded
-from fastdiff.data.order import batch_indices, stream_generator
+from fastdiff.data.order import Lookahead, batch_indices, stream_generator
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde import discretize
@@ -139,6 +139,10 @@ class ClassifierTrainer:
             self.model.parameters(), lr=self.options.lr, weight_decay=self.options.weight_decay
         )
         self.finished_steps = 0
+        self._lookahead = Lookahead(data, self._order, self.options.steps)
+
+    def _order(self, step: int) -> Tensor:
+        return batch_indices(len(self.data), self.options.batch_size, step, self.options.seed)
 
     def step(self) -> float:
         """Train on the next batch and return its cross-entropy, in nats.
@@ -150,8 +154,8 @@ class ClassifierTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * (1 - step / options.steps)
         generator = stream_generator(options.seed, "classifier", step)
-        indices = batch_indices(len(self.data), options.batch_size, step, options.seed)
-        x0, classes = self.data.batch(indices, generator)
+        self._lookahead(step)
+        x0, classes = self.data.batch(self._order(step), generator)
         assert classes is not None
         t = torch.randint(len(self.labels), (len(x0),), generator=generator, device="cpu")
         loss = functional.cross_entropy(

@@ -282,6 +282,10 @@ def test_damaged_tar_files(shards, tmp_path):
     (root / "001.tar").write_bytes(b"nothing of a tar file" * 50)
     with pytest.raises(DataError, match=r"cannot read the tar file .*001\.tar"):
         images(root)
+    write_tar(root / "001.tar", {"5.png": png(noise(64, 64, 3))})
+    os.truncate(root / "001.tar", 2000)
+    with pytest.raises(DataError, match=r"001\.tar: it ends within its member 5\.png"):
+        images(root)
     write_tar(root / "001.tar", {"6.txt": b""})
     assert len(images(root)) == 3
     with pytest.raises(DataError, match="no images in the tar files"):
@@ -389,6 +393,13 @@ def test_a_mixture_is_refused(tmp_path):
     np.save(tmp_path / "b.npy", np.zeros((4, 8, 8), np.float32))
     with pytest.raises(DataError, match="has images and latents; wanted one of them"):
         images(tmp_path)
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "loop").symlink_to(tmp_path / "set")
+    write_tar(tmp_path / "set" / "x.tar", {"1.png": png(noise(8, 8, 3))})
+    assert len(images(tmp_path / "set")) == 1
 
 
 def test_what_is_nothing_known(tmp_path):
