@@ -96,10 +96,9 @@ def thumbnails(images: Tensor) -> Tensor:
 def pixel_batches(images: TrainingImages) -> Iterator[Tensor]:
     """The images of a set in order, uint8 [B, C, S, S], read ahead where that pays."""
     batches = torch.arange(len(images), device="cpu").split(BATCH)
-    for later in batches[: images.ahead]:
-        images.prefetch(later)
+    ahead = images.ahead and images.ahead + 1  # and the batch itself, before those after it
     for place, indices in enumerate(batches):
-        for later in batches[place + images.ahead :][: min(1, images.ahead)]:
+        for later in batches[place : place + ahead]:
             images.prefetch(later)
         yield as_pixels(images.read(indices)[0])
 

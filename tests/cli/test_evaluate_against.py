@@ -90,6 +90,21 @@ def test_images_that_exist(run: Callable, real: Path, unseen: Path) -> None:
     assert out[-1] == "against 45 images, in 32 principal components of the reference"
 
 
+def test_images_that_do_not_fit_in_memory(run: Callable, real: Path, unseen: Path) -> None:
+    words = ("eval", "--images", unseen, "--against", real, "--threads", 1, "--json", "--workers")
+    kept = run(*words, 0).json
+    for workers in (0, 1):
+        read = run(*words, workers, "--cache", 0).json
+        assert numbers(read) == numbers(kept)
+
+
+def test_latents_are_no_images(run: Callable, tmp_path: Path, unseen: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 8, 8), np.float32))
+    ran = run("eval", "--images", unseen, "--against", tmp_path)
+    assert ran.code == 2
+    assert "holds latents, which are no images to compare" in ran.last
+
+
 def test_classes_come_in_the_proportions_of_the_reference(
     run: Callable, tmp_path: Path, real: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
