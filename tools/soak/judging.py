@@ -91,7 +91,7 @@ def _compare(ours: Path, theirs: Path, files: Iterable[Path]) -> None:
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     same = a.dtype == b.dtype and a.shape == b.shape
-    return same and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return same and torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (a, b)))
 
 
 def _facts(path: Path) -> dict[str, Any]:
