@@ -91,7 +91,7 @@ class LossGuard:
         Args:
             step: counted from 1.
             fault: what is wrong with it.
-            images: the images to blame, by name.
+            images: the images to blame, by file or number.
 
         Raises:
             TrainingError: ``options.on_bad_loss`` is "stop", or the step is the last of
@@ -100,7 +100,7 @@ class LossGuard:
         shown = ", ".join(images[:NAMED_IMAGES])
         more = f" and {len(images) - NAMED_IMAGES} more" if len(images) > NAMED_IMAGES else ""
         where = f"{fault.reason} at step {step}"
-        blamed = f"in {shown}{more}"
+        blamed = f"in image{'s'[: len(images) > 1]} {shown}{more}"
         if self.options.on_bad_loss == "stop":
             raise TrainingError(
                 f"{where}; a lower learning rate may help, and on_bad_loss='skip' (--on-bad-loss "

@@ -425,13 +425,16 @@ class Trainer:
         while self.finished_steps < options.steps and not stop:
             self._observed_step(watchers, dispensable)
             done = self.finished_steps
-            stop = signalled()
-            if done % options.save_every == 0 or done == options.steps or stop:
-                self._try_to_save(watchers, warn=done < options.steps and not stop)
+            last = done == options.steps
+            if last or done % options.save_every == 0:
+                self._try_to_save(watchers, warn=not last)
             grid = options.sample_every and done % options.sample_every == 0
-            if watchers.want_grids and grid and not stop:
+            if watchers.want_grids and grid and not caught:
                 with dispensable("sample grid"):
                     watchers.grid(done, self.preview())
+            stop = signalled()
+        if stop and self.finished_steps % options.save_every:
+            self._try_to_save(watchers, warn=False)
         self.save()
         return stop
 

@@ -47,7 +47,7 @@ def before(owner, name, action, monkeypatch):
 
 PLACES = {
     "data": lambda trainer: (trainer, "batch"),
-    "step": lambda trainer: (trainer, "loss"),
+    "step": lambda trainer: (trainer, "losses"),
     "update": lambda trainer: (trainer.optimizer, "step"),
     "checkpoint": lambda trainer: (checkpoint, "save_file"),
     "rename": lambda trainer: (os, "rename"),
