@@ -26,7 +26,7 @@ timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
 .PHONY: help sample test test-slow diffusers-tests asan bench bench-unet bench-bf16 bench-train \
-	bench-pipelines learning scaling quality theory emoji soak gpu gpu-audit cuda-check wheel lint format \
+	bench-distributed bench-pipelines learning scaling quality theory emoji soak gpu gpu-audit cuda-check wheel lint format \
 	doctor venv clean
 
 help:  ## list these commands
@@ -67,6 +67,9 @@ bench-bf16: $(VENV)/.test $(VENV)/.peers  ## float32 and bfloat16 beside the bes
 
 bench-train: $(VENV)/.test $(VENV)/.peers  ## whole training steps by fastdiff and every peer: time, memory, parts
 	$(RUN) -m benchmarks.training $(TRAIN)
+
+bench-distributed: $(VENV)/.test  ## training steps by one process of two threads and by two processes of one
+	$(RUN) -m benchmarks.distributed $(DISTRIBUTED)
 
 bench-pipelines: $(VENV)/.test $(VENV)/.peers  ## whole calls of a diffusers pipeline by fastdiff and every peer
 	$(RUN) -m benchmarks.pipelines $(PIPELINES)

@@ -50,6 +50,7 @@ from fastdiff.training.trainer import (
 )
 from fastdiff.training.training_options import (
     ON_BAD_LOSS,
+    ON_OOM,
     OPTIMIZERS,
     SEVERAL,
     SNAPSHOT_DTYPES,
@@ -67,8 +68,8 @@ PATHS = ("data", "validation", "out")  # arguments that are paths
 CHANGEABLE = frozenset(
     {
         "data", "cache", "workers", "validation", "steps", "cooldown", "save_every",
-        "sample_every", "validate_every", "log", "keep", "out", "accumulate", "on_bad_loss",
-        "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
+        "sample_every", "validate_every", "log", "keep", "out", "accumulate", "on_oom",
+        "on_bad_loss", "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
 
@@ -153,6 +154,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=int,
         default=defaults.accumulate,
         help="micro-batches of a step, one after another, in the memory of one",
+    )
+    how.add_argument(
+        "--on-oom",
+        choices=ON_OOM,
+        default=defaults.on_oom,
+        help="a step for which there is no memory ends the run, or is repeated in micro-batches of "
+        "half the size, in which the run goes on",
     )
     how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
     how.add_argument(

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +28,7 @@ from fastdiff.common.errors import InputError, TrainingError
 # process that ends closes its connections, which the others notice at once; this bound is for
 # machines that vanish from the network.
 TIMEOUT = timedelta(minutes=30)
+TRAVELLING = 2**20  # values that are sent at a time
 GRACE = 2.0  # seconds for the system to notice that a process has ended
 # Parts of the messages of gloo, whose errors have no class of their own.
 LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
@@ -139,6 +140,19 @@ class World:
             raise error
         if box[0] is not None:
             raise box[0]
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors the mean of the values that they have in the processes."""
+        if self.count == 1:
+            return
+        with self.lost_as_errors():
+            for group in _groups(tensors):
+                flat = torch.cat([tensor.flatten() for tensor in group]).div_(self.count)
+                dist.all_reduce(flat)
+                sizes = [tensor.numel() for tensor in group]
+                for tensor, mean in zip(group, flat.split(sizes), strict=True):
+                    tensor.copy_(mean.view(tensor.shape))
 
     @torch.no_grad()
     def as_first(self, tensors: Iterable[Tensor]) -> None:
@@ -272,6 +286,20 @@ def is_first() -> bool:
 def _started() -> int:
     """Number of processes that ``torchrun`` started; 1 without it."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in their order, in lists of one dtype whose values travel together."""
+    group: list[Tensor] = []
+    for tensor in tensors:
+        if group and (
+            tensor.dtype != group[0].dtype or sum(map(Tensor.numel, group)) >= TRAVELLING
+        ):
+            yield group
+            group = []
+        group.append(tensor)
+    if group:
+        yield group
 
 
 def _device() -> torch.device:

@@ -29,9 +29,8 @@ from fastdiff.checkpoints.folder import optional_field
 from fastdiff.common.errors import CheckpointError, DataError, InputError, UnwritableError
 from fastdiff.common.machine_facts import peak_memory
 from fastdiff.common.model import layered
-from fastdiff.common.seeds import seeded
 from fastdiff.common.world import present
-from fastdiff.data.order import Lookahead, batch_indices, stream_seed
+from fastdiff.data.order import Lookahead, batch_indices
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.image_unet import make_unet
@@ -46,7 +45,7 @@ from fastdiff.training.batches import Batch, Draws
 from fastdiff.training.fingerprint import check_same, fingerprint
 from fastdiff.training.learning_rate import learning_rate
 from fastdiff.training.loss_guard import Fault, LossGuard
-from fastdiff.training.micro_batches import exchange, parallel, settling, split
+from fastdiff.training.micro_batches import MicroBatches
 from fastdiff.training.model_fit import check_fit, make_diffusion
 from fastdiff.training.observers import Observer, Observers, RunStart, StepRecord
 from fastdiff.training.preview import preview
@@ -163,12 +162,15 @@ class Trainer:
         self.finished_steps = 0
         self.guard = LossGuard(self.options, tells=self.world.first)
         self.refusal: dict[str, Any] | None = None
-        # DistributedDataParallel settles by its first backward pass in which order it adds up
-        # gradients. That pass is repeated, so that a resumed run adds in the same order as one
-        # that was never interrupted.
-        self._settled = self.world.count == 1
+        self.micro_batches = MicroBatches(
+            self.parameters,
+            self._called,
+            lambda batch: self.losses(batch),
+            lambda draws: self.batch(draws),
+            self.world,
+            self.options,
+        )
         self.gradient_norm: float | None = None
-        self.waited = 0.0
         self.out = None if out is None else Path(out).absolute()
         self.record = dict(record or {})
 
@@ -261,15 +263,10 @@ class Trainer:
         return value
 
     def _step(self, step: int) -> float:
-        self.waited = 0.0
         with span("data"):
             self._lookahead(step)
             draws = self.draw(step)
-        if not self._settled:
-            with settling():
-                self._gradient(step, draws)
-            self._settled = True
-        losses = self._gradient(step, draws)
+        losses = self.micro_batches.gradient(step, draws)
         weighted = draws.weights.to(losses.dtype) * losses
         value = float(weighted.mean())
         fault = self.guard.judge_loss(value)
@@ -286,34 +283,6 @@ class Trainer:
         else:
             self._refuse(step, fault, draws, weighted)
         return value
-
-    def _gradient(self, step: int, draws: Draws) -> Tensor:
-        """Give the parameters the gradient of the loss of a step's whole batch.
-
-        Every process goes through its share of the batch. In the last backward pass the gradients
-        of all processes come together.
-
-        Returns:
-            The losses of the images of the whole batch, [N] on the CPU.
-        """
-        size, found = len(draws), []
-        parts = split(*self.world.share(size), self.options.accumulate)
-        self.optimizer.zero_grad(set_to_none=True)
-        for start, stop in parts:
-            last = (start, stop) == parts[-1]
-            with self._dropout(step, start), exchange(self._called, now=last):
-                began = time.perf_counter()
-                with span("data"):
-                    batch = self.batch(draws.part(start, stop))
-                self.waited += time.perf_counter() - began
-                with span("forward"):
-                    losses = self.losses(batch)
-                    found.append(losses.detach())
-                with span("backward"):
-                    # Gradients of micro-batches are added up, those of the processes averaged.
-                    weighted = batch.weights.to(losses.device, losses.dtype) * losses
-                    (weighted.sum() / (size / self.world.count)).backward()
-        return self.world.joined(torch.cat(found), size)
 
     def _update(self, norm: float, step: int) -> None:
         """Update weights, moments and averages by gradients of a norm."""
@@ -334,18 +303,12 @@ class Trainer:
         self.refusal = {"fault": fault.reason, "images": blamed, "places": places}
         self.guard.refuse(step + 1, fault, places)
 
-    def _dropout(self, step: int, first: int) -> AbstractContextManager[None]:
-        """Torch's generators for the dropout of the part of a batch that begins at ``first``."""
-        stream = f"dropout from image {first}" if first else "dropout"
-        seed = stream_seed(self.options.seed, stream, step)
-        return seeded(seed, self.parameters[0].device)
-
     def losses(self, batch: Batch) -> Tensor:
         """The objective's loss of each image of a batch, without its weight, [N]."""
 
         def model(x_t: Tensor, t: Tensor) -> Any:
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.bf16):
-                return self._called(x_t, t, batch.labels)
+                return self.micro_batches.model(x_t, t, batch.labels)
 
         return self.diffusion.objective.losses(model, batch.x0, batch.t, batch.noise)
 
@@ -354,17 +317,15 @@ class Trainer:
         losses = self.losses(batch)
         return (batch.weights.to(losses.device, losses.dtype) * losses).mean()
 
-    @cached_property
     def _called(self) -> nn.Module:
         """What is called for the model: it computes the same, with fused operations if it can."""
-        called: nn.Module = self.model
         bare = self.options.compile and self.model is self.network
         network = layered(self.network, training=True) if bare else None
-        if network is not None:
-            from fastdiff.compiler.network import TrainedNetwork  # which others need not import
+        if network is None:
+            return self.model
+        from fastdiff.compiler.network import TrainedNetwork  # which others need not import
 
-            called = TrainedNetwork(network)
-        return parallel(called, self.world)
+        return TrainedNetwork(network)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
@@ -480,8 +441,8 @@ class Trainer:
         if device.type == "cuda":
             on_device = torch.cuda.max_memory_allocated(device)
         return StepRecord(
-            step, values, self.options.batch_size, seconds, self.waited, peak_memory(), on_device,
-            self.refusal,
+            step, values, self.options.batch_size, seconds, self.micro_batches.waited,
+            peak_memory(), on_device, self.refusal,
         )  # fmt: skip
 
     def validation_losses(self) -> dict[str, Any]:

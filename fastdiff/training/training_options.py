@@ -20,6 +20,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 LR_SCHEDULES = ("cosine", "linear", "constant", "rsqrt")
 COOLED = ("constant", "rsqrt")  # schedules that do not end at 0 by themselves
 ON_BAD_LOSS = ("stop", "skip")
+ON_OOM = ("stop", "halve")
 WEIGHTINGS = ("none", *weights.NAMES, *score_matching.WEIGHTINGS)
 # Options of runs that began before there was the option, whose arithmetic may not change.
 WITHOUT_RECORD = {"compile": False}
@@ -36,6 +37,9 @@ class TrainingOptions:
         accumulate: number of micro-batches in which a process takes its share of a batch. It
             changes the result by rounding alone, apart from which values dropout drops, and needs
             the memory of one micro-batch.
+        on_oom: what happens if there is no memory for a micro-batch: "stop" ends the run, "halve"
+            repeats the step in micro-batches of half the size and goes on with them. Processes then
+            exchange gradients after a step's last backward pass, not during it.
         optimizer: one of ``OPTIMIZERS``, see ``fastdiff.training.optimizers``. "muon" takes AdamW
             for what is not the weight of a hidden layer.
         lr: highest learning rate.
@@ -91,6 +95,7 @@ class TrainingOptions:
     steps: int = 3000
     batch_size: int = 64
     accumulate: int = 1
+    on_oom: str = "stop"
     optimizer: str = "adamw"
     lr: float = 1e-3
     lr_schedule: str = "cosine"
@@ -182,6 +187,7 @@ class TrainingOptions:
             ("timestep_sampler", TIMESTEP_SAMPLERS),
             ("lr_schedule", LR_SCHEDULES),
             ("on_bad_loss", ON_BAD_LOSS),
+            ("on_oom", ON_OOM),
             ("snapshot_dtype", SNAPSHOT_DTYPES),
         ):
             value = getattr(self, name)

@@ -110,6 +110,20 @@ def not_finite() -> str:
     return "none"
 
 
+def refused(trainer: Trainer, most: int, rank: int) -> dict[str, Any]:
+    """The results of a trainer that has memory for ``most`` images in one process, and for any
+    number in the others."""
+    losses = trainer.losses
+
+    def bounded(batch: Any) -> Any:
+        if len(batch.x0) > most and trainer.world.rank == rank:
+            raise torch.OutOfMemoryError("Tried to allocate 8 GiB")
+        return losses(batch)
+
+    trainer.losses = bounded  # type: ignore[method-assign]
+    return results(trainer)
+
+
 def signalled(folder: Path) -> dict[str, Any]:
     """A run whose last process alone is sent SIGTERM in its second step."""
     trainer = make_trainer(out=folder, steps=50, save_every=50)
@@ -135,6 +149,7 @@ def main(folder: Path) -> None:
             found["wrapped"] = results(make_trainer(wrap=wrapped))
             found["failing write"] = failing_write(folder / "failing")
             found["not finite"] = not_finite()
+            found["halved"] = refused(make_trainer(on_oom="halve"), most=1, rank=1)
             found["command"] = fastdiff.cli.main([*COMMAND, str(folder / "command")])
         found["signalled"] = signalled(folder / "signalled")
         trainer = Trainer.resume(folder / "signalled", images())

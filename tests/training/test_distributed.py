@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.common.errors import InputError
+from fastdiff.common.errors import InputError, TrainingError
 from fastdiff.common.world import World, present
 
 PROGRAM = Path(__file__).with_name("distributed_run.py")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
+PLAIN = ("wrapped", "halved")  # further cases, whose results are those of the case plain
 LIMIT = 300  # seconds after which processes hang
 
 spec = importlib.util.spec_from_file_location("distributed_run", PROGRAM)
@@ -108,13 +109,13 @@ def assert_equal_but_for_rounding(found, wanted):
 
 def made(rank):
     """The cases that processes went through; three go through fewer than two."""
-    return [case for case in (*program.CASES, "wrapped") if case in rank]
+    return [case for case in (*program.CASES, *PLAIN) if case in rank]
 
 
 def test_any_number_of_processes_and_micro_batches_trains_the_same(found, alone):
     for rank in found:
         for case in made(rank):
-            wanted = alone["plain" if case == "wrapped" else case]
+            wanted = alone["plain" if case in PLAIN else case]
             assert rank[case]["losses"] == pytest.approx(wanted["losses"], rel=1e-5), case
             assert_equal_but_for_rounding(rank[case]["tensors"], wanted["tensors"])
 
@@ -206,6 +207,30 @@ def test_micro_batches_change_nothing_but_rounding(parts, alone):
     found = program.results(program.make_trainer(accumulate=parts))
     assert found["losses"] == pytest.approx(alone["plain"]["losses"], rel=1e-5)
     assert_equal_but_for_rounding(found["tensors"], alone["plain"]["tensors"])
+
+
+def test_micro_batches_without_memory_are_halved(alone):
+    trainer = program.make_trainer(on_oom="halve")
+    with pytest.warns(UserWarning, match="micro-batches of .* do not fit") as warned:
+        found = program.refused(trainer, most=2, rank=0)
+    said = [str(warning.message) for warning in warned]
+    assert [re.search(r"batches of (\d) .* up to (\d)", text).groups() for text in said] == [
+        ("7", "4"), ("4", "2"),
+    ]  # fmt: skip
+    assert "Tried to allocate 8 GiB" in said[0]
+    assert found["losses"] == pytest.approx(alone["plain"]["losses"], rel=1e-5)
+    assert_equal_but_for_rounding(found["tensors"], alone["plain"]["tensors"])
+
+
+@pytest.mark.filterwarnings("ignore:fastdiff. micro-batches")
+def test_an_image_without_memory_ends_the_run():
+    with pytest.raises(TrainingError, match="a single image does not fit"):
+        program.refused(program.make_trainer(on_oom="halve"), most=0, rank=0)
+
+
+def test_without_halving_the_error_is_raised():
+    with pytest.raises(torch.OutOfMemoryError):
+        program.refused(program.make_trainer(), most=2, rank=0)
 
 
 def test_micro_batches_of_no_image_are_refused():
