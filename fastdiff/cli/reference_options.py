@@ -239,7 +239,7 @@ def warn_of_few(*counts: int | None) -> None:
             else ""
         )
         note(
-            f"fastdiff: a FID of {fewest:,} images is too large, by about one over their number: "
+            f"fastdiff: a FID of {fewest:,} images is too large, the more so the fewer there are: "
             f"compare it with figures of as many images alone. Published ones take {ENOUGH:,} to "
             f"50,000{rank}."
         )

@@ -68,8 +68,8 @@ class Gaussian:
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Squared Frechet distance of the Gaussians fitted to two sets of features.
 
-    The estimate is biased upwards by about 1 / the size of the smaller set, so compare figures
-    only of sets of the same size.
+    The estimate is biased upwards by an amount that falls as 1 / the size of the smaller set, so
+    compare figures only of sets of the same size.
 
     Args:
         x: features [N, D], N at least 2.
