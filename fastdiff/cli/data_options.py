@@ -106,15 +106,19 @@ class Found:
         """The channels of the images."""
         return 1 if self.source is None else self.source.channels(self.reading)
 
+    def check_flip(self, flip: bool) -> None:
+        """InputError if images are to be mirrored that have no mirror image."""
+        if flip and self.source is None:
+            raise InputError("--flip is not for digits: a mirrored digit is no digit")
+
     def read(self, *, flip: bool = False) -> TrainingImages:
         """The images, in memory or read while training.
 
         Raises:
             DataError: they cannot be read, or the options do not suit them.
         """
+        self.check_flip(flip)
         if self.source is None:
-            if flip:
-                raise InputError("--flip is not for digits: a mirrored digit is no digit")
             return datasets.digits(self.args.split, self.reading.size)
         args = self.args
         return load(

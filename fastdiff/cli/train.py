@@ -369,6 +369,7 @@ def _check(args: argparse.Namespace, options: TrainingOptions, found: Found) -> 
         InputError: arguments that do not fit together.
         RuntimeError: torch has no memory for a batch.
     """
+    found.check_flip(args.flip)
     classes = 0 if args.unconditional else len(found.classes)
     if options.null_class and not classes:
         raise InputError("label_dropout hides labels, but the data has none")
