@@ -347,11 +347,11 @@ def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
         if not args.resume:
             _check(args, options, found)
         loggers = watch_options.loggers(args) if is_first() else []
-        with _lock(args.out):
-            check_writable(args.out / "losses.jsonl")
-            images = found.read(flip=args.flip)
-            images = images.without_labels() if args.unconditional else images
-            trainer = _trainer(args, options, images, device)
+        check_writable(args.out / "losses.jsonl")
+        images = found.read(flip=args.flip)
+        images = images.without_labels() if args.unconditional else images
+        trainer = _trainer(args, options, images, device)
+        with _lock(args.out):  # which makes the folder, so all that can be wrong comes before
             if trainer.world.first:
                 run_file.write(_options(), args, args.out / run_file.NAME)
             return _train(trainer, loggers)
