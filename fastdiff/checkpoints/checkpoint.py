@@ -42,6 +42,7 @@ from fastdiff.checkpoints.folder import (
 from fastdiff.checkpoints.named_weights import STATE
 from fastdiff.common.errors import CheckpointError, DamagedError, InputError
 from fastdiff.common.model import Model
+from fastdiff.common.world import World
 from fastdiff.diffusion import Diffusion
 from fastdiff.generation import Classifier, Contrast, Guide, Samples
 from fastdiff.guidance import Linear, Projected
@@ -165,6 +166,7 @@ class Checkpoint:
         memory_format: torch.memory_format = torch.channels_last,
         batch_size: int = 256,
         progress: bool | str = True,
+        world: World | None = None,
     ) -> Samples:
         """Generate images in [-1, 1], and count the evaluations of the network for each.
 
@@ -187,6 +189,9 @@ class Checkpoint:
             memory_format: of the images in the loop; results agree to rounding.
             batch_size: images in one pass. It changes which noise an image gets after x_T.
             progress: show a progress bar.
+            world: processes that share the work: each gives this the same arguments, generates a
+                share of the images, and is returned all of them. Up to rounding they are those of
+                one process. None for this process alone.
 
         Returns:
             Images [N, C, S, S] on the CPU, and evaluations int64 [N].
@@ -194,8 +199,15 @@ class Checkpoint:
         Raises:
             InputError: labels for a model without classes, no labels for a model with classes, or
                 unknown labels; guidance of a model that was trained without label dropout; a
-                classifier without labels; a score that is not finite.
+                classifier without labels; a score that is not finite; several processes for a
+                sampler that draws noise at its steps, since one generator draws it for all images.
         """
+        world = World() if world is None else world
+        if world.count > 1 and _draws_noise(sampler):
+            raise InputError(
+                f"{sampler!r} draws noise at its steps, one image after the other, which several "
+                "processes cannot share; take a sampler without such noise, or one process"
+            )
         if self.classes and labels is None:
             raise InputError("the model is class-conditional: say which classes to generate")
         if classifier is not None and labels is None:
@@ -207,9 +219,12 @@ class Checkpoint:
             raise InputError(f"cannot generate {count} images, {batch_size} at a time")
         if labels is not None and len(labels) != count:
             raise InputError(f"{count} images were asked for, with {len(labels)} labels")
-        shape = (count, self.channels, self.image_size, self.image_size)
+        total, (start, stop) = count, world.share(count)
+        shape = (total, self.channels, self.image_size, self.image_size)
         device = unwrapped(self.model).device
-        noise = torch.randn(shape, generator=generator, device="cpu")
+        noise = torch.randn(shape, generator=generator, device="cpu")[start:stop]
+        count, labels = stop - start, None if labels is None else labels[start:stop]
+        shape = (count, *shape[1:])
         cond, uncond, guide = {}, None, None
         if labels is not None:
             wanted = torch.tensor(labels, dtype=torch.int64, device=device)
@@ -241,7 +256,10 @@ class Checkpoint:
             )
         except FloatingPointError as error:  # from a solver that chooses its own steps
             raise InputError(str(error)) from None
-        return Samples(samples.images.contiguous().cpu(), samples.evaluations)
+        return Samples(
+            world.joined(samples.images.contiguous(), total),
+            world.joined(samples.evaluations, total),
+        )
 
     draw = generate  # the name in earlier versions
 
@@ -262,6 +280,13 @@ class Checkpoint:
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from None
         return Contrast(rule, weaker), 1.0, uncond if weaker is None else None
+
+
+def _draws_noise(sampler: Sampler | Solver) -> bool:
+    """Whether a sampler draws noise after that of its beginning."""
+    if isinstance(sampler, Sampler):
+        return sampler.table.needs_noise
+    return sampler.method not in ("ode", "probability-flow")
 
 
 def load(path: str | Path, weights: str | None = None) -> Checkpoint:

@@ -35,6 +35,7 @@ from fastdiff.cli.sampler_options import (
     steps_text,
 )
 from fastdiff.common.errors import InputError
+from fastdiff.common.world import process_group
 from fastdiff.evaluation import Bits, Evaluation, evaluate, measure_bits
 
 BITS = 16  # default number of held-out digits for --bits
@@ -79,13 +80,18 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             raise InputError("--bits is for the digits' own measures, without --against")
         return evaluate_against.run(args)
     reference_options.check_unused(args)
-    with machine(args) as device:
+    with machine(args) as device, process_group(device) as world:
         source = checkpoint.load(args.checkpoint, args.weights)
         source.model.to(device)
         sampler, ran_on = make_sampler(args, source), machine_facts(device)
         guided = guidance(args, source, device)
         samples = args.samples or DIGITS
-        measured = evaluate(source, sampler, samples=samples, seed=args.seed, **guided)
+        measured = evaluate(
+            source, sampler, samples=samples, seed=args.seed, world=world, progress=world.first,
+            **guided,
+        )  # fmt: skip
+        if not world.first:  # what is measured is the same in all processes
+            return 0
         bits = None if args.bits is None else measure_bits(source, args.bits, seed=args.seed)
     facts = {
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),

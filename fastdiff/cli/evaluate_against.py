@@ -27,6 +27,7 @@ from fastdiff.cli.sampler_options import (
     steps_text,
 )
 from fastdiff.common.errors import DataError, InputError
+from fastdiff.common.world import World, process_group
 from fastdiff.data.image_folder import SUFFIXES, find
 from fastdiff.evaluation.comparison import Comparison, Figures, compare
 from fastdiff.evaluation.drawing import balanced_labels, draw_in_batches, labels_like
@@ -59,7 +60,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and return the exit code."""
-    with machine(args) as device:
+    with machine(args) as device, process_group(device) as world:
         if args.images is not None:
             if args.weights is not None:
                 raise InputError("--weights are a checkpoint's, --images need none")
@@ -71,11 +72,13 @@ def run(args: argparse.Namespace) -> int:
             )
             facts: dict[str, Any] = {"images": str(args.images)}
         else:
-            facts, real, pictures = _of_model(args, device)
+            facts, real, pictures = _of_model(args, device, world)
         if args.features is not None:
             warn_of_few(len(pictures), real.count)
         compared = compare(pictures, real.reference, real.held_out)
         facts |= {**real.facts, **machine_facts(device), **compared.as_dict()}
+    if not world.first:  # what is measured is the same in all processes
+        return 0
     if args.json:
         print_json(facts)
     else:
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_model(
-    args: argparse.Namespace, device: torch.device
+    args: argparse.Namespace, device: torch.device, world: World
 ) -> tuple[dict[str, Any], Real, Pictures]:
     """How the model of --checkpoint was sampled, for JSON; the real images; the generated ones."""
     source = checkpoint.load(args.checkpoint, args.weights)
@@ -99,7 +102,9 @@ def _of_model(
     # With a classifier, a model without classes takes the classifier's labels.
     labelled = source if guide is None else replace(source, classes=guide.classes)
     shares, labels = _labels(args, labelled, real, count)
-    drawn = draw_in_batches(source, sampler, count=count, labels=labels, seed=args.seed, **guided)
+    drawn = draw_in_batches(
+        source, sampler, count=count, labels=labels, seed=args.seed, world=world, **guided
+    )
     seconds, evaluations = 0.0, 0
 
     def batches() -> Iterator[Tensor]:

@@ -42,6 +42,7 @@ from fastdiff.cli.sampler_options import (
     steps_text,
 )
 from fastdiff.common.errors import InputError, check_memory
+from fastdiff.common.world import process_group
 from fastdiff.data.image_grid import check_image_path, grid, save
 from fastdiff.generation import Samples
 from fastdiff.ops.backend import backend, cpu_missing
@@ -92,7 +93,9 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     begin = time.perf_counter()
     check_seed(args.seed)
     check_image_path(args.out)
-    with machine(args) as device:
+    with machine(args) as device, process_group(device) as world:
+        if args.compare and world.count > 1:
+            raise InputError("--compare is for one process")
         source = checkpoint.load(args.checkpoint, args.weights)
         if source.channels not in (1, 3):
             raise InputError(f"pictures have 1 or 3 channels, the model's have {source.channels}")
@@ -135,14 +138,18 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
                     labels=labels,
                     count=count,
                     generator=torch.Generator("cpu").manual_seed(args.seed),
+                    world=world,
                     **{"progress": False, **guided, **contrast, **options},
                 )
             return samples, time.perf_counter() - begin
 
-        ours = partial(generate, args.backend, progress=f"sampling ({args.backend})")
+        title = f"sampling ({args.backend})" if world.first else False
+        ours = partial(generate, args.backend, progress=title)
         first_step = generate(args.backend, one_step)[1]
         layout = _best_layout(partial(generate, "reference", one_step)) if compare else None
         samples, seconds = ours(sampler)
+        if not world.first:  # the first process writes the images of all
+            return 0
         try:
             save(grid(samples.images, columns, labels=rows), args.out)
         except ValueError as error:  # values that are not finite

@@ -94,6 +94,26 @@ class World:
             [part[: World(rank, self.count).size(total)] for rank, part in enumerate(found)]
         ).cpu()
 
+    def of(self, rank: int, rows: Tensor, count: int) -> Tensor:
+        """The rows [count, ...] of process ``rank``, on the CPU of each process.
+
+        Args:
+            rank: whose rows are wanted.
+            rows: those of this process, [n, ...], of which the shape [...] and dtype count.
+            count: number of rows of process ``rank``.
+
+        Raises:
+            TrainingError: another process has ended.
+        """
+        if self.count == 1:
+            return rows.cpu()
+        found = torch.empty(count, *rows.shape[1:], dtype=rows.dtype, device=_device())
+        if rank == self.rank:
+            found.copy_(rows)
+        with self.lost_as_errors():
+            dist.broadcast(found, src=rank)
+        return found.cpu()
+
     def size(self, total: int) -> int:
         """Size of this process's :meth:`share`."""
         start, stop = self.share(total)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.common.errors import InputError, check_memory, require
+from fastdiff.common.world import World
 from fastdiff.data.datasets import ImageSet, digits
 from fastdiff.evaluation.distances import frechet_distance, nearest_distances
 from fastdiff.evaluation.principal_components import PrincipalComponents
@@ -73,6 +74,7 @@ def evaluate(
     classifier_scale: float = 1.0,
     seed: int = 0,
     progress: bool = True,
+    world: World | None = None,
 ) -> Evaluation:
     """Generate equally many digits of each class, and measure them and the held-out real digits.
 
@@ -89,6 +91,7 @@ def evaluate(
         classifier_scale: factor of the classifier's gradient.
         seed: of the noise.
         progress: show a progress bar on standard error.
+        world: processes that share the generation, see ``Checkpoint.generate``.
 
     Raises:
         InputError: the model is not a class-conditional model of the digits or generates values
@@ -112,6 +115,7 @@ def evaluate(
         classifier_scale=classifier_scale,
         generator=torch.Generator().manual_seed(seed),
         progress="generating digits" if progress else False,
+        world=world,
     )
     seconds = time.perf_counter() - begin
     images = generated.images

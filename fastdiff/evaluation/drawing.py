@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.common.errors import InputError
+from fastdiff.common.world import World
 from fastdiff.data.datasets import stream_generator
 from fastdiff.generation import Samples
 from fastdiff.samplers import Sampler
@@ -25,6 +26,7 @@ def draw_in_batches(
     count: int | None = None,
     labels: Sequence[int] | None = None,
     seed: int = 0,
+    world: World | None = None,
     **options: Any,
 ) -> Iterator[Samples]:
     """Generate images batch by batch, so that memory does not grow with their number.
@@ -38,15 +40,20 @@ def draw_in_batches(
         count: number of images; None for the number of labels.
         labels: class of each image, for a model with classes or a classifier.
         seed: of all noise.
+        world: processes that share the batches, and are each given all images; None for this one
+            alone.
         **options: of ``Checkpoint.generate``, such as ``guidance``.
 
     Raises:
         InputError: as ``Checkpoint.generate`` does.
     """
     count = len(labels or ()) if count is None else count
-    for number, begin in enumerate(range(0, count, BATCH)):
+    world = World() if world is None else world
+
+    def drawn(number: int) -> Samples:
+        begin = min(number * BATCH, count)
         size = min(BATCH, count - begin)
-        yield checkpoint.generate(
+        return checkpoint.generate(
             sampler,
             count=size,
             labels=None if labels is None else list(labels[begin : begin + size]),
@@ -55,6 +62,16 @@ def draw_in_batches(
             progress=False,
             **options,
         )
+
+    for first in range(0, -(-count // BATCH), world.count):
+        own = drawn(first + world.rank)  # of no image, if there are fewer batches than processes
+        left = count - first * BATCH
+        for rank in range(world.count):
+            size = max(0, min(BATCH, left - rank * BATCH))
+            if size:
+                yield Samples(
+                    *(world.of(rank, part, size) for part in (own.images, own.evaluations))
+                )
 
 
 def balanced_labels(count: int, classes: int, seed: int = 0) -> list[int]:

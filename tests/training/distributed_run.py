@@ -19,9 +19,10 @@ from torch import nn
 import fastdiff.cli
 from fastdiff import schedules
 from fastdiff.checkpoints import checkpoint
-from fastdiff.common.errors import CheckpointError, TrainingError
-from fastdiff.common.world import present, process_group
+from fastdiff.common.errors import CheckpointError, InputError, TrainingError
+from fastdiff.common.world import World, present, process_group
 from fastdiff.data.datasets import ImageSet
+from fastdiff.evaluation import drawing
 from fastdiff.training import Trainer, TrainingOptions, make_unet
 
 # Seven images in a batch: no number of processes or micro-batches divides them.
@@ -139,6 +140,29 @@ def signalled(folder: Path) -> dict[str, Any]:
     return {"signal": int(ended_by or 0), "step": trainer.finished_steps}
 
 
+def drawn(world: World | None) -> dict[str, Any]:
+    """Images that processes generated together, 3 at once and 5 in batches of 2."""
+    digits = checkpoint.load("digits")
+    ddim = digits.diffusion().sampler("ddim", 2)
+    together = digits.generate(
+        ddim, labels=[3, 1, 2], generator=torch.Generator().manual_seed(4), progress=False,
+        world=world,
+    )  # fmt: skip
+    drawing.BATCH = 2
+    batches = drawing.draw_in_batches(digits, ddim, labels=[5, 6, 7, 8, 9], world=world)
+    error = "none"
+    try:
+        digits.generate(digits.diffusion().sampler("ddpm", 2), labels=[3], world=world)
+    except InputError as refused:
+        error = str(refused)
+    return {
+        "together": together.images,
+        "evaluations": together.evaluations,
+        "batches": torch.cat([samples.images for samples in batches]),
+        "refused": error,
+    }
+
+
 def main(folder: Path) -> None:
     with process_group() as world:
         cases = CASES if world.count == 2 else {"plain": {}}  # three cost most of the time
@@ -151,6 +175,7 @@ def main(folder: Path) -> None:
             found["not finite"] = not_finite()
             found["halved"] = refused(make_trainer(on_oom="halve"), most=1, rank=1)
             found["command"] = fastdiff.cli.main([*COMMAND, str(folder / "command")])
+        found["drawn"] = drawn(world)
         found["signalled"] = signalled(folder / "signalled")
         trainer = Trainer.resume(folder / "signalled", images())
         trainer.step()

@@ -149,6 +149,16 @@ def test_an_error_of_one_process_is_that_of_all(found):
         assert len({rank[name] for rank in found}) == 1
 
 
+def test_processes_share_the_images_to_generate(found):
+    alone = program.drawn(None)
+    for rank in found:
+        for name in ("together", "batches"):
+            torch.testing.assert_close(rank["drawn"][name], alone[name], rtol=1e-4, atol=1e-4)
+        assert rank["drawn"]["evaluations"].tolist() == [2, 2, 2]
+        assert "several processes cannot share" in rank["drawn"]["refused"]
+    assert alone["refused"] == "none"
+
+
 def test_a_signal_to_one_process_ends_all_after_the_same_step(found):
     wanted = {"signal": signal.SIGTERM, "step": program.STOP}
     assert [rank["signalled"] for rank in found] == [wanted] * len(found)
