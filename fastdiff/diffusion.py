@@ -185,6 +185,13 @@ class Diffusion:
 
     draw = generate  # the name in earlier versions
 
+    def encode(self, x: Tensor, **options: Any) -> Tensor:
+        """The noise that leads to images x [N, C, ...]: see :func:`fastdiff.generation.encode`.
+
+        ``generate(sampler, x.shape, x_T=noise)`` draws them again, by a sampler without noise.
+        """
+        return generation.encode(self.network, x, **options)
+
     def log_likelihood(
         self, x: Tensor, *, cond: ModelArguments | None = None, **options: Any
     ) -> sde.Likelihood:

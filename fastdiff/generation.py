@@ -1,4 +1,4 @@
-"""Generate images with a table sampler or an SDE solver, guided or not."""
+"""Generate images with a table sampler or an SDE solver, guided or not, and go back to noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import sde
-from fastdiff.common.checks import wide_dtype
+from fastdiff.common.checks import check_shape, wide_dtype
 from fastdiff.common.conditions import Conditions, PerImage
 from fastdiff.common.errors import InputError
 from fastdiff.common.inputs import check_max_batch, real_parameter
@@ -314,6 +314,70 @@ def generate(
     return Samples(
         torch.cat([part.x for part in parts]), torch.cat([part.evaluations for part in parts])
     )
+
+
+def encode(
+    network: Network,
+    x: Tensor,
+    *,
+    cond: ModelArguments | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The noise from which a sampler without noise of its own draws these images again.
+
+    Images are encoded by the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, section
+    4.3).
+
+    Args:
+        network: the network and its process.
+        x: images [N, C, ...], floating point.
+        cond: keyword arguments of the model; tensors with one row an image are cut.
+        rtol: relative tolerance of a step; None depends on the dtype of x.
+        atol: absolute tolerance of a step; None depends on the dtype of x.
+        progress: show a progress bar.
+
+    Returns:
+        Noise like ``x``, near standard normal: the ``x_T`` of :func:`generate`.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError, StuckError: as ``sde.solve_ode`` does.
+    """
+    score = network.score(Conditions(cond or {}, None, x.shape[0], cut=True))
+    solved = sde.solve_ode(
+        score, network.continuous, x, backward=False, rtol=rtol, atol=atol, conditioned=True,
+        progress=progress,
+    )  # fmt: skip
+    return solved.x / network.continuous.prior_std
+
+
+def slerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
+    """Noise between two noises, on the great circle (Shoemake 1985; DDIM, arXiv:2010.02502, D.5).
+
+    A straight line between two samples of a normal distribution passes through points too near to
+    0. Where both lie on one line through 0, or one is 0, the straight line is taken.
+
+    Args:
+        first: noise [C, ...], the result at share 0.
+        second: noise like ``first``, the result at share 1.
+        shares: [S], in 0..1.
+
+    Returns:
+        [S, C, ...].
+
+    Raises:
+        ValueError: two shapes.
+    """
+    check_shape(second, first, "second")
+    a, b = first.double().flatten(), second.double().flatten()
+    cosine = (a @ b / (a.norm() * b.norm()).clamp(min=torch.finfo(torch.float64).tiny)).clamp(-1, 1)
+    angle, share = torch.acos(cosine), shares.to(a).unsqueeze(1)
+    if angle.sin() < 1e-6 or not (bool(a.any()) and bool(b.any())):
+        between = torch.lerp(a, b, share)
+    else:
+        between = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+    return between.view(-1, *first.shape).to(first.dtype)
 
 
 def check_contrast(

@@ -129,6 +129,19 @@ class Checkpoint:
                 f"class {wrong[0]} does not exist: the model has 0..{len(self.classes) - 1}"
             )
 
+    def encode(self, images: Tensor, labels: Sequence[int] | None = None) -> Tensor:
+        """The noise on the CPU that leads to images [N, C, S, S]: see ``generation.encode``.
+
+        Raises:
+            InputError: labels for a model without classes, or none for a model with classes.
+            StuckError: the ODE cannot be solved within its tolerance.
+        """
+        if bool(self.classes) != (labels is not None):
+            raise InputError("a model with classes, and no other, needs a label for each image")
+        device = unwrapped(self.model).device
+        cond = {} if labels is None else {"class_labels": torch.tensor(labels, device=device)}
+        return self.diffusion().encode(images.to(device), cond=cond).cpu()
+
     def check_weaker(self, other: Checkpoint) -> None:
         """InputError unless the model can be guided away from that of another checkpoint.
 
@@ -161,6 +174,7 @@ class Checkpoint:
         classifier_scale: float = 1.0,
         weaker: Model | None = None,
         projection: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         mode: str = "auto",
         memory_format: torch.memory_format = torch.channels_last,
@@ -184,6 +198,7 @@ class Checkpoint:
                 scale of guidance away from it (arXiv:2406.02507) instead of classifier-free.
             projection: options eta, norm and momentum of adaptive projected guidance, with
                 ``guidance`` as its scale (arXiv:2410.02416); None for none.
+            noise: standard normal noise [N, C, S, S] to begin with; None for the generator's.
             generator: source of all noise; None for PyTorch's global one.
             mode: of ``fastdiff.sample``; for a solver "auto" or "eager".
             memory_format: of the images in the loop; results agree to rounding.
@@ -222,7 +237,11 @@ class Checkpoint:
         total, (start, stop) = count, world.share(count)
         shape = (total, self.channels, self.image_size, self.image_size)
         device = unwrapped(self.model).device
-        noise = torch.randn(shape, generator=generator, device="cpu")[start:stop]
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, device="cpu")
+        elif noise.shape != shape:
+            raise InputError(f"noise must have shape {shape}, got {tuple(noise.shape)}")
+        noise = noise[start:stop]
         count, labels = stop - start, None if labels is None else labels[start:stop]
         shape = (count, *shape[1:])
         cond, uncond, guide = {}, None, None

@@ -22,7 +22,7 @@ import torch
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.cli import contrast_options, machine_options, sampler_options
+from fastdiff.cli import contrast_options, interpolation, machine_options, sampler_options
 from fastdiff.cli.machine_options import machine, machine_facts, process_seconds
 from fastdiff.cli.output import note, print_json
 from fastdiff.cli.parsing import (
@@ -77,6 +77,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=positive,
         help=f"images of an unconditional model; {COUNT} if not given",
     )
+    command.add_argument(
+        "--interpolate", nargs=2, metavar=("A", "B"),
+        help="a row of images from A to B, two image files or two seeds: their noise is found by "
+        "the probability-flow ODE and turned from one to the other",
+    )  # fmt: skip
     sampler_options.add_arguments(command)
     contrast_options.add_arguments(command)
     add_seed_argument(command)
@@ -106,8 +111,10 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         # With a classifier, a model without classes takes the classifier's labels.
         labelled = source if guide is None else replace(source, classes=guide.classes)
         classes = _classes(args, labelled)
-        count = args.count or COUNT
+        count = args.count or (COUNT if args.interpolate is None else COLUMNS)
         columns, labels, rows = min(count, COLUMNS), None, None
+        if args.interpolate is not None:
+            columns = count  # one row
         if classes is not None:
             columns = args.per_class or PER_CLASS
             count = columns * len(classes)
@@ -116,6 +123,11 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             labels = [label for label in classes for _ in range(columns)]
             rows = [labelled.classes[label] for label in classes]
         sampler = make_sampler(args, source)
+        noise = None
+        if args.interpolate is not None:
+            interpolation.check_sampler(sampler)
+            of_rows = classes if source.classes and classes is not None else [None]
+            noise = interpolation.noise_between(args.interpolate, source, of_rows, columns)
         one_step: Sampler | Solver
         if isinstance(sampler, Sampler):
             one_step = sampler.starting_at(sampler.steps - 1)
@@ -137,6 +149,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
                     sampler,
                     labels=labels,
                     count=count,
+                    noise=noise,
                     generator=torch.Generator("cpu").manual_seed(args.seed),
                     world=world,
                     **{"progress": False, **guided, **contrast, **options},
@@ -171,6 +184,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         "evaluations": float(samples.evaluations.double().mean()),
         **guidance_facts(guided, args),
         **contrast_options.contrast_facts(args),
+        "interpolate": args.interpolate,
         "seed": args.seed,
         **ran_on,
         "mode": mode,
