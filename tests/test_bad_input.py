@@ -292,7 +292,7 @@ FILES = [
      CheckpointError, "SkipUpBlock2D"),
     ("newer format", lambda r: edit(r.folder / META, format=2), load, CheckpointError, "format 2"),
     ("truncated training state", lambda r: cut(r.folder / STATE), resume, CheckpointError,
-     "damaged or no safetensors"),
+     "training_state.safetensors is damaged: its SHA-256"),
 ]  # fmt: skip
 
 
