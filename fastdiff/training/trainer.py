@@ -8,12 +8,8 @@ a run without interruption.
 from __future__ import annotations
 
 import copy
-import math
 import signal
-import time
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +22,7 @@ from fastdiff import ops
 from fastdiff.checkpoints import checkpoint, forward_process, resumable
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import optional_field
-from fastdiff.common.errors import CheckpointError, DataError, InputError, UnwritableError
-from fastdiff.common.machine_facts import peak_memory
+from fastdiff.common.errors import CheckpointError, DataError, InputError
 from fastdiff.common.model import layered
 from fastdiff.common.world import present
 from fastdiff.data.order import Lookahead, batch_indices
@@ -47,13 +42,10 @@ from fastdiff.training.learning_rate import learning_rate
 from fastdiff.training.loss_guard import Fault, LossGuard
 from fastdiff.training.micro_batches import MicroBatches
 from fastdiff.training.model_fit import check_fit, make_diffusion
-from fastdiff.training.observers import Observer, Observers, RunStart, StepRecord
+from fastdiff.training.observers import Observer
 from fastdiff.training.preview import preview
-from fastdiff.training.run_folder import observers_of_folder
-from fastdiff.training.run_lock import claim, run_lock
-from fastdiff.training.session import Dispensable, deferred_signals
-from fastdiff.training.snapshots import SnapshotKeeper
-from fastdiff.training.training_bar import ProgressBar
+from fastdiff.training.run_lock import run_lock
+from fastdiff.training.run_loop import RunLoop
 from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, recorded_options
 from fastdiff.training.validation import ValidationLoss
 
@@ -95,7 +87,6 @@ class Trainer:
         refusal: of the last step, if it updated nothing: the reason, ``fault``, and the numbers of
             the ``images`` to blame with their ``places``; else None.
         gradient_norm: of the last step, before clipping; None if it was not computed.
-        waited: seconds in which the last step waited for its images.
 
     Raises:
         InputError: the model, the data, the process and the objective do not fit together, or
@@ -358,92 +349,7 @@ class Trainer:
             InputError: no file can be written in ``out``, or another process has taken the run
                 further since this trainer was made.
         """
-        dispensable, first = Dispensable(), self.world.first
-        own: list[Observer] = []
-        if first:
-            own = [ProgressBar(progress), *observers_of_folder(self.out)]
-        if first and self.out is not None and self.options.ema_std:
-            own.append(SnapshotKeeper(self.out, self.averages, self.options))
-        watchers = Observers([*own, *observers], dispensable)
-        claimed: AbstractContextManager[None] = nullcontext()
-        if self.out is not None and first:
-            claimed = claim(self.out, self.finished_steps, self.options.keep)
-        with claimed, watchers.watching(self._start()), deferred_signals() as caught:
-            ended_by = self._train(watchers, dispensable, caught)
-        return signal.Signals(ended_by) if ended_by else None
-
-    def _train(
-        self, watchers: Observers, dispensable: Dispensable, caught: list[signal.Signals]
-    ) -> int:
-        """Train to the last step, or until a signal is caught; the signal, or 0."""
-        options = self.options
-
-        def signalled() -> int:
-            # A signal reaches some processes a step earlier than others.
-            return self.world.largest(*caught, 0)
-
-        stop = signalled()
-        while self.finished_steps < options.steps and not stop:
-            self._observed_step(watchers, dispensable)
-            done = self.finished_steps
-            last = done == options.steps
-            if last or done % options.save_every == 0:
-                self._try_to_save(watchers, warn=not last)
-            grid = options.sample_every and done % options.sample_every == 0
-            if watchers.want_grids and grid and not caught:
-                with dispensable("sample grid"):
-                    watchers.grid(done, self.preview())
-            stop = signalled()
-        if stop and self.finished_steps % options.save_every:
-            self._try_to_save(watchers, warn=False)
-        self.save()
-        return stop
-
-    def _try_to_save(self, watchers: Observers, *, warn: bool) -> None:
-        """Write a checkpoint, and tell the watchers; go on if the file system refuses it."""
-        watchers.before_checkpoint(self.finished_steps)
-        try:
-            self.save()
-        except UnwritableError as error:
-            if warn and self.world.first:  # the last is tried again, and is then an error
-                warnings.warn(
-                    f"fastdiff: {error}; earlier checkpoints are kept, and training goes on to the "
-                    "next one",
-                    stacklevel=4,
-                )
-        else:
-            watchers.checkpoint(self.finished_steps)
-
-    def _observed_step(self, watchers: Observers, dispensable: Dispensable) -> None:
-        """Train on the next batch, and tell the watchers, also of a step that ends the run."""
-        began, number = time.perf_counter(), self.finished_steps + 1
-        loss = math.nan
-        try:
-            loss = self.step()
-        finally:
-            if self.finished_steps == number or self.refusal is not None:
-                seconds = time.perf_counter() - began
-                watchers.step(self._record_of(number, loss, seconds, dispensable))
-
-    def _record_of(
-        self, step: int, loss: float, seconds: float, dispensable: Dispensable
-    ) -> StepRecord:
-        """What observers are told of a step."""
-        values: dict[str, Any] = {"loss": loss, "lr": self.learning_rate(step - 1)}
-        if self.gradient_norm is not None:
-            values["gradient_norm"] = self.gradient_norm
-        every = self.options.validate_every
-        due = every and self.finished_steps == step and not step % every
-        if self.validation is not None and due and self.world.first:
-            with dispensable("validation loss"):
-                values |= self.validation_losses()
-        device, on_device = self.parameters[0].device, None
-        if device.type == "cuda":
-            on_device = torch.cuda.max_memory_allocated(device)
-        return StepRecord(
-            step, values, self.options.batch_size, seconds, self.micro_batches.waited,
-            peak_memory(), on_device, self.refusal,
-        )  # fmt: skip
+        return RunLoop(self, progress, observers).run()
 
     def validation_losses(self) -> dict[str, Any]:
         """The losses of the images to validate with, by the names that logs have for them.
@@ -474,27 +380,6 @@ class Trainer:
             self.diffusion.objective, images, batch_size=self.options.batch_size,
             bf16=self.options.bf16, memory_format=self.memory_format,
         )  # fmt: skip
-
-    def _start(self) -> RunStart:
-        device = self.parameters[0].device
-        data = self.data
-        facts = {
-            "options": asdict(self.options),
-            "process": repr(self.diffusion.forward),
-            "prediction": self.diffusion.prediction,
-            "objective": self.diffusion.objective.name,
-            "parameters": sum(p.numel() for p in self.parameters),
-            "images": {
-                "name": data.name,
-                "count": len(data),
-                "shape": [data.channels, data.size, data.size],
-                "classes": len(data.classes),
-                "validation": 0 if self.validation is None else len(self.validation.images),
-            },
-            "processes": self.world.count,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        }
-        return RunStart(self.out, self.finished_steps, self.options.steps, facts)
 
     def checkpoint(self) -> Checkpoint:
         """The averaged model, not a copy: further training changes it."""
