@@ -12,6 +12,7 @@ import torch
 from fastdiff.cli import data_options
 from fastdiff.cli.output import note
 from fastdiff.common.errors import DataError, InputError
+from fastdiff.common.world import is_first
 from fastdiff.data.image_set import ImageSet
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.evaluation.comparison import Reference
@@ -169,9 +170,10 @@ class Real:
         if self._args.save_features is not None:
             if pictures is None:
                 raise InputError(f"--save-features wants images, {name} has statistics alone")
-            save_reference(
-                self._args.save_features, pictures, description, known.labels, known.classes
-            )
+            if is_first():  # of several processes, which all have the same features
+                save_reference(
+                    self._args.save_features, pictures, description, known.labels, known.classes
+                )
         return replace(known, pictures=pictures)
 
     @property

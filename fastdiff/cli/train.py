@@ -184,7 +184,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how the times of a batch are sampled: uniform, low-discrepancy, logit-normal or "
         "loss-second-moment (the default of vlb) with a schedule; uniform or low-discrepancy for "
-        "dsm; log-normal for edm",
+        "dsm; log-normal for edm; laplace or cosh with all but ncsn",
     )
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     how.add_argument(
