@@ -13,6 +13,7 @@ from fastdiff.data.image_file import CROPS, FILTERS, Reading
 from fastdiff.data.image_loading import load
 from fastdiff.data.image_source import ImageSource
 from fastdiff.data.recognition import find_source, is_local
+from fastdiff.data.table_rows import TableRows
 from fastdiff.data.training_images import TrainingImages
 
 DIGITS = "digits"  # the value of --data for scikit-learn's digits
@@ -137,14 +138,25 @@ def find(args: argparse.Namespace, size: int, *, grayscale: bool = False) -> Fou
 
     Raises:
         DataError: there are none, or they are damaged.
+        InputError: options that are for other data.
     """
+    columns = args.image_column is not None or args.label_column is not None
     value_range = None if args.value_range is None else tuple(args.value_range)
     reading = Reading(size, grayscale, value_range, args.crop, args.resize)
     if args.data == DIGITS:
+        if columns or value_range is not None or args.latent_scale != 1 or args.crop != "center":
+            raise InputError(
+                "--crop, --value-range, --latent-scale, --image-column and --label-column are not "
+                "for digits"
+            )
         return Found(None, reading, args)
     source = find_source(
         args.data, split=args.split, image_column=args.image_column, label_column=args.label_column
     )
+    if columns and not isinstance(source, TableRows):
+        raise InputError(
+            f"--image-column and --label-column are for tables, and {args.data} is none"
+        )
     source.check(reading)
     return Found(source, reading, args)
 

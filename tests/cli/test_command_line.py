@@ -281,6 +281,8 @@ ROWS = [
     (f"{TRAIN} --device teapot", "--device teapot cannot be used"),
     (f"{TRAIN} --backend gpu", "argument --backend: invalid choice: 'gpu'"),
     (f"{TRAIN} --flip", "--flip is not for digits: a mirrored digit is no digit"),
+    (f"{TRAIN} --crop random", "--image-column and --label-column are not for digits"),
+    (f"{FOLDER} {{pictures}} --label-column cls", "for tables, and {pictures} is none"),
     # data
     (f"{FOLDER} {{bad}}/missing", "no {bad}/missing"),
     (f"{FOLDER} {{bad}}/file", "{bad}/file is not a folder of images"),
