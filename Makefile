@@ -26,8 +26,8 @@ timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
 .PHONY: help sample test test-slow diffusers-tests asan bench bench-unet bench-bf16 bench-train \
-	bench-distributed bench-pipelines learning scaling quality theory emoji soak gpu gpu-audit cuda-check wheel lint format \
-	doctor venv clean
+	bench-distributed bench-pipelines learning scaling quality theory emoji emoji-quality soak gpu \
+	gpu-audit cuda-check wheel lint format doctor venv clean
 
 help:  ## list these commands
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 14
@@ -93,6 +93,9 @@ emoji: $(VENV)/.emoji data/emoji  ## train the emoji model that comes along: ima
 		--channels 32,64,96,96 --attention 2,3 --label-dropout 0.1 --weighting min_snr \
 		--timestep-sampler low-discrepancy --batch-size 32 --steps 10000 --warmup 300 --bf16 --threads 1
 	$(RUN) -m fastdiff export --checkpoint runs/emoji --out runs/emoji/float16 --dtype float16
+
+emoji-quality: venv data/emoji  ## the emoji model by guidance and sampler, beside held-out emoji: table, 15 minutes
+	$(RUN) -m benchmarks.emoji_quality $(QUALITY)
 
 data/emoji: | $(VENV)/.emoji
 	$(RUN) -m tools.emoji_images --out $@

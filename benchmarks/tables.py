@@ -95,6 +95,7 @@ TABLES = {
     "scheduler-steps": Table("make bench", "operations", rows.scheduler_steps),
     "sampler-quality": Table("make quality", "sampler_quality", rows.sampler_quality),
     "shipped-model": Table("make quality", "sampler_quality", rows.shipped_model),
+    "emoji-model": Table("make emoji-quality", "emoji_quality", rows.emoji_quality),
     "objectives": Table("make theory", "objectives", rows.objectives, numbers=False),
     "guidance": Table("make theory", "guidance", rows.guidance),
     "adaptive-steps": Table("make theory", "adaptive_steps", rows.adaptive_steps),
