@@ -28,7 +28,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("samplers.png"), help="the picture")
     args = options.parse_args()
 
-    digits = checkpoint.load("digits")  # the model that comes with fastdiff
+    digits = checkpoint.load("digits")  # a model that comes with fastdiff
     labels = range(len(digits.classes))
     rows, texts = [], []
     for name in args.samplers:

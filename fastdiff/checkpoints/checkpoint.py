@@ -312,9 +312,9 @@ def load(path: str | Path, weights: str | None = None) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
-        path: the name of a model shipped with fastdiff ("digits"), a checkpoint folder, or the
-            folder of a training run, whose newest checkpoint is read. The name of a shipped model
-            has precedence over a folder of the same name; write ./digits for the folder.
+        path: the name of a model shipped with fastdiff ("digits" or "emoji"), a checkpoint folder,
+            or the folder of a training run, whose newest checkpoint is read. The name of a shipped
+            model has precedence over a folder of the same name; write ./digits for the folder.
         weights: the name of the weights to read: of an average that the run kept, such as
             ema-0.9999 or std-0.05, or "raw" for the weights of the last step, which are in a
             training run's checkpoints; None for the average that the run calls its model.

@@ -61,7 +61,7 @@ def load(path: str | Path, *, ema: bool = False, **options: Any) -> UNet2DModel:
 
     Args:
         path: a folder of fastdiff or diffusers, the name of a model that comes with fastdiff
-            ("digits"), or a file: .safetensors, or anything that torch.save wrote.
+            ("digits" or "emoji"), or a file: .safetensors, or anything that torch.save wrote.
         ema: the averaged weights, in a file or a training folder that also has the others.
         **options: facts that the tensors do not tell, such as ``num_head_channels=64``; an error
             says which are missing. For a diffusers folder: subfolder, variant and ignore, as in

@@ -1,4 +1,4 @@
-"""The models that come along: small, loadable by both libraries, drawing what they are asked for."""
+"""The models that come along are small, load in both libraries and draw what they are asked for."""
 
 from __future__ import annotations
 
