@@ -74,4 +74,4 @@ def test_draws_the_emoji_it_is_asked_for(emoji) -> None:
         assert corners.median() > 0.9
         red, green, blue = images[:, :, 8:24, 8:24].unbind(1)
         shares[guidance] = float(((red > blue + 0.5) & (green > blue + 0.2)).float().mean())
-    assert shares[3.0] > 0.5 > 0.3 > shares[0.0], shares
+    assert shares[3.0] > max(0.5, 2 * shares[0.0])
