@@ -497,11 +497,15 @@ def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, An
     """
     words = sys.argv[1:] if argv is None else list(argv)
     command, unset = _options(), object()
-    command.set_defaults(**{**dict.fromkeys(vars(args), unset), "set": []})
+    command.set_defaults(**dict.fromkeys(vars(args), unset))
+    # An option that may be repeated would append to the mark; of None it makes a list.
+    repeated = {a.dest for a in command._actions if isinstance(a, argparse._AppendAction)}
+    command.set_defaults(**dict.fromkeys(repeated, None))
     parsed = vars(command.parse_args(words[1:]))  # without the sub-command's name
     given = {} if args.config is None else run_file.read(command, args.config)
     given |= run_file.assigned(command, args.set)
-    return given | {name: value for name, value in parsed.items() if value is not unset}
+    absent = {name: None if name in repeated else unset for name in parsed}
+    return given | {name: value for name, value in parsed.items() if value is not absent[name]}
 
 
 def _options() -> argparse.ArgumentParser:

@@ -254,9 +254,8 @@ class Trainer:
         return value
 
     def _step(self, step: int) -> float:
-        with span("data"):
-            self._lookahead(step)
-            draws = self.draw(step)
+        self._lookahead(step)
+        draws = self.draw(step)
         losses = self.micro_batches.gradient(step, draws)
         weighted = draws.weights.to(losses.dtype) * losses
         value = float(weighted.mean())

@@ -33,7 +33,8 @@ def write(folders: Sequence[str | Path], target: Path) -> None:
     text = page([RunRecord.read(folder) for folder in folders])
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        # Names of files may hold bytes that are no text.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, target)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from None
