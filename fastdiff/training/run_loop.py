@@ -90,7 +90,9 @@ class RunLoop:
         if out is not None and self.world.first:
             claimed = claim(out, done, self.options.keep)
         watched = self.watchers.watching(run_start(self.trainer))
-        with claimed, watched, deferred_signals() as caught:
+        # Signals wait for the observers' end too: when a process of the run is lost, torchrun's
+        # signal would otherwise end the others before they have said so.
+        with deferred_signals() as caught, claimed, watched:
             ended_by = self._train(caught)
         return signal.Signals(ended_by) if ended_by else None
 
