@@ -86,7 +86,7 @@ def bench_waiting(versus, write, tmp_path, monkeypatch, request) -> None:
     def step() -> None:
         start = time.perf_counter()
         lazy.step()
-        waited.append(lazy.waited / (time.perf_counter() - start))
+        waited.append(lazy.micro_batches.waited / (time.perf_counter() - start))
 
     source, reading = lazy.data.reader.source, lazy.data.reader.reading
     start = time.perf_counter()
