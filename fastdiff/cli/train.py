@@ -20,7 +20,6 @@ import torch
 from fastdiff.checkpoints import checkpoint, resumable
 from fastdiff.cli import (
     data_options,
-    machine_options,
     objective_options,
     run_file,
     watch_options,
@@ -28,8 +27,8 @@ from fastdiff.cli import (
 from fastdiff.cli.data_options import DIGITS, Found
 from fastdiff.cli.machine_options import machine
 from fastdiff.cli.output import note
-from fastdiff.cli.parsing import integers, numbers, positive
 from fastdiff.cli.run_file import CONTROLS
+from fastdiff.cli.train_options import add_arguments
 from fastdiff.common.errors import CheckpointError, InputError, check_memory
 from fastdiff.common.seeds import seeded
 from fastdiff.common.world import is_first, process_group
@@ -42,20 +41,13 @@ from fastdiff.nn.pretrained import NoInitialisation
 from fastdiff.training.observers import Observer
 from fastdiff.training.run_lock import run_lock
 from fastdiff.training.trainer import (
-    LR_SCHEDULES,
     Trainer,
     TrainingOptions,
     make_diffusion,
     recorded_options,
 )
 from fastdiff.training.training_options import (
-    ON_BAD_LOSS,
-    ON_OOM,
-    OPTIMIZERS,
     SEVERAL,
-    SNAPSHOT_DTYPES,
-    TIMESTEP_SAMPLERS,
-    WEIGHTINGS,
     WITHOUT_RECORD,
 )
 
@@ -72,245 +64,6 @@ CHANGEABLE = frozenset(
         "on_bad_loss", "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Options of ``fastdiff train``."""
-    defaults = TrainingOptions()
-    switch = argparse.BooleanOptionalAction
-    which = command.add_argument_group("which run")
-    which.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="take options from a TOML file, such as the run.toml of another run; what is on the "
-        "command line comes before it",
-    )
-    which.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.KEY=VALUE",
-        help="set an option by its key in the file, for example model.channels=32,64; comes before "
-        "--config",
-    )
-    which.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in --out from its newest checkpoint, with its options",
-    )
-    which.add_argument(
-        "--resume-if-any",
-        action="store_true",
-        help="as --resume if --out has a checkpoint, else begin: for programs that start the same "
-        "command again, such as torchrun --max-restarts",
-    )
-
-    run = command.add_argument_group("run")
-    run.add_argument("--out", type=Path, help="folder of the run; must be given")
-    run.add_argument(
-        "--save-every", type=int, default=defaults.save_every, help="steps between checkpoints"
-    )
-    run.add_argument("--keep", type=int, default=defaults.keep, help="newest checkpoints to keep")
-    run.add_argument(
-        "--sample-every",
-        type=int,
-        default=defaults.sample_every,
-        help="steps between sample grids; 0 for none",
-    )
-
-    data = command.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        help=f"{data_options.HELP}; with --resume, the run's images at their present place, if "
-        "they have moved",
-    )
-    data.add_argument("--image-size", type=positive, default=16, help="height and width")
-    data.add_argument("--grayscale", action="store_true", help="read images as grey")
-    data.add_argument("--flip", action="store_true", help="mirror half of the images")
-    data_options.add_source_arguments(data)
-    data_options.add_arguments(data)
-    data.add_argument("--unconditional", action="store_true", help="train without the classes")
-
-    model = command.add_argument_group("model")
-    model.add_argument(
-        "--channels", type=integers, default="32,64,64", help="feature channels of each level"
-    )
-    model.add_argument(
-        "--layers-per-block", type=positive, default=2, help="residual blocks in each level"
-    )
-    model.add_argument(
-        "--attention", type=integers, default="1,2", help="levels with self-attention, or none"
-    )
-    model.add_argument("--dropout", type=float, default=0.0, help="dropout in every block")
-
-    objective_options.add_arguments(command)
-
-    how = command.add_argument_group("training")
-    how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
-    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images per step")
-    how.add_argument(
-        "--accumulate",
-        type=int,
-        default=defaults.accumulate,
-        help="micro-batches of a step, one after another, in the memory of one",
-    )
-    how.add_argument(
-        "--on-oom",
-        choices=ON_OOM,
-        default=defaults.on_oom,
-        help="a step for which there is no memory ends the run, or is repeated in micro-batches of "
-        "half the size, in which the run goes on",
-    )
-    how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
-    how.add_argument(
-        "--label-dropout",
-        type=float,
-        default=defaults.label_dropout,
-        help="share of the labels to hide, for example 0.1, so that sampling can be guided",
-    )
-    how.add_argument(
-        "--weighting",
-        choices=WEIGHTINGS,
-        default=defaults.weighting,
-        metavar="NAME",
-        help="of the loss over time: snr, min_snr, p2, edm or vlb for ddpm, hybrid and flow; sigma "
-        "or likelihood for dsm",
-    )
-    how.add_argument(
-        "--timestep-sampler",
-        choices=TIMESTEP_SAMPLERS,
-        default=defaults.timestep_sampler,
-        metavar="NAME",
-        help="how the times of a batch are sampled: uniform, low-discrepancy, logit-normal or "
-        "loss-second-moment (the default of vlb) with a schedule; uniform or low-discrepancy for "
-        "dsm; log-normal for edm; laplace or cosh with all but ncsn",
-    )
-    how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    how.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="compute activations again in the backward pass, by PyTorch's own operations: less "
-        "memory, more time",
-    )
-    how.add_argument(
-        "--channels-last", action=switch, default=True, help="channels_last memory format"
-    )
-    how.add_argument(
-        "--compile",
-        action=switch,
-        default=defaults.compile,
-        help="fused operations with gradients on a CPU; without them a step takes longer",
-    )
-    how.add_argument(
-        "--on-bad-loss",
-        choices=ON_BAD_LOSS,
-        default=defaults.on_bad_loss,
-        help="a step whose loss or gradient is not finite, or whose loss is too high by --spike, "
-        "ends the run, or is left out",
-    )
-    how.add_argument(
-        "--spike",
-        type=float,
-        default=defaults.spike,
-        metavar="FACTOR",
-        help="a loss above FACTOR times the median of the last 100 is too high; 0 for no limit",
-    )
-    how.add_argument(
-        "--max-skips",
-        type=int,
-        default=defaults.max_skips,
-        help="so many steps in a row are not left out: they end the run",
-    )
-
-    optimizer = command.add_argument_group("optimizer")
-    optimizer.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default=defaults.optimizer,
-        help="muon is for the weights of hidden layers, with adamw for the others",
-    )
-    optimizer.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
-    optimizer.add_argument(
-        "--lr-schedule",
-        choices=LR_SCHEDULES,
-        default=defaults.lr_schedule,
-        help="after warm-up: cosine and linear fall to 0 at the last step, constant stays, rsqrt "
-        "falls with the inverse square root of the step",
-    )
-    optimizer.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of warm-up")
-    optimizer.add_argument(
-        "--lr-reference",
-        type=int,
-        default=defaults.lr_reference,
-        metavar="STEP",
-        help="after which rsqrt falls; 0 for the end of the warm-up",
-    )
-    optimizer.add_argument(
-        "--cooldown",
-        type=int,
-        default=defaults.cooldown,
-        metavar="STEPS",
-        help="last steps in which the rate of constant and rsqrt falls to 0",
-    )
-    optimizer.add_argument(
-        "--betas",
-        type=numbers,
-        default=",".join(map(str, defaults.betas)),
-        help="decays of the moments of adamw and adam",
-    )
-    optimizer.add_argument(
-        "--eps", type=float, default=defaults.eps, help="added to the root of the second moment"
-    )
-    optimizer.add_argument(
-        "--momentum", type=float, help="of sgd (default: 0.9) and muon (default: 0.95)"
-    )
-    optimizer.add_argument("--nesterov", action="store_true", help="Nesterov's momentum, for sgd")
-    optimizer.add_argument(
-        "--weight-decay",
-        type=float,
-        default=defaults.weight_decay,
-        help="decoupled for adamw and muon, part of the gradient for adam and sgd",
-    )
-    optimizer.add_argument(
-        "--grad-clip", type=float, default=defaults.grad_clip, help="gradient norm; 0 for no limit"
-    )
-
-    averages = command.add_argument_group(
-        "averages",
-        "of the weights. The first is the run's model; the others are kept beside it, and "
-        "fastdiff sample --weights names one, such as ema-0.9999 or std-0.05.",
-    )
-    averages.add_argument(
-        "--ema",
-        type=numbers,
-        default=",".join(map(str, defaults.decays)),
-        metavar="DECAYS",
-        help="decays of exponential moving averages, such as 0.999,0.9999, or none",
-    )
-    averages.add_argument(
-        "--ema-std",
-        type=numbers,
-        default="none",
-        metavar="STDS",
-        help="relative standard deviations of averages by a power function, such as 0.05,0.10, of "
-        "which fastdiff average makes others after the run",
-    )
-    averages.add_argument(
-        "--snapshots",
-        type=positive,
-        default=defaults.snapshots,
-        help="times, evenly over the run, that the averages of --ema-std are kept for that",
-    )
-    averages.add_argument(
-        "--snapshot-dtype",
-        choices=SNAPSHOT_DTYPES,
-        default=defaults.snapshot_dtype,
-        help="of their files",
-    )
-
-    watch_options.add_arguments(command)
-    machine_options.add_arguments(command.add_argument_group("machine"))
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
