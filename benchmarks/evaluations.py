@@ -26,6 +26,17 @@ def command(words: Sequence[str]) -> str:
     return out.getvalue()
 
 
+def evaluation(words: Sequence[str]) -> dict[str, Any]:
+    """What ``fastdiff eval`` says with these arguments.
+
+    The checkpoint's path is left out: the arguments name it, and where a model that comes along
+    lies differs from machine to machine.
+    """
+    facts: dict[str, Any] = json.loads(command(["eval", *words, "--json"]))
+    del facts["checkpoint"]
+    return facts
+
+
 class Figures:
     """The results of ``fastdiff eval`` by its command, in a file."""
 
@@ -44,7 +55,7 @@ class Figures:
         asked = " ".join(f"fastdiff eval {words}".split())
         known = self.results["found"]
         if asked not in known:
-            facts = known[asked] = json.loads(command(["eval", *words.split(), "--json"]))
+            facts = known[asked] = evaluation(words.split())
             machines = machine.with_this_one(self.results["machines"], facts["threads"])
             self.results["machines"] = machines
             self.save()

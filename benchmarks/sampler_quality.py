@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, rows, tables
-from benchmarks.evaluations import command
+from benchmarks.evaluations import evaluation
 from fastdiff import samplers
 from fastdiff.checkpoints import checkpoint
 
@@ -89,12 +89,12 @@ def measure(
     args: argparse.Namespace, name: str, steps: int, grid: dict[str, Any]
 ) -> dict[str, Any]:
     """What ``fastdiff eval`` says of a sampler, in sets as large as the held-out set."""
-    words = f"eval --checkpoint {args.checkpoint} --samples {args.images} --json"
+    words = f"--checkpoint {args.checkpoint} --samples {args.images}"
     words += f" --sampler {name} --steps {steps}"
     words += "".join(f" --option {option}={value}" for option, value in grid.items())
     if args.against is not None:
         words += f" --against {args.against} --held-out {args.against}-held-out"
-    facts = json.loads(command(words.split()))
+    facts = evaluation(words.split())
     if args.against is not None:
         facts["frechet"] = facts["frechet_matched"]
     return facts
