@@ -27,7 +27,6 @@ from fastdiff.checkpoints import checkpoint
 
 BUDGETS = (5, 10, 20, 50)
 LEFT_OUT = ("ddim-inverse",)  # samplers that lead from images to noise
-NOT_DISTILLED = ("lcm", "consistency")  # samplers for models that were distilled for them
 GRID = {"grid": "logsnr", "sigma_max": 80.0}
 TO_BEAT = {f"ddim, {grid}": {"grid": grid} for grid in ("leading", "trailing")}
 TO_BEAT_EVALUATIONS = 50

@@ -352,6 +352,13 @@ def encode(
     return solved.x / network.continuous.prior_std
 
 
+def draws_noise(sampler: Sampler | sde.Solver) -> bool:
+    """Whether a sampler draws noise after that of its beginning."""
+    if isinstance(sampler, Sampler):
+        return sampler.table.needs_noise
+    return sampler.method not in ("ode", "probability-flow")
+
+
 def slerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
     """Noise between two noises, on the great circle (Shoemake 1985; DDIM, arXiv:2010.02502, D.5).
 

@@ -249,6 +249,11 @@ def _convert(
     return (a * x_t + b * prediction).to(x_t.dtype)
 
 
+def linear(form: LinearForm, x: Tensor, y: Tensor) -> Tensor:
+    """a x + b y for images x and y and coefficients [N] or [], in the wide dtype of x."""
+    return beside(form[0], x) * x + beside(form[1], x) * y
+
+
 def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """table[t] as [N, 1, ...] to broadcast with x, in float32 or float64.
 

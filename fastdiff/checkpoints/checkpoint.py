@@ -44,7 +44,7 @@ from fastdiff.common.errors import CheckpointError, DamagedError, InputError
 from fastdiff.common.model import Model
 from fastdiff.common.world import World
 from fastdiff.diffusion import Diffusion
-from fastdiff.generation import Classifier, Contrast, Guide, Samples
+from fastdiff.generation import Classifier, Contrast, Guide, Samples, draws_noise
 from fastdiff.guidance import Linear, Projected
 from fastdiff.nn import UNet2DModel
 from fastdiff.nn.wrappers import plain_names, plain_state, unwrapped
@@ -218,7 +218,7 @@ class Checkpoint:
                 sampler that draws noise at its steps, since one generator draws it for all images.
         """
         world = World() if world is None else world
-        if world.count > 1 and _draws_noise(sampler):
+        if world.count > 1 and draws_noise(sampler):
             raise InputError(
                 f"{sampler!r} draws noise at its steps, one image after the other, which several "
                 "processes cannot share; take a sampler without such noise, or one process"
@@ -299,13 +299,6 @@ class Checkpoint:
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from None
         return Contrast(rule, weaker), 1.0, uncond if weaker is None else None
-
-
-def _draws_noise(sampler: Sampler | Solver) -> bool:
-    """Whether a sampler draws noise after that of its beginning."""
-    if isinstance(sampler, Sampler):
-        return sampler.table.needs_noise
-    return sampler.method not in ("ode", "probability-flow")
 
 
 def load(path: str | Path, weights: str | None = None) -> Checkpoint:

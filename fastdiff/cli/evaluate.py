@@ -28,11 +28,11 @@ from fastdiff.cli.parsing import (
     positive,
 )
 from fastdiff.cli.sampler_options import (
+    cost_text,
     guidance,
     guidance_facts,
     make_sampler,
     sampler_facts,
-    steps_text,
 )
 from fastdiff.common.errors import InputError
 from fastdiff.common.world import process_group
@@ -107,10 +107,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         print_json(facts)
     else:
         _print(measured, bits)
-        print(
-            f"{{samples}} digits, {steps_text(facts)}, seed {{seed}}, in {{seconds:.1f}} s on the "
-            "{backend} backend ({isa}, {threads} threads)".format(**facts)
-        )
+        print(cost_text(facts, "digits"))
     return 0
 
 

@@ -20,11 +20,11 @@ from fastdiff.cli.machine_options import machine, machine_facts
 from fastdiff.cli.output import print_json
 from fastdiff.cli.reference_options import Real, warn_of_few
 from fastdiff.cli.sampler_options import (
+    cost_text,
     guidance,
     guidance_facts,
     make_sampler,
     sampler_facts,
-    steps_text,
 )
 from fastdiff.common.errors import DataError, InputError
 from fastdiff.common.world import World, process_group
@@ -198,7 +198,4 @@ def _print(facts: dict[str, Any], compared: Comparison, names: dict[str, str]) -
     against = "statistics" if count is None else f"{count} images"
     print(f"against {against}, in {facts['features']}")
     if "checkpoint" in facts:
-        print(
-            f"{{samples}} images, {steps_text(facts)}, seed {{seed}}, in {{seconds:.1f}} s on the "
-            "{backend} backend ({isa}, {threads} threads)".format(**facts)
-        )
+        print(cost_text(facts, "images"))

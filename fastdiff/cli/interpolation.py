@@ -12,20 +12,15 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.common.errors import InputError
 from fastdiff.data import image_file
 from fastdiff.data.image_grid import from_uint8
-from fastdiff.generation import slerp
+from fastdiff.generation import draws_noise, slerp
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
-
-WITHOUT_NOISE = ("ode", "probability-flow")  # solvers
 
 
 def check_sampler(sampler: Sampler | Solver) -> None:
     """InputError if the sampler adds noise, which would hide the noise that it begins with."""
-    if isinstance(sampler, Solver):
-        noisy, name = sampler.method not in WITHOUT_NOISE, sampler.method
-    else:
-        noisy, name = sampler.table.needs_noise, sampler.name
-    if noisy:
+    if draws_noise(sampler):
+        name = sampler.method if isinstance(sampler, Solver) else sampler.name
         raise InputError(
             f"--interpolate needs a sampler without noise, such as --sampler ddim or ode: {name} "
             "adds some"

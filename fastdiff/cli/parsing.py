@@ -94,6 +94,19 @@ def add_weights_argument(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_network_arguments(group: argparse._ActionsContainer) -> None:
+    """Add --channels, --layers-per-block and --attention: the levels of a network to train."""
+    group.add_argument(
+        "--channels", type=integers, default="32,64,64", help="feature channels of each level"
+    )
+    group.add_argument(
+        "--layers-per-block", type=positive, default=2, help="residual blocks in each level"
+    )
+    group.add_argument(
+        "--attention", type=integers, default="1,2", help="levels with self-attention, or none"
+    )
+
+
 def add_seed_argument(command: argparse.ArgumentParser) -> None:
     """Add --seed, to be checked by :func:`check_seed`."""
     command.add_argument("--seed", type=int, default=0, help="of all noise")

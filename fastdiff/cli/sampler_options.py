@@ -147,6 +147,14 @@ def sampler_facts(sampler: Sampler | Solver) -> dict[str, Any]:
     return {"sampler": name, "steps": sampler.steps}
 
 
+def cost_text(facts: Mapping[str, Any], what: str) -> str:
+    """How many images (``what`` they are called) were generated, how, and in what time."""
+    return (
+        f"{{samples}} {what}, {steps_text(facts)}, seed {{seed}}, in {{seconds:.1f}} s on the "
+        "{backend} backend ({isa}, {threads} threads)".format(**facts)
+    )
+
+
 def steps_text(facts: Mapping[str, Any]) -> str:
     """The entries of :func:`sampler_facts` and the entry ``evaluations``, in words."""
     steps = "steps of its own" if facts["steps"] is None else f"{facts['steps']} steps"

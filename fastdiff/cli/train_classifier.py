@@ -20,7 +20,7 @@ from fastdiff.cli import data_options, machine_options
 from fastdiff.cli.data_options import Found
 from fastdiff.cli.machine_options import machine
 from fastdiff.cli.output import note
-from fastdiff.cli.parsing import add_checkpoint_argument, integers, positive
+from fastdiff.cli.parsing import add_checkpoint_argument, add_network_arguments
 from fastdiff.common.errors import InputError, check_memory
 from fastdiff.data import datasets
 from fastdiff.data.image_grid import check_writable
@@ -43,15 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="the folder to create")
 
     model = command.add_argument_group("classifier")
-    model.add_argument(
-        "--channels", type=integers, default="32,64,64", help="feature channels of each level"
-    )
-    model.add_argument(
-        "--layers-per-block", type=positive, default=2, help="residual blocks in each level"
-    )
-    model.add_argument(
-        "--attention", type=integers, default="1,2", help="levels with self-attention, or none"
-    )
+    add_network_arguments(model)
 
     how = command.add_argument_group("training")
     how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")

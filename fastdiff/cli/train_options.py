@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastdiff.cli import data_options, machine_options, objective_options, watch_options
-from fastdiff.cli.parsing import integers, numbers, positive
+from fastdiff.cli.parsing import add_network_arguments, numbers, positive
 from fastdiff.training.training_options import (
     LR_SCHEDULES,
     ON_BAD_LOSS,
@@ -78,15 +78,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     data.add_argument("--unconditional", action="store_true", help="train without the classes")
 
     model = command.add_argument_group("model")
-    model.add_argument(
-        "--channels", type=integers, default="32,64,64", help="feature channels of each level"
-    )
-    model.add_argument(
-        "--layers-per-block", type=positive, default=2, help="residual blocks in each level"
-    )
-    model.add_argument(
-        "--attention", type=integers, default="1,2", help="levels with self-attention, or none"
-    )
+    add_network_arguments(model)
     model.add_argument("--dropout", type=float, default=0.0, help="dropout in every block")
 
     objective_options.add_arguments(command)

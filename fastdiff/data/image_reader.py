@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from itertools import chain
@@ -41,7 +40,6 @@ class ImageReader:
             so in the log.
 
     Attributes:
-        waited: the seconds in which :meth:`images` waited, in all.
         kept: bytes that the cache uses.
     """
 
@@ -56,7 +54,6 @@ class ImageReader:
     ) -> None:
         self.source, self.reading = source, reading
         self.workers = ReadingWorkers(source, reading, workers)
-        self.waited = 0.0
         self.kept = 0
         self._limit, self._skip_bad = cache, skip_bad
         self._cache: dict[int, np.ndarray] = {}
@@ -80,10 +77,8 @@ class ImageReader:
             DataError: an image cannot be read.
         """
         wanted = list(indices)
-        start = time.perf_counter()
         self.prefetch(wanted)
         found = {index: self._image(index) for index in dict.fromkeys(wanted)}
-        self.waited += time.perf_counter() - start
         return [found[index] for index in wanted]
 
     def _is_known(self, index: int) -> bool:

@@ -63,11 +63,6 @@ class LazyImages(TrainingImages):
         """S, height and width."""
         return self.reader.reading.size
 
-    @property
-    def waited(self) -> float:  # type: ignore[override]
-        """The seconds that reading has waited for images, in all."""
-        return self.reader.waited
-
     def read(
         self, indices: Tensor, mirrored: Tensor | None = None, corners: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,6 @@ class TrainingImages(ABC):
         flip: in training, mirror a random half of the images left to right.
         listing: a hash of the names of the files, or None for images that have none.
         sampled: a fingerprint is taken of some of the images, since reading all takes long.
-        waited: the seconds that :meth:`read` has waited for images, in all.
         ahead: for how many batches it pays to call :meth:`prefetch` beforehand.
     """
 
@@ -40,7 +39,6 @@ class TrainingImages(ABC):
     flip: bool
     listing: str | None = None
     sampled: bool = False
-    waited: float = 0.0
     ahead: int = 0
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.common.errors import InputError
 from fastdiff.common.world import World
-from fastdiff.data.datasets import stream_generator
+from fastdiff.data.order import stream_generator
 from fastdiff.generation import Samples
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver

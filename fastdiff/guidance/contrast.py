@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastdiff.common.checks import beside, wide_dtype
 from fastdiff.common.model import Model, tensor_of
-from fastdiff.guidance.levels import Levels, levels_at, linear
-from fastdiff.process import check_kind, conversion_at, x0_and_eps
+from fastdiff.guidance.levels import Levels, levels_at
+from fastdiff.process import check_kind, conversion_at, linear, x0_and_eps
 from fastdiff.schedules import GaussianPath
 
 

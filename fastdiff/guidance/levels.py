@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.common.checks import beside
 from fastdiff.common.model import Model, tensor_of
-from fastdiff.process import LinearForm, check_kind, conversion_at, x0_and_eps
+from fastdiff.process import check_kind, conversion_at, linear, x0_and_eps
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde.discretization import DiscretizedSDE
 
@@ -35,11 +34,6 @@ def levels_at(path: GaussianPath, t: Tensor) -> tuple[Tensor, Tensor]:
         torch.where(whole, alpha[below], between[0]),
         torch.where(whole, sigma[below], between[1]),
     )
-
-
-def linear(form: LinearForm, x: Tensor, y: Tensor) -> Tensor:
-    """a x + b y for images x and y and coefficients [N], in the wide dtype of x."""
-    return beside(form[0], x) * x + beside(form[1], x) * y
 
 
 def denoised(

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from fastdiff.common.checks import beside, check_shape
 from fastdiff.common.model import Model, tensor_of
-from fastdiff.guidance.levels import Levels, levels_at, linear
+from fastdiff.guidance.levels import Levels, levels_at
 from fastdiff.guidance.mean_shift import check_unclipped, row_at, shifted
-from fastdiff.process import check_kind, conversion_at, x0_and_eps
+from fastdiff.process import check_kind, conversion_at, linear, x0_and_eps
 from fastdiff.samplers import Sampler
 from fastdiff.schedules import GaussianPath
 from fastdiff.sde import SDE

@@ -20,7 +20,7 @@ from fastdiff.common.model import Model
 from fastdiff.losses.jumps import check_falls, levels
 from fastdiff.losses.noising import noised
 from fastdiff.losses.prediction import check_x0, image_mean, predict
-from fastdiff.process import LinearForm, check_kind, conversion
+from fastdiff.process import LinearForm, check_kind, conversion, linear
 from fastdiff.schedules import GaussianPath
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -141,7 +141,7 @@ def consistency_loss(
     def f(network: Model, x: Tensor, at: Tensor) -> Tensor:
         output, _ = predict(network, x, path.labels_of(at, wide), cond)
         of_x, of_output = (table.to(at.device)[at] for table in form)
-        return beside(of_x, output) * x + beside(of_output, output) * output
+        return linear((of_x, of_output), x, output)
 
     with torch.no_grad():
         there = s.clamp(min=0)

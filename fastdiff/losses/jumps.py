@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.common.checks import beside, wide_dtype
+from fastdiff.common.checks import wide_dtype
 from fastdiff.common.model import Model
 from fastdiff.losses.prediction import predict
-from fastdiff.process import x0_and_eps
+from fastdiff.process import linear, x0_and_eps
 from fastdiff.schedules import GaussianPath
 
 CLEAN = -1  # the timestep of images without noise
@@ -65,5 +65,5 @@ def ddim_jump(
     prediction, _ = predict(model, x_t, path.labels_of(t, wide), cond)
     (x_of_x, x_of_out), (eps_of_x, eps_of_out) = x0_and_eps(kind, *levels(path, t))
     alpha, sigma = levels(path, s)
-    of_x, of_out = alpha * x_of_x + sigma * eps_of_x, alpha * x_of_out + sigma * eps_of_out
-    return beside(of_x, prediction) * x_t + beside(of_out, prediction) * prediction
+    form = alpha * x_of_x + sigma * eps_of_x, alpha * x_of_out + sigma * eps_of_out
+    return linear(form, x_t, prediction)

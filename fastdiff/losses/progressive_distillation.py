@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.common.checks import beside, wide_dtype
+from fastdiff.common.checks import wide_dtype
 from fastdiff.common.model import Model
 from fastdiff.losses.jumps import check_falls, ddim_jump, levels
 from fastdiff.losses.noising import noised
 from fastdiff.losses.prediction import check_x0, image_mean, predict
-from fastdiff.process import check_kind, x0_and_eps
+from fastdiff.process import check_kind, linear, x0_and_eps
 from fastdiff.schedules import GaussianPath
 
 
@@ -34,7 +34,7 @@ def progressive_target(
     (alpha_t, sigma_t), (alpha_s, sigma_s) = levels(path, t), levels(path, s)
     share = sigma_s / sigma_t
     scale = 1 / (alpha_s - share * alpha_t)
-    return beside(scale, x_s) * x_s - beside(scale * share, x_t) * x_t
+    return linear((scale, -scale * share), x_s, x_t)
 
 
 def progressive_loss(
@@ -90,7 +90,7 @@ def progressive_loss(
         wanted = progressive_target(path, x_t.to(wide), there, t, s)
     output, _ = predict(student, x_t, path.labels_of(t, wide), cond)
     alpha, sigma = levels(path, t)
-    (of_x, of_output), _ = x0_and_eps(kind, alpha, sigma)
-    found = beside(of_x, output) * x_t + beside(of_output, output) * output
+    form, _ = x0_and_eps(kind, alpha, sigma)
+    found = linear(form, x_t, output)
     weight = ((alpha / sigma) ** 2).clamp(min=1).to(found.device, found.dtype)
     return weight * image_mean((found - wanted).square())

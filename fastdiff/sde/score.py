@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.common.checks import beside, wide_dtype
 from fastdiff.common.model import Model, Output
-from fastdiff.process import KINDS, check_kind, conversion_at
+from fastdiff.process import KINDS, check_kind, conversion_at, linear
 from fastdiff.sde.processes import EDM, SDE
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -59,7 +59,7 @@ def _score(
     if parametrisation == "ncsn":
         return (output / beside(sigma, x)).to(x.dtype)
     of_x, of_output = conversion_at(parametrisation, "score", alpha, sigma)
-    return _linear(of_x, x, of_output, output)
+    return linear((of_x, of_output), x, output).to(x.dtype)
 
 
 def _score_of_edm(model: Model, sde: EDM, cond: dict[str, Any], x: Tensor, t: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def _score_of_edm(model: Model, sde: EDM, cond: dict[str, Any], x: Tensor, t: Te
     scaled = (beside(scale, x) * x).to(x.dtype)
     output = model_output(model, scaled, sde.label(t), cond)
     # (D - x) / t^2 with D = skip x + out F
-    return _linear((skip - 1) / t**2, x, out / t**2, output)
+    return linear(((skip - 1) / t**2, out / t**2), x, output).to(x.dtype)
 
 
 def check_parametrisation(parametrisation: str, sde: SDE) -> None:
@@ -103,7 +103,7 @@ def _prediction(score: Score, kind: str, sde: SDE, x: Tensor, t: Tensor) -> Tens
     if kind == "score":
         return gradient
     of_x, of_score = conversion_at("score", kind, alpha, sigma)
-    return _linear(of_x, x, of_score, gradient)
+    return linear((of_x, of_score), x, gradient).to(x.dtype)
 
 
 def model_output(model: Model, x: Tensor, label: Tensor, cond: dict[str, Any]) -> Tensor:
@@ -111,8 +111,3 @@ def model_output(model: Model, x: Tensor, label: Tensor, cond: dict[str, Any]) -
     wide = wide_dtype(x.dtype)
     wanted = Output(tuple(x.shape), wide, f"images of shape {tuple(x.shape)}")
     return wanted.of(model(x, label.to(x.device, wide).expand(x.shape[0]), **cond))
-
-
-def _linear(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y for images x and y and coefficients [N] or [], in the dtype of x."""
-    return (beside(a, x) * x + beside(b, x) * y).to(x.dtype)

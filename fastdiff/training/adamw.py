@@ -65,9 +65,7 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 result = closure()
         if not self._by_kernel(parameters):
-            if gradient_factor != 1:
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                torch._foreach_mul_(gradients, gradient_factor)
+            scale_gradients(parameters, gradient_factor)
             super().step()
             ops.ema_update(averages, parameters if averages else [], average_weight)
             return result
@@ -117,6 +115,13 @@ class AdamW(torch.optim.AdamW):
         for p, step in zip(parameters, steps, strict=True):
             found.setdefault(int(step), []).append(p)
         return found
+
+
+def scale_gradients(parameters: Sequence[nn.Parameter], factor: float) -> None:
+    """Multiply the gradients of parameters in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if factor != 1 and gradients:  # PyTorch refuses an empty list
+        torch._foreach_mul_(gradients, factor)
 
 
 def clipping_factor(norm: float, largest: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.nn import UNet2DModel
-from fastdiff.nn.wrappers import plain_name
+from fastdiff.nn.wrappers import plain_name, plain_state
 from fastdiff.training import power_function
 from fastdiff.training.session import ema_decay
 from fastdiff.training.training_options import TrainingOptions
@@ -125,8 +125,7 @@ class Averages:
         """The network's state with the weights of an average."""
         values = self.sets[[profile.name for profile in self.profiles].index(name)]
         names = [plain_name(name) for name, _ in self.network.named_parameters()]
-        buffers = {plain_name(name): value for name, value in self.network.state_dict().items()}
-        return {**buffers, **dict(zip(names, values, strict=True))}
+        return {**plain_state(self.network), **dict(zip(names, values, strict=True))}
 
     @torch.no_grad()
     def restore(self, states: Mapping[str, State]) -> None:

@@ -6,7 +6,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import pairwise
 
@@ -178,11 +178,12 @@ def _exchange(model: nn.Module, now: bool) -> Iterator[None]:
 
     Without it a process adds them to those that it has.
     """
-    wrappers = [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
-    if now or not wrappers:
+    if now:
         yield
         return
-    with wrappers[0].no_sync():
+    parts = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
+    wrapper = next(parts, None)
+    with nullcontext() if wrapper is None else wrapper.no_sync():
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.training.adamw import AdamW
+from fastdiff.training.adamw import AdamW, scale_gradients
 from fastdiff.training.training_options import TrainingOptions
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -36,7 +36,7 @@ class _Averaging(torch.optim.Optimizer):
     ) -> Any:
         """Update the parameters, then move their averages; see ``AdamW.step``."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        _scale(parameters, gradient_factor)
+        scale_gradients(parameters, gradient_factor)
         result = super().step(closure)
         ops.ema_update(averages, parameters if averages else [], average_weight)
         return result
@@ -110,7 +110,7 @@ class Muon:
         average_weight: float = 0.0,
     ) -> None:
         """Update the parameters, then move their averages; see ``AdamW.step``."""
-        _scale(self.parameters, gradient_factor)
+        scale_gradients(self.parameters, gradient_factor)
         for p, matrix in self.matrices.items():
             matrix.grad = None if p.grad is None else as_matrix(p.grad, p)
         self.muon.step()
@@ -180,10 +180,3 @@ def from_matrix(matrix: Tensor, p: Tensor) -> Tensor:
 
 def _channels_last(p: Tensor) -> bool:
     return p.ndim == 4 and not p.is_contiguous()
-
-
-def _scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
-    """Multiply the gradients of parameters in place."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if factor != 1 and gradients:  # PyTorch refuses an empty list
-        torch._foreach_mul_(gradients, factor)

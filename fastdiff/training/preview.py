@@ -8,7 +8,7 @@ import torch
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import image_grid
-from fastdiff.data.datasets import stream_generator
+from fastdiff.data.order import stream_generator
 
 STEPS = 20  # of DDIM
 ROWS = 4  # without classes

@@ -8,10 +8,8 @@ import json
 import pytest
 import torch
 
-from fastdiff import schedules
 from fastdiff.checkpoints import checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
-from fastdiff.data.datasets import ImageSet
 from fastdiff.training import post_hoc, snapshots
 from fastdiff.training.power_function import exponent, weight
 from fastdiff.training.trainer import Trainer, TrainingOptions
@@ -23,21 +21,6 @@ OPTIONS = TrainingOptions(
     sample_every=0, ema=(0.5, 0.9), ema_std=(0.05, 0.1), snapshots=3,
 )  # fmt: skip
 NAMES = ("ema-0.5", "ema-0.9", "std-0.05", "std-0.1")
-
-
-@pytest.fixture
-def images(generator):
-    pixels = torch.randint(256, (7, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    return ImageSet(pixels, None, (), "noise")
-
-
-@pytest.fixture
-def make_trainer(tiny_unet, images):
-    def make(out=None, **changes):
-        options = dataclasses.replace(OPTIONS, **changes)
-        return Trainer(tiny_unet(), schedules.cosine(50), images, options, out=out)
-
-    return make
 
 
 def same(a, b) -> bool:

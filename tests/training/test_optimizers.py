@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastdiff import schedules
 from fastdiff.checkpoints import checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
-from fastdiff.data.datasets import ImageSet
 from fastdiff.training import optimizers
 from fastdiff.training.adamw import AdamW
 from fastdiff.training.learning_rate import learning_rate
@@ -36,21 +34,6 @@ KINDS = {
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
 }
 EACH = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-
-
-@pytest.fixture
-def images(generator):
-    pixels = torch.randint(256, (7, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    return ImageSet(pixels, None, (), "noise")
-
-
-@pytest.fixture
-def make_trainer(tiny_unet, images):
-    def make(out=None, **changes):
-        options = dataclasses.replace(OPTIONS, **changes)
-        return Trainer(tiny_unet(), schedules.cosine(50), images, options, out=out)
-
-    return make
 
 
 def parameters(memory_format=torch.channels_last) -> list[tuple[str, nn.Parameter]]:
