@@ -11,7 +11,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff import NoiseSchedule, schedules
+import fastdiff
+from fastdiff import NoiseSchedule, losses, samplers, schedules, sde
 from fastdiff.schedules import FlowSchedule, GaussianPath
 
 T = 1000
@@ -423,3 +424,55 @@ def test_a_schedule_knows_how_it_was_made():
 def test_unusable_schedules(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("length", [100, 300, 4000])
+def test_a_network_of_a_rescaled_schedule_is_told_the_same_label_everywhere(length):
+    """By every loss, sampler and solver: 1000 t / T, as by OpenAI's code."""
+    schedule = schedules.make("cosine", length, rescale_timesteps=True)
+    told = []
+
+    def model(x, t):
+        told.append(t.double())
+        return x
+
+    t = torch.tensor([0, 7, length - 2])
+    wanted = t * (1000.0 / length)
+    x0, noise = torch.zeros(3, 1, 4, 4), torch.ones(3, 1, 4, 4)
+    losses.simple_loss(schedule, model, x0, t, noise)
+    losses.vlb_loss(schedule, model, x0, t, noise, variance="fixed_small")
+    losses.hybrid_loss(schedule, lambda x, t: model(x.repeat(1, 2, 1, 1), t), x0, t, noise)
+    sde.score_fn(model, "eps", sde.Interpolated(schedule))(x0, (t + 1).double() / length)
+    for labels in told:
+        torch.testing.assert_close(labels, wanted.double(), rtol=1e-6, atol=1e-5)
+    told.clear()
+    sampler = samplers.make("ddim", schedule, 3, grid=[length - 2, 7, 0])
+    fastdiff.sample(model, sampler, (3, 1, 4, 4), seed=1, progress=False)
+    torch.testing.assert_close(torch.stack(told).unique(), wanted.double(), rtol=1e-6, atol=1e-5)
+    labels = schedule.labels_of(t, torch.float64)
+    torch.testing.assert_close(schedule.timestep(labels.double()), t.double())
+
+
+def test_the_bound_tells_a_network_of_a_rescaled_schedule_its_labels():
+    told = []
+
+    def model(x, t):
+        told.append(t)
+        return x
+
+    schedule = schedules.rescale_timesteps(schedules.cosine(4))
+    losses.bits_per_dim(
+        model, schedule, torch.zeros(2, 1, 4, 4), variance="fixed_small", seed=0, progress=False
+    )
+    assert torch.stack(told)[:, 0].tolist() == [750, 500, 250, 0]
+
+
+def test_a_rescaled_label_survives_zero_terminal_snr_and_says_so():
+    schedule = schedules.make("cosine", 50, zero_terminal_snr=True, rescale_timesteps=True)
+    assert schedule.rescale_timesteps
+    assert schedule.has_zero_terminal_snr
+    again = schedules.rescale_zero_terminal_snr(schedules.rescale_timesteps(schedules.cosine(50)))
+    assert again.rescale_timesteps
+    assert torch.equal(again.betas, schedule.betas)
+    assert "rescale_timesteps=True" in repr(schedule)
+    assert "rescale_timesteps" not in repr(schedules.cosine(50))

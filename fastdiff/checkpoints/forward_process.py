@@ -18,6 +18,7 @@ from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.objectives import Forward
 from fastdiff.schedules import FlowSchedule, NoiseSchedule
 
+RESCALE = "rescale_timesteps"  # the option of schedules by name and by betas
 # For each name its class, and for each option of the constructor the attribute that holds it.
 _TIMES = {"smallest": "smallest", "trained_from": "trained_from"}
 _LOG_SNR = {"log_snr_max": "log_snr_max", "log_snr_min": "log_snr_min"}
@@ -50,9 +51,10 @@ def describe(forward: Forward) -> dict[str, Any]:
     """
     if isinstance(forward, NoiseSchedule):
         described = {"name": forward.name, "num_timesteps": forward.num_timesteps}
+        rescaled = {RESCALE: True} if forward.rescale_timesteps else {}
         if _can_be_remade(forward):
-            return {"schedule": {**described, "options": forward.options}}
-        return {"schedule": {**described, "betas": forward.betas.tolist()}}
+            return {"schedule": {**described, "options": {**forward.options, **rescaled}}}
+        return {"schedule": {**described, "betas": forward.betas.tolist(), **rescaled}}
     for name, (kind, options) in _KINDS.items():
         if type(forward) is kind:
             values = {option: getattr(forward, attribute) for option, attribute in options.items()}
@@ -103,7 +105,8 @@ def _schedule(meta: Mapping[str, Any], path: Path) -> NoiseSchedule:
     name = field(described, "name", str, path)
     try:
         if "betas" in described:
-            return NoiseSchedule(described["betas"], name=name)
+            rescaled = field({RESCALE: False, **described}, RESCALE, bool, path)
+            return NoiseSchedule(described["betas"], name=name, rescale_timesteps=rescaled)
         options = field(described, "options", dict, path)
         count = field(described, "num_timesteps", int, path)
         return schedules.make(name, count, **options)

@@ -52,8 +52,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=[],
         type=named_value,
         metavar="NAME=VALUE",
-        help="of --schedule: beta_start, beta_end, zero_terminal_snr, or rescaled=true, which "
-        "scales the betas by 1000 / T as OpenAI's code does; may be repeated",
+        help="of --schedule: beta_start, beta_end, zero_terminal_snr; rescaled=true, which scales "
+        "the betas by 1000 / T as OpenAI's code does; rescale_timesteps=true, for a network that "
+        "is told 1000 t / T, as improved-diffusion's are; may be repeated",
     )
     command.add_argument(
         "--prediction",

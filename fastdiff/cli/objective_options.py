@@ -66,7 +66,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--schedule-option", action="append", type=named_value, metavar="NAME=VALUE",
         help="an option of the schedule, such as image_size=256 of shifted_cosine, tau=0.9 of "
-        "sigmoid_abar or beta_end=0.01 of linear; may be repeated",
+        "sigmoid_abar or beta_end=0.01 of linear; rescale_timesteps=true tells the network "
+        "1000 t / T; may be repeated",
     )  # fmt: skip
     group.add_argument(
         "--timesteps", type=positive, metavar="T", help="of the schedule (default: 1000)"

@@ -50,8 +50,9 @@ def vlb_loss(
 
     Args:
         schedule: DDPM's noise schedule, T steps.
-        model: callable (x_t, t, **cond) -> [N, C, ...], the prediction of ``kind``. With a learned
-            variance it returns [N, 2 C, ...]: the prediction, then v of :func:`model_variance`.
+        model: callable (x_t, label, **cond) -> [N, C, ...], the prediction of ``kind``, where the
+            label is the schedule's ``label`` of the timestep. With a learned variance it returns
+            [N, 2 C, ...]: the prediction, then v of :func:`model_variance`.
         x0: clean images, [N, C, ...], floating point.
         t: timesteps, int64 [N], in 0..T-1.
         noise: standard normal noise, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
@@ -73,8 +74,10 @@ def vlb_loss(
     """
     reverse = ReverseSteps(schedule, kind, variance, clip, discrete)
     check_x0(x0)
-    x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
-    prediction, v = predict(model, x_t, t, cond, learned=reverse.learned)
+    wide = wide_dtype(x0.dtype)
+    x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide))
+    label = schedule.labels_of(t, wide)
+    prediction, v = predict(model, x_t, label, cond, learned=reverse.learned)
     return reverse.term(reverse.x0(x_t, t, prediction), v, x0, x_t, t)
 
 
@@ -138,8 +141,9 @@ def hybrid_loss(
     factor = schedule.num_timesteps / 1000 if vlb_weight is None else vlb_weight
     if not factor >= 0:
         raise ValueError(f"vlb_weight must be at least 0, got {vlb_weight}")
-    x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide_dtype(x0.dtype)))
-    prediction, v = predict(model, x_t, t, cond, learned=True)
+    wide = wide_dtype(x0.dtype)
+    x_t = noised(x0, t, noise, *schedule.coefficients(x0.device, wide))
+    prediction, v = predict(model, x_t, schedule.labels_of(t, wide), cond, learned=True)
     simple = weighted_error(schedule, prediction, x0, t, noise, kind, weight)
     vlb = reverse.term(reverse.x0(x_t, t, prediction.detach()), v, x0, x_t, t)
     return simple + factor * vlb
@@ -218,7 +222,8 @@ def bits_per_dim(
     parts = [slice(first, first + size) for first in range(0, images, size)]
     terms, x0_mse = torch.empty(2, images, steps, dtype=torch.float64, device=x0.device)
     rows = torch.arange(steps, device=x0.device)
-    tables = schedule.coefficients(x0.device, wide_dtype(x0.dtype))
+    wide = wide_dtype(x0.dtype)
+    tables = schedule.coefficients(x0.device, wide)
     with progress_bar(total=len(parts) * steps, desc="bits per dim", shown=progress) as bar:
         for part in parts:
             part_cond, clean, part_seeds = conditions.part(part), x0[part], seeds[part]
@@ -226,7 +231,8 @@ def bits_per_dim(
                 row = rows[step : step + 1]
                 t = row.repeat(len(clean))
                 x_t = ops.q_sample_from_seed(clean, t, part_seeds, row, *tables)
-                prediction, v = predict(model, x_t, t, part_cond, learned=reverse.learned)
+                label = schedule.labels_of(t, wide)
+                prediction, v = predict(model, x_t, label, part_cond, learned=reverse.learned)
                 predicted = reverse.x0(x_t, t, prediction)
                 terms[part, step] = reverse.term(predicted, v, clean, x_t, t)
                 x0_mse[part, step] = image_mean((predicted - clean) ** 2)

@@ -191,7 +191,24 @@ def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     abar = root**2
     options = {**schedule.options, "zero_terminal_snr": True}
-    return NoiseSchedule(1 - abar / _before(abar), name=schedule.name, options=options)
+    return NoiseSchedule(
+        1 - abar / _before(abar), name=schedule.name, options=options,
+        rescale_timesteps=schedule.rescale_timesteps,
+    )  # fmt: skip
+
+
+def rescale_timesteps(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule of a network that is told 1000 t / T in place of the timestep t.
+
+    Networks for schedules of other lengths then get labels of the same range, and the same
+    label for about the same share of the way to noise. OpenAI's improved-diffusion and
+    guided-diffusion have this as an option of the same name. Training, samplers, bounds and the
+    view in continuous time all use the label. A learned embedding has a row for each whole number,
+    so it needs a T that divides 1000.
+    """
+    return NoiseSchedule(
+        schedule.betas, name=schedule.name, options=schedule.options, rescale_timesteps=True
+    )
 
 
 def _before(abar: Tensor) -> Tensor:

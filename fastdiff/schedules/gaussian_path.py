@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdiff.common.per_device import PerDevice
 
+RESCALED_TO = 1000  # timesteps of the schedule whose labels a rescaled one has
 ONE = torch.ones(1, dtype=torch.float64, device="cpu")  # abar_{-1}, before the first timestep
 LABELS = ("sigma", "timestep")  # choices for ``label_by`` of FlowSchedule
 
@@ -100,11 +101,29 @@ class GaussianPath:
             t: timesteps int64 [N], in 0..T-1.
             dtype: dtype of fractional labels; whole-number labels are int64, as in sampling.
         """
-        return t
+        if self.labels_are_timesteps:
+            return t
+        key = (t.device, dtype)
+        if key not in self._labels:
+            with _for_autograd():
+                steps = torch.arange(self.num_timesteps, dtype=torch.float64, device="cpu")
+                labels = self.label(steps, self.sigma_t)
+                whole = bool((labels == labels.round()).all())
+                self._labels[key] = labels.to(t.device, torch.int64 if whole else dtype)
+        return self._labels[key][t]
 
     def timestep(self, label: Tensor) -> Tensor:
         """The inverse of :meth:`label`: the timesteps, perhaps fractional, of these labels."""
         return label
+
+    @property
+    def labels_are_timesteps(self) -> bool:
+        """Whether :meth:`label` gives the timesteps themselves."""
+        return True
+
+    @_table
+    def _labels(self) -> PerDevice[tuple[torch.device, torch.dtype], Tensor]:
+        return PerDevice()
 
     def coefficients(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t as [T] tensors on ``device``, cached."""
@@ -130,6 +149,8 @@ class NoiseSchedule(GaussianPath):
             leave some signal, abar_t > 0.
         name: the schedule's name in ``schedules.NAMES``, if it has one.
         options: the arguments of the function of that name, so that a checkpoint can record them.
+        rescale_timesteps: the network is told 1000 t / T and not t, see
+            :func:`fastdiff.schedules.rescale_timesteps`.
 
     Raises:
         ValueError: ``betas`` has another shape or values outside (0, 1], or no signal is left
@@ -137,7 +158,12 @@ class NoiseSchedule(GaussianPath):
     """
 
     def __init__(
-        self, betas: Tensor, *, name: str = "custom", options: dict[str, Any] | None = None
+        self,
+        betas: Tensor,
+        *,
+        name: str = "custom",
+        options: dict[str, Any] | None = None,
+        rescale_timesteps: bool = False,
     ) -> None:
         with _for_autograd():
             betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").clone()
@@ -157,9 +183,12 @@ class NoiseSchedule(GaussianPath):
             )
         self.name = name
         self.options = dict(options or {})
+        self.rescale_timesteps = rescale_timesteps
 
     def __repr__(self) -> str:
-        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
+        rescaled = {"rescale_timesteps": True} if self.rescale_timesteps else {}
+        given = {**self.options, **rescaled}
+        options = "".join(f", {key}={value!r}" for key, value in given.items())
         return f"NoiseSchedule({self.name!r}, num_timesteps={self.num_timesteps}{options})"
 
     @property
@@ -176,6 +205,19 @@ class NoiseSchedule(GaussianPath):
         """alpha and sigma with alpha^2 + sigma^2 = 1 and sigma / alpha = ``ratio``."""
         alpha = 1 / torch.sqrt(1 + ratio**2)
         return alpha, ratio * alpha
+
+    @property
+    def labels_are_timesteps(self) -> bool:
+        """Whether the network is told t and not 1000 t / T."""
+        return not self.rescale_timesteps
+
+    def label(self, t: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """t, or 1000 t / T where ``rescale_timesteps`` is set, whatever sigma is."""
+        return RESCALED_TO * t / self.num_timesteps if self.rescale_timesteps else t
+
+    def timestep(self, label: Tensor) -> Tensor:
+        """The inverse of :meth:`label`."""
+        return label * self.num_timesteps / RESCALED_TO if self.rescale_timesteps else label
 
     @_table
     def alphas(self) -> Tensor:
@@ -279,30 +321,19 @@ class FlowSchedule(GaussianPath):
 
     def label(self, t: Tensor, sigma: Tensor) -> Tensor:
         """T sigma, or t where ``label_by`` is "timestep"."""
-        if self.label_by == "timestep":
+        if self.labels_are_timesteps:
             return t
         # Rounded, since T (k / T) is not always the whole number k.
         return torch.round(self.num_timesteps * sigma, decimals=9)
 
-    def labels_of(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """T sigma_t at whole timesteps, or t where ``label_by`` is "timestep"."""
-        if self.label_by == "timestep":
-            return t
-        key = (t.device, dtype)
-        if key not in self._labels:
-            with _for_autograd():
-                labels = self.label(self.sigma_t, self.sigma_t)
-                whole = bool((labels == labels.round()).all())
-                self._labels[key] = labels.to(t.device, torch.int64 if whole else dtype)
-        return self._labels[key][t]
-
-    @_table
-    def _labels(self) -> PerDevice[tuple[torch.device, torch.dtype], Tensor]:
-        return PerDevice()
+    @property
+    def labels_are_timesteps(self) -> bool:
+        """Whether ``label_by`` is "timestep"."""
+        return self.label_by == "timestep"
 
     def timestep(self, label: Tensor) -> Tensor:
         """T s - 1 with T times the shifted s as the label; or the label if it is a timestep."""
-        if self.label_by == "timestep":
+        if self.labels_are_timesteps:
             return label
         sigma = label / self.num_timesteps
         return self.num_timesteps * sigma / (self.shift - (self.shift - 1) * sigma) - 1

@@ -102,13 +102,19 @@ def test_an_export_holds_the_dtype_and_no_training_state(tiny_checkpoint, tmp_pa
             NoiseSchedule(torch.linspace(0.1, 0.3, 7), name="cosine", options={"mood": 1}),
             id="unknown-option",
         ),
+        pytest.param(schedules.make("linear", 30, rescale_timesteps=True), id="labels"),
+        pytest.param(
+            NoiseSchedule(torch.linspace(0.1, 0.3, 7), rescale_timesteps=True), id="betas-labels"
+        ),
         pytest.param(schedules.cosine(100).respaced(torch.arange(0, 100, 7)), id="respaced"),
     ],
 )
 def test_every_schedule_survives_exactly(schedule, tiny_checkpoint, tmp_path):
     tiny_checkpoint.forward = schedule
     checkpoint.save(tiny_checkpoint, tmp_path / "saved")
-    assert torch.equal(checkpoint.load(tmp_path / "saved").forward.betas, schedule.betas)
+    read = checkpoint.load(tmp_path / "saved").forward
+    assert torch.equal(read.betas, schedule.betas)
+    assert read.rescale_timesteps == schedule.rescale_timesteps
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,11 @@ def test_without_the_process_only_the_model_is_written(
 
 def test_options_of_the_schedule(run: Callable, theirs: Path, tmp_path: Path) -> None:
     words = ("--timesteps", 100, "--schedule-option", "rescaled=true")
+    words = (*words, "--schedule-option", "rescale_timesteps=true")
     assert run("convert", theirs, tmp_path / "out", *FACTS, *PROCESS, *words).code == 0
     got = checkpoint.load(tmp_path / "out").forward
     assert torch.equal(got.betas, schedules.linear(100, rescaled=True).betas)
+    assert got.rescale_timesteps
 
 
 @pytest.mark.parametrize("ema", [False, True])

@@ -65,8 +65,8 @@ class Interpolated(SDE):
         return index.double() / count + (log_alpha - before[index]) / slope[index]
 
     def label(self, t: Tensor) -> Tensor:
-        """T t - 1, the timestep."""
-        return self.schedule.num_timesteps * t - 1
+        """The schedule's label of the timestep T t - 1."""
+        return self.schedule.label(self.schedule.num_timesteps * t - 1)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """log alpha [T + 1] and its slopes [T], cached: CUDA graphs cannot capture the copy."""
