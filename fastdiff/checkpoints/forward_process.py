@@ -25,7 +25,10 @@ _LOG_SNR = {"log_snr_max": "log_snr_max", "log_snr_min": "log_snr_min"}
 _KINDS: dict[str, tuple[Callable[..., Forward], dict[str, str]]] = {
     "vp": (sde.VP, {"beta_min": "beta_min", "beta_max": "beta_max", **_TIMES}),
     "subvp": (sde.SubVP, {"beta_min": "beta_min", "beta_max": "beta_max", **_TIMES}),
-    "ve": (sde.VE, {"sigma_min": "sigma_min", "sigma_max": "sigma_max", **_TIMES}),
+    "ve": (
+        sde.VE,
+        {"sigma_min": "sigma_min", "sigma_max": "sigma_max", "label_by": "label_by", **_TIMES},
+    ),
     "edm": (sde.EDM, {"sigma_min": "smallest", "sigma_max": "end", "sigma_data": "sigma_data"}),
     "linear-log-snr": (sde.LinearLogSNR, _LOG_SNR),
     "cosine-log-snr": (sde.CosineLogSNR, {**_LOG_SNR, "shift": "shift"}),
@@ -38,7 +41,7 @@ _KINDS: dict[str, tuple[Callable[..., Forward], dict[str, str]]] = {
 _UNRECORDED: dict[str, dict[str, Any]] = {
     "vp": dict.fromkeys(_TIMES, 1e-3),
     "subvp": dict.fromkeys(_TIMES, 1e-3),
-    "ve": dict.fromkeys(_TIMES, 1e-5),
+    "ve": {**dict.fromkeys(_TIMES, 1e-5), "label_by": "time"},
     "flow": {"label_by": "timestep"},
 }
 

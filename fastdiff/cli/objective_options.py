@@ -9,6 +9,7 @@ from fastdiff import objectives, schedules, sde
 from fastdiff.cli.parsing import named_value, positive
 from fastdiff.common.errors import InputError
 from fastdiff.objectives import Forward
+from fastdiff.sde.processes.ve import LABELS as VE_LABELS
 
 # The options of each objective, with their defaults.
 _DDPM = {"schedule": "cosine", "timesteps": 1000, "schedule_option": ()}
@@ -21,10 +22,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ncsn": {"sde": "ve", "prediction": "ncsn", "levels": objectives.DEFAULT_LEVELS},
     "edm": {"prediction": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
 }
-SDES: dict[str, tuple[type[sde.SDE], dict[str, float]]] = {
+SDES: dict[str, tuple[type[sde.SDE], dict[str, Any]]] = {
     "vp": (sde.VP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
     "subvp": (sde.SubVP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
-    "ve": (sde.VE, {"sigma_min": 0.01, "sigma_max": 50.0, "trained_from": 1e-5}),
+    "ve": (
+        sde.VE,
+        {"sigma_min": 0.01, "sigma_max": 50.0, "trained_from": 1e-5, "label_by": "time"},
+    ),
     "linear-log-snr": (sde.LinearLogSNR, {"log_snr_max": 13.3, "log_snr_min": -5.0}),
     "cosine-log-snr": (
         sde.CosineLogSNR,
@@ -34,7 +38,7 @@ SDES: dict[str, tuple[type[sde.SDE], dict[str, float]]] = {
 FLAGS = (
     "schedule", "schedule_option", "timesteps", "sde", "beta_min", "beta_max", "sigma_min",
     "sigma_max", "sigma_data", "log_snr_max", "log_snr_min", "shift", "trained_from",
-    "levels", "prediction",
+    "label_by", "levels", "prediction",
 )  # fmt: skip
 
 
@@ -85,6 +89,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         ("--trained-from", "smallest time of training and likelihoods of --sde (default: 1e-5)"),
     ):
         group.add_argument(name, type=float, metavar="X", help=text)
+    group.add_argument(
+        "--label-by", choices=VE_LABELS,
+        help="what a network of ve is told: the time, sigma or its logarithm (default: time)",
+    )  # fmt: skip
     group.add_argument(
         "--levels", type=positive, metavar="L",
         help=f"number of noise levels of ncsn (default: {objectives.DEFAULT_LEVELS})",

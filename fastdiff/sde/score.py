@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.common.checks import beside, wide_dtype
 from fastdiff.common.model import Model, Output
 from fastdiff.process import KINDS, check_kind, conversion_at, linear
-from fastdiff.sde.processes import EDM, SDE
+from fastdiff.sde.processes import EDM, SDE, VE
 
 Score = Callable[[Tensor, Tensor], Tensor]
 PARAMETRISATIONS = (*KINDS, "ncsn", "edm")
@@ -40,7 +40,8 @@ def score_fn(model: Model, parametrisation: str, sde: SDE, **cond: Any) -> Score
         cond: further keyword arguments of the model.
 
     Raises:
-        ValueError: an unknown parametrisation, or "edm" with another SDE. When the score is called:
+        ValueError: an unknown parametrisation, "edm" with another SDE, or "ncsn" with a VE whose
+            ``label_by`` is log-sigma. When the score is called:
             a model's output of another shape than x.
         TypeError: when the score is called, if the model returns no tensor.
     """
@@ -80,6 +81,10 @@ def check_parametrisation(parametrisation: str, sde: SDE) -> None:
         )
     if parametrisation == "edm" and not isinstance(sde, EDM):
         raise ValueError(f"parametrisation 'edm' needs the SDE EDM, got {sde!r}")
+    if parametrisation == "ncsn" and isinstance(sde, VE) and sde.label_by == "log-sigma":
+        raise ValueError(
+            f"a network of the parametrisation 'ncsn' is told sigma, not its logarithm, got {sde!r}"
+        )
 
 
 def prediction_fn(score: Score, kind: str, sde: SDE) -> Score:

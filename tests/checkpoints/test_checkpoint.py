@@ -126,6 +126,7 @@ def test_every_schedule_survives_exactly(schedule, tiny_checkpoint, tmp_path):
         pytest.param(sde.CosineLogSNR(shift=-2), "v", {"objective": "dsm"}, id="cosine-log-snr"),
         pytest.param(sde.VP(smallest=2e-3, trained_from=1e-4), "eps", {}, id="times"),
         pytest.param(sde.VE(0.02, 30.0), "ncsn", {"objective": "ncsn", "levels": 12}, id="ncsn"),
+        pytest.param(sde.VE(label_by="sigma"), "score", {}, id="ve-sigma"),
         pytest.param(sde.EDM(0.01, 40.0, 0.7), "edm", {}, id="edm"),
         pytest.param(schedules.flow(30, shift=3.0), "flow", {}, id="flow"),
         pytest.param(schedules.flow(30, label_by="timestep"), "flow", {}, id="flow-by-timestep"),

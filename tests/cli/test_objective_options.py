@@ -35,8 +35,8 @@ CASES = {
         ("adaptive", None, None),
     ),
     "ncsn": (
-        "--sigma-max 20 --levels 4",
-        "VE(sigma_min=0.01, sigma_max=20.0)",
+        "--sigma-max 20 --levels 4 --label-by sigma",
+        "VE(sigma_min=0.01, sigma_max=20.0, label_by='sigma')",
         "ncsn",
         ("annealed-langevin", 20, 21),
     ),

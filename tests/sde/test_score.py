@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fastdiff
 from fastdiff import schedules
 from fastdiff.common.checks import beside
 from fastdiff.process import KINDS
@@ -18,6 +20,11 @@ SDES = [
     pytest.param(VP(), lambda label: label / 999, id="vp"),
     pytest.param(SubVP(), lambda label: label / 999, id="sub-vp"),
     pytest.param(VE(), lambda label: label / 999, id="ve"),
+    pytest.param(
+        VE(label_by="sigma"),
+        lambda label: (label / 0.01).log() / math.log(5000),
+        id="ve-sigma",
+    ),
     pytest.param(EDM(), lambda label: (4 * label).exp(), id="edm"),
     pytest.param(INTERPOLATED, lambda label: (label + 1) / 1000, id="interpolated"),
 ]
@@ -217,3 +224,37 @@ def same(x, t):
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_ve_may_tell_its_network_the_logarithm_of_sigma(generator):
+    sde, told = VE(label_by="log-sigma"), []
+    x, t = draw(sde, generator)
+    score_fn(lambda x, label: told.append(label) or x, "score", sde)(x, t)
+    torch.testing.assert_close(told[0], sde.levels(t)[1].log())
+    assert repr(sde) == "VE(sigma_min=0.01, sigma_max=50.0, label_by='log-sigma')"
+    with pytest.raises(ValueError, match="is told sigma, not its logarithm"):
+        score_fn(None, "ncsn", sde)
+    with pytest.raises(ValueError, match="label_by"):
+        VE(label_by="variance")
+
+
+def test_a_network_of_sigma_is_told_it_by_losses_samplers_and_likelihoods(generator):
+    """As score_sde tells its NCSN++: a U-Net that divides its output by sigma gives the score."""
+    sde, told = VE(0.1, 10.0, label_by="sigma"), []
+
+    def network(x, label):
+        told.append(label.double())
+        return -x / beside(label**2 + SPREAD**2, x)  # the score of N(0, SPREAD^2), noised
+
+    diffusion = fastdiff.Diffusion(network, sde, "score")
+    x = SPREAD * torch.randn(4, 2, 4, generator=generator)
+    diffusion.loss(x, generator=generator)
+    sampler = diffusion.sampler("ddim", 40, clip=None)
+    images = diffusion.generate(sampler, (500, 2, 2), generator=generator).images
+    assert images.std().item() == pytest.approx(SPREAD, rel=0.1)
+    found = diffusion.log_likelihood(x).logp
+    wanted = torch.distributions.Normal(0, math.hypot(SPREAD, 0.1)).log_prob(x).sum((1, 2))
+    torch.testing.assert_close(found, wanted.double(), rtol=1e-3, atol=1e-2)
+    for label in told:
+        assert label.min() > 0.0999
+        assert label.max() < 10.001

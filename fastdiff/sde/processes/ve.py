@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from fastdiff.common.inputs import check_choice
 from fastdiff.sde.processes.linear_sde import TrainedFromEarlier, check_sigmas
+
+LABELS = ("time", "sigma", "log-sigma")  # choices for ``label_by`` of VE
 
 
 class VE(TrainedFromEarlier):
@@ -19,9 +22,14 @@ class VE(TrainedFromEarlier):
         smallest: the time at which sampling stops; None is 1e-5, as in the paper's code.
         trained_from: the smallest time of training and likelihoods; None is 1e-5, as in the paper's
             code, or ``smallest`` if that is less.
+        label_by: what the network is told: "time" is 999 t; "sigma" is sigma itself, as the paper's
+            NCSN++ is, whose Fourier features take its logarithm and whose output is divided by
+            it, so that it predicts the score (section H.2; ``time_embedding_type="fourier"`` of
+            ``UNet2DModel``); "log-sigma" is its logarithm.
 
     Raises:
-        ValueError: not 0 < sigma_min < sigma_max, or not 0 < trained_from <= smallest < 1.
+        ValueError: not 0 < sigma_min < sigma_max, or not 0 < trained_from <= smallest < 1, or an
+            unknown ``label_by``.
     """
 
     default_smallest = 1e-5
@@ -33,13 +41,19 @@ class VE(TrainedFromEarlier):
         *,
         smallest: float | None = None,
         trained_from: float | None = None,
+        label_by: str = "time",
     ) -> None:
         super().__init__(smallest, trained_from)
         check_sigmas(sigma_min, sigma_max)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        check_choice("label_by", label_by, LABELS)
+        self.sigma_min, self.sigma_max, self.label_by = sigma_min, sigma_max, label_by
 
     def __repr__(self) -> str:
-        return f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}{self.changed_times()})"
+        label = "" if self.label_by == "time" else f", label_by={self.label_by!r}"
+        return (
+            f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}{self.changed_times()}"
+            f"{label})"
+        )
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f = 0 and g^2 = 2 sigma^2 log(sigma_max / sigma_min)."""
@@ -60,8 +74,11 @@ class VE(TrainedFromEarlier):
         return (ratio / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
     def label(self, t: Tensor) -> Tensor:
-        """999 t, in which log sigma(t) is linear."""
-        return 999 * t
+        """999 t, in which log sigma(t) is linear; or what ``label_by`` says."""
+        if self.label_by == "time":
+            return 999 * t
+        _, sigma = self.levels(t)
+        return sigma if self.label_by == "sigma" else sigma.log()
 
     @property
     def prior_std(self) -> float:
