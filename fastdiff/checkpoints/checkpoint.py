@@ -46,7 +46,7 @@ from fastdiff.common.world import World
 from fastdiff.diffusion import Diffusion
 from fastdiff.generation import Classifier, Contrast, Guide, Samples, draws_noise
 from fastdiff.guidance import Linear, Projected
-from fastdiff.nn import UNet2DModel
+from fastdiff.nn import ImageNetwork, networks
 from fastdiff.nn.wrappers import plain_names, plain_state, unwrapped
 from fastdiff.objectives import Forward
 from fastdiff.samplers import Sampler
@@ -85,7 +85,7 @@ class Checkpoint:
         weights: the name of the model's weights, such as ema-0.999; None if they have none.
     """
 
-    model: UNet2DModel
+    model: ImageNetwork
     forward: Forward
     prediction: str
     classes: tuple[str, ...] = ()
@@ -453,7 +453,7 @@ def save(
 
 
 @contextmanager
-def _model_folder(model: UNet2DModel, folder: Path, dtype: torch.dtype) -> Iterator[Path]:
+def _model_folder(model: ImageNetwork, folder: Path, dtype: torch.dtype) -> Iterator[Path]:
     """A new folder, as ``folder.new_folder`` makes it, with a model in diffusers' format."""
     model = unwrapped(model)
     if dtype != torch.float32:
@@ -466,7 +466,7 @@ def _model_folder(model: UNet2DModel, folder: Path, dtype: torch.dtype) -> Itera
 
 
 def save_model(
-    model: UNet2DModel, folder: str | Path, *, dtype: torch.dtype = torch.float32
+    model: ImageNetwork, folder: str | Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write a model of which nothing but its weights is known as a new folder: see :func:`save`."""
     with _model_folder(model, Path(folder), dtype):
@@ -531,16 +531,14 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _read_model(folder: Path, weights: Mapping[str, Tensor] | None) -> UNet2DModel:
+def _read_model(folder: Path, weights: Mapping[str, Tensor] | None) -> ImageNetwork:
     """The model in a folder, with other weights than its own unless they are None."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise DamagedError(f"{folder} is not a complete checkpoint: it has no {name}")
-    kind = read_json(folder / CONFIG).get("_class_name")
-    if kind != "UNet2DModel":
-        raise CheckpointError(f"{folder / CONFIG} describes a {kind}, wanted a UNet2DModel")
+    read_json(folder / CONFIG)
     try:
-        model = UNet2DModel.from_pretrained(folder).float().eval()
+        model = networks.from_pretrained(folder).float().eval()
         if weights is not None:
             model.load_state_dict(dict(weights))
     except SafetensorError as error:

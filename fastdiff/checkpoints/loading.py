@@ -20,7 +20,7 @@ from fastdiff.checkpoints import checkpoint, scheduler_config, torch_file, weigh
 from fastdiff.checkpoints.folder import damaged, not_finite
 from fastdiff.checkpoints.layouts import DIFFUSERS, LAYOUTS, Layout
 from fastdiff.common.errors import CheckpointError, memory_refused
-from fastdiff.nn import UNet2DConfig, UNet2DModel, pretrained
+from fastdiff.nn import ImageNetwork, UNet2DConfig, UNet2DModel, networks, pretrained
 from fastdiff.nn.weight_files import STEM
 from fastdiff.nn.wrappers import plain_names
 from fastdiff.schedules import NoiseSchedule
@@ -45,7 +45,7 @@ class Loaded:
         remarks: what else there is to know, such as weights that were left.
     """
 
-    model: UNet2DModel
+    model: ImageNetwork
     source: str
     forward: NoiseSchedule | None = None
     prediction: str | None = None
@@ -53,7 +53,7 @@ class Loaded:
     remarks: tuple[str, ...] = ()
 
 
-def load(path: str | Path, *, ema: bool = False, **options: Any) -> UNet2DModel:
+def load(path: str | Path, *, ema: bool = False, **options: Any) -> ImageNetwork:
     """Load the U-Net of a checkpoint of fastdiff, diffusers, or another program.
 
     The program is recognised by the names of the tensors, whatever the file is called. No file is
@@ -130,18 +130,19 @@ def _read_folder(folder: Path, ema: bool, options: Mapping[str, Any]) -> Loaded:
             torch_file.check_tensors(tensors, pickled)
             model = _built(config, pretrained.current_names(tensors, pickled), pickled)
         else:
-            model = UNet2DModel.from_pretrained(folder, **options)
+            model = networks.from_pretrained(folder, **options)
     except SafetensorError as error:
         raise CheckpointError(f"{part} has damaged weights: {error}") from None
     except CheckpointError:
         raise
     except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"cannot load a UNet2DModel from {folder}: {error}") from None
+        raise CheckpointError(f"cannot load a model from {folder}: {error}") from None
     _check_finite(model, part)
-    return _with_scheduler(model, "a UNet2DModel of diffusers", folder)
+    program = "diffusers" if isinstance(model, UNet2DModel) else "fastdiff"
+    return _with_scheduler(model, f"a {model.config.network} of {program}", folder)
 
 
-def _with_scheduler(model: UNet2DModel, source: str, folder: Path) -> Loaded:
+def _with_scheduler(model: ImageNetwork, source: str, folder: Path) -> Loaded:
     """A model with what a scheduler beside it says, if there is one that can be read."""
     path = scheduler_config.find(folder)
     if path is None:
@@ -228,7 +229,7 @@ def _built(config: UNet2DConfig, tensors: Mapping[str, Tensor], path: Path) -> U
         raise CheckpointError(f"{path}: {memory_refused(error) or error}") from None
 
 
-def _check_finite(model: UNet2DModel, path: Path) -> None:
+def _check_finite(model: ImageNetwork, path: Path) -> None:
     if name := not_finite(model.state_dict()):
         raise CheckpointError(f"{path}: {name} has NaN or infinity")
 

@@ -130,7 +130,7 @@ def _report(loaded: Loaded, args: argparse.Namespace) -> None:
     config, parameters = loaded.model.config, sum(p.numel() for p in loaded.model.parameters())
     size = sum(file.stat().st_size for file in args.out.iterdir())
     widths = ", ".join(map(str, config.block_out_channels))
-    levels = [str(i) for i, kind in enumerate(config.down_block_types) if "Attn" in kind]
+    levels = list(map(str, config.attention_levels))
     attention = f"at levels {', '.join(levels)}" if levels else "at no level"
     print(f"{args.source}: {loaded.source}{', averaged weights' if args.ema else ''}")
     print(

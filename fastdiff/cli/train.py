@@ -35,8 +35,8 @@ from fastdiff.common.world import is_first, process_group
 from fastdiff.data.file_names import as_path, as_text
 from fastdiff.data.image_grid import check_writable
 from fastdiff.data.training_images import TrainingImages
-from fastdiff.nn import UNet2DModel
-from fastdiff.nn.image_unet import make_unet
+from fastdiff.nn import ImageNetwork
+from fastdiff.nn.image_unet import SCALE_OF_TIMESTEPS, make_karras_unet, make_unet
 from fastdiff.nn.pretrained import NoInitialisation
 from fastdiff.training.observers import Observer
 from fastdiff.training.run_lock import run_lock
@@ -165,18 +165,21 @@ def _trainer(
     )
 
 
-def _network(args: argparse.Namespace, channels: int, classes: int) -> UNet2DModel:
-    """The U-Net that the arguments describe, its weights initialised from torch's generators."""
-    return make_unet(
-        args.image_size,
-        channels,
-        classes,
-        widths=args.channels,
-        layers_per_block=args.layers_per_block,
-        attention=args.attention,
-        dropout=args.dropout,
-        learned_variance=args.objective in ("hybrid", "vlb"),
-    )
+def _network(args: argparse.Namespace, channels: int, classes: int) -> ImageNetwork:
+    """The network that the arguments describe, initialised from torch's generators."""
+    sizes: dict[str, Any] = {
+        "widths": args.channels,
+        "layers_per_block": args.layers_per_block,
+        "attention": args.attention,
+        "dropout": args.dropout,
+    }
+    learned = args.objective in ("hybrid", "vlb")
+    if args.model == "unet":
+        return make_unet(args.image_size, channels, classes, learned_variance=learned, **sizes)
+    if learned:
+        raise InputError(f"--model karras has no learned variance, which {args.objective} trains")
+    scale = 1.0 if args.objective == "edm" else SCALE_OF_TIMESTEPS
+    return make_karras_unet(args.image_size, channels, classes, time_scale=scale, **sizes)
 
 
 def _train(trainer: Trainer, loggers: Sequence[Observer]) -> int:

@@ -78,6 +78,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     data.add_argument("--unconditional", action="store_true", help="train without the classes")
 
     model = command.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        choices=("unet", "karras"),
+        default="unet",
+        help="unet is DDPM's network, karras that of EDM2, whose layers preserve magnitudes",
+    )
     add_network_arguments(model)
     model.add_argument("--dropout", type=float, default=0.0, help="dropout in every block")
 

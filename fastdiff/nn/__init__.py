@@ -11,6 +11,9 @@ from fastdiff.nn.embeddings import (
     SinusoidalProjection,
     TimestepEmbedding,
 )
+from fastdiff.nn.image_network import ImageNetwork
+from fastdiff.nn.karras_config import KarrasUNetConfig
+from fastdiff.nn.karras_unet import KarrasUNet
 from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.resample import Downsample2D, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
@@ -19,6 +22,7 @@ from fastdiff.nn.unet import UNet2DModel
 
 __all__ = [
     "Attention", "DownBlock2D", "Downsample2D", "FourierProjection", "GroupNormSiLU",
-    "NoisyClassifier", "Precomputed", "ResnetBlock2D", "SinusoidalProjection", "TimestepEmbedding",
-    "UNet2DConfig", "UNet2DModel", "UNetMidBlock2D", "UpBlock2D", "Upsample2D",
+    "ImageNetwork", "KarrasUNet", "KarrasUNetConfig", "NoisyClassifier", "Precomputed",
+    "ResnetBlock2D", "SinusoidalProjection", "TimestepEmbedding", "UNet2DConfig", "UNet2DModel",
+    "UNetMidBlock2D", "UpBlock2D", "Upsample2D",
 ]  # fmt: skip

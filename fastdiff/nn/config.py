@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 DIFFUSERS_VERSION = "0.42.0"  # the version of diffusers whose format is read and written
-CLASS_NAME = "UNet2DModel"
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
@@ -106,22 +105,13 @@ class UNet2DConfig:
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
 
+    network: ClassVar[str] = "UNet2DModel"  # the class that it describes
+
     def __post_init__(self) -> None:
-        for name, hint in _hints().items():
-            value = getattr(self, name)
-            if isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, name, value)
-            if not _fits(value, hint):
-                wanted = hint.__name__ if isinstance(hint, type) else hint
-                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        check_types(self)
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and not 0 < number < math.inf:
-                    raise ValueError(f"{name} must be positive, got {value!r}")
+        check_positive(self, _POSITIVE)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         self._check_levels()
@@ -134,16 +124,12 @@ class UNet2DConfig:
         Raises:
             ValueError: a key that is no option, or a value that the class refuses.
         """
-        options = {key: value for key, value in values.items() if not key.startswith("_")}
-        unknown = sorted(set(options) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"{CLASS_NAME} has no option {', '.join(unknown)}")
-        return cls(**options)
+        return cls(**checked_options(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that diffusers reads as well."""
         return {
-            "_class_name": CLASS_NAME,
+            "_class_name": self.network,
             "_diffusers_version": DIFFUSERS_VERSION,
             **asdict(self),
         }
@@ -152,6 +138,12 @@ class UNet2DConfig:
     def embedding_channels(self) -> int:
         """Length D of the time embedding."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def attention_levels(self) -> tuple[int, ...]:
+        """The levels with attention on the way down; level 0 has the full resolution."""
+        kinds = enumerate(self.down_block_types)
+        return tuple(level for level, kind in kinds if "Attn" in kind)
 
     def _check_levels(self) -> None:
         levels = len(self.block_out_channels)
@@ -205,9 +197,45 @@ def block_kind(name: str) -> str:
     return name.removeprefix("UNetRes")
 
 
+def checked_options(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the contents of a config.json; keys that begin with _ are skipped.
+
+    Raises:
+        ValueError: a key that is no option of the class ``config``.
+    """
+    options = {key: value for key, value in values.items() if not key.startswith("_")}
+    unknown = sorted(set(options) - {field.name for field in fields(config)})
+    if unknown:
+        raise ValueError(f"{config.network} has no option {', '.join(unknown)}")
+    return options
+
+
+def check_types(config: Any) -> None:
+    """ValueError unless every option has its annotated type; lists become tuples in place."""
+    hints = _hints(type(config))
+    for field in fields(config):
+        name, hint = field.name, hints[field.name]
+        value = getattr(config, name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(config, name, value)
+        if not _fits(value, hint):
+            wanted = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_positive(config: Any, names: Iterable[str]) -> None:
+    """ValueError unless the numbers of these options are positive and finite, or None."""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(f"{name} must be positive, got {value!r}")
+
+
 @cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(UNet2DConfig)
+def _hints(config: type[Any]) -> dict[str, Any]:
+    return get_type_hints(config)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from fastdiff.nn.config import UNet2DConfig
+from fastdiff.nn.karras_config import KarrasUNetConfig
+
+Config = UNet2DConfig | KarrasUNetConfig
 
 
-def check_sample(sample: Tensor, config: UNet2DConfig) -> None:
+def check_sample(sample: Tensor, config: Config) -> None:
     """ValueError unless ``sample`` is [N, in_channels, H, W] and every level can halve H and W."""
     if sample.ndim != 4 or sample.shape[1] != config.in_channels:
         raise ValueError(
@@ -55,7 +58,7 @@ def check_conditioning(
     class_labels: Tensor | None,
     precomputed: Tensor | None,
     channels: int,
-    config: UNet2DConfig,
+    config: Config,
 ) -> None:
     """TypeError or ValueError unless the conditioning fits a batch of this size.
 
@@ -94,7 +97,7 @@ def check_conditioning(
         )
 
 
-def check_class_labels(labels: Tensor | None, batch: int, config: UNet2DConfig) -> None:
+def check_class_labels(labels: Tensor | None, batch: int, config: Config) -> None:
     """ValueError or IndexError unless ``labels`` fit a batch of this size and the model's config.
 
     An unconditional model takes None; a table of classes int64 [N]; class_embed_type timestep

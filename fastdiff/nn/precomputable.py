@@ -1,14 +1,13 @@
 """Whether a U-Net's embeddings, or its layers, may be computed in another way than by its calls.
 
-``fastdiff.nn.UNet2DModel.precompute`` skips calls that the plain model makes at every step, and a
-graph of the layers stands for all others. The result is the same only if the library's own code
-alone sees or answers these calls. Where other code might, such as a hook, the model is called
-plainly.
+``precompute`` of the networks of ``fastdiff.nn`` skips calls that the plain model makes at every
+step, and a graph of the layers stands for all others. The result is the same only if the library's
+own code alone sees or answers these calls. Where other code might, such as a hook, the model is
+called plainly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -20,6 +19,8 @@ from torch.nn.modules import module as torch_module
 from fastdiff.common.model import has_hooks
 from fastdiff.nn.blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D
 from fastdiff.nn.embeddings import FourierProjection, SinusoidalProjection, TimestepEmbedding
+from fastdiff.nn.karras_blocks import CosineAttention, DecoderBlock, EncoderBlock
+from fastdiff.nn.magnitude_preserving import MPConv2d, MPEmbedding, MPFourier, MPLinear
 from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.resample import Downsample2D, NearestUpsample2x, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
@@ -28,6 +29,9 @@ from fastdiff.nn.self_attention import Attention
 # Modules that compute each row independently of the others, and the same at every call.
 _BY_ROW = (
     FourierProjection,
+    MPEmbedding,
+    MPFourier,
+    MPLinear,
     SinusoidalProjection,
     TimestepEmbedding,
     nn.Embedding,
@@ -38,9 +42,13 @@ _BY_ROW = (
 # All others that a U-Net is made of.
 _LAYERS = (
     Attention,
+    CosineAttention,
+    DecoderBlock,
     Downsample2D,
     DownBlock2D,
+    EncoderBlock,
     GroupNormSiLU,
+    MPConv2d,
     NearestUpsample2x,
     ResnetBlock2D,
     UNetMidBlock2D,
@@ -54,7 +62,7 @@ _LAYERS = (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
+def only_own_code_runs(unet: Any, original: type[nn.Module]) -> bool:
     """Whether only the code of ``original`` sees or answers the calls of the embeddings.
 
     Other code does if a subclass or the instance has a method of its own, if a hook is registered
@@ -62,8 +70,9 @@ def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
     modules has a foreign type (for example a parametrised or wrapped linear layer).
 
     Args:
-        unet: an instance of ``original``.
-        original: the class whose ``precompute`` skips calls, ``UNet2DModel``.
+        unet: an instance of ``original``, whose ``of_embeddings`` names the modules whose calls
+            are skipped.
+        original: the class whose ``precompute`` skips calls.
     """
     if has_hooks(unet):
         return False
@@ -74,10 +83,11 @@ def only_own_code_runs(unet: nn.Module, original: type[nn.Module]) -> bool:
         return False
     if not vars(unet).keys().isdisjoint(methods):
         return False
-    return all(type(part) in _BY_ROW and _is_plain(part) for part in _skipped(unet))
+    skipped = (part for root in unet.of_embeddings() for part in root.modules())
+    return all(type(part) in _BY_ROW and _is_plain(part) for part in skipped)
 
 
-def only_own_layers_run(unet: nn.Module, original: type[nn.Module]) -> bool:
+def only_own_layers_run(unet: Any, original: type[nn.Module]) -> bool:
     """Whether, besides, nothing else sees or answers the calls of any module.
 
     A part that is compiled, or in another mode (training or evaluation) than the U-Net, or weights
@@ -86,7 +96,7 @@ def only_own_layers_run(unet: nn.Module, original: type[nn.Module]) -> bool:
 
     Args:
         unet: an instance of ``original``.
-        original: the class whose ``layers`` calls the modules, ``UNet2DModel``.
+        original: the class whose ``layers`` calls the modules.
     """
     if not only_own_code_runs(unet, original) or unet._compiled_call_impl is not None:
         return False
@@ -115,17 +125,10 @@ def _is_plain(part: nn.Module) -> bool:
 @cache
 def _methods(original: type[nn.Module]) -> dict[str, Any]:
     """The methods and properties that a subclass must not replace: all but ``__init__``."""
+    classes = original.__mro__[: original.__mro__.index(nn.Module)]
     return {
         name: value
-        for name, value in vars(original).items()
+        for base in reversed(classes)
+        for name, value in vars(base).items()
         if isinstance(value, (FunctionType, property)) and name != "__init__"
     } | {"__call__": nn.Module.__call__, "__getattr__": nn.Module.__getattr__}
-
-
-def _skipped(unet: Any) -> Iterator[nn.Module]:
-    """The modules that are not called in a loop with precomputed embeddings."""
-    roots = [unet.time_proj, unet.time_embedding, unet.class_embedding]
-    roots += [part.time_emb_proj for part in unet.modules() if isinstance(part, ResnetBlock2D)]
-    for root in roots:
-        if root is not None:
-            yield from root.modules()

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastdiff.common import json_file
 from fastdiff.nn import weight_files
-from fastdiff.nn.config import CLASS_NAME, UNet2DConfig
+from fastdiff.nn.config import UNet2DConfig
 from fastdiff.nn.weight_files import INDEX, WEIGHTS
 from fastdiff.nn.wrappers import plain_names
 
@@ -34,6 +34,27 @@ _OLD_ATTENTION = re.compile(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+class NetworkConfig(Protocol):
+    """The configuration of a network; it is made of the options as keyword arguments."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NetworkConfig:
+        """From the contents of a config.json; ValueError for what it does not allow."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a config.json, whose _class_name is that of the network."""
+
+
+def network_of(folder: Path) -> str:
+    """The class of the network that a model folder describes, ``UNet2DModel`` if it does not say.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: the file holds no JSON object.
+    """
+    return str(json_file.read(_config_path(folder)).get("_class_name", UNet2DConfig.network))
+
+
 def model_folder(folder: Path, subfolder: str | None) -> Path:
     """The folder of a model, which may be inside a pipeline's folder.
 
@@ -48,7 +69,9 @@ def model_folder(folder: Path, subfolder: str | None) -> Path:
     return part if pipeline and (part / CONFIG).is_file() else folder
 
 
-def read_config(folder: Path, ignore: Collection[str] = ()) -> UNet2DConfig:
+def read_config(
+    folder: Path, ignore: Collection[str] = (), config_class: type[Any] = UNet2DConfig
+) -> Any:
     """The configuration in a model folder.
 
     Keys that are not options of the model are skipped if they cannot change the result: keys that
@@ -60,21 +83,25 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> UNet2DConfig:
     Args:
         folder: of the model.
         ignore: keys to skip silently, whatever their values.
+        config_class: the class of the configuration, a dataclass with a ``network``.
+
+    Returns:
+        A ``config_class``.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
         ValueError: the file holds no JSON object, describes another class, has another key that is
-            no option of the model, or has values that ``UNet2DConfig`` refuses; or ``ignore`` names
+            no option of the model, or has values that ``config_class`` refuses; or ``ignore`` names
             an option of the model.
     """
-    options = {field.name for field in fields(UNet2DConfig)}
+    network, options = config_class.network, {field.name for field in fields(config_class)}
     if isinstance(ignore, str) or options & set(ignore):
         raise ValueError(f"ignore must hold keys that are no options of the model, got {ignore!r}")
     path = _config_path(folder)
     values = json_file.read(path)
-    kind = values.get("_class_name", CLASS_NAME)
-    if kind != CLASS_NAME:
-        raise ValueError(f"{path} describes a {kind}, wanted a {CLASS_NAME}")
+    kind = values.get("_class_name", UNet2DConfig.network)
+    if kind != network:
+        raise ValueError(f"{path} describes a {kind}, wanted a {network}")
     unknown = {
         key: value
         for key, value in values.items()
@@ -87,16 +114,16 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> UNet2DConfig:
     ]
     if risky:
         raise ValueError(
-            f"{path}: {CLASS_NAME} has no option {_listed(unknown, risky)}, which may change what "
+            f"{path}: {network} has no option {_listed(unknown, risky)}, which may change what "
             f"the model computes; if you know that it does not, pass ignore={tuple(risky)!r}"
         )
     if unknown:
         warnings.warn(
-            f"fastdiff: {path} has keys that are no options of {CLASS_NAME} and were skipped: "
+            f"fastdiff: {path} has keys that are no options of {network} and were skipped: "
             f"{_listed(unknown, sorted(unknown))}",
             stacklevel=3,  # the caller of from_pretrained
         )
-    return UNet2DConfig.from_dict({key: values[key] for key in values if key in options})
+    return config_class.from_dict({key: values[key] for key in values if key in options})
 
 
 def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
@@ -130,7 +157,7 @@ def current_names(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tens
     return current
 
 
-def write(folder: Path, config: UNet2DConfig, tensors: Mapping[str, Tensor]) -> None:
+def write(folder: Path, config: NetworkConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and a file of weights into a folder, which is created if it is missing.
 
     Existing files of these names are replaced. An index of shards, which would be read in place of

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fastdiff.nn import pretrained, unet_parts
+from fastdiff.nn import unet_parts
 from fastdiff.nn.config import UNet2DConfig
 from fastdiff.nn.embeddings import Precomputed, distinct
+from fastdiff.nn.image_network import ImageNetwork
 from fastdiff.nn.input_checks import (
     as_timesteps,
     check_class_labels,
@@ -25,7 +24,7 @@ from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.precomputable import only_own_code_runs, only_own_layers_run
 
 
-class UNet2DModel(nn.Module):
+class UNet2DModel(ImageNetwork):
     """Predicts noise, or another target of a diffusion model, from noisy images and timesteps.
 
     The architecture is that of DDPM (Ho et al. 2020, arXiv:2006.11239) with the options of
@@ -52,9 +51,11 @@ class UNet2DModel(nn.Module):
         torch.Size([4, 1, 28, 28])
     """
 
+    config_class = UNet2DConfig
+
     def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.config = config = UNet2DConfig.from_dict(options)
+        config = UNet2DConfig.from_dict(options)
+        super().__init__(config)
         width = config.block_out_channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.time_proj = unet_parts.time_projection(config)
@@ -70,76 +71,6 @@ class UNet2DModel(nn.Module):
         ]
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
-        self._checkpointing = False
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        subfolder: str | None = None,
-        variant: str | None = None,
-        ignore: Collection[str] = (),
-    ) -> UNet2DModel:
-        """Read a model that this class or diffusers has saved, in eval mode.
-
-        Args:
-            folder: a folder with config.json and diffusion_pytorch_model.safetensors, or its shards
-                and their index; or a pipeline with such a folder named unet. Nothing is downloaded,
-                and nothing is unpickled.
-            subfolder: a folder inside ``folder`` to read instead, such as unet_ema.
-            variant: of the weights, such as fp16, which is part of their files' names. None reads
-                the weights without a variant. If there are only weights of one variant, None reads
-                those, with a warning.
-            ignore: keys of config.json to skip although they are no options of this class and may
-                change the result.
-
-        Returns:
-            The model on the CPU, its parameters in torch's default dtype whatever the file's.
-
-        Raises:
-            FileNotFoundError: the folder or one of the files is missing; the text says what the
-                folder holds instead.
-            ValueError: the config is not supported, the weights do not fit it, or an index of
-                shards is damaged. A key of config.json that is no option is refused unless it
-                cannot change the result: keys of diffusers' EMAModel, and values None and False,
-                are skipped with a warning.
-            SafetensorError: a file of weights is damaged.
-        """
-        path = pretrained.model_folder(Path(folder), subfolder)
-        config = pretrained.read_config(path, ignore)
-        return cls.from_weights(config, pretrained.read_weights(path, variant))
-
-    @classmethod
-    def from_weights(cls, config: UNet2DConfig, weights: Mapping[str, Tensor]) -> UNet2DModel:
-        """A model with given weights, in eval mode; nothing is drawn from the random generator.
-
-        Args:
-            config: the options.
-            weights: a tensor for every name of the ``state_dict``, of any floating point dtype.
-
-        Returns:
-            The model on the CPU, its parameters copies in torch's default dtype.
-
-        Raises:
-            ValueError: a name that is missing or additional, or a shape that does not fit.
-        """
-        with torch.device("meta"), pretrained.NoInitialisation():
-            model = cls(**config.to_dict())
-        pretrained.check_names_and_shapes(weights, model.state_dict())
-        # As to_empty does; that computes empty_like in Python, which imports sympy for it.
-        model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
-        model.load_state_dict(dict(weights))
-        return model.eval()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and diffusion_pytorch_model.safetensors, as diffusers does.
-
-        Args:
-            folder: created if it is missing. Files of these names in it are replaced, and an index
-                of shards, which would be read in their place, is deleted.
-        """
-        pretrained.write(Path(folder), self.config, self.state_dict())
 
     @property
     def device(self) -> torch.device:
@@ -150,14 +81,6 @@ class UNet2DModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters."""
         return self.conv_in.weight.dtype
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only the blocks' inputs for the backward pass, and recompute the activations."""
-        self._checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keep every activation for the backward pass (the default)."""
-        self._checkpointing = False
 
     def may_precompute(self) -> bool:
         """Whether a sampling loop may use :meth:`precompute` without a difference in behaviour."""
@@ -257,6 +180,14 @@ class UNet2DModel(nn.Module):
         rows = torch.cat(tuple(embs), dim=1) if precomputed is None else precomputed
         return self._over_time(layers(sample, rows), timestep)
 
+    def of_embeddings(self) -> list[nn.Module]:
+        """The modules that are not called where embeddings are precomputed."""
+        roots = [self.time_proj, self.time_embedding, self.class_embedding]
+        roots += [
+            block.time_emb_proj for level in self._levels() for block in level.residual_blocks
+        ]
+        return [root for root in roots if root is not None]
+
     def _layers(self, sample: Tensor, embs: Sequence[Tensor]) -> Tensor:
         """``layers``, of one tensor of embeddings for each residual block."""
         rest = iter(embs)
@@ -328,8 +259,3 @@ class UNet2DModel(nn.Module):
         learned = self.config.time_embedding_type == "learned"
         rows = self.config.num_train_timesteps if learned else None
         return as_timesteps(timestep, self.device, rows)
-
-    def _run(self, block: nn.Module, *args: Any) -> Any:
-        if self._checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)

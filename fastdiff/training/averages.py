@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.nn import UNet2DModel
+from fastdiff.nn import ImageNetwork
 from fastdiff.nn.wrappers import plain_name, plain_state
 from fastdiff.training import power_function
 from fastdiff.training.session import ema_decay
@@ -85,7 +85,7 @@ class Averages:
         sets: the averages, each a tensor for each parameter, like it.
     """
 
-    def __init__(self, network: UNet2DModel, options: TrainingOptions) -> None:
+    def __init__(self, network: ImageNetwork, options: TrainingOptions) -> None:
         self.profiles = profiles(options)
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         first = list(self.network.parameters())

@@ -6,7 +6,7 @@ from fastdiff.common.errors import InputError
 from fastdiff.common.model import Model
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.diffusion import Diffusion
-from fastdiff.nn import UNet2DModel
+from fastdiff.nn import ImageNetwork
 from fastdiff.objectives import Forward
 from fastdiff.training.training_options import TrainingOptions
 
@@ -42,7 +42,7 @@ def make_diffusion(
     )  # fmt: skip
 
 
-def check_fit(model: UNet2DModel, data: TrainingImages, null_class: bool, learned: bool) -> None:
+def check_fit(model: ImageNetwork, data: TrainingImages, null_class: bool, learned: bool) -> None:
     """InputError unless a model takes the images and classes of the data.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdiff.checkpoints import checkpoint, forward_process
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
-from fastdiff.nn import UNet2DModel
+from fastdiff.nn import ImageNetwork
 from fastdiff.training import power_function, snapshots
 from fastdiff.training.averages import Power
 from fastdiff.training.power_function import Combination
@@ -86,12 +86,12 @@ def mean(paths: Sequence[str | Path], weights: str | None = None) -> Checkpoint:
 
 
 def _with(like: Checkpoint, weights: Mapping[str, Tensor], step: int, name: str) -> Checkpoint:
-    model = UNet2DModel.from_weights(like.model.config, weights)
+    model = type(like.model).from_weights(like.model.config, weights)
     return replace(like, model=model, step=step, weights=name)
 
 
 def _sum(
-    parts: Iterable[tuple[float, Mapping[str, Tensor], str]], model: UNet2DModel
+    parts: Iterable[tuple[float, Mapping[str, Tensor], str]], model: ImageNetwork
 ) -> dict[str, Tensor]:
     """The sum of weights times a factor, in the dtypes of a model.
 

@@ -27,7 +27,7 @@ from fastdiff.common.model import layered
 from fastdiff.common.world import present
 from fastdiff.data.order import Lookahead, batch_indices
 from fastdiff.data.training_images import TrainingImages
-from fastdiff.nn import UNet2DModel
+from fastdiff.nn import ImageNetwork
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
 from fastdiff.objectives import Forward
@@ -100,7 +100,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: UNet2DModel,
+        model: ImageNetwork,
         forward: Forward,
         data: TrainingImages,
         options: TrainingOptions | None = None,
@@ -117,7 +117,7 @@ class Trainer:
         self.diffusion = make_diffusion(
             model, forward, self.options, prediction, objective, variance, levels
         )
-        self.network: UNet2DModel = unwrapped(model)
+        self.network: ImageNetwork = unwrapped(model)
         check_fit(self.network, data, self.options.null_class, self.diffusion.objective.learned)
         warn_of_image_at_the_end(self.diffusion.path)
         if out is not None:
@@ -283,6 +283,7 @@ class Trainer:
             average_weight=self.averages.first_weight(step),
         )
         self.averages.move_others(self.parameters, step)
+        self.network.normalise_weights()
 
     def _refuse(self, step: int, fault: Fault, draws: Draws, losses: Tensor) -> None:
         """Leave a step out, or raise the error that ends the run, with the images to blame."""
@@ -398,7 +399,7 @@ class Trainer:
         )
 
     @property
-    def ema(self) -> UNet2DModel:
+    def ema(self) -> ImageNetwork:
         """The network with averaged weights, the first of ``averages``, in eval mode."""
         return self.averages.network
 
