@@ -64,8 +64,8 @@ def everything(make):
             continue
         found += [samplers.make(name, schedule, 5, **options).table.values]
     for grid in samplers.grids.NAMES:
-        of_ratios = ("karras", "exponential", "polyexponential", "logsnr")
-        limits = {"sigma_max": 20.0} if grid in of_ratios else {}
+        of_ratios = ("karras", "exponential", "polyexponential", "logsnr", "vp", "iddpm")
+        limits = {"sigma_min": 0.05, "sigma_max": 20.0} if grid in of_ratios else {}
         made = samplers.make("ddim", schedule, 4, grid=grid, prediction="x0", **limits)
         found += [made.table.levels, samplers.Table.from_json(made.table.to_json()).values]
     for kind in process.KINDS:

@@ -25,7 +25,7 @@ from fastdiff.common.inputs import is_real, kind_of
 from fastdiff.common.model import Model, Output
 from fastdiff.common.progress import progress_bar
 from fastdiff.samplers import Sampler, grids
-from fastdiff.samplers.euler import Churned
+from fastdiff.samplers.churn import Churned
 from fastdiff.schedules import GaussianPath
 
 Callback = Callable[[dict[str, Any]], object]

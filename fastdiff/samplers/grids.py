@@ -15,11 +15,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastdiff import schedules
+from fastdiff.samplers.noise_times import VP_SMALLEST, preserving
 from fastdiff.schedules import GaussianPath
 
 FINALS = ("zero", "sigma_min")  # choices for ``final`` of ``make``
+IDDPM_TIMESTEPS = 1000  # of the models of Nichol & Dhariwal 2021, arXiv:2102.09672
 SAME_LEVEL_RTOL = 1e-12  # relative difference of sigma / alpha within which two levels are equal
-OPTIONS = ("offset", "final", "rho", "sigma_min", "sigma_max")  # keyword arguments of ``make``
+# Keyword arguments of ``make``.
+OPTIONS = ("offset", "final", "rho", "sigma_min", "sigma_max", "round_levels")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,13 @@ def point_at_ratio(path: GaussianPath, ratio: float) -> Point:
     return Point(t, alpha.item(), sigma.item())
 
 
+def nearest_timestep(path: GaussianPath, ratio: float) -> Point:
+    """The point of the timestep 0..T-1 whose sigma / alpha is nearest to ``ratio``."""
+    if math.isinf(ratio):
+        return point_at_time(path, path.num_timesteps - 1)
+    return point_at_time(path, int((path.sigma_t / path.alpha_t - ratio).abs().argmin()))
+
+
 def make(
     path: GaussianPath,
     steps: int,
@@ -99,6 +110,7 @@ def make(
     rho: float | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    round_levels: bool = False,
 ) -> list[Point]:
     """The S + 1 points of a grid.
 
@@ -114,7 +126,11 @@ def make(
             quadratic    round((T - 1) (i / (S - 1))^2)       (DDIM, arXiv:2010.02502, appendix D.2)
             karras       sigma / alpha evenly spaced to the power 1 / rho    (EDM, arXiv:2206.00364,
                          eq. 5)
-            exponential  log(sigma / alpha) evenly spaced
+            exponential  log(sigma / alpha) evenly spaced; EDM's grid of VE
+            vp           even in the time of the variance-preserving process with these limits
+                         (EDM, table 1, column VP)
+            iddpm        levels of the cosine schedule of 1000 timesteps within the limits, evenly
+                         spaced in their numbers  (EDM, table 1, column iDDPM)
             polyexponential  log(sigma / alpha) falls with (1 - i / (S - 1))^rho  (k-diffusion)
             logsnr       log(sigma / alpha) evenly spaced, with sigma_min one step after the last
                          evaluation  (DPM-Solver, arXiv:2206.00927, section 3.3)
@@ -124,17 +140,21 @@ def make(
             or, if None, the level of timestep 0.
         rho: exponent of the karras grid, 7 if None, and of the polyexponential grid, 1 if None,
             which is the exponential grid.
-        sigma_min: smallest sigma / alpha of the grids of sigma / alpha (karras, exponential,
-            polyexponential, logsnr); None for the level of timestep 0. Below that level the model
-            gets timestep 0, unless the path extends.
+        sigma_min: smallest sigma / alpha of the grids of sigma / alpha (all from karras on); None
+            for the level of timestep 0. Below that level the model gets timestep 0, unless the path
+            extends.
         sigma_max: largest sigma / alpha of these grids; None for the level of timestep T - 1. Above
             that level the model gets timestep T - 1, unless the path extends.
+        round_levels: replace each level by that of the nearest of the path's timesteps, for
+            networks that know no levels between those (EDM's ``round_sigma``). The model then gets
+            whole timesteps only, also within a sampler's steps.
 
     Raises:
         TypeError: S is no whole number.
         ValueError: unknown names, S out of range, timesteps that do not decrease or leave 0..T-1,
             limits or rho that are not positive, a grid of sigma / alpha without sigma_max on a
-            schedule with zero terminal SNR, or a grid that already ends at ``final``.
+            schedule with zero terminal SNR, limits that do not suit the grid, a grid that visits
+            one level twice, or one that already ends at ``final``.
     """
     total = path.num_timesteps
     try:
@@ -170,13 +190,17 @@ def make(
             )
         points = [point_at_time(path, t) for t in times]
     elif grid in _RATIOS:
-        low, high = _limits(path, grid, sigma_min, sigma_max)
+        low, high = level_limits(path, f"{grid} grid", sigma_min, sigma_max)
         points = [point_at_ratio(path, ratio) for ratio in ratios(grid, steps, low, high, rho)]
     else:
         raise ValueError(f"unknown grid {grid!r}, wanted one of {', '.join(NAMES)} or timesteps")
+    if round_levels:
+        points = _rounded(path, points)
     if final == "zero":
         return [*points, Point(-1.0, 1.0, 0.0)]
     end = point_at_ratio(path, sigma_min) if sigma_min else point_at_time(path, 0)
+    if round_levels:
+        end = nearest_timestep(path, end.ratio)
     if points[-1].ratio <= end.ratio * (1 + SAME_LEVEL_RTOL):
         raise ValueError(
             f'the grid {grid!r} already visits the last level before zero, so final="sigma_min" '
@@ -231,6 +255,24 @@ def _logsnr(low: float, high: float, steps: int, rho: float | None) -> list[floa
     return [high * (low / high) ** (i / steps) for i in range(steps)]
 
 
+def _vp(low: float, high: float, steps: int, rho: float | None) -> list[float]:
+    if steps == 1:
+        return [high]
+    time = preserving(low, high)
+    return [time.level(1 + share * (VP_SMALLEST - 1)) for share in _shares(steps)]
+
+
+def _iddpm(low: float, high: float, steps: int, rho: float | None) -> list[float]:
+    path = schedules.cosine(IDDPM_TIMESTEPS)
+    levels = [level for level in (path.sigma_t / path.alpha_t).tolist() if low <= level <= high]
+    if len(levels) < steps:
+        raise ValueError(
+            f"the iddpm grid has {len(levels)} levels between {low:g} and {high:g}, "
+            f"too few for {steps} steps"
+        )
+    return [levels[-1 - round(share * (len(levels) - 1))] for share in _shares(steps)]
+
+
 def _shares(steps: int) -> list[float]:
     return [i / max(steps - 1, 1) for i in range(steps)]
 
@@ -247,6 +289,8 @@ _RATIOS: dict[str, Callable[[float, float, int, float | None], list[float]]] = {
     "exponential": _exponential,
     "polyexponential": _polyexponential,
     "logsnr": _logsnr,
+    "vp": _vp,
+    "iddpm": _iddpm,
 }
 NAMES = (*_TIMES, *_RATIOS)
 
@@ -255,14 +299,15 @@ def ratios(grid: str, steps: int, low: float, high: float, rho: float | None = N
     """The levels sigma / alpha of a grid of them, from ``high`` on, see :func:`make`.
 
     Args:
-        grid: karras, exponential, polyexponential or logsnr.
+        grid: karras, exponential, polyexponential, logsnr, vp or iddpm.
         steps: the number of levels, at least 1.
         low: ``sigma_min``.
         high: ``sigma_max``.
         rho: the grid's exponent.
 
     Raises:
-        ValueError: not 0 < low < high, or rho that is not positive.
+        ValueError: not 0 < low < high, rho that is not positive, or limits that do not suit the
+            grid.
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f"wanted 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
@@ -284,15 +329,37 @@ def _checked(times: list[float], steps: int, total: int) -> list[float]:
     return times
 
 
-def _limits(
-    path: GaussianPath, grid: str, sigma_min: float | None, sigma_max: float | None
+def _rounded(path: GaussianPath, points: list[Point]) -> list[Point]:
+    """The points of the timesteps nearest to these; ValueError if two of them are one."""
+    nearest = [nearest_timestep(path, point.ratio) for point in points]
+    for (before, after), (kept, again) in zip(pairwise(points), pairwise(nearest), strict=True):
+        if kept.t == again.t:
+            raise ValueError(
+                f"round_levels: the grid's levels {before.ratio:g} and {after.ratio:g} are both "
+                f"nearest to timestep {kept.t:g}: take fewer steps or another grid"
+            )
+    return nearest
+
+
+def level_limits(
+    path: GaussianPath, what: str, sigma_min: float | None, sigma_max: float | None
 ) -> tuple[float, float]:
-    """The smallest and the largest sigma / alpha of a grid of such ratios."""
+    """The smallest and the largest sigma / alpha, those of the path's ends if not given.
+
+    Args:
+        path: the noise schedule.
+        what: the grid or other user of the limits, for the error message.
+        sigma_min: the smallest one, or None.
+        sigma_max: the largest one, or None.
+
+    Raises:
+        ValueError: there is no largest one on this schedule.
+    """
     low = point_at_time(path, 0).ratio if sigma_min is None else sigma_min
     high = point_at_time(path, path.num_timesteps - 1).ratio if sigma_max is None else sigma_max
     if math.isinf(high):
         raise ValueError(
-            f"the {grid} grid is one of sigma / alpha, which is infinite at this schedule's last "
-            "timestep (zero terminal SNR): give sigma_max, or take another grid"
+            f"the {what} is one of sigma / alpha, which is infinite at this schedule's last "
+            "timestep (zero terminal SNR): give sigma_max, or take another one"
         )
     return low, high

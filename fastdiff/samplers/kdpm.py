@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fastdiff.samplers.euler import Churned
+from fastdiff.samplers.churn import Churned
 from fastdiff.samplers.grids import Point, point_at_ratio
 from fastdiff.samplers.sampler import Keep, Row, check_ratios, pairs
 
@@ -16,7 +16,7 @@ class KDPM2(Churned):
     x / alpha changes by (r' - r) eps at the middle, r = sigma / alpha, which is DPM-Solver-2
     (arXiv:2206.00927, algorithm 1). A step takes two evaluations; a last step to r' = 0 takes one,
     since its middle is at 0. ``dpm-2`` is the same method on a grid that has the middles. The
-    options are those of :class:`fastdiff.samplers.euler.Churned`.
+    options are those of :class:`fastdiff.samplers.churn.Churned`.
     """
 
     name = "kdpm-2"

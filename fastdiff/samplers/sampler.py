@@ -78,9 +78,9 @@ class Sampler(ABC):
         schedule: the noise schedule that the model was trained on.
         steps: steps to take.
         grid: the noise levels to visit: leading, trailing, linspace, uniform, quadratic, karras,
-            exponential, polyexponential, logsnr, or the timesteps themselves.
+            exponential, polyexponential, logsnr, vp, iddpm, or the timesteps themselves.
             ``samplers.grids.make`` describes them and the options ``offset``, ``final``, ``rho``,
-            ``sigma_min`` and ``sigma_max``.
+            ``sigma_min``, ``sigma_max`` and ``round_levels``.
         prediction: what the model predicts: eps, x0, v, score or flow.
         clip: limits (low, high) for x0 (static thresholding), or None. With ``dynamic_threshold``,
             high is the largest value that the threshold may take.
@@ -93,6 +93,7 @@ class Sampler(ABC):
         minimum_steps: the smallest number of steps.
         schedule, prediction: the arguments of these names.
         points: the grid, a list of ``steps`` + 1 points.
+        round_levels: whether the model gets whole timesteps only.
         skipped: number of first steps that :meth:`starting_at` has left out.
         table: a :class:`fastdiff.samplers.Table`.
 
@@ -132,6 +133,7 @@ class Sampler(ABC):
         self.schedule, self.prediction = schedule, prediction
         self.clip = _checked_clip(clip, dynamic_threshold)
         self.dynamic_threshold = dynamic_threshold
+        self.round_levels = bool(grid_options.get("round_levels"))
         grid = self.default_grid if grid is None else grid
         self.points = self._points(schedule, steps, grid, grid_options)
         if steps < self.minimum_steps:
@@ -207,13 +209,18 @@ class Sampler(ABC):
             values.append(
                 [fixed[column] for column in COLUMNS] + [history.get(j, 0.0) for j in range(depth)]
             )
-        times = torch.tensor([row.at.t for row in rows], dtype=torch.float64, device="cpu")
+        told = [row.at for row in rows]
+        if self.round_levels:  # also of points within steps
+            told = [grids.nearest_timestep(self.schedule, at.ratio) for at in told]
+        times, of_label = torch.tensor(
+            [(at.t, at.sigma) for at in told], dtype=torch.float64, device="cpu"
+        ).unbind(1)
         levels = [row.level or (row.at.alpha, row.at.sigma) for row in rows]
         end = self.points[-1]
         return Table(
             name=self.name,
             values=torch.tensor(values, dtype=torch.float64, device="cpu"),
-            timesteps=self.schedule.label(times, sigma),
+            timesteps=self.schedule.label(times, of_label),
             steps=torch.tensor([row.step for row in rows], device="cpu"),
             levels=torch.tensor(
                 [*levels, (end.alpha, end.sigma)], dtype=torch.float64, device="cpu"

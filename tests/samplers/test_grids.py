@@ -19,7 +19,7 @@ LINEAR = schedules.linear(T)
 ZERO_SNR = schedules.rescale_zero_terminal_snr(LINEAR)
 FLOW = schedules.flow(T, shift=2.0)
 WHOLE = ("leading", "trailing", "linspace", "quadratic")
-RATIOS = ("karras", "exponential", "polyexponential", "logsnr")
+RATIOS = ("karras", "exponential", "polyexponential", "logsnr", "vp", "iddpm")
 
 
 def times(grid, steps, path=LINEAR, **options):
@@ -146,6 +146,39 @@ def test_grids_of_ratios(steps, limits):
     assert [point.lam for point in points] == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 30], ids="{} steps".format)
+def test_the_grids_of_edms_ablations(steps):
+    """Karras et al. 2022, arXiv:2206.00364, table 1, columns VP and iDDPM, with their formulas."""
+    low, high = 0.01, 80.0
+    found = ratios("vp", steps, sigma_min=low, sigma_max=high)
+    t = np.linspace(1, 1e-3, steps)
+    beta_d = 2 / (1e-3 - 1) * (np.log(1 + low**2) / 1e-3 - np.log(1 + high**2))
+    beta_min = np.log(1 + high**2) - beta_d / 2
+    wanted = np.sqrt(np.exp(beta_d * t**2 / 2 + beta_min * t) - 1)
+    assert found == pytest.approx(wanted, rel=1e-9)
+    # u of step j - 1 from that of step j, M = 1000, C_1 = 0.001, C_2 = 0.008.
+    kept = [1 - math.cos(math.pi * j / 1000 / 1.008) for j in range(1001)]  # 2 sin^2 of the half
+    u = [0.0]
+    for j in range(1000, 0, -1):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / max(kept[j - 1] / kept[j], 0.001) - 1))
+    inside = [level for level in reversed(u) if low <= level <= high]
+    wanted = [inside[round((len(inside) - 1) * i / max(steps - 1, 1))] for i in range(steps)]
+    assert ratios("iddpm", steps, sigma_min=low, sigma_max=high) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("path", [LINEAR, schedules.cosine(T)], ids=["linear", "cosine"])
+@pytest.mark.parametrize("grid", ["karras", "vp", "uniform", "iddpm"])
+def test_rounded_levels_are_the_nearest_trained_ones(path, grid):
+    levels = (path.sigma_t / path.alpha_t).numpy()
+    limits = {} if grid == "uniform" else {"sigma_max": 80.0}
+    points = grids.make(path, 13, grid, round_levels=True, **limits)
+    for point, asked in zip(points[:-1], ratios(grid, 13, path, **limits), strict=True):
+        assert point.t == np.abs(levels - asked).argmin()
+        assert point.ratio == pytest.approx(levels[int(point.t)], rel=1e-12)
+    end = grids.make(path, 5, "logsnr", final="sigma_min", sigma_min=0.333, round_levels=True)[-1]
+    assert end.t == np.abs(levels - 0.333).argmin()
+
+
 def test_levels_beyond_the_schedule():
     """sigma / alpha may leave the schedule's range, t may not, unless the path extends."""
     first, *_, last = grids.make(LINEAR, 5, "karras", sigma_min=1e-3, sigma_max=1e3)[:-1]
@@ -255,6 +288,9 @@ def refused(arguments, options, message, name):
         refused(
             (9, "karras"), {"sigma_min": 0.0}, "sigma_min must be positive.*0", "zero sigma_min"
         ),
+        refused((9, "vp"), {"sigma_min": 1.0, "sigma_max": 9.0}, "smaller sigma_min", "short vp"),
+        refused((9, "iddpm"), {"sigma_min": 5.0, "sigma_max": 5.1}, "too few for 9", "short iddpm"),
+        refused((99, "karras"), {"round_levels": True}, "nearest to timestep", "rounded to one"),
         *(
             refused((9, g), {"final": "sigma_min"}, "visits the last level", f"{g} twice the end")
             for g in (
@@ -264,6 +300,7 @@ def refused(arguments, options, message, name):
                 "karras",
                 "exponential",
                 "polyexponential",
+                "vp",
             )
         ),
     ],

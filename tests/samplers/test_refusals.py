@@ -110,7 +110,7 @@ VALUES = [
     ("a negative end", make(final="sigma_min", sigma_min=-1.0), ["sigma_min must be positive"]),
     *((f"{grid} grid without end", make("euler", schedule=ZERO_SNR, prediction="v", grid=grid),
        [grid, "zero terminal SNR", "sigma_max"])
-      for grid in ("karras", "exponential", "polyexponential", "logsnr")),
+      for grid in ("karras", "exponential", "polyexponential", "logsnr", "vp", "iddpm")),
     ("a last step with nothing to do", make(grid="leading", final="sigma_min"),
      ['final="sigma_min"', "'leading' already visits the last level"]),
     ("eps without signal", make("ddpm", 10, ZERO_SNR), ["zero signal at t = 9", "x0, v or flow"]),
