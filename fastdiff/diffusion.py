@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiff import generation, losses, objectives, samplers, sde
 from fastdiff.common.checks import check_floating
 from fastdiff.common.conditions import Conditions, unmarked
+from fastdiff.common.estimates import SHARE, Unaided
 from fastdiff.common.inputs import check_choice, checked_seeds, real_parameter
 from fastdiff.common.model import Model
 from fastdiff.generation import ModelArguments, Network, Samples
@@ -39,6 +40,10 @@ class Diffusion:
         timesteps: how the times of a batch are sampled, see ``fastdiff.objectives.make``.
         variance: of the model's reverse steps, see ``fastdiff.objectives.make``.
         levels: of noise, for the objective ncsn, see ``fastdiff.objectives.make``.
+        self_condition: the model is self-conditioned (Chen et al. 2022, arXiv:2208.04202): it takes
+            a keyword argument ``estimate``, its last estimate of x0, which training makes by a
+            first pass for half of the images, and sampling carries from evaluation to evaluation.
+            Scores, likelihoods and bounds are functions of x and t: there the estimate is 0.
 
     Attributes:
         objective: a :class:`fastdiff.objectives.Objective`.
@@ -67,13 +72,14 @@ class Diffusion:
         timesteps: str | None = None,
         variance: str | None = None,
         levels: int | None = None,
+        self_condition: bool = False,
     ) -> None:
         self.objective = objectives.make(
             objective, forward, prediction, weighting=weighting, timesteps=timesteps,
             variance=variance, levels=levels,
         )  # fmt: skip
         self.model, self.forward, self.prediction = model, forward, prediction
-        self.network = Network(model, forward, prediction, self.objective.learned)
+        self.network = Network(model, forward, prediction, self.objective.learned, self_condition)
 
     def __repr__(self) -> str:
         return f"Diffusion({type(self.model).__name__}, {self.forward!r}, {self.prediction!r})"
@@ -91,12 +97,17 @@ class Diffusion:
         seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu")
         seeds = checked_seeds(int(seed), None, x0.shape[0]).to(x0.device)
         t, weights = self.objective.draw(x0.shape[0], generator)
-        return self.objective.loss(self.model, x0, t.to(x0.device), weights, seeds, **cond)
+        t, model = t.to(x0.device), self.model
+        if self.network.self_condition:
+            estimated = torch.rand(x0.shape[0], generator=generator, device="cpu") < SHARE
+            model = self.objective.aided(model, t, estimated)
+        return self.objective.loss(model, x0, t, weights, seeds, **cond)
 
     def score(self, cond: ModelArguments | None = None) -> sde.Score:
         """grad log p_t(x) as a function of images [N, C, ...] and continuous times [N]."""
         network, plain = self.network, unmarked(cond or {})
-        return sde.score_fn(network.predictor, self.prediction, network.continuous, **plain)
+        model = Unaided(network.predictor) if network.self_condition else network.predictor
+        return sde.score_fn(model, self.prediction, network.continuous, **plain)
 
     @property
     def continuous(self) -> sde.SDE:
@@ -209,7 +220,8 @@ class Diffusion:
         parameter = real_parameter(self.model)
         tolerance = tolerance_for(x, x.dtype if parameter is None else parameter.dtype)
         options = {"rtol": tolerance, "atol": tolerance, **options}
-        score = self.network.score(Conditions(cond or {}, None, x.shape[0], cut=True))
+        conditions = Conditions(cond or {}, None, x.shape[0], cut=True)
+        score = self.network.score(conditions, carries=False)
         return sde.log_likelihood(score, self.continuous, x, conditioned=True, **options)
 
     def bits_per_dim(
@@ -243,8 +255,9 @@ class Diffusion:
         if method == "bound":
             assert isinstance(self.forward, NoiseSchedule)
             options = {"variance": self.objective.variance, **options}
+            model = Unaided(self.model) if self.network.self_condition else self.model
             bound = losses.bits_per_dim(
-                self.model, self.forward, x0, kind=self.prediction, **options, **dict(cond or {})
+                model, self.forward, x0, kind=self.prediction, **options, **dict(cond or {})
             )
             return bound.total.double()
         dequantized = sde.dequantize(x0, generator=generator)

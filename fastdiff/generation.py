@@ -14,9 +14,11 @@ from fastdiff import sde
 from fastdiff.common.checks import check_shape, wide_dtype
 from fastdiff.common.conditions import Conditions, PerImage
 from fastdiff.common.errors import InputError
+from fastdiff.common.estimates import Unaided
 from fastdiff.common.inputs import check_max_batch, real_parameter
 from fastdiff.common.model import Model
 from fastdiff.guidance import LogProb, Rule, classifier_guided, guided_score, log_prob_of
+from fastdiff.guidance.carried_estimates import Estimates, self_conditioned
 from fastdiff.guidance.contrast import contrasted
 from fastdiff.guidance.levels import levels_at
 from fastdiff.losses.prediction import predict
@@ -81,7 +83,8 @@ class Contrast:
 
     Attributes:
         rule: how the two predictions are combined, with the scale of the guidance.
-        weaker: a model of the same process and kind of prediction; None for the network itself with
+        weaker: a model of the same process and kind of prediction, self-conditioned if the network
+            is; None for the network itself with
             the arguments ``uncond``.
     """
 
@@ -98,12 +101,14 @@ class Network:
         forward: the forward process.
         prediction: what the model predicts.
         learned: whether the model also predicts its variance.
+        self_condition: whether the model takes its last estimate of x0, as ``estimate``.
     """
 
     model: Model
     forward: Forward
     prediction: str
     learned: bool
+    self_condition: bool = False
 
     @cached_property
     def continuous(self) -> sde.SDE:
@@ -143,6 +148,9 @@ class Network:
             contrast: None for no weaker model. Otherwise arguments that only the weaker model gets
                 are expected among the model's, in the dict ``without``.
 
+        Returns:
+            The model. If it is self-conditioned, it carries its estimates from call to call.
+
         Raises:
             ValueError: the sampler needs a learned variance that the model does not predict, or was
                 made for another prediction.
@@ -161,6 +169,8 @@ class Network:
             raise ValueError(
                 f"the sampler was made for {sampler.prediction}, the model predicts {kind}"
             )
+        if self.self_condition:  # each with estimates of its own
+            model, weaker = (self_conditioned(part, path, kind=kind) for part in (model, weaker))
         if contrast is not None:
             model = contrasted(model, weaker, contrast.rule, partial(levels_at, path), kind)
         if guide is None:
@@ -175,6 +185,8 @@ class Network:
         guidance: float = 1.0,
         guide: Guide | None = None,
         contrast: Contrast | None = None,
+        *,
+        carries: bool = True,
     ) -> IndexedScore:
         """The guided score (x [M, C, ...], t [M], index [M]) -> [M, C, ...].
 
@@ -185,20 +197,23 @@ class Network:
             guide: classifier guidance, or None.
             contrast: guidance away from a weaker model, or None; the arguments that only the weaker
                 model gets are the dict ``without`` of the conditions.
+            carries: a self-conditioned model is given the last estimate of each image. Without it
+                the estimate is 0, and the score a function of x and t.
         """
         continuous, model = self.continuous, self.predictor
         weaker = self._cut(contrast.weaker) if contrast and contrast.weaker else model
+        rows = conditions.images * (2 if conditions.joined else 1)
+        own, other = (self._scores(part, rows, carries) for part in (model, weaker))
 
         def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
             arguments = conditions.part(index)
             changed = arguments.pop(WITHOUT, {})
-            plain = sde.score_fn(model, self.prediction, continuous, **arguments)
+            places = torch.cat([index, index + conditions.images]) if conditions.joined else index
+            plain = own(arguments, places)
 
             def guided(x: Tensor, t: Tensor) -> Tensor:
                 if contrast is not None:
-                    weak = sde.score_fn(
-                        weaker, self.prediction, continuous, **{**arguments, **changed}
-                    )
+                    weak = other({**arguments, **changed}, places)
                     combined = contrasted(plain, weak, contrast.rule, continuous.levels, "score")
                     return cast(Tensor, combined(x, t))
                 if not conditions.joined:
@@ -210,6 +225,23 @@ class Network:
                 return guided(x, t)
             log_prob, labels = guide.log_prob(continuous.label), guide.labels[index]
             return guided_score(guided, log_prob, guide.scale, labels=labels)(x, t)
+
+        return score
+
+    def _scores(
+        self, model: Model, rows: int, carries: bool
+    ) -> Callable[[dict[str, Any], Tensor], sde.Score]:
+        """(the model's arguments, its images' places among ``rows``) -> the score."""
+        score_fn = partial(sde.score_fn, parametrisation=self.prediction, sde=self.continuous)
+        if not (self.self_condition and carries):
+            plain = Unaided(model) if self.self_condition else model
+            return lambda arguments, places: score_fn(plain, **arguments)
+        estimates = Estimates(self.continuous, rows)
+
+        def score(arguments: dict[str, Any], places: Tensor) -> sde.Score:
+            return estimates.carried(
+                lambda estimate: score_fn(model, **arguments, estimate=estimate), places
+            )
 
         return score
 
@@ -342,8 +374,14 @@ def encode(
         Noise like ``x``, near standard normal: the ``x_T`` of :func:`generate`.
 
     Raises:
+        InputError: the network is self-conditioned, so that the way back is not the way there.
         TypeError, ValueError, FloatingPointError, StuckError: as ``sde.solve_ode`` does.
     """
+    if network.self_condition:
+        raise InputError(
+            "a self-conditioned model cannot turn images into noise: what it predicts depends on "
+            "its earlier predictions, so drawing from that noise would not give the images again"
+        )
     score = network.score(Conditions(cond or {}, None, x.shape[0], cut=True))
     solved = sde.solve_ode(
         score, network.continuous, x, backward=False, rtol=rtol, atol=atol, conditioned=True,

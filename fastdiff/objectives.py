@@ -141,6 +141,17 @@ class Objective:
         self.observe(t, image_losses)
         return (weights.to(image_losses.device, image_losses.dtype) * image_losses).mean()
 
+    def aided(self, model: Model, t: Tensor, estimated: Tensor) -> Model:
+        """A self-conditioned model for :meth:`losses` of a batch, its ``estimate`` filled in.
+
+        Args:
+            model: (x_t, label, *, estimate, **cond) -> prediction.
+            t: the batch's times, [N].
+            estimated: which images get the estimate of a first pass, bool [N], on the CPU; the
+                others get zeros.
+        """
+        return losses.with_first_estimate(model, self.forward, self.prediction, t, estimated)
+
     def observe(self, t: Tensor, image_losses: Tensor) -> None:
         """Tell the sampler of times the losses of a batch; loss-second-moment records them.
 

@@ -103,6 +103,7 @@ class Checkpoint:
         return Diffusion(
             self.model, self.forward, self.prediction, objective=self.objective,
             variance=self.variance, levels=self.levels,
+            self_condition=unwrapped(self.model).config.self_condition,
         )  # fmt: skip
 
     @property
@@ -116,7 +117,7 @@ class Checkpoint:
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        channels: int = unwrapped(self.model).config.in_channels
+        channels: int = unwrapped(self.model).config.image_channels
         return channels
 
     def check_labels(self, labels: Sequence[int]) -> None:
@@ -145,12 +146,14 @@ class Checkpoint:
     def check_weaker(self, other: Checkpoint) -> None:
         """InputError unless the model can be guided away from that of another checkpoint.
 
-        Both must have the same forward process, prediction, variance, image size and classes.
+        Both must have the same forward process, prediction, variance, image size and classes, and
+        both or neither must be self-conditioned.
         """
         pairs: dict[str, list[Any]] = {
             "the process": [forward_process.describe(one.forward) for one in (self, other)],
             "the prediction": [self.prediction, other.prediction],
             "a learned variance": [one.diffusion().objective.learned for one in (self, other)],
+            "self-conditioning": [one.diffusion().network.self_condition for one in (self, other)],
             "images of channels": [self.channels, other.channels],
             "images of size": [self.image_size, other.image_size],
             "the classes": [self.classes, other.classes],
@@ -345,7 +348,7 @@ def load(path: str | Path, weights: str | None = None) -> Checkpoint:
     classes = len(checkpoint.classes) + checkpoint.null_class
     for key, recorded, name in (
         ("image_size", field(meta, "image_size", int, folder / META), "sample_size"),
-        ("channels", field(meta, "channels", int, folder / META), "in_channels"),
+        ("channels", field(meta, "channels", int, folder / META), "image_channels"),
         ("classes", classes or None, "num_class_embeds"),
         ("channels and variance", outputs, "out_channels"),
     ):

@@ -103,7 +103,7 @@ def _checkpoint(loaded: Loaded, args: argparse.Namespace) -> tuple[Checkpoint | 
             raise InputError(f"--{name} is told by the source itself: {told}")
     prediction = args.prediction or loaded.prediction
     config = loaded.model.config
-    channels = (config.in_channels, 2 * config.in_channels)
+    channels = (config.image_channels, 2 * config.image_channels)
     missing = []
     if forward is None:
         missing.append("say --schedule")
@@ -114,7 +114,9 @@ def _checkpoint(loaded: Loaded, args: argparse.Namespace) -> tuple[Checkpoint | 
     if config.class_embed_type is not None:
         missing.append("its labels are not the numbers of classes")
     if config.out_channels not in channels:
-        missing.append(f"a model of {config.in_channels} channels predicts {config.out_channels}")
+        missing.append(
+            f"a model of {config.image_channels} channels predicts {config.out_channels}"
+        )
     if missing or forward is None or prediction is None:
         return None, "; ".join(missing)
     learned = config.out_channels == channels[1]

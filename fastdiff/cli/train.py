@@ -175,7 +175,12 @@ def _network(args: argparse.Namespace, channels: int, classes: int) -> ImageNetw
     }
     learned = args.objective in ("hybrid", "vlb")
     if args.model == "unet":
-        return make_unet(args.image_size, channels, classes, learned_variance=learned, **sizes)
+        return make_unet(
+            args.image_size, channels, classes, learned_variance=learned,
+            self_condition=args.self_condition, **sizes,
+        )  # fmt: skip
+    if args.self_condition:
+        raise InputError("--model karras has no input for --self-condition; --model unet has")
     if learned:
         raise InputError(f"--model karras has no learned variance, which {args.objective} trains")
     scale = 1.0 if args.objective == "edm" else SCALE_OF_TIMESTEPS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -192,6 +192,7 @@ class KeepsValues(Protocol):
         """Forget what was kept: a run begins, or the next slice of a large batch."""
 
 
-def keeps_values(model: Any) -> TypeGuard[KeepsValues]:
-    """Whether the model is a :class:`KeepsValues`."""
-    return callable(getattr(model, "begin_sampling", None))
+def keeping(model: Any) -> list[KeepsValues]:
+    """The parts of a model that keep values: the model itself, and modules inside it."""
+    parts: Any = model.modules() if isinstance(model, torch.nn.Module) else (model,)
+    return [part for part in parts if callable(getattr(part, "begin_sampling", None))]

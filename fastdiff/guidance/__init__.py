@@ -10,10 +10,13 @@ wraps the model, so that it works with every sampler's table, and one can wrap a
     measurements  towards what was measured of the image: inverse problems
     perturbed     weaker models: the network itself with perturbed attention
     levels        a function of the predicted x0
+
+    carried_estimates    no guidance, but a network that takes its last estimate of x0
 """
 
 from __future__ import annotations
 
+from fastdiff.guidance.carried_estimates import self_conditioned
 from fastdiff.guidance.contrast import (
     Linear,
     Projected,
@@ -46,5 +49,6 @@ __all__ = [
     "Linear", "LogProb", "Measured", "Projected", "Rule", "adaptive_projected", "autoguided",
     "cfg_plus_plus", "classifier_guided", "condition_mean", "denoised", "gradient_of", "grey",
     "guided_by_contrast", "guided_score", "interval", "log_prob_of", "perturbed_attention",
-    "pixels", "posterior_sampling", "pseudoinverse_guided", "smaller", "smoothed_energy",
+    "pixels", "posterior_sampling", "pseudoinverse_guided", "self_conditioned",
+    "smaller", "smoothed_energy",
 ]  # fmt: skip

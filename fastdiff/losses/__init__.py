@@ -27,6 +27,7 @@ from fastdiff.losses.consistency_loss import (
 )
 from fastdiff.losses.densities import Cosh, Laplace
 from fastdiff.losses.discretized_gaussian import discretized_gaussian_log_likelihood, normal_kl
+from fastdiff.losses.first_estimate import with_first_estimate
 from fastdiff.losses.jumps import ddim_jump
 from fastdiff.losses.progressive_distillation import progressive_loss, progressive_target
 from fastdiff.losses.simple import simple_loss
@@ -48,7 +49,7 @@ __all__ = [
     "fixed_log_variance", "hybrid_loss", "intervals_at", "karras_form", "lcm_form", "min_snr",
     "model_variance", "normal_kl", "offset_noise", "p2", "prediction_form", "prior_term",
     "progressive_loss", "progressive_target", "rescaled_kl", "simple_loss", "snr", "vlb",
-    "vlb_loss", "weighting",
+    "vlb_loss", "weighting", "with_first_estimate",
 ]  # fmt: skip
 
 _moved.attach(__name__)

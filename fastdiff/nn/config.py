@@ -38,7 +38,8 @@ class UNet2DConfig:
     Attributes:
         sample_size: height and width of the images. It is recorded only: the model takes any size
             that its levels can halve.
-        in_channels: channels of the input.
+        in_channels: channels of the input; with ``self_condition`` those of the images and of the
+            estimate together.
         out_channels: channels of the output.
         center_input_sample: first map the input from [0, 1] to [-1, 1].
         time_embedding_type: positional (sinusoidal), fourier (random features of log t; the output
@@ -70,6 +71,10 @@ class UNet2DConfig:
             embedded as timesteps are) or identity (labels are embeddings already).
         num_class_embeds: number of classes; None for an unconditional model.
         num_train_timesteps: rows of a learned time embedding.
+        self_condition: the input is x_t and behind it, as further channels, the network's last
+            estimate of x0 (Chen et al. 2022, arXiv:2208.04202). diffusers has no such option: its
+            class reads the weights, with a warning, as those of a network of ``in_channels``, and
+            its caller has to put the two together.
 
     Raises:
         ValueError: a value of the wrong type, out of range or not supported, or values that do not
@@ -104,6 +109,7 @@ class UNet2DConfig:
     class_embed_type: str | None = None
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
+    self_condition: bool = False
 
     network: ClassVar[str] = "UNet2DModel"  # the class that it describes
 
@@ -114,6 +120,11 @@ class UNet2DConfig:
         check_positive(self, _POSITIVE)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.self_condition and self.in_channels % 2:
+            raise ValueError(
+                "with self_condition half of in_channels are the estimate's, "
+                f"got {self.in_channels}"
+            )
         self._check_levels()
         self._check_embedding()
 
@@ -128,11 +139,15 @@ class UNet2DConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that diffusers reads as well."""
-        return {
-            "_class_name": self.network,
-            "_diffusers_version": DIFFUSERS_VERSION,
-            **asdict(self),
-        }
+        values = asdict(self)
+        if not self.self_condition:  # an unknown key would have diffusers warn of every model
+            del values["self_condition"]
+        return {"_class_name": self.network, "_diffusers_version": DIFFUSERS_VERSION, **values}
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images, without those of an estimate."""
+        return self.in_channels // 2 if self.self_condition else self.in_channels
 
     @property
     def embedding_channels(self) -> int:

@@ -23,6 +23,7 @@ def make_unet(
     attention: tuple[int, ...] = (1, 2),
     dropout: float = 0.0,
     learned_variance: bool = False,
+    self_condition: bool = False,
 ) -> UNet2DModel:
     """A U-Net for images of one size, its weights initialised from torch's global generator.
 
@@ -36,6 +37,7 @@ def make_unet(
         attention: the levels with self-attention; level 0 has the full resolution.
         dropout: probability of dropout in every residual block.
         learned_variance: return twice the channels, for the objectives hybrid and vlb.
+        self_condition: take the last estimate of x0, too, see ``UNet2DConfig``.
 
     Raises:
         InputError: sizes that do not fit together.
@@ -49,7 +51,7 @@ def make_unet(
     groups = math.gcd(32, *(width // 4 or 1 for width in widths), *widths)
     return UNet2DModel(
         sample_size=image_size,
-        in_channels=channels,
+        in_channels=channels * (2 if self_condition else 1),
         out_channels=channels * (2 if learned_variance else 1),
         block_out_channels=tuple(widths),
         layers_per_block=layers_per_block,
@@ -59,6 +61,7 @@ def make_unet(
         attention_head_dim=head_dim,
         dropout=dropout,
         num_class_embeds=num_classes or None,
+        self_condition=self_condition,
     )
 
 

@@ -13,11 +13,13 @@ Config = UNet2DConfig | KarrasUNetConfig
 
 
 def check_sample(sample: Tensor, config: Config) -> None:
-    """ValueError unless ``sample`` is [N, in_channels, H, W] and every level can halve H and W."""
-    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-        raise ValueError(
-            f"sample must be [N, {config.in_channels}, H, W], got {tuple(sample.shape)}"
-        )
+    """ValueError unless ``sample`` is [N, C, H, W] and every level can halve H and W.
+
+    C is the number of the images' channels.
+    """
+    channels = config.image_channels
+    if sample.ndim != 4 or sample.shape[1] != channels:
+        raise ValueError(f"sample must be [N, {channels}, H, W], got {tuple(sample.shape)}")
     divisor = 2 ** (len(config.block_out_channels) - 1)
     height, width = sample.shape[2:]
     if height < 1 or width < 1 or height % divisor or width % divisor:
@@ -25,6 +27,26 @@ def check_sample(sample: Tensor, config: Config) -> None:
             f"{len(config.block_out_channels)} levels need height and width divisible by "
             f"{divisor}, got {height} x {width}"
         )
+
+
+def with_estimate(sample: Tensor, estimate: Tensor | None, config: UNet2DConfig) -> Tensor:
+    """The images [N, C, H, W], and behind them the estimate of a self-conditioned model.
+
+    Raises:
+        ValueError: a self-conditioned model without an estimate like the images, or another model
+            with one.
+    """
+    if not config.self_condition:
+        if estimate is not None:
+            raise ValueError("the model is not self-conditioned: estimate must be None")
+        return sample
+    if estimate is None or estimate.shape != sample.shape:
+        seen = "None" if estimate is None else tuple(estimate.shape)
+        raise ValueError(
+            "the model is self-conditioned: estimate must be its last estimate of x0, zeros at the "
+            f"beginning, of shape {tuple(sample.shape)}, got {seen}"
+        )
+    return torch.cat([sample, estimate.to(sample.dtype)], dim=1)
 
 
 def as_timesteps(timestep: Tensor | float, device: torch.device, rows: int | None) -> Tensor:

@@ -70,6 +70,12 @@ class KarrasUNetConfig:
     network: ClassVar[str] = "KarrasUNet"  # the class that it describes
     class_embed_type: ClassVar[None] = None  # the classes have a table
     time_embedding_type: ClassVar[str] = "random"
+    self_condition: ClassVar[bool] = False  # the input is the images alone
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.in_channels
 
     def __post_init__(self) -> None:
         check_types(self)

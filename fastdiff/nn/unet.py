@@ -19,6 +19,7 @@ from fastdiff.nn.input_checks import (
     check_class_labels,
     check_conditioning,
     check_sample,
+    with_estimate,
 )
 from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.precomputable import only_own_code_runs, only_own_layers_run
@@ -124,11 +125,13 @@ class UNet2DModel(ImageNetwork):
         class_labels: Tensor | None = None,
         *,
         precomputed: Tensor | None = None,
+        estimate: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy images.
 
         Args:
-            sample: [N, in_channels, H, W]; H and W divisible by 2 ** (number of levels - 1).
+            sample: [N, C, H, W], C being in_channels, or half of them with ``self_condition``; H
+                and W divisible by 2 ** (number of levels - 1).
             timestep: a number, or a tensor [N], or [1] or [] for the whole batch. (diffusers drops
                 the fraction of a Python float; here it counts.)
             class_labels: int64 [N]; numbers [N] where class_embed_type is timestep; embeddings
@@ -136,6 +139,8 @@ class UNet2DModel(ImageNetwork):
             precomputed: a step of :meth:`precompute`, [N, P] or [1, P], in place of ``timestep``
                 and ``class_labels``. Only a model with fourier embeddings then still needs
                 ``timestep``, since it divides its output by it.
+            estimate: of a self-conditioned model, its last estimate of x0, like ``sample``; zeros
+                if there is none yet.
 
         Returns:
             [N, out_channels, H, W].
@@ -147,7 +152,8 @@ class UNet2DModel(ImageNetwork):
         """
         check_sample(sample, self.config)
         embs = self._embeddings(sample.shape[0], timestep, class_labels, precomputed)
-        return self._over_time(self._layers(sample, embs), timestep)
+        x = with_estimate(sample, estimate, self.config)
+        return self._over_time(self._layers(x, embs), timestep)
 
     def may_fuse(self) -> bool:
         """Whether a graph of :meth:`layers` may be called in their place and nobody could tell."""
@@ -173,12 +179,14 @@ class UNet2DModel(ImageNetwork):
         class_labels: Tensor | None = None,
         *,
         precomputed: Tensor | None = None,
+        estimate: Tensor | None = None,
     ) -> Tensor:
         """``forward``, with ``layers`` computed by something that gives the same."""
         check_sample(sample, self.config)
         embs = self._embeddings(sample.shape[0], timestep, class_labels, precomputed)
         rows = torch.cat(tuple(embs), dim=1) if precomputed is None else precomputed
-        return self._over_time(layers(sample, rows), timestep)
+        x = with_estimate(sample, estimate, self.config)
+        return self._over_time(layers(x, rows), timestep)
 
     def of_embeddings(self) -> list[nn.Module]:
         """The modules that are not called where embeddings are precomputed."""

@@ -25,7 +25,7 @@ from fastdiff.common.inputs import (
     checked_seeds,
     memory_format,
 )
-from fastdiff.common.model import Model, keeps_values
+from fastdiff.common.model import Model, keeping
 from fastdiff.common.progress import progress_bar
 from fastdiff.ops import profiling
 from fastdiff.samplers import COLUMNS, Sampler, Table
@@ -173,7 +173,7 @@ def sample(
     shape, device, dtype = target(model, shape, device, dtype, (x_T, image))
     wide, images = wide_dtype(dtype), shape[0]
     check_mode(mode, device)
-    if keeps_values(model):
+    if keeping(model):
         if mode not in ("auto", "eager"):
             raise ValueError(
                 "the model keeps values from step to step, which only its own calls update: "
@@ -279,8 +279,8 @@ class _Run:
 
     def sample(self, part: slice, watch: Watch | None, tick: Callable[[], None] | None) -> None:
         """Sample a slice of the batch."""
-        if keeps_values(self.model):
-            self.model.begin_sampling()
+        for part_of_model in keeping(self.model):
+            part_of_model.begin_sampling()
         state, ends = self._state(part), self.plan.table.ends_step
         needs_noise = self.plan.table.noisy if state.noise is not None else [False] * len(ends)
         known = None if self.known is None else self.known.take(part)

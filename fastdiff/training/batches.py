@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from fastdiff.common.estimates import SHARE
 from fastdiff.common.inputs import checked_seeds
 from fastdiff.data.order import batch_indices, stream_generator, stream_seed
 from fastdiff.data.training_images import TrainingImages
@@ -32,6 +33,7 @@ class Draws:
         corners: where images are cut, float32 [N, 2], or None; see
             :meth:`fastdiff.data.TrainingImages.draw_corners`.
         hidden: which labels are hidden from the model, bool [N], or None.
+        estimated: which images a self-conditioned model gets an estimate of, bool [N], or None.
     """
 
     indices: Tensor
@@ -41,6 +43,7 @@ class Draws:
     mirrored: Tensor | None = None
     corners: Tensor | None = None
     hidden: Tensor | None = None
+    estimated: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -61,6 +64,7 @@ class Batch:
         t: times, [N], see :class:`Draws`.
         weights: importance weights of the times, float64 [N].
         noise: seeds of the noise, int64 [N, 2], or the noise itself, standard normal like ``x0``.
+        estimated: see :class:`Draws`; on the CPU.
     """
 
     x0: Tensor
@@ -68,6 +72,7 @@ class Batch:
     t: Tensor
     weights: Tensor
     noise: Tensor
+    estimated: Tensor | None = None
 
 
 def draw(data: TrainingImages, objective: Objective, options: TrainingOptions, step: int) -> Draws:
@@ -80,6 +85,9 @@ def draw(data: TrainingImages, objective: Objective, options: TrainingOptions, s
     hidden = None
     if data.classes and options.label_dropout:
         hidden = torch.rand(size, generator=generator, device="cpu") < options.label_dropout
+    estimated = None
+    if options.self_condition:
+        estimated = torch.rand(size, generator=generator, device="cpu") < SHARE
     return Draws(
         batch_indices(len(data), size, step, seed),
         t,
@@ -88,6 +96,7 @@ def draw(data: TrainingImages, objective: Objective, options: TrainingOptions, s
         mirrored,
         corners,
         hidden,
+        estimated,
     )
 
 
@@ -111,4 +120,5 @@ def read(
         draws.t.to(device),
         draws.weights.to(device),
         draws.seeds.to(device),
+        draws.estimated,
     )

@@ -25,7 +25,7 @@ def make_diffusion(
     Args:
         model: see :class:`fastdiff.Diffusion`.
         forward: the forward process, a schedule or an SDE.
-        options: for their ``weighting`` and ``timestep_sampler``.
+        options: for their ``weighting``, ``timestep_sampler`` and ``self_condition``.
         prediction: see :class:`fastdiff.Diffusion`.
         objective: see :class:`fastdiff.Diffusion`.
         variance: see :class:`fastdiff.Diffusion`.
@@ -37,25 +37,35 @@ def make_diffusion(
     weighting, times = options.weighting, options.timestep_sampler
     return Diffusion(
         model, forward, prediction, objective=objective, variance=variance, levels=levels,
+        self_condition=options.self_condition,
         weighting=None if weighting == "none" else weighting,
         timesteps=None if times == "default" else times,
     )  # fmt: skip
 
 
-def check_fit(model: ImageNetwork, data: TrainingImages, null_class: bool, learned: bool) -> None:
+def check_fit(
+    model: ImageNetwork, data: TrainingImages, options: TrainingOptions, learned: bool
+) -> None:
     """InputError unless a model takes the images and classes of the data.
 
     Args:
         model: the bare network.
         data: the images.
-        null_class: whether the model has a class for hidden labels.
+        options: for whether the model has a class for hidden labels, and is self-conditioned.
         learned: whether the model predicts the variance too.
     """
     config, classes = model.config, model.config.num_class_embeds or 0
-    if (config.in_channels, config.sample_size) != (data.channels, data.size):
+    null_class = options.null_class
+    if config.self_condition != options.self_condition:
+        kinds = ["is not self-conditioned", "is self-conditioned"]
         raise InputError(
-            f"the model takes {config.in_channels} x {config.sample_size} x {config.sample_size} "
-            f"images, the data has {data.channels} x {data.size} x {data.size}"
+            f"self_condition is {options.self_condition}, but the model "
+            f"{kinds[config.self_condition]}: its config must say the same"
+        )
+    if (config.image_channels, config.sample_size) != (data.channels, data.size):
+        raise InputError(
+            f"the model takes {config.image_channels} x {config.sample_size} x "
+            f"{config.sample_size} images, the data has {data.channels} x {data.size} x {data.size}"
         )
     if config.out_channels != data.channels * (2 if learned else 1):
         raise InputError(

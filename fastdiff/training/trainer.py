@@ -118,7 +118,7 @@ class Trainer:
             model, forward, self.options, prediction, objective, variance, levels
         )
         self.network: ImageNetwork = unwrapped(model)
-        check_fit(self.network, data, self.options.null_class, self.diffusion.objective.learned)
+        check_fit(self.network, data, self.options, self.diffusion.objective.learned)
         warn_of_image_at_the_end(self.diffusion.path)
         if out is not None:
             forward_process.describe(forward)
@@ -297,11 +297,19 @@ class Trainer:
     def losses(self, batch: Batch) -> Tensor:
         """The objective's loss of each image of a batch, without its weight, [N]."""
 
-        def model(x_t: Tensor, t: Tensor) -> Any:
-            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.bf16):
-                return self.micro_batches.model(x_t, t, batch.labels)
+        objective, labels = self.diffusion.objective, batch.labels
 
-        return self.diffusion.objective.losses(model, batch.x0, batch.t, batch.noise)
+        def model(x_t: Tensor, t: Tensor, *, labels: Any = labels, **estimate: Tensor) -> Any:
+            # The pass that makes an estimate is without gradient and may be of fewer images:
+            # DistributedDataParallel, which exchanges gradients, has no part in it.
+            called = self.micro_batches.model if torch.is_grad_enabled() else self.network
+            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.bf16):
+                return called(x_t, t, labels, **estimate)
+
+        if batch.estimated is None:
+            return objective.losses(model, batch.x0, batch.t, batch.noise)
+        aided = objective.aided(model, batch.t, batch.estimated)
+        return objective.losses(aided, batch.x0, batch.t, batch.noise, labels=labels)
 
     def loss(self, batch: Batch) -> Tensor:
         """The weighted mean of :meth:`losses`, a scalar."""
@@ -379,6 +387,7 @@ class Trainer:
         return ValidationLoss(
             self.diffusion.objective, images, batch_size=self.options.batch_size,
             bf16=self.options.bf16, memory_format=self.memory_format,
+            self_condition=self.options.self_condition,
         )  # fmt: skip
 
     def checkpoint(self) -> Checkpoint:

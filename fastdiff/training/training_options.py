@@ -70,6 +70,9 @@ class TrainingOptions:
         label_dropout: probability with which a label is hidden, so that the model can be guided
             without a classifier. If above 0, the model must have an additional last class, which
             stands for "no class".
+        self_condition: give the model its own estimate of x0 beside x_t (Chen et al. 2022,
+            arXiv:2208.04202): half of a batch's images the estimate of a first pass without
+            gradient, the others zeros. The model must have ``self_condition`` in its config.
         weighting: of the loss, see ``fastdiff.objectives.make``, or "none".
         timestep_sampler: how the times of a batch are sampled, see ``fastdiff.objectives.make``;
             "default" is the objective's default.
@@ -116,6 +119,7 @@ class TrainingOptions:
     bf16: bool = False
     gradient_checkpointing: bool = False
     label_dropout: float = 0.0
+    self_condition: bool = False
     weighting: str = "none"
     timestep_sampler: str = "default"
     channels_last: bool = True

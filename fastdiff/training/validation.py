@@ -41,6 +41,8 @@ class ValidationLoss:
         batch_size: images in a call of the network.
         bf16: call the network under bfloat16 autocast, as in training.
         memory_format: of the images.
+        self_condition: the networks are self-conditioned, and every other image gets the estimate
+            of a first pass, as half of the images do in training.
     """
 
     def __init__(
@@ -51,10 +53,12 @@ class ValidationLoss:
         batch_size: int,
         bf16: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
+        self_condition: bool = False,
     ) -> None:
         count = len(images) * -(-FEWEST // len(images))
         self.images = images
         self._objective, self._bf16, self._memory_format = objective, bf16, memory_format
+        self._self_condition = self_condition
         self._shares = spread(count)
         self._times = objective.quantiles(self._shares)
         self._seeds = checked_seeds(stream_seed(0, "validation", 0), None, count)
@@ -85,17 +89,18 @@ class ValidationLoss:
         self, called: Any, x0: Tensor, labels: Tensor | None, places: Tensor, device: torch.device
     ) -> Tensor:
         labels = None if labels is None else labels.to(device)
+        x0 = x0.to(device, memory_format=self._memory_format)
+        t, seeds = self._times[places].to(device), self._seeds[places].to(device)
 
-        def model(x_t: Tensor, t: Tensor) -> Any:
+        def model(x_t: Tensor, t: Tensor, *, labels: Any = labels, **estimate: Tensor) -> Any:
             with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-                return called(x_t, t, labels)
+                return called(x_t, t, labels, **estimate)
 
-        losses = self._objective.losses(
-            model,
-            x0.to(device, memory_format=self._memory_format),
-            self._times[places].to(device),
-            self._seeds[places].to(device),
-        )
+        if self._self_condition:
+            aided = self._objective.aided(model, t, places % 2 == 0)
+            losses = self._objective.losses(aided, x0, t, seeds, labels=labels)
+        else:
+            losses = self._objective.losses(model, x0, t, seeds)
         return losses.double().cpu()
 
 
