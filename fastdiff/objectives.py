@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from fastdiff.common.errors import InputError
 from fastdiff.common.inputs import check_choice
 from fastdiff.common.model import Model
 from fastdiff.losses import LossSecondMoment, score_matching
-from fastdiff.losses.densities import Density
+from fastdiff.losses.continuous_times import DENSITIES, EVEN, Times, times_of
 from fastdiff.losses.timesteps import TimestepSampler
 from fastdiff.samplers.ddpm import VARIANCES
 from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
@@ -39,11 +39,6 @@ def _of_count(kind: Callable[[int], TimestepSampler], path: GaussianPath) -> Tim
     return kind(path.num_timesteps)
 
 
-DENSITIES: dict[str, Density] = {"laplace": losses.Laplace(), "cosh": losses.Cosh()}
-EVEN: dict[str, Callable[[int], TimestepSampler]] = {
-    "uniform": losses.Uniform,
-    "low-discrepancy": losses.LowDiscrepancy,
-}
 DISCRETE: dict[str, Callable[[GaussianPath], TimestepSampler]] = {
     **{name: partial(_of_count, kind) for name, kind in EVEN.items()},
     # Biased on purpose: the papers' densities are meant to weight the loss.
@@ -51,19 +46,7 @@ DISCRETE: dict[str, Callable[[GaussianPath], TimestepSampler]] = {
     **{name: partial(losses.OfLogSNR, density=density) for name, density in DENSITIES.items()},
     "loss-second-moment": partial(_of_count, LossSecondMoment),
 }
-CONTINUOUS = (*EVEN, *DENSITIES)
 TIMESTEPS = (*DISCRETE, "log-normal")
-DEFAULT_LEVELS = 100  # number of noise levels of ncsn
-
-
-class Times(Protocol):
-    """A sampler of training times with importance weights."""
-
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Times [n] and the weights of their losses, float64 [n]."""
-
-    def quantiles(self, shares: Tensor) -> Tensor:
-        """Times at shares [n] of all weighted draws, the earliest first."""
 
 
 class Objective:
@@ -331,6 +314,8 @@ def _continuous(
         raise ValueError(f"{forward!r} has no steps whose variance could be {variance}")
     if name == "dsm":
         check_choice("weighting", weighting or "sigma", score_matching.WEIGHTINGS)
+        if isinstance(forward, sde.LearnedLogSNR):
+            return _learned(forward, prediction, weighting, times)
         if prediction == "edm":
             raise ValueError("the prediction edm is trained by the objective edm, not dsm")
     else:
@@ -338,10 +323,30 @@ def _continuous(
             raise ValueError(f"{name} trains the prediction {name}, got {prediction}")
         if weighting is not None:
             raise ValueError(f"{name} has weights of its own, got the weighting {weighting!r}")
-    sampler, levels = _times(name, forward, times, levels)
+    sampler, levels = times_of(name, forward, times, levels)
 
     losses_of = partial(_continuous_losses, name, forward, prediction, weighting or "sigma")
     return Objective(name, forward, prediction, sampler, losses_of, levels=levels)
+
+
+def _learned(
+    forward: sde.LearnedLogSNR, prediction: str, weighting: str | None, times: str | None
+) -> Objective:
+    """dsm with a learned log-SNR: the diffusion loss of the bound, of which it must be a part."""
+    if prediction != "eps" or weighting == "sigma":
+        raise ValueError(
+            f"{forward!r} is learned with the prediction eps and the weighting likelihood, the "
+            f"default here, got {prediction} and {weighting}"
+        )
+    check_choice("timestep sampler with a learned log-SNR", times or "uniform", tuple(EVEN))
+    sampler, _ = times_of("dsm", forward, times, None)
+
+    def losses_of(model: Model, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
+        return score_matching.diffusion_loss(
+            model, forward, x0, t, noise, least_variance=True, **cond
+        )
+
+    return Objective("dsm", forward, prediction, sampler, losses_of)
 
 
 def _continuous_losses(
@@ -366,95 +371,3 @@ def _continuous_losses(
     return score_matching.denoising_score_matching(
         score, forward, x0, t, noise, weighting=weighting
     )
-
-
-def _times(
-    name: str, forward: sde.SDE, times: str | None, levels: int | None
-) -> tuple[Times, int | None]:
-    """The sampler of an SDE's training times, and the number of levels of ncsn, else None."""
-    if isinstance(forward, sde.EDM):
-        times = times or "log-normal"
-        check_choice(f"timestep sampler with {forward!r}", times, ("log-normal", *DENSITIES))
-        if times in DENSITIES:
-            return _OfLogSNR(forward, DENSITIES[times]), None
-        return _LogNormal(forward), None
-    if name == "ncsn":
-        assert isinstance(forward, sde.VE)
-        check_choice("timestep sampler with ncsn", times or "uniform", ("uniform",))
-        levels = DEFAULT_LEVELS if levels is None else levels
-        if levels < 2:
-            raise ValueError(f"levels must be at least 2, got {levels}")
-        return _GeometricLevels(levels), levels
-    times = times or "uniform"
-    check_choice("timestep sampler in continuous time", times, CONTINUOUS)
-    if times in DENSITIES:
-        return _OfLogSNR(forward, DENSITIES[times]), None
-    return _TimeInterval(forward, EVEN[times](1)), None
-
-
-class _TimeInterval:
-    """Times trained_from..end of an SDE, with the distribution of a sampler of timesteps."""
-
-    def __init__(self, forward: sde.SDE, spread: TimestepSampler) -> None:
-        self.first, self.length = forward.trained_from, forward.end - forward.trained_from
-        self.spread = spread
-
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        share = self.spread.unit(n, generator)
-        return self.first + self.length * share, torch.ones_like(share)
-
-    def quantiles(self, shares: Tensor) -> Tensor:
-        return self.first + self.length * shares
-
-
-class _OfLogSNR:
-    """Times of an SDE whose log-SNR has a density, cut to the times that are trained."""
-
-    def __init__(self, forward: sde.SDE, density: Density) -> None:
-        self.forward, self.density = forward, density
-        ends = torch.tensor([forward.end, forward.trained_from], dtype=torch.float64, device="cpu")
-        alpha, sigma = forward.levels(ends)
-        self.low, self.high = density.cumulative(2 * (alpha / sigma).log()).tolist()
-
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        time = self.quantiles(1 - losses.Uniform(1).unit(n, generator))
-        return time, torch.ones_like(time)
-
-    def quantiles(self, shares: Tensor) -> Tensor:
-        log_snr = self.density.quantile(self.high - (self.high - self.low) * shares)
-        time = self.forward.time_at(torch.exp(-log_snr / 2))
-        return time.clamp(self.forward.trained_from, self.forward.end)
-
-
-class _LogNormal:
-    """EDM's log-normal noise levels (Karras et al. 2022, table 1), clamped to the process's."""
-
-    def __init__(self, forward: sde.EDM) -> None:
-        self.forward = forward
-
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        sigma = score_matching.log_normal_sigma(n, generator=generator)
-        return self._within(sigma), torch.ones_like(sigma)
-
-    def quantiles(self, shares: Tensor) -> Tensor:
-        return self._within(score_matching.log_normal_quantiles(shares))
-
-    def _within(self, sigma: Tensor) -> Tensor:
-        return sigma.clamp(self.forward.smallest, self.forward.end)
-
-
-class _GeometricLevels:
-    """Evenly spaced times 0..1 of VE, at which sigma is a geometric sequence."""
-
-    def __init__(self, levels: int) -> None:
-        self.levels = losses.Uniform(levels)
-
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        level, weights = self.levels.draw(n, generator)
-        return self._time(level), weights
-
-    def quantiles(self, shares: Tensor) -> Tensor:
-        return self._time(self.levels.quantiles(shares))
-
-    def _time(self, level: Tensor) -> Tensor:
-        return level.double() / (self.levels.num_timesteps - 1)

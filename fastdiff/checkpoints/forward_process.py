@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdiff import schedules, sde
 from fastdiff.checkpoints.folder import field
@@ -31,6 +32,7 @@ _KINDS: dict[str, tuple[Callable[..., Forward], dict[str, str]]] = {
     ),
     "edm": (sde.EDM, {"sigma_min": "smallest", "sigma_max": "end", "sigma_data": "sigma_data"}),
     "linear-log-snr": (sde.LinearLogSNR, _LOG_SNR),
+    "learned-log-snr": (sde.LearnedLogSNR, {**_LOG_SNR, "hidden": "hidden"}),
     "cosine-log-snr": (sde.CosineLogSNR, {**_LOG_SNR, "shift": "shift"}),
     "flow": (
         FlowSchedule,
@@ -61,7 +63,11 @@ def describe(forward: Forward) -> dict[str, Any]:
     for name, (kind, options) in _KINDS.items():
         if type(forward) is kind:
             values = {option: getattr(forward, attribute) for option, attribute in options.items()}
-            return {"forward": {"name": name, "options": values}}
+            learned = {}
+            if isinstance(forward, sde.LearnedLogSNR):
+                state = forward.network.state_dict()
+                learned = {"weights": {key: value.tolist() for key, value in state.items()}}
+            return {"forward": {"name": name, "options": values, **learned}}
     raise InputError(f"a checkpoint cannot record the forward process {forward!r}")
 
 
@@ -93,14 +99,29 @@ def _process(meta: Mapping[str, Any], path: Path) -> Forward:
     for option, value in options.items():
         if option == "label_by":
             continue  # a name, which the constructor checks
-        whole = option == "num_timesteps"
+        whole = option in ("num_timesteps", "hidden")
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             number = "whole number" if whole else "number"
             raise CheckpointError(f"{path}: {option!r} must be a {number}, got {value!r}")
     try:
-        return kind(**options)
+        forward = kind(**options)
+        if isinstance(forward, sde.LearnedLogSNR):
+            _set_weights(forward.network, field(described, "weights", dict, path))
+        return forward
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: unusable forward process: {error}") from None
+
+
+def _set_weights(network: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Give a process's network recorded weights, which are not trained; errors if they differ."""
+    state = {
+        key: torch.tensor(value, dtype=torch.float64, device="cpu")
+        for key, value in weights.items()
+    }
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        raise ValueError("weights that are not finite")
+    network.load_state_dict(state)
+    network.requires_grad_(False)
 
 
 def _schedule(meta: Mapping[str, Any], path: Path) -> NoiseSchedule:

@@ -8,6 +8,7 @@ from typing import Any
 from fastdiff import objectives, schedules, sde
 from fastdiff.cli.parsing import named_value, positive
 from fastdiff.common.errors import InputError
+from fastdiff.losses.continuous_times import DEFAULT_LEVELS
 from fastdiff.objectives import Forward
 from fastdiff.sde.processes.ve import LABELS as VE_LABELS
 
@@ -19,7 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vlb": {**_DDPM, "prediction": "eps"},
     "flow": {"timesteps": 1000, "prediction": "flow"},
     "dsm": {"sde": "vp", "prediction": "eps"},
-    "ncsn": {"sde": "ve", "prediction": "ncsn", "levels": objectives.DEFAULT_LEVELS},
+    "ncsn": {"sde": "ve", "prediction": "ncsn", "levels": DEFAULT_LEVELS},
     "edm": {"prediction": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
 }
 SDES: dict[str, tuple[type[sde.SDE], dict[str, Any]]] = {
@@ -30,6 +31,7 @@ SDES: dict[str, tuple[type[sde.SDE], dict[str, Any]]] = {
         {"sigma_min": 0.01, "sigma_max": 50.0, "trained_from": 1e-5, "label_by": "time"},
     ),
     "linear-log-snr": (sde.LinearLogSNR, {"log_snr_max": 13.3, "log_snr_min": -5.0}),
+    "learned-log-snr": (sde.LearnedLogSNR, {"log_snr_max": 13.3, "log_snr_min": -5.0}),
     "cosine-log-snr": (
         sde.CosineLogSNR,
         {"log_snr_max": 15.0, "log_snr_min": -15.0, "shift": 0.0},
@@ -83,8 +85,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         ("--sigma-min", "smallest sigma of ve (default: 0.01) and edm (default: 0.002)"),
         ("--sigma-max", "largest sigma of ve (default: 50) and edm (default: 80)"),
         ("--sigma-data", "standard deviation of the images, for edm (default: 0.5)"),
-        ("--log-snr-max", "log-SNR of the least noise (default: 13.3 of linear-, 15 of cosine-)"),
-        ("--log-snr-min", "log-SNR of the most noise (default: -5 of linear-, -15 of cosine-)"),
+        ("--log-snr-max", "log-SNR of the least noise (default: 15 of cosine-log-snr, else 13.3)"),
+        ("--log-snr-min", "log-SNR of the most noise (default: -15 of cosine-log-snr, else -5)"),
         ("--shift", "added to the log-SNR of cosine-log-snr, such as 2 log(64 / side)"),
         ("--trained-from", "smallest time of training and likelihoods of --sde (default: 1e-5)"),
     ):
@@ -95,7 +97,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--levels", type=positive, metavar="L",
-        help=f"number of noise levels of ncsn (default: {objectives.DEFAULT_LEVELS})",
+        help=f"number of noise levels of ncsn (default: {DEFAULT_LEVELS})",
     )  # fmt: skip
     group.add_argument(
         "--prediction",

@@ -34,6 +34,18 @@ def noised(x0: Tensor, t: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) 
     return ops.q_sample(x0, t, noise, signal, sigma)
 
 
+def values_of(noise: Tensor, x0: Tensor) -> Tensor:
+    """Noise like ``x0``, from its seeds if it is given as seeds.
+
+    Raises:
+        TypeError, ValueError: noise that is not like ``x0``, or seeds of another shape.
+    """
+    if _are_seeds(noise, x0):
+        return ops.philox_normal(noise, 0, x0.shape, x0.dtype)
+    check_shape(noise, x0, "noise")
+    return noise
+
+
 def squared_error(
     prediction: Tensor,
     x0: Tensor,

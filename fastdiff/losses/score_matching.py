@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.common.checks import beside, check_floating, check_shape, wide_dtype
+from fastdiff.common.checks import beside, check_floating, wide_dtype
 from fastdiff.common.model import Model
-from fastdiff.losses.noising import noised, squared_error
+from fastdiff.losses.noising import noised, squared_error, values_of
 from fastdiff.losses.prediction import image_mean, predict
 from fastdiff.sde import EDM, SDE, LogSNR, Score
 
@@ -58,7 +58,14 @@ def denoising_score_matching(
 
 
 def diffusion_loss(
-    model: Model, sde: LogSNR, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any
+    model: Model,
+    sde: LogSNR,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    least_variance: bool = False,
+    **cond: Any,
 ) -> Tensor:
     """-l'(t) |noise - model(x_t)|^2 / 2, the bound's diffusion loss in continuous time.
 
@@ -72,20 +79,30 @@ def diffusion_loss(
         sde: the process.
         x0: clean images [N, ...], floating point.
         t: times [N], floating point, in 0..1, uniform.
-        noise: standard normal, like ``x0``.
+        noise: standard normal, like ``x0``; or seeds, int64 [N, 2], see ``noising``.
+        least_variance: one backward pass of the loss trains both: parameters of the process get the
+            gradient of the squared loss, those of the network that of the loss.
         cond: keyword arguments of the model.
 
     Raises:
         ValueError: shapes that do not fit, or times outside the range.
     """
-    check_shape(noise, x0, "noise")
+    noise = values_of(noise, x0)
     t = sde.check_time(t, x0).expand(x0.shape[0])
-    alpha, sigma = (beside(level, x0) for level in sde.levels(t))
+    log_snr, rate = sde.log_snr(t), sde.log_snr_rate(t)
+    alpha, sigma = (beside(level, x0) for level in sde.levels_of(log_snr))
     x_t = (alpha * x0 + sigma * noise).to(x0.dtype)
-    label = sde.label(t).to(wide_dtype(x0.dtype))
+    label = sde.label_of(log_snr).to(wide_dtype(x0.dtype))
     output, _ = predict(model, x_t, label, cond)
     error = image_mean((output - noise).square())
-    return -sde.log_snr_rate(t).to(error.dtype) / 2 * error
+    loss = -rate.to(error.dtype) / 2 * error
+    if least_variance and log_snr.requires_grad:
+        # An image's loss depends on the process through these alone, and the gradient of its square
+        # is 2 loss times that of the loss (appendix I.2).
+        factor = 2 * loss.detach().double()
+        for through in (log_snr, rate):
+            through.register_hook(lambda gradient: factor * gradient)
+    return loss
 
 
 def edm_loss(

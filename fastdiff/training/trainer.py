@@ -8,6 +8,7 @@ a run without interruption.
 from __future__ import annotations
 
 import copy
+import math
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from fastdiff.training.adamw import clipping_factor
 from fastdiff.training.averages import Averages
 from fastdiff.training.batches import Batch, Draws
 from fastdiff.training.fingerprint import check_same, fingerprint
+from fastdiff.training.learned_process import LearnedProcess
 from fastdiff.training.learning_rate import learning_rate
 from fastdiff.training.loss_guard import Fault, LossGuard
 from fastdiff.training.micro_batches import MicroBatches
@@ -64,7 +66,7 @@ class Trainer:
             parameter names. DistributedDataParallel gives gradients the strides that the weights
             had when it was constructed, so the trainer does not change the memory format of its
             weights; convert the network before wrapping it.
-        forward: the forward process, a schedule or an SDE.
+        forward: the forward process, a schedule or an SDE; a ``sde.LearnedLogSNR`` is trained, too.
         data: images, and labels if the model is class-conditional.
         options: of the training; None for the defaults.
         prediction: what the model predicts, see ``fastdiff.objectives.make``.
@@ -82,6 +84,7 @@ class Trainer:
         model: the given model, in training mode.
         network: the given model without torch's wrappers.
         averages: of the weights.
+        process: what is learned of the forward process.
         finished_steps: number of steps done, those that were left out included.
         guard: judges losses and gradients, and counts the steps that were left out.
         refusal: of the last step, if it updated nothing: the reason, ``fault``, and the numbers of
@@ -149,12 +152,13 @@ class Trainer:
             self.network.enable_gradient_checkpointing()
         self.parameters = list(self.network.parameters())
         self.optimizer = optimizers.make(self.options, self._named_parameters())
+        self.process = LearnedProcess(forward, self.options, self.world)
         self.validation = None if validation is None else self._validation(validation)
         self.finished_steps = 0
         self.guard = LossGuard(self.options, tells=self.world.first)
         self.refusal: dict[str, Any] | None = None
         self.micro_batches = MicroBatches(
-            self.parameters,
+            [*self.parameters, *self.process.parameters],
             self._called,
             lambda batch: self.losses(batch),
             lambda draws: self.batch(draws),
@@ -264,7 +268,8 @@ class Trainer:
             with span("optimizer"):
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
                 norm = self.gradient_norm = float(ops.gradient_norm(gradients))
-                fault = self.guard.judge_gradient(norm)
+                finite = self.process.gradient_is_finite()
+                fault = self.guard.judge_gradient(norm if finite else math.nan)
                 if fault is None:
                     self._update(norm, step)
         if fault is None:
@@ -283,6 +288,7 @@ class Trainer:
             average_weight=self.averages.first_weight(step),
         )
         self.averages.move_others(self.parameters, step)
+        self.process.update(self.learning_rate(step))
         self.network.normalise_weights()
 
     def _refuse(self, step: int, fault: Fault, draws: Draws, losses: Tensor) -> None:
@@ -394,7 +400,7 @@ class Trainer:
         """The averaged model, not a copy: further training changes it."""
         return Checkpoint(
             self.ema,
-            self.diffusion.forward,
+            self.process.now(),
             self.diffusion.prediction,
             classes=self.data.classes,
             step=self.finished_steps,
@@ -471,7 +477,8 @@ class Trainer:
             "timesteps": self.diffusion.objective.state_dict(),
             "losses": self.guard.state_dict(),
         }
-        return training_state.state_tensors(self._named_parameters(), self.optimizer), facts
+        tensors = training_state.state_tensors(self._named_parameters(), self.optimizer)
+        return tensors | self.process.tensors(), facts
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The network's parameters, with their names in files, whether compiled or not."""
@@ -488,6 +495,7 @@ class Trainer:
         self.averages.restore(states)
         updates = saved.step - self.guard.skipped
         training_state.restore(self._named_parameters(), self.optimizer, tensors, updates, path)
+        self.process.restore(tensors, updates, path)
         self.finished_steps = saved.step
 
 

@@ -63,7 +63,10 @@ class LogSNR(SDE):
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha = sqrt(sigmoid(l)) and sigma = sqrt(sigmoid(-l))."""
-        log_snr = self.log_snr(t)
+        return self.levels_of(self.log_snr(t))
+
+    def levels_of(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma where l is ``log_snr``, float64, shaped like it."""
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
     def levels_at(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,8 +83,12 @@ class LogSNR(SDE):
 
         The ends are those of the process itself, with a shift if it has one.
         """
-        ends = self.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device))
-        return 999 * (ends[0] - self.log_snr(t)) / (ends[0] - ends[1])
+        return self.label_of(self.log_snr(t))
+
+    def label_of(self, log_snr: Tensor) -> Tensor:
+        """:meth:`label` where l is ``log_snr``, shaped like it."""
+        ends = self.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64, device=log_snr.device))
+        return 999 * (ends[0] - log_snr) / (ends[0] - ends[1])
 
 
 class LinearLogSNR(LogSNR):
@@ -168,7 +175,9 @@ class LearnedLogSNR(LogSNR):
         hidden: number of hidden units; the paper has 1024.
 
     Attributes:
-        network: the module with the parameters, float64. It begins near a straight line.
+        network: the module with the parameters, float64, on the CPU, where l is computed. It
+            begins near a straight line.
+        hidden: number of hidden units.
 
     Raises:
         ValueError: limits that are not finite or do not fall, or fewer than 1 hidden unit.
@@ -180,18 +189,26 @@ class LearnedLogSNR(LogSNR):
         super().__init__(log_snr_max, log_snr_min)
         if hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
-        self.network = _Monotone(hidden)
+        self.hidden, self.network = hidden, _Monotone(hidden)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """l(t), differentiable in the network's parameters."""
-        first, last = self.network.values(t.new_tensor([0.0, 1.0])).unbind()
-        share = (self.network.values(t) - first) / (last - first)
-        return self.log_snr_max + share * (self.log_snr_min - self.log_snr_max)
+        first, last = self._ends()
+        share = (self.network.values(t.cpu()) - first) / (last - first)
+        return (self.log_snr_max + share * (self.log_snr_min - self.log_snr_max)).to(t.device)
 
     def log_snr_rate(self, t: Tensor) -> Tensor:
         """l'(t), differentiable in the network's parameters."""
-        first, last = self.network.values(t.new_tensor([0.0, 1.0])).unbind()
-        return self.network.slopes(t) / (last - first) * (self.log_snr_min - self.log_snr_max)
+        first, last = self._ends()
+        slopes = self.network.slopes(t.cpu()) / (last - first)
+        return (slopes * (self.log_snr_min - self.log_snr_max)).to(t.device)
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The network's values at t = 0 and 1."""
+        first, last = self.network.values(
+            torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
+        )
+        return first, last
 
     @torch.no_grad()
     def time_of(self, log_snr: Tensor) -> Tensor:
