@@ -116,7 +116,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--self-condition",
         action="store_true",
         help="the network is given its last estimate of x0 beside x_t; half of the images get that "
-        "of a first pass, so a step takes about a sixth longer",
+        "of a first pass, so a step takes about 1.3 times as long",
     )
     how.add_argument(
         "--weighting",
