@@ -13,6 +13,7 @@ from fastdiff.cli import (
     doctor,
     evaluate,
     export,
+    restore,
     sample,
     train,
     train_classifier,
@@ -27,6 +28,7 @@ __all__ = ["main", "parser"]
 COMMANDS = {
     "train": train,
     "sample": sample,
+    "restore": restore,
     "eval": evaluate,
     "report": compare_runs,
     "train-classifier": train_classifier,

@@ -32,14 +32,16 @@ DEFAULTS: dict[str, tuple[str, int | None]] = {
 }
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """--sampler, --steps, --grid, --option, --guidance, --classifier, --classifier-scale."""
+def add_sampler_arguments(
+    command: argparse.ArgumentParser, default: str = "the default of the model's objective"
+) -> None:
+    """--sampler, --steps, --grid and --option; ``default`` names the sampler if none is given."""
     command.add_argument(
         "--sampler",
         choices=METHODS,
         metavar="NAME",
         help=f"on a fixed grid of timesteps: {', '.join(samplers.names())}; in continuous time: "
-        f"{', '.join(SOLVERS)}; if not given, the default of the model's objective",
+        f"{', '.join(SOLVERS)}; if not given, {default}",
     )
     command.add_argument(
         "--steps", type=int, help="sampling steps; ode and adaptive choose their own"
@@ -58,6 +60,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="an option of the sampler, such as eta=0.5, clip=null, rtol=1e-4 or "
         "corrector=langevin; may be repeated",
     )
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Those of the sampler, --guidance, --classifier and --classifier-scale."""
+    add_sampler_arguments(command)
     command.add_argument(
         "--guidance",
         type=float,
@@ -79,14 +86,25 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def make_sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler | Solver:
+def make_sampler(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    default: tuple[str, int | None] | None = None,
+    **preset: Any,
+) -> Sampler | Solver:
     """The sampler that the arguments describe, for a checkpoint.
+
+    Args:
+        args: of the command line.
+        checkpoint: the model.
+        default: name and steps if --sampler is not given; None for those of the model's objective.
+        preset: options of the sampler that --option may change.
 
     Raises:
         InputError: steps, a grid or options that do not fit the sampler or the model.
     """
-    diffusion, options = checkpoint.diffusion(), dict(args.option)
-    method, steps = default_sampler(diffusion)
+    diffusion, options = checkpoint.diffusion(), {**preset, **dict(args.option)}
+    method, steps = default or default_sampler(diffusion)
     if args.sampler is not None and args.sampler != method:
         method, steps = args.sampler, None if args.sampler in SOLVERS else STEPS
     if steps is not None and method not in SOLVERS:
