@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.checkpoints import forward_process, named_weights
@@ -42,6 +41,7 @@ from fastdiff.checkpoints.folder import (
 from fastdiff.checkpoints.named_weights import STATE
 from fastdiff.common.errors import CheckpointError, DamagedError, InputError
 from fastdiff.common.model import Model
+from fastdiff.common.tensor_file import save_file
 from fastdiff.common.world import World
 from fastdiff.diffusion import Diffusion
 from fastdiff.generation import Classifier, Contrast, Guide, Samples, draws_noise

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.checkpoints import forward_process
@@ -30,6 +29,7 @@ from fastdiff.checkpoints.folder import (
     write_json,
 )
 from fastdiff.common.errors import CheckpointError, InputError
+from fastdiff.common.tensor_file import save_file
 from fastdiff.nn import NoisyClassifier
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.pretrained import NoInitialisation, check_names_and_shapes

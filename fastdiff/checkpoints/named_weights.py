@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.checkpoints.folder import not_finite, optional_field, read_tensors
 from fastdiff.common.errors import CheckpointError
+from fastdiff.common.tensor_file import save_file
 from fastdiff.nn.weight_files import STEM
 from fastdiff.nn.wrappers import plain_names
 

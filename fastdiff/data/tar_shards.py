@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import tarfile
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -249,9 +249,10 @@ def _pieces(names: bytes, ends: np.ndarray) -> Iterator[bytes]:
 def _keep(found: _Members, shards: Sequence[Path]) -> None:
     path = _index_file(shards)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".npz")
+    # A name of its own on every machine that shares the folder; tempfile's files are for one user.
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("xb") as file:
             np.savez(
                 file,
                 columns=found.columns,
@@ -260,5 +261,5 @@ def _keep(found: _Members, shards: Sequence[Path]) -> None:
             )
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink(missing_ok=True)
         raise

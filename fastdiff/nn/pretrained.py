@@ -11,11 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.common import json_file
+from fastdiff.common.tensor_file import save_file
 from fastdiff.nn import weight_files
 from fastdiff.nn.config import UNet2DConfig
 from fastdiff.nn.weight_files import INDEX, WEIGHTS

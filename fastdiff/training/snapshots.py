@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.checkpoints.folder import (
@@ -27,6 +26,7 @@ from fastdiff.checkpoints.folder import (
     write_json,
 )
 from fastdiff.common.errors import CheckpointError
+from fastdiff.common.tensor_file import save_file
 from fastdiff.training.averages import Averages
 from fastdiff.training.observers import Observer, RunStart, StepRecord
 from fastdiff.training.training_options import TrainingOptions

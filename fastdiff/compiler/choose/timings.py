@@ -11,8 +11,8 @@ import json
 import logging
 import math
 import os
-import tempfile
 import threading
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -167,15 +167,16 @@ def _save(file: Path | None, table: Table) -> None:
     disturbed = {key: row for key, row in disturbed.items() if key not in kept}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".new")
+        # A name of its own on every machine that shares the folder; tempfile's are for one user.
+        partial = file.with_name(f"{uuid.uuid4().hex}.new")
         try:
-            with open(descriptor, "w", encoding="utf-8") as new:
+            with partial.open("x", encoding="utf-8") as new:
                 rows = {"seconds": kept, "disturbed": disturbed}
                 json.dump({"machine": _machine(), **rows}, new)
-            os.replace(name, file)
+            os.replace(partial, file)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                partial.unlink()
             raise
     except OSError as error:
         log.warning("%s cannot be written (%s): the next process measures again", file, error)
