@@ -56,6 +56,9 @@ class Snapshot:
 class SnapshotKeeper(Observer):
     """Keeps the averages of a run by a power function, evenly over the run.
 
+    If the file system refuses a snapshot, one of the step of the next checkpoint takes its place:
+    what is made of snapshots later needs many of them, but none of a certain step.
+
     Args:
         out: the run's folder.
         averages: of the run.
@@ -66,6 +69,7 @@ class SnapshotKeeper(Observer):
 
     def __init__(self, out: Path, averages: Averages, options: TrainingOptions) -> None:
         self._out, self._averages, self._options = out, averages, options
+        self._missing = False
 
     def begin(self, start: RunStart) -> None:
         """Delete snapshots of steps that are to be done again, perhaps with other weights."""
@@ -74,8 +78,18 @@ class SnapshotKeeper(Observer):
     def step(self, record: StepRecord) -> None:
         """Keep the averages if a snapshot is due."""
         if due(record.step, self._options.steps, self._options.snapshots):
-            dtype = getattr(torch, self._options.snapshot_dtype)
-            write(self._out, record.step, self._averages.power_states(), dtype)
+            self._keep(record.step)
+
+    def before_checkpoint(self, step: int) -> None:
+        """Keep the averages if they could not be kept when it was due."""
+        if self._missing:
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        self._missing = True
+        dtype = getattr(torch, self._options.snapshot_dtype)
+        write(self._out, step, self._averages.power_states(), dtype)
+        self._missing = False
 
 
 def due(step: int, steps: int, count: int) -> bool:
