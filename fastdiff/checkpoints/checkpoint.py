@@ -360,6 +360,38 @@ def load(path: str | Path, weights: str | None = None) -> Checkpoint:
     return checkpoint
 
 
+def read_weights(folder: str | Path, name: str, like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint's further average, by parameter, without building a model.
+
+    Args:
+        folder: the checkpoint.
+        name: of the average.
+        like: the model's own weights, whose names and shapes are wanted.
+
+    Raises:
+        CheckpointError: there are no weights of that name beside the model's own, or they are of
+            another model, damaged, or not finite.
+    """
+    path = Path(folder) / META
+    weights = named_weights.read(path.parent, read_json(path), path, name)
+    if weights is None:
+        raise CheckpointError(f"{folder}: {name} is the average of the model itself")
+    given, wanted = ({k: v.shape for k, v in state.items()} for state in (weights, like))
+    if given != wanted:
+        other = next(k for k in [*given, *wanted] if given.get(k) != wanted.get(k))
+        raise CheckpointError(
+            f"{folder}: {other} of {name} has shape {_shape(given, other)}, the model's has "
+            f"{_shape(wanted, other)}"
+        )
+    if wrong := not_finite(weights):
+        raise DamagedError(f"{folder}: {wrong} of {name} has NaN or infinity")
+    return weights
+
+
+def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "none"
+
+
 def resolve(path: str | Path) -> Path:
     """The checkpoint folder that ``path`` names, as :func:`load` understands it."""
     if str(path) in shipped():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints import checkpoint, resumable
+from fastdiff.checkpoints.resumable import Resumable
 from fastdiff.cli import (
     data_options,
     objective_options,
@@ -79,8 +80,9 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
     args.resume |= args.resume_if_any and checkpoint.newest(args.out) is not None
-    if args.resume:
-        args = _with_recorded(args, given)
+    resumed = resumable.find(args.out) if args.resume else None  # before images are read
+    if resumed is not None:
+        args = _with_recorded(args, given, resumed)
     elif checkpoint.newest(args.out) is not None:
         raise InputError(
             f"{args.out} holds checkpoints of an earlier run; "
@@ -103,7 +105,8 @@ def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
         check_writable(args.out / "losses.jsonl")
         images = found.read(flip=args.flip)
         images = images.without_labels() if args.unconditional else images
-        trainer = _trainer(args, options, images, device)
+        trainer = _trainer(args, options, images, device, resumed)
+        resumed = None  # its tensors are copied; training needs their memory
         with _lock(args.out):  # which makes the folder, so all that can be wrong comes before
             if trainer.world.first:
                 run_file.write(_options(), args, args.out / run_file.NAME)
@@ -141,14 +144,16 @@ def _trainer(
     options: TrainingOptions,
     images: TrainingImages,
     device: torch.device,
+    resumed: Resumable | None,
 ) -> Trainer:
-    """A new trainer, or with --resume a trainer that continues from the newest checkpoint."""
+    """A new trainer, or one that continues from a checkpoint of the run."""
     images, validation = watch_options.divided(args, images)
     record = {"arguments": {k: _plain(k, v) for k, v in vars(args).items() if k not in CONTROLS}}
-    if args.resume:
+    if resumed is not None:
         return Trainer.resume(
-            args.out, images, options, validation=validation, device=device, record=record
-        )
+            args.out, images, options, validation=validation, device=device, record=record,
+            found=resumed,
+        )  # fmt: skip
     with seeded(options.seed, torch.get_default_device()):
         model = _network(args, images.channels, len(images.classes) + options.null_class)
     return Trainer(
@@ -213,18 +218,21 @@ def _silent(text: str) -> None:
     """In place of ``note`` in processes that leave it to the first."""
 
 
-def _with_recorded(args: argparse.Namespace, given: dict[str, Any]) -> argparse.Namespace:
+def _with_recorded(
+    args: argparse.Namespace, given: dict[str, Any], found: Resumable
+) -> argparse.Namespace:
     """The recorded arguments of the run to resume, updated by the arguments given now.
 
     Args:
         args: all arguments, with the defaults of those that were not given.
         given: the arguments that were given.
+        found: the run's newest whole checkpoint.
 
     Raises:
-        InputError: there is nothing to resume, or an argument given now differs from the run's and
-            may not change.
+        CheckpointError: the run was not started by this command.
+        InputError: an argument given now differs from the run's and may not change, or the images
+            are gone.
     """
-    found = resumable.find(args.out)  # before images are read
     folder, facts = found.folder, found.facts
     recorded_options(facts, folder)
     arguments = facts.get("record", {}).get("arguments")

@@ -23,6 +23,7 @@ from fastdiff import ops
 from fastdiff.checkpoints import checkpoint, forward_process, resumable
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import optional_field
+from fastdiff.checkpoints.resumable import Resumable
 from fastdiff.common.errors import CheckpointError, DataError, InputError
 from fastdiff.common.model import layered
 from fastdiff.common.world import present
@@ -179,6 +180,7 @@ class Trainer:
         validation: TrainingImages | None = None,
         device: str | torch.device = "cpu",
         record: Mapping[str, Any] | None = None,
+        found: Resumable | None = None,
     ) -> Trainer:
         """Continue a run from its newest whole checkpoint.
 
@@ -194,12 +196,14 @@ class Trainer:
             validation: as of :class:`Trainer`; a resumed run must be given it again.
             device: where to train.
             record: None for that of the checkpoint.
+            found: the newest whole checkpoint, if the caller has read it already by
+                ``resumable.find(out)``.
 
         Raises:
             CheckpointError: there is no checkpoint in ``out``, or it cannot be resumed.
             DataError: the images are not those of the run.
         """
-        found = resumable.find(out)
+        found = resumable.find(out) if found is None else found
         folder, saved, tensors, facts = found.folder, found.saved, found.tensors, found.facts
         trainer = cls(
             copy.deepcopy(saved.model).to(device),
@@ -489,9 +493,10 @@ class Trainer:
 
         ``path`` is the file of ``tensors``, for the text of errors.
         """
-        states = {self.averages.profiles[0].name: saved.model.state_dict()}
+        own: Mapping[str, Tensor] = saved.model.state_dict()
+        states = {self.averages.profiles[0].name: own}
         for profile in self.averages.profiles[1:]:
-            states[profile.name] = checkpoint.load(path.parent, profile.name).model.state_dict()
+            states[profile.name] = checkpoint.read_weights(path.parent, profile.name, own)
         self.averages.restore(states)
         updates = saved.step - self.guard.skipped
         training_state.restore(self._named_parameters(), self.optimizer, tensors, updates, path)

@@ -21,7 +21,7 @@ from cli_calls import TINY, call
 from PIL import Image
 
 from fastdiff import training
-from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints import checkpoint, folder
 from fastdiff.data import digits
 from fastdiff.ops.backend import current
 from fastdiff.training.run_lock import run_lock
@@ -86,6 +86,19 @@ def test_resumed_run_is_the_uninterrupted_one(run: Callable, tmp_path: Path) -> 
     assert run("train", "--resume", "--out", parts, "--steps", 6, "--threads", 1).code == 0
     assert (parts / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
     assert same_weights(parts, whole)
+
+
+def test_resuming_reads_each_file_of_the_checkpoint_once(
+    run: Callable, copied_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, summed = [], []
+    load_file, checksum = folder.load_file, folder._checksum
+    monkeypatch.setattr(folder, "load_file", lambda path: read.append(path) or load_file(path))
+    monkeypatch.setattr(folder, "_checksum", lambda path: summed.append(path) or checksum(path))
+    newest = checkpoint.newest(copied_run)
+    assert run("train", "--resume", "--out", copied_run, "--steps", 6).code == 0
+    assert summed == sorted(newest.glob("*.safetensors"))
+    assert read == [newest / checkpoint.STATE]
 
 
 def test_resume_takes_every_option_of_the_run(run: Callable, copied_run: Path) -> None:

@@ -7,9 +7,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.common.errors import CheckpointError, InputError
+from fastdiff.checkpoints.folder import checksums
+from fastdiff.common.errors import CheckpointError, InputError, UnwritableError
 from fastdiff.training import post_hoc, snapshots
 from fastdiff.training.power_function import exponent, weight
 from fastdiff.training.trainer import Trainer, TrainingOptions
@@ -87,6 +89,25 @@ def test_weights_are_found_by_name(make_trainer, tmp_path):
         checkpoint.load(tmp_path, "ema-0.7")
     with pytest.raises(CheckpointError, match="digits has no weights 'raw', but one set only"):
         checkpoint.load("digits", "raw")
+
+
+def test_an_average_of_another_model_is_refused(make_trainer, images, tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save()
+    folder = checkpoint.newest(tmp_path)
+    path = folder / "diffusion_pytorch_model.ema-0.9.safetensors"
+    weights = load_file(path)
+    for change, told in (
+        ({"conv_in.bias": torch.zeros(1)}, r"conv_in.bias of ema-0.9 has shape \[1\], the model's"),
+        ({"more": torch.zeros(2)}, r"more of ema-0.9 has shape \[2\], the model's has none"),
+        ({"conv_in.bias": weights["conv_in.bias"] * torch.nan}, "conv_in.bias of ema-0.9 has NaN"),
+    ):
+        save_file({**weights, **change}, path)
+        facts = json.loads((folder / checkpoint.TRAINING).read_text())
+        facts[checkpoint.CHECKSUMS] = checksums(folder)
+        (folder / checkpoint.TRAINING).write_text(json.dumps(facts))
+        with pytest.raises(CheckpointError, match=told):
+            Trainer.resume(tmp_path, images)
 
 
 def test_diffusers_reads_an_average_as_a_variant(make_trainer, tmp_path):
@@ -173,6 +194,21 @@ def test_a_length_is_reconstructed(make_trainer, tmp_path):
     snapshot = next(s for s in snapshots.find(tmp_path / "run") if (s.step, s.std) == (3, 0.05))
     for name, value in snapshot.read().items():
         torch.testing.assert_close(kept.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_refused_snapshot_is_made_at_the_next_checkpoint(make_trainer, tmp_path, monkeypatch):
+    trainer, write = make_trainer(tmp_path, steps=6, snapshots=2, save_every=2), snapshots.write
+
+    def full_at_step_3(out, step, states, dtype):
+        if step == 3:
+            raise UnwritableError("No space left on device")
+        write(out, step, states, dtype)
+
+    monkeypatch.setattr(snapshots, "write", full_at_step_3)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        trainer.run(progress=False)
+    kept = [path.name for path in sorted((tmp_path / "snapshots").iterdir())]
+    assert kept == ["step-00000004", "step-00000006"]
 
 
 def test_snapshots_in_another_dtype(make_trainer, tmp_path):
