@@ -16,7 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.cli import evaluate_against, machine_options, reference_options, sampler_options
+from fastdiff.cli import (
+    contrast_options,
+    evaluate_against,
+    machine_options,
+    reference_options,
+    sampler_options,
+)
 from fastdiff.cli.machine_options import machine, machine_facts
 from fastdiff.cli.output import print_json
 from fastdiff.cli.parsing import (
@@ -67,6 +73,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         f"model has one and by the probability-flow ODE; {BITS} if N is not given",
     )
     sampler_options.add_arguments(command)
+    contrast_options.add_arguments(command)
     add_seed_argument(command)
     add_json_argument(command)
     machine_options.add_arguments(command)
@@ -85,10 +92,11 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         source.model.to(device)
         sampler, ran_on = make_sampler(args, source), machine_facts(device)
         guided = guidance(args, source, device)
+        contrast = contrast_options.contrast(args, source, device)
         samples = args.samples or DIGITS
         measured = evaluate(
             source, sampler, samples=samples, seed=args.seed, world=world, progress=world.first,
-            **guided,
+            **guided, **contrast,
         )  # fmt: skip
         if not world.first:  # what is measured is the same in all processes
             return 0
@@ -98,6 +106,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         "weights": source.weights,
         **sampler_facts(sampler),
         **guidance_facts(guided, args),
+        **contrast_options.contrast_facts(args),
         "seed": args.seed,
         **ran_on,
         **measured.as_dict(),

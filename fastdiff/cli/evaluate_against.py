@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.cli import reference_options
+from fastdiff.cli import contrast_options, reference_options
 from fastdiff.cli.machine_options import machine, machine_facts
 from fastdiff.cli.output import print_json
 from fastdiff.cli.reference_options import Real, warn_of_few
@@ -96,6 +96,7 @@ def _of_model(
         raise InputError(f"pictures have 1 or 3 channels, the model's have {source.channels}")
     source.model.to(device)
     sampler, guided = make_sampler(args, source), guidance(args, source, device)
+    contrast = contrast_options.contrast(args, source, device)
     real = Real(args, source.image_size, source.channels, device)
     count = args.samples or min(real.count or MOST, MOST)
     guide = guided["classifier"]
@@ -103,8 +104,9 @@ def _of_model(
     labelled = source if guide is None else replace(source, classes=guide.classes)
     shares, labels = _labels(args, labelled, real, count)
     drawn = draw_in_batches(
-        source, sampler, count=count, labels=labels, seed=args.seed, world=world, **guided
-    )
+        source, sampler, count=count, labels=labels, seed=args.seed, world=world,
+        **guided, **contrast,
+    )  # fmt: skip
     seconds, evaluations = 0.0, 0
 
     def batches() -> Iterator[Tensor]:
@@ -122,6 +124,7 @@ def _of_model(
         "weights": source.weights,
         **sampler_facts(sampler),
         **guidance_facts(guided, args),
+        **contrast_options.contrast_facts(args),
         "seed": args.seed,
         "labels": shares,
         "seconds": seconds,

@@ -7,6 +7,7 @@ score of a perfect model.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.common.errors import InputError, check_memory, require
+from fastdiff.common.model import Model
 from fastdiff.common.world import World
 from fastdiff.data.datasets import ImageSet, digits
 from fastdiff.evaluation.distances import frechet_distance, nearest_distances
@@ -72,6 +74,8 @@ def evaluate(
     guidance: float = 1.0,
     classifier: Classifier | None = None,
     classifier_scale: float = 1.0,
+    weaker: Model | None = None,
+    projection: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
     world: World | None = None,
@@ -89,6 +93,8 @@ def evaluate(
         guidance: scale of classifier-free guidance.
         classifier: guides each digit to its class, see ``Checkpoint.generate``.
         classifier_scale: factor of the classifier's gradient.
+        weaker: a model that ``guidance`` leads away from, see ``Checkpoint.generate``.
+        projection: options of adaptive projected guidance, see ``Checkpoint.generate``.
         seed: of the noise.
         progress: show a progress bar on standard error.
         world: processes that share the generation, see ``Checkpoint.generate``.
@@ -113,6 +119,8 @@ def evaluate(
         guidance=guidance,
         classifier=classifier,
         classifier_scale=classifier_scale,
+        weaker=weaker,
+        projection=projection,
         generator=torch.Generator().manual_seed(seed),
         progress="generating digits" if progress else False,
         world=world,

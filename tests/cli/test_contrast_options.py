@@ -1,4 +1,4 @@
-"""--guidance-mode, --autoguidance and --perturb of fastdiff sample."""
+"""--guidance-mode, --autoguidance and --perturb of fastdiff sample and fastdiff eval."""
 
 from __future__ import annotations
 
@@ -87,3 +87,26 @@ def test_what_does_not_fit(run: Callable, runs: list[Path], tmp_path: Path) -> N
     assert (
         "momentum is for samplers" in run(*words, *momentum, "--sampler", "probability-flow").last
     )
+
+
+@pytest.mark.parametrize("against", [(), ("--against", "digits")], ids=["digits", "against"])
+def test_eval_measures_what_sample_draws(
+    run: Callable, runs: list[Path], against: tuple[str, ...]
+) -> None:
+    """Each way of guidance changes the figures, and all are told."""
+    words = ("eval", "--checkpoint", runs[0], "--samples", 100, "--sampler", "ddim", "--steps", 2,
+             "--threads", 1, "--guidance", 3, "--json", *against)  # fmt: skip
+    distances = []
+    for asked, told in (
+        ((), {"guidance_mode": "cfg", "autoguidance": None}),
+        (("--autoguidance", runs[1]), {"autoguidance": str(runs[1])}),
+        (
+            ("--guidance-mode", "apg", "--guidance-option", "norm=0.2"),
+            {"guidance_mode": "apg", "guidance_options": {"norm": 0.2}},
+        ),
+    ):
+        facts = run(*words, *asked).json
+        assert {name: facts[name] for name in told} == told
+        distances.append(facts["frechet"])
+    assert len(set(distances)) == len(distances)
+    assert "is for --guidance-mode apg" in run(*words, "--guidance-option", "eta=1").last

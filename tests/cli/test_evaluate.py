@@ -40,6 +40,10 @@ def test_json_holds_the_figures(run: Callable, words: tuple, digits_run: Path) -
         "guidance": 1.0,
         "classifier": None,
         "classifier_scale": None,
+        "guidance_mode": "cfg",
+        "guidance_options": {},
+        "autoguidance": None,
+        "perturb": None,
         "seed": 3,
         "threads": 1,
     }
