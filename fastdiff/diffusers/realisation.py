@@ -5,13 +5,19 @@ alone in a slot (``fastdiff.samplers.table``). What a scheduler keeps between st
 slots: a step that keeps r independent new values takes r rows, each of which keeps one. Where a
 kept tensor is itself a recursion (UniPC's corrected sample), it would need one more slot in every
 step. Then the first row computes it, and the second starts from it and keeps it.
+
+Where diffusers keeps the sample itself, and later results start from it in the new sample's place
+(the second steps of Heun and KDPM2), it is not copied to a slot either, but referred to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +27,8 @@ from torch import Tensor
 from fastdiff.diffusers.unit_vectors import INPUTS, X0, M, StepMap, X, Z
 from fastdiff.samplers.table import COLUMNS, MAX_HISTORY
 
-_WIDTH = INPUTS + MAX_HISTORY  # coordinates of a combination: the inputs, then the slots
+_REFERENCE = INPUTS + MAX_HISTORY  # an earlier sample that is referred to
+_WIDTH = _REFERENCE + 1  # coordinates of a combination: the inputs, the slots, and this
 _SAME = 1e-9  # relative difference below which combinations are the same
 _COLUMN = {name: j for j, name in enumerate(COLUMNS)}
 _IDLE = {"guidance": 1.0, "clip_min": -np.inf, "clip_max": np.inf, "slot": -1.0}
@@ -31,20 +38,32 @@ class TooManyValuesError(Exception):
     """Steps that keep more independent values than a table's history has slots."""
 
 
+class NoReferenceError(Exception):
+    """Steps that need the sample beside an earlier one, which then has to be in a slot."""
+
+
+class Start(Enum):
+    """What a call takes as its sample."""
+
+    SAMPLE = auto()
+    CHAINED = auto()  # the tensor that the call before it has written
+    REFERENCE = auto()  # the earlier sample that the run refers to
+
+
 class Call(NamedTuple):
     """One operation of a step.
 
     Attributes:
         row: the number of the table's row that it does, -1 for none.
-        alpha: if it does no row: the result is the sample plus alpha times the model's output, for
-            which PyTorch's own addition is as fast as memory.
-        chained: it starts from the tensor that the call before it has written, not the sample.
+        alpha: if it does no row: the result is what it starts from plus alpha times the model's
+            output, for which PyTorch's own addition is as fast as memory.
+        start: what it starts from.
         second: it writes the step's second result, not the next sample.
     """
 
     row: int
     alpha: float | None
-    chained: bool
+    start: Start
     second: bool
 
 
@@ -54,20 +73,25 @@ class Program:
 
     Attributes:
         calls: its operations; the last writes the next sample.
+        single: it has one, which starts from the sample, and the run need not refer to that.
         second_in_history: the only row keeps the step's second result, in slot 0 of a history of
             its own.
         has_second: whether the step returns a second tensor.
         draws: whether it draws noise.
-        kept: combinations of slots that are the kept tensors after the step.
+        refers: the run refers to this step's sample from now on.
+        kept: the kept tensors after the step, as combinations of the slots, and of the sample that
+            is referred to.
         values: attributes of the scheduler that the step sets, but for lists.
         lists: those that are lists.
         templates: attributes that hold kept tensors, see ``unit_vectors.Kept``.
     """
 
     calls: tuple[Call, ...]
+    single: bool
     second_in_history: bool
     has_second: bool
     draws: bool
+    refers: bool = False
     kept: tuple[np.ndarray, ...] = ()
     values: dict[str, Any] = field(default_factory=dict)
     lists: dict[str, list[Any]] = field(default_factory=dict)
@@ -98,6 +122,12 @@ class _Rows:
         self, step: StepMap, out: np.ndarray, keep: np.ndarray | None = None, slot: int = -1
     ) -> int:
         """Add a row that writes the combination ``out`` and keeps ``keep`` in a slot."""
+        if out[_REFERENCE]:  # which then stands in the sample's place
+            keeps_sample = keep is not None and (keep[X] or keep[X0])
+            if out[X] or out[X0] or keeps_sample:
+                raise NoReferenceError("a row needs the sample beside an earlier one")
+            out = out.copy()
+            out[X] = out[_REFERENCE]
         row = dict(_IDLE)
         if step.clipping is not None:
             row["x0_x"], row["x0_m"] = step.clipping.x0
@@ -110,13 +140,14 @@ class _Rows:
             row["keep_x"], row["keep_m"], row["keep_x0"], row["keep_noise"] = keep[[X, M, X0, Z]]
             row["slot"] = slot
         self.rows.append(row)
-        self.slots.append(out[INPUTS:])
+        self.slots.append(out[INPUTS:_REFERENCE])
         return len(self.rows) - 1
 
     def sum(self, out: np.ndarray) -> float | None:
-        """The alpha with which a combination is the sample plus alpha times the output."""
-        others = np.delete(out, [X, M])
-        return float(out[M]) if self.sums and out[X] == 1 and not others.any() else None
+        """The alpha with which a combination is what it starts from plus alpha times the output."""
+        start = _REFERENCE if out[_REFERENCE] else X
+        others = np.delete(out, [start, M])
+        return float(out[M]) if self.sums and out[start] == 1 and not others.any() else None
 
     def table(self) -> Tensor:
         """The rows as a table [R, columns + slots], float64."""
@@ -146,14 +177,23 @@ def realise(
     Raises:
         TooManyValuesError: the history would need more slots than it has.
     """
+    attempt = partial(_realise, steps, kept, second_in_history, sums)
+    if any(step.samples for step in steps if step is not None):
+        with contextlib.suppress(NoReferenceError, TooManyValuesError):
+            return attempt(_add_step, refers=True)
     try:
-        return _realise(steps, kept, second_in_history, sums, recursive=False)
+        return attempt(_add_step)
     except TooManyValuesError:
-        return _realise(steps, kept, second_in_history, sums, recursive=True)
+        return attempt(_add_recursion)
 
 
 def _realise(
-    steps: Sequence[StepMap | None], kept: int, second_in_history: bool, sums: bool, recursive: bool
+    steps: Sequence[StepMap | None],
+    kept: int,
+    second_in_history: bool,
+    sums: bool,
+    add: Callable[[_Rows, StepMap, bool], tuple[list[Call], bool]],
+    refers: bool = False,
 ) -> tuple[Tensor, list[Program | None]]:
     rows = _Rows(kept, sums)
     programs: list[Program | None] = []
@@ -163,14 +203,17 @@ def _realise(
         if step is None:
             programs.append(None)
             continue
-        add = _add_recursion if recursive else _add_step
+        if not refers:
+            step = replace(step, samples=frozenset())
         calls, fresh = add(rows, step, second_in_history)
         programs.append(
             Program(
                 calls=tuple(calls),
+                single=len(calls) == 1 and calls[0].start is Start.SAMPLE and not step.samples,
                 second_in_history=fresh,
                 has_second=len(step.outputs) > 1,
                 draws=step.draws,
+                refers=bool(step.samples),
                 kept=tuple(one[INPUTS:] for one in rows.kept),
                 values=dict(step.values),
                 templates=dict(step.templates),
@@ -183,23 +226,31 @@ def _add_step(rows: _Rows, step: StepMap, second_in_history: bool) -> tuple[list
     """Add a step's rows: as many as it keeps new values, and one for a second result."""
     outputs = [rows.combination(one) for one in step.outputs]
     before, after = rows.kept, [rows.combination(one) for one in step.kept]
+    for name in step.samples:
+        after[step.templates[name].number] = _unit(_REFERENCE)
+    referring = [one for one in after if one[_REFERENCE]]
+    if any(not _close(one, _unit(_REFERENCE)) for one in referring):
+        raise NoReferenceError("a kept tensor is made of an earlier sample")
+    if step.samples and len(referring) > len(step.samples):
+        raise NoReferenceError("two earlier samples are kept")
     new = _independent([one[:INPUTS] for one in after])
     sums = [rows.sum(one) for one in outputs]
     if len(outputs) > 1 and second_in_history and None in sums:
         row = rows.add(step, outputs[0], keep=outputs[1], slot=0)
-        return [Call(row, None, chained=False, second=False)], True
+        return [Call(row, None, Start.SAMPLE, second=False)], True
     count = max(len(new), len(outputs), 1)
     slots = _free_slots(before, after, len(new))
     calls = []
     for place in range(count):
         second = len(outputs) > 1 and place == 0 and count > 1
+        start = Start.REFERENCE if outputs[second][_REFERENCE] else Start.SAMPLE
         j = place - (count - len(new))  # the last rows keep something
         if j < 0 and sums[second] is not None:
-            calls.append(Call(-1, sums[second], chained=False, second=second))
+            calls.append(Call(-1, sums[second], start, second=second))
             continue
         kept = (new[j], slots[j]) if j >= 0 else (None, -1)
         row = rows.add(step, outputs[second], *kept)
-        calls.append(Call(row, None, chained=False, second=second))
+        calls.append(Call(row, None, start, second=second))
     rows.kept = [_stored(one, new, slots) for one in after]
     return calls, False
 
@@ -221,7 +272,7 @@ def _add_recursion(rows: _Rows, step: StepMap, second_in_history: bool) -> tuple
     for j in range(max(len(new), 1)):
         kept = (new[j], slots[j]) if new else (None, -1)
         row = rows.add(step, recursion, *kept)
-        calls.append(Call(row, None, chained=False, second=False))
+        calls.append(Call(row, None, Start.SAMPLE, second=False))
     # the next sample from the recursion in the sample's place, the output, noise and slots
     stored = [_wide(one) for one in new]
     old = [INPUTS + j for j in _live(before)]
@@ -235,7 +286,7 @@ def _add_recursion(rows: _Rows, step: StepMap, second_in_history: bool) -> tuple
     out[places] = factors
     final = StepMap(step.outputs, [], None, step.draws, step.variance)
     row = rows.add(final, out, keep=_unit(X)[:INPUTS], slot=slots[-1])
-    calls.append(Call(row, None, chained=True, second=False))
+    calls.append(Call(row, None, Start.CHAINED, second=False))
     rows.kept = [
         _unit(INPUTS + slots[-1]) if _close(one, recursion) else _stored(one, new, slots)
         for one in after
@@ -258,7 +309,8 @@ def _free_slots(before: Sequence[np.ndarray], after: Sequence[np.ndarray], count
 
 def _live(combinations: Sequence[np.ndarray]) -> list[int]:
     """The slots that combinations read."""
-    return sorted(set(itertools.chain(*(np.flatnonzero(one[INPUTS:]) for one in combinations))))
+    slots = (np.flatnonzero(one[INPUTS:_REFERENCE]) for one in combinations)
+    return sorted(set(itertools.chain(*slots)))
 
 
 def _independent(vectors: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -305,4 +357,4 @@ def _unit(coordinate: int) -> np.ndarray:
 
 
 def _wide(vector: np.ndarray) -> np.ndarray:
-    return np.concatenate((vector, np.zeros(MAX_HISTORY)))
+    return np.concatenate((vector, np.zeros(_WIDTH - INPUTS)))

@@ -107,6 +107,8 @@ def make_plan(probe: Any, step: Step, request: Request) -> Plan | None:
     dtypes = _dtypes(twin(start), step, request, request.times[first])
     if dtypes[0][0] != request.dtype:
         return None
+    for one in known:  # a sample that is kept in another dtype is a copy
+        one.samples = frozenset(n for n in one.samples if dtypes[2].get(n) == request.dtype)
     second = dtypes[0][1] if len(dtypes[0]) > 1 else None
     try:
         table, programs = realise(

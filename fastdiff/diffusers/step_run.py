@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.common.checks import wide_dtype
 from fastdiff.diffusers.kept_tables import version
-from fastdiff.diffusers.realisation import Program
+from fastdiff.diffusers.realisation import Program, Start
 from fastdiff.diffusers.step_plan import Plan
 from fastdiff.diffusers.unit_vectors import Kept, is_place, replaced
 from fastdiff.ops.sampler_step import new_history, sampler_step_for
@@ -22,7 +22,7 @@ class Run:
 
     __slots__ = (
         "counts", "dtype", "grid", "history", "initial", "kernel", "last", "numbers", "on_cpu",
-        "options", "output_size", "place", "plan", "size", "table", "watched",
+        "options", "output_size", "place", "plan", "reference", "size", "table", "watched",
     )  # fmt: skip
 
     def __init__(
@@ -34,7 +34,8 @@ class Run:
         self.table, self.numbers = plan.on(sample.device, wide_dtype(sample.dtype))
         self.kernel = sampler_step_for(sample)
         with torch.inference_mode(False):  # a later step may be outside of it
-            self.history = new_history(sample, plan.depth) if plan.held else None
+            self.history = new_history(sample, plan.depth) if plan.held and plan.depth else None
+        self.reference: Tensor | None = None  # an earlier sample, as the scheduler would keep it
         self.last: Program | None = None  # the step before, None at the start
         self.place = 0
         self.counts = True
@@ -84,8 +85,8 @@ class Run:
     ) -> tuple[Tensor, ...]:
         """Compute a step's results; noise of the step's ``own`` may be overwritten."""
         kernel, table, numbers = self.kernel, self.table, self.numbers
-        row, alpha, *_ = program.calls[0]
-        if len(program.calls) == 1:
+        row, alpha, start, _ = program.calls[0]
+        if program.single:
             if alpha is not None:
                 return (torch.add(sample, output, alpha=alpha),)
             # An element is written where the same element was read: a tensor less.
@@ -99,15 +100,19 @@ class Run:
             kernel(sample, output, second.unsqueeze(0), noise, table, numbers[row], None, out)
             return out, second
         results: list[Tensor | None] = [None, None]  # the next sample, and the second result
-        for row, alpha, chained, writes_second in program.calls:
-            if alpha is not None:
-                results[writes_second] = torch.add(sample, output, alpha=alpha)
-                continue
+        for row, alpha, start, writes_second in program.calls:
             made = results[writes_second]
+            source = sample
+            if start is not Start.SAMPLE:
+                source = self.reference if start is Start.REFERENCE else made  # type: ignore[assignment]
+            if alpha is not None:
+                results[writes_second] = torch.add(source, output, alpha=alpha)
+                continue
             if made is None:
                 made = results[writes_second] = torch.empty_like(sample)
-            start = made if chained else sample
-            kernel(start, output, self.history, noise, table, numbers[row], None, made)
+            kernel(source, output, self.history, noise, table, numbers[row], None, made)
+        if program.refers:
+            self.reference = sample.detach() if sample.requires_grad else sample
         if program.has_second and self.plan.second_dtype is not self.dtype:
             assert results[1] is not None
             results[1] = results[1].to(self.plan.second_dtype)
@@ -130,8 +135,11 @@ class Run:
     def _kept(self, name: str, place: Kept) -> Tensor:
         """A kept tensor of an attribute."""
         assert self.last is not None
-        assert self.history is not None
         factors = self.last.kept[place.number]
+        if factors[-1]:
+            assert self.reference is not None
+            return self.reference
+        assert self.history is not None
         made = torch.zeros_like(self.history[0])
         for slot in np.flatnonzero(factors):
             made.add_(self.history[slot], alpha=float(factors[slot]))

@@ -62,6 +62,7 @@ class StepMap:
         values: attributes of the scheduler, other than kept tensors, that the step changes.
         templates: for each attribute that holds kept tensors, its value with :class:`Kept` in their
             places.
+        samples: the attributes that are the sample itself afterwards, not a copy.
     """
 
     outputs: list[np.ndarray]
@@ -71,6 +72,7 @@ class StepMap:
     variance: tuple[float, float] | None = None
     values: dict[str, Any] = field(default_factory=dict)
     templates: dict[str, Any] = field(default_factory=dict)
+    samples: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,7 @@ def _step_map(
         kept=[],
         clipping=mode.clipping,
         draws=mode.draws > 0,
+        samples=frozenset(name for name, value in probe.__dict__.items() if value is sample),
     )
     if mode.draws > 1:
         raise NotLinearError("the step draws noise twice")

@@ -337,6 +337,23 @@ def test_a_run_that_goes_past_its_end() -> None:
         assert len(result.steps) == 3
 
 
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_a_kept_sample_is_the_sample_itself(name) -> None:
+    results = []
+    for one in pair(name):
+        one.set_timesteps(4)
+        numbers = torch.Generator().manual_seed(0)
+        for t in one.timesteps[:2]:
+            x, output = (torch.randn(SHAPE, generator=numbers) for _ in range(2))
+            one.scale_model_input(x, t)
+            made = one.step(output, t, x).prev_sample
+            x.mul_(1.5)  # seen by the second step too, which starts from it
+        results.append(made)
+        one.step(output, one.timesteps[2], x)
+        assert one.sample is x
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
 def test_without_scaled_input_diffusers_warns(caplog) -> None:
     counts = []
     logging.enable_propagation()
