@@ -59,7 +59,8 @@ class UNet2DConfig:
         upsample_type: conv or resnet, for AttnUpBlock2D.
         dropout: probability of dropout in every residual block.
         act_fn: silu, also called swish.
-        attention_head_dim: channels of a head; None for a single head.
+        attention_head_dim: channels of a head, one number for all levels or one for each, from full
+            resolution on (which diffusers cannot read); None for a single head.
         norm_num_groups: groups of every GroupNorm.
         attn_norm_num_groups: groups of the norm before the middle block's attention; None is
             norm_num_groups, or no such norm with scale_shift.
@@ -100,7 +101,7 @@ class UNet2DConfig:
     upsample_type: str = "conv"
     dropout: float = 0.0
     act_fn: str = "silu"
-    attention_head_dim: int | None = 8
+    attention_head_dim: int | tuple[int, ...] | None = 8
     norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
@@ -182,19 +183,31 @@ class UNet2DConfig:
                 f"attn_norm_num_groups must divide the last of block_out_channels, "
                 f"got {self.attn_norm_num_groups} groups for {self.block_out_channels[-1]} channels"
             )
-        narrowest = min(self._attention_widths(), default=math.inf)
-        if (self.attention_head_dim or 1) > narrowest:
+        dims = self.attention_head_dim
+        if isinstance(dims, tuple) and len(dims) != levels:
             raise ValueError(
-                f"attention_head_dim must not exceed the channels of a level with attention, "
-                f"got {self.attention_head_dim} for {narrowest} channels"
+                f"attention_head_dim must be one number, or one for each of the {levels} "
+                f"block_out_channels, got {dims}"
             )
+        for level in self._attention_levels():
+            width, dim = self.block_out_channels[level], self.head_dim(level) or 1
+            if dim > width:
+                raise ValueError(
+                    f"attention_head_dim must not exceed the channels of a level with attention, "
+                    f"got {dim} for {width} channels"
+                )
 
-    def _attention_widths(self) -> list[int]:
-        widths = self.block_out_channels
-        kinds = (*self.down_block_types, *self.up_block_types)
-        pairs = zip(kinds, (*widths, *widths[::-1]), strict=True)
-        middle = [widths[-1]] if self.mid_block_type and self.add_attention else []
-        return [width for kind, width in pairs if "Attn" in kind] + middle
+    def head_dim(self, level: int) -> int | None:
+        """Channels of a head at a level, 0 having the full resolution; None for a single head."""
+        dims = self.attention_head_dim
+        return dims[level] if isinstance(dims, tuple) else dims
+
+    def _attention_levels(self) -> list[int]:
+        levels = range(len(self.block_out_channels))
+        down, up = self.down_block_types, self.up_block_types[::-1]
+        found = [level for level in levels if "Attn" in down[level] + up[level]]
+        middle = [levels[-1]] if self.mid_block_type and self.add_attention else []
+        return found + middle
 
     def _check_embedding(self) -> None:
         width = self.block_out_channels[0]

@@ -60,7 +60,7 @@ def down_blocks(config: UNet2DConfig) -> Iterator[DownBlock2D]:
             width,
             layers=config.layers_per_block,
             resnet=resnet,
-            attention=_attention(config) if "Attn" in kind else nn.Identity,
+            attention=_attention(config, level) if "Attn" in kind else nn.Identity,
             downsampler=downsampler,
         )
 
@@ -73,7 +73,8 @@ def mid_block(config: UNet2DConfig) -> UNetMidBlock2D | None:
     if groups is None and config.resnet_time_scale_shift == "default":
         groups = config.norm_num_groups
     scale = config.mid_block_scale_factor
-    attention = partial(_attention(config), groups=groups, output_scale_factor=scale)
+    level = len(config.block_out_channels) - 1
+    attention = partial(_attention(config, level), groups=groups, output_scale_factor=scale)
     return UNetMidBlock2D(
         config.block_out_channels[-1],
         resnet=partial(_resnet(config), output_scale_factor=scale),
@@ -100,7 +101,9 @@ def up_blocks(config: UNet2DConfig) -> Iterator[UpBlock2D]:
             # blocks on the way down, then the output of the finer level.
             [width] * config.layers_per_block + [finer],
             resnet=resnet,
-            attention=_attention(config) if "Attn" in kind else nn.Identity,
+            attention=_attention(config, len(widths) - 1 - level)
+            if "Attn" in kind
+            else nn.Identity,
             upsampler=upsampler,
         )
 
@@ -120,10 +123,10 @@ def _resnet(config: UNet2DConfig) -> Make:
     )
 
 
-def _attention(config: UNet2DConfig) -> Make:
+def _attention(config: UNet2DConfig, level: int) -> Make:
     return partial(
         Attention,
-        head_dim=config.attention_head_dim,
+        head_dim=config.head_dim(level),
         groups=config.norm_num_groups,
         eps=config.norm_eps,
     )

@@ -42,12 +42,11 @@ PUBLISHED: dict[str, tuple[int, tuple[int, ...], dict[str, Any], dict[str, Any],
         "256 sines and cosines, but its first level has 128 channels",
     ),
     "guided 128": (
-        128, (32, 16, 8), {**GUIDED, **FOUR_HEADS, "classes": 1000}, {**FOUR_HEADS, **OLD},
-        "4 heads at levels of 512 and 768 and 1024 channels",
+        128, (32, 16, 8), {**GUIDED, **FOUR_HEADS, "classes": 1000}, {**FOUR_HEADS, **OLD}, "",
     ),
     "guided 64 to 256": (
         256, (32, 16, 8), {**GUIDED, **FOUR_HEADS, "width": 192, "channels": 6},
-        {**FOUR_HEADS, **OLD}, "4 heads at levels of 384 and 768 channels",
+        {**FOUR_HEADS, **OLD}, "",
     ),
     "improved CIFAR-10": (32, (16, 8), {**IMPROVED, **FOUR_HEADS}, {**FOUR_HEADS, **OLD}, ""),
     "improved LSUN": (
@@ -59,8 +58,7 @@ PUBLISHED: dict[str, tuple[int, tuple[int, ...], dict[str, Any], dict[str, Any],
         {**FOUR_HEADS, **OLD}, "",
     ),
     "improved ImageNet 64": (
-        64, (16, 8), {**IMPROVED, **FOUR_HEADS}, {**FOUR_HEADS, **OLD},
-        "4 heads at levels of 384 and 512 channels, so heads of 96 and 128 channels",
+        64, (16, 8), {**IMPROVED, **FOUR_HEADS}, {**FOUR_HEADS, **OLD}, "",
     ),
 }  # fmt: skip
 

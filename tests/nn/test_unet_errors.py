@@ -49,6 +49,7 @@ LEVELS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2
         ({"norm_num_groups": 3}, "norm_num_groups must divide .* got 3 groups for 8 channels"),
         ({"attn_norm_num_groups": 3}, "attn_norm_num_groups must divide .* 3 groups for 16"),
         ({"attention_head_dim": 17}, "attention_head_dim must not exceed .* got 17 for 16"),
+        ({"attention_head_dim": (8,)}, "one for each of the 2 .* got \\(8,\\)"),
         ({"freq_shift": 4}, "freq_shift must be below half .*, 4, got 4"),
         ({"time_embedding_type": "learned"}, "'learned' needs num_train_timesteps, got None"),
     ],

@@ -76,7 +76,7 @@ def convert(state: State, options: Mapping[str, Any]) -> tuple[UNet2DConfig, dic
         if part.kind == "resnet" and moving.has(f"{theirs}.{_SHORTCUT[0]}.weight"):
             moving.move(f"{theirs}.{_SHORTCUT[0]}", f"{part.name}.{_SHORTCUT[1]}")
         if part.kind == "attention":
-            _move_attention(moving, theirs, part.name, config, options)
+            _move_attention(moving, theirs, part, config, options)
     return config, moving.finish()
 
 
@@ -118,7 +118,7 @@ def _config(state: State, options: Mapping[str, Any]) -> UNet2DConfig:
         layers_per_block=layers,
         time_embedding_dim=size(state, "time_embed.0.weight", 0),
         resnet_time_scale_shift="scale_shift" if doubled else "default",
-        attention_head_dim=_head_dim([*(widths[i] for i in attention), widths[-1]], options),
+        attention_head_dim=_head_dim(widths, {*attention, levels - 1}, options),
         attn_norm_num_groups=32,  # GroupNorm has 32 groups everywhere in these programs
         num_class_embeds=size(state, "label_emb.weight", 0)
         if "label_emb.weight" in state
@@ -150,32 +150,33 @@ def _levels(state: State) -> tuple[int, int, str]:
     return levels, layers, "resnet" if by_resnet else "conv"
 
 
-def _head_dim(widths: list[int], options: Mapping[str, Any]) -> int | None:
-    """Channels of a head, None for a single head, at levels of those widths with attention."""
+def _head_dim(
+    widths: list[int], attended: set[int], options: Mapping[str, Any]
+) -> int | tuple[int, ...] | None:
+    """Channels of a head, None for a single head, of levels of those widths.
+
+    The same number of heads at levels of different widths gives a number for each level, which
+    means nothing where there is no attention.
+    """
     given = [name for name in ("num_heads", "num_head_channels") if name in options]
     if len(given) != 1:
         text = f"got {' and '.join(given)}" if given else "does not tell them"
         raise CheckpointError(f"needs the number of heads of its attention, but {text}: {_HEADS}")
     (name,) = given
     value: int = options[name]
-    if name == "num_heads" and value == 1:
-        return None
-    for width in widths:
+    for width in (widths[level] for level in sorted(attended)):
         if value < 1 or width % value:
             raise CheckpointError(
                 f"has attention over {width} channels, which {name}={value} does not divide"
             )
     if name == "num_head_channels":
         return value
-    dims = sorted({width // value for width in widths})
-    if len(dims) > 1:
-        raise CheckpointError(
-            f"has {value} heads at levels of {' and '.join(map(str, sorted(set(widths))))} "
-            f"channels, so heads of {' and '.join(map(str, dims))} channels. UNet2DModel has "
-            "attention_head_dim, one number of channels of a head for all levels, here and in "
-            "diffusers"
-        )
-    return dims[0]
+    if value == 1:
+        return None
+    dims = {widths[level] // value for level in attended}
+    if len(dims) == 1:  # which diffusers can read
+        return dims.pop()
+    return tuple(max(width // value, 1) for width in widths)
 
 
 def _numbered(config: UNet2DConfig) -> Iterator[tuple[str, Part]]:
@@ -195,7 +196,7 @@ def _numbered(config: UNet2DConfig) -> Iterator[tuple[str, Part]]:
 
 
 def _move_attention(
-    moving: Renaming, theirs: str, ours: str, config: UNet2DConfig, options: Mapping[str, Any]
+    moving: Renaming, theirs: str, part: Part, config: UNet2DConfig, options: Mapping[str, Any]
 ) -> None:
     """Split queries, keys and values, which are one layer there, and move the output's layer."""
     weight, bias = (moving.take(f"{theirs}.qkv.{kind}") for kind in ("weight", "bias"))
@@ -205,7 +206,7 @@ def _move_attention(
         raise CheckpointError(
             f"has {theirs}.qkv of shape {tuple(weight.shape)}, wanted 3 times {channels} outputs"
         )
-    heads = channels // (config.attention_head_dim or channels)
+    heads = channels // (config.head_dim(part.level) or channels)
     new_order = options.get("use_new_attention_order")
     if heads > 1 and new_order is None:
         raise CheckpointError(f"needs the order of queries, keys and values: {_ORDER}")
@@ -215,8 +216,8 @@ def _move_attention(
         else:  # for each head its queries, keys and values
             split = tuple(x.flatten(0, 1) for x in value.unflatten(0, (heads, 3, -1)).unbind(1))
         for layer, rows in zip(("to_q", "to_k", "to_v"), split, strict=True):
-            moving.put(f"{ours}.{layer}.{kind}", rows)
-    moving.move(f"{theirs}.proj_out", f"{ours}.to_out.0", as_linear)
+            moving.put(f"{part.name}.{layer}.{kind}", rows)
+    moving.move(f"{theirs}.proj_out", f"{part.name}.to_out.0", as_linear)
 
 
 OPENAI = Layout(
