@@ -104,7 +104,7 @@ def make_plan(probe: Any, step: Step, request: Request) -> Plan | None:
     if not known or (held and request.start is None):
         return None
     first = (request.start or 0) + maps.index(known[0])
-    dtypes = _dtypes(twin(start), step, request, request.times[first])
+    dtypes = first_dtypes(twin(start), step, request.times[first], request.dtype, request.channels)
     if dtypes[0][0] != request.dtype:
         return None
     for one in known:  # a sample that is kept in another dtype is a copy
@@ -145,14 +145,14 @@ def _maps(probe: Any, step: Step, request: Request) -> list[StepMap | None]:
     return maps
 
 
-def _dtypes(
-    probe: Any, step: Step, request: Request, time: Any
+def first_dtypes(
+    probe: Any, step: Step, time: Any, dtype: torch.dtype, channels: tuple[int, int]
 ) -> tuple[list[torch.dtype], list[torch.dtype], dict[str, torch.dtype]]:
-    """The dtypes of a step before which the scheduler is in the state of ``probe``."""
+    """``result_dtypes`` of a step before which the scheduler is in the state of ``probe``."""
 
     def single(_: Any) -> Tensor:
-        return torch.zeros(1, request.channels[0], 1, 1, dtype=request.dtype, device="cpu")
+        return torch.zeros(1, channels[0], 1, 1, dtype=dtype, device="cpu")
 
     for name, value in probe.__dict__.items():
         probe.__dict__[name] = replaced(value, is_place, single)
-    return result_dtypes(probe, step, time, request.dtype, request.channels)
+    return result_dtypes(probe, step, time, dtype, channels)

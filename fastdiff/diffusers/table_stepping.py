@@ -22,7 +22,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
-from fastdiff.diffusers.step_plan import Plan, Request, make_plan
+from fastdiff.diffusers.graph_step import fits_graph, graph_step, register
+from fastdiff.diffusers.step_plan import Plan, Request, first_dtypes, make_plan
 from fastdiff.diffusers.step_run import Grid, Host, Run
 from fastdiff.diffusers.unit_vectors import holds, on_host, replaced
 
@@ -54,6 +55,12 @@ class TableStepping:
     _hosts: dict[str, Host] | None = None
     _refused: tuple[Any, ...] = ()  # the configuration, grid, dtype and options that had no plan
     strict_compat = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A scheduler that graphs can find, copies and those of pickles too."""
+        made = super().__new__(cls)
+        register(made)
+        return made
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,6 +111,8 @@ class TableStepping:
             What the step returns, or None if diffusers' step has to be taken.
         """
         if is_dynamo_compiling():  # a step's number would be a constant of the graph
+            if fits_graph(output, time, sample, generator, noise):
+                return graph_step(self, output, time, sample, options, noise)
             return self._outside_graphs(output, time, sample, options, generator, noise)
         run = self._run
         if run is None or not run.fits(output, sample, options):
@@ -131,6 +140,47 @@ class TableStepping:
     def _diffusers_step(self, *arguments: Any, **options: Any) -> Any:
         """The step without a table."""
         return getattr(self._stock, self._step_name)(self, *arguments, **options)
+
+    def _opaque_step(
+        self,
+        output: Tensor,
+        time: Any,
+        sample: Tensor,
+        options: tuple[Any, ...],
+        noise: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """A step that shares no memory with its tensors, in which a graph may write afterwards."""
+        made = self._table_step(output, time, sample, options, noise=noise)
+        if made is not None:
+            if self._run is not None and self._run.reference is sample:
+                self._run.reference = sample.clone()
+            return made
+        given = dict(zip(self._options, options, strict=True))
+        if noise is not None:
+            given["variance_noise"] = noise.clone()
+        made = self._diffusers_step(
+            output.clone(), time, sample.clone(), **given, return_dict=False
+        )
+        return tuple(one.clone() for one in made)
+
+    def _result_dtypes(
+        self, dtype: torch.dtype, channels: tuple[int, int], options: tuple[Any, ...]
+    ) -> list[torch.dtype]:
+        """The dtypes of a step's results, for a sample and an output of a dtype."""
+        attributes = {name: value for name, value in self.__dict__.items() if name not in _CACHES}
+        if self._run is not None:
+            attributes.update(self._run.attributes())
+        attributes = {
+            name: value.detach().cpu() if isinstance(value, Tensor) else value
+            for name, value in attributes.items()
+        }
+        if self._counter is not None:
+            attributes[self._counter] = 0
+        step = functools.partial(_diffusers_step, dict(zip(self._options, options, strict=True)))
+        probe = on_host(
+            self, attributes, lambda value: isinstance(value, Tensor) and value.ndim > 1
+        )
+        return first_dtypes(probe, step, self._grid().host[0], dtype, channels)[0]
 
     def _end_run(self) -> None:
         """Give the scheduler the attributes that its run holds."""
