@@ -31,7 +31,8 @@ uint64_t mixed(uint64_t state, uint64_t value) {
 template <class Bits>
 uint64_t sample(const at::Tensor& weight, uint64_t state) {
   const auto* values = static_cast<const Bits*>(weight.const_data_ptr());
-  const int64_t dims = weight.dim(), k = weight.size(0), c = dims > 1 ? weight.size(1) : 1;
+  const int64_t dims = weight.dim(), k = dims > 0 ? weight.size(0) : 1,
+                c = dims > 1 ? weight.size(1) : 1;
   // Offsets of a kernel's taps: every index of the dimensions after the first two.
   std::vector<int64_t> taps{0};
   for (int64_t d = 2; d < dims; ++d) {
@@ -40,7 +41,7 @@ uint64_t sample(const at::Tensor& weight, uint64_t state) {
     for (const int64_t offset : before)
       for (int64_t i = 0; i < weight.size(d); ++i) taps.push_back(offset + i * weight.stride(d));
   }
-  const int64_t row = weight.stride(0), column = dims > 1 ? weight.stride(1) : 0,
+  const int64_t row = dims > 0 ? weight.stride(0) : 0, column = dims > 1 ? weight.stride(1) : 0,
                 count = static_cast<int64_t>(taps.size());
   for (int64_t i = 0, a = 0, b = 0, t = 0; i < std::max(k, c); ++i) {
     state = mixed(state, values[a * row + b * column + taps[t]]);
@@ -62,7 +63,7 @@ uint64_t state_of(const at::Tensor& weight) {
   auto* storage = weight.storage().unsafeGetStorageImpl();
   if (is_dropped(storage)) return mixed(state, reinterpret_cast<uintptr_t>(storage));
   state = mixed(state, reinterpret_cast<uintptr_t>(weight.const_data_ptr()));
-  if (weight.numel() == 0 || weight.dim() == 0) return state;
+  if (weight.numel() == 0) return state;
   switch (weight.element_size()) {
     case 2:
       return sample<uint16_t>(weight, state);

@@ -123,6 +123,7 @@ def _read_folder(folder: Path, ema: bool, options: Mapping[str, Any]) -> Loaded:
         if files and not ema:
             raise CheckpointError(f"{folder} has no config.json, but {files[-1]}: give that file")
     pickled = part / f"{STEM}.bin"
+    model: ImageNetwork
     try:
         if pickled.is_file() and not any(part.glob(f"{STEM}*{_SAFETENSORS}*")):
             config = pretrained.read_config(part, options.get("ignore", ()))

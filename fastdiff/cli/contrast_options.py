@@ -16,9 +16,8 @@ from fastdiff.cli.parsing import named_value
 from fastdiff.common.errors import InputError
 from fastdiff.common.model import Model
 from fastdiff.guidance import perturbed_attention, smoothed_energy
-from fastdiff.nn import UNet2DModel
 
-PERTURBATIONS: dict[str, Callable[[UNet2DModel], nn.Module]] = {
+PERTURBATIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "pag": perturbed_attention,
     "seg": smoothed_energy,
 }
@@ -72,7 +71,7 @@ def contrast(args: argparse.Namespace, model: Checkpoint, device: torch.device) 
     elif args.perturb is not None:
         try:
             weaker = PERTURBATIONS[args.perturb](model.model)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"--perturb {args.perturb}: {error}") from None
     projection = dict(args.guidance_option) if args.guidance_mode == "apg" else None
     return {"weaker": weaker, "projection": projection}

@@ -51,12 +51,14 @@ Neither a normalised nor an activated tensor is written to memory. With gradient
     rewrite/     fuse, fuse_training: replace matches by calls, as an emitter does that both share;
                  weights_node: the call that packs the weights;
                  autocast: autocast's conversions as nodes; lower: computes in another dtype;
+                 computed: weights that are computed from parameters alone, as normalised ones;
                  low_rank: adds LoRA's products to the weights that they adapt;
                  gated: a * gelu(b); composed: operations with gradients or for GPUs; strides:
                  restores the strides that the caller expects
     run/         calls, trained: the functions that the nodes call; forms: activations as images;
                  packing: weights, packed again when they change; adapted_weights: those that LoRA
-                 adapts; recording and replay: the calls as a list that C++ runs
+                 adapts; computed_weights: those that are computed; recording and replay: the
+                 calls as a list that C++ runs
     reasons.py, report.py, explanation.py   why a graph is not on the fast path; what was fused
     dynamo.py    private interfaces of Dynamo
 

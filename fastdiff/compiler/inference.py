@@ -16,7 +16,7 @@ from fastdiff.compiler.graph.effects import pinned_nodes
 from fastdiff.compiler.graph.nodes import is_weight
 from fastdiff.compiler.match.anchors import find
 from fastdiff.compiler.report import GraphReport
-from fastdiff.compiler.rewrite import composed
+from fastdiff.compiler.rewrite import composed, computed
 from fastdiff.compiler.rewrite.autocast import Autocast, make_explicit
 from fastdiff.compiler.rewrite.fuse import fuse
 from fastdiff.compiler.rewrite.gated import gated
@@ -76,12 +76,13 @@ def _fused(
     pinned = pinned_nodes(graph)
     lower(graph, pinned, precision)
     remove_unused(graph)
+    computed.once(graph, pinned)
     # Sums of weights round, and the bound does not count their memory.
     if precision != "strict" and packed_bytes is None:
         fold(graph, pinned)
     gated(graph, pinned)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    chosen = plan(find(graph, pinned), order, pinned, precision, packed_bytes, measured)
+    chosen = plan(find(graph, pinned, gains=True), order, pinned, precision, packed_bytes, measured)
     fusion = fuse(graph, chosen, pinned)
     report.emitted = fusion.emitted
     report.composed = composed.norms(graph, pinned, alone=True)

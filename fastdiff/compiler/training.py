@@ -16,7 +16,7 @@ from fastdiff.compiler.graph.effects import pinned_nodes
 from fastdiff.compiler.graph.regions import recomputed_regions
 from fastdiff.compiler.match.anchors import find
 from fastdiff.compiler.report import GraphReport
-from fastdiff.compiler.rewrite import composed
+from fastdiff.compiler.rewrite import composed, computed
 from fastdiff.compiler.rewrite.autocast import Autocast, make_explicit
 from fastdiff.compiler.rewrite.fuse_training import fuse_training, may_train
 from fastdiff.compiler.rewrite.gated import gated
@@ -49,6 +49,7 @@ def _rewrite(gm: GraphModule, report: GraphReport, around: Autocast, strict: boo
     make_explicit(gm, around)
     remove_unused(graph)
     pinned = pinned_nodes(graph)
+    computed.at_each_call(graph, pinned)
     order = {node: i for i, node in enumerate(graph.nodes)}
     groups, single = merged(list(filter(may_train, find(graph, pinned))), order)
     report.emitted += fuse_training(graph, groups, single, pinned, strict=strict)

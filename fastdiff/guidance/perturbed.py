@@ -23,7 +23,7 @@ MIDDLE = ("mid_block",)  # the layers that both papers perturb by default
 Attend = Callable[[tuple[int, int], Tensor, Tensor, Tensor], Tensor]
 
 
-def perturbed_attention(model: UNet2DModel, layers: Sequence[str] = MIDDLE) -> nn.Module:
+def perturbed_attention(model: nn.Module, layers: Sequence[str] = MIDDLE) -> nn.Module:
     """The network with each pixel attending to itself alone (Ahn et al. 2024, eq. 14).
 
     Perturbed-attention guidance, arXiv:2403.17377. The paper's scale s is s + 1 of ``autoguided``.
@@ -44,7 +44,7 @@ def perturbed_attention(model: UNet2DModel, layers: Sequence[str] = MIDDLE) -> n
 
 
 def smoothed_energy(
-    model: UNet2DModel, sigma: float = math.inf, layers: Sequence[str] = MIDDLE
+    model: nn.Module, sigma: float = math.inf, layers: Sequence[str] = MIDDLE
 ) -> nn.Module:
     """The network with queries blurred over the pixels (Hong 2024, arXiv:2408.00760, sec. 4).
 
@@ -87,7 +87,7 @@ def _blur(length: int, sigma: float, like: Tensor) -> Tensor:
     return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
 
 
-def _with_attention(model: UNet2DModel, layers: Sequence[str], attend: Attend) -> nn.Module:
+def _with_attention(model: nn.Module, layers: Sequence[str], attend: Attend) -> nn.Module:
     if not isinstance(model, UNet2DModel):
         raise TypeError(f"wanted a fastdiff.nn.UNet2DModel, got {type(model).__name__}")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

@@ -240,7 +240,8 @@ def checked_options(config: type[Any], values: Mapping[str, Any]) -> dict[str, A
 
 def check_types(config: Any) -> None:
     """ValueError unless every option has its annotated type; lists become tuples in place."""
-    hints = _hints(type(config))
+    kind: Any = type(config)
+    hints = _hints(kind)
     for field in fields(config):
         name, hint = field.name, hints[field.name]
         value = getattr(config, name)

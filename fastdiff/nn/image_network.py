@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.nn import pretrained
 from fastdiff.nn.pretrained import NetworkConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ImageNetwork(nn.Module):

@@ -259,7 +259,8 @@ class KarrasUNet(ImageNetwork):
         emb = noise
         if self.class_embedding is not None and class_labels is not None:
             of_classes = self.class_embedding(class_labels).to(noise.dtype)
-            emb = mp_sum(*torch.broadcast_tensors(noise, of_classes), self.config.label_balance)
+            noise, of_classes = torch.broadcast_tensors(noise, of_classes)
+            emb = mp_sum(noise, of_classes, self.config.label_balance)
         emb = mp_silu(emb)
         gains = self.embedding_gains.unbind()
         return [

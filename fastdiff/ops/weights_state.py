@@ -59,9 +59,10 @@ def _version(weight: Tensor) -> int:
 
 
 def _sample(weight: Tensor) -> bytes:
-    if weight.numel() == 0 or weight.ndim < 2:
+    if weight.numel() == 0:
         return b""
-    values = weight.detach().flatten(2) if weight.ndim > 2 else weight.detach().unsqueeze(2)
+    values = weight.detach()
+    values = values.flatten(2) if values.ndim > 2 else values[(...,) + (None,) * (3 - values.ndim)]
     i = torch.arange(max(values.shape[:2]), device=values.device)
     sample = values[tuple(i % size for size in values.shape)]
     return sample.view(torch.uint8).numpy().tobytes()

@@ -74,7 +74,7 @@ def merged(
     by_input: dict[Any, list[Match]] = defaultdict(list)
     single = []
     for m in matches:
-        plain = m.end.node is m.anchor and not m.spec.statistics
+        plain = m.end.node is m.anchor and not m.spec.statistics and not m.is_scaled
         if m.kind != "linear" or not plain or not (m.bias is None or parameter_of(m.bias)):
             single.append(m)
             continue

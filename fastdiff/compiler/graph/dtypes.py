@@ -23,6 +23,7 @@ _FOLLOWING_OPS = _ELEMENTWISE | {
 }  # fmt: skip
 _FOLLOWING_NAMES = frozenset({
     "layer_norm", "gelu", "relu", "relu6", "leaky_relu", "elu", "mish", "hardswish", "tanh", "neg",
+    "lerp", "clamp",
     "chunk", "split", "tensor_split", "unbind", "stack", "expand", "expand_as", "squeeze", "select",
     "narrow", "movedim", "repeat", "repeat_interleave", "reshape_as", "pixel_shuffle",
     "pixel_unshuffle", "avg_pool2d", "max_pool2d",

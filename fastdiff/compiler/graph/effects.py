@@ -28,11 +28,12 @@ FRESH_OPS = _words(
     avg_pool3d baddbmm bmm cat celu clamp clamp_max clamp_min clone concat concatenate conv1d conv2d
     conv3d conv_transpose2d cos cumsum div elu embedding empty empty_like eq erf exp exp2 floordiv
     full full_like ge gelu group_norm gt hardswish hardtanh index_select interpolate layer_norm le
-    leaky_relu linear linspace log log1p log_softmax logsigmoid logsumexp lt masked_fill matmul
-    max_pool1d max_pool2d maximum mean minimum mish mm mod mul multiply ne neg normalize ones
-    ones_like outer pad pow prod reciprocal relu relu6 repeat repeat_interleave rms_norm rsqrt rsub
-    scaled_dot_product_attention selu sigmoid sign silu sin softmax softplus softsign sqrt square
-    stack std sub sum tanh tril triu true_divide truediv var where zeros zeros_like
+    leaky_relu lerp linalg_vector_norm linear linspace log log1p log_softmax logsigmoid logsumexp lt
+    masked_fill matmul max_pool1d max_pool2d maximum mean minimum mish mm mod mul multiply ne neg
+    normalize ones ones_like outer pad pow prod reciprocal relu relu6 repeat repeat_interleave
+    rms_norm rsqrt rsub scaled_dot_product_attention selu sigmoid sign silu sin softmax softplus
+    softsign sqrt square stack std sub sum tanh tril triu true_divide truediv var where zeros
+    zeros_like
     """
 )
 # Operations whose result may be a view of an argument. They accept an argument of any strides.

@@ -21,7 +21,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     operator.add: "add", torch.add: "add", operator.sub: "sub", torch.sub: "sub",
     operator.mul: "mul", torch.mul: "mul", torch.multiply: "mul",
     operator.truediv: "div", torch.div: "div", torch.true_divide: "div", torch.divide: "div",
-    torch.cat: "cat", torch.concat: "cat", torch.concatenate: "cat",
+    torch.lerp: "lerp", torch.cat: "cat", torch.concat: "cat", torch.concatenate: "cat",
     torch._C._nn.pad: "pad", F.pad: "pad", F.interpolate: "interpolate",
     torch.reshape: "reshape", torch.permute: "permute", torch.transpose: "transpose",
     torch.swapaxes: "transpose", torch.flatten: "flatten", torch.unflatten: "unflatten",
@@ -29,7 +29,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
 }  # fmt: skip
 _METHODS = {
     **{name: name for name in (
-        "add", "sub", "mul", "div", "sigmoid", "view", "reshape", "permute", "transpose",
+        "add", "sub", "mul", "div", "lerp", "sigmoid", "view", "reshape", "permute", "transpose",
         "flatten", "unflatten", "unsqueeze", "contiguous", "clone",
     )},
     **{name: "to" for name in ("to", "type", "float", "bfloat16", "double", "half", "type_as")},
@@ -53,6 +53,7 @@ _KEYWORDS: dict[str, tuple[str, ...]] = {
     "dropout": ("input", "p", "training", "inplace"),
     "add": ("input", "other"), "sub": ("input", "other"), "mul": ("input", "other"),
     "div": ("input", "other"),
+    "lerp": ("input", "end", "weight"),
     "cat": ("tensors", "dim"),
     "pad": ("input", "pad", "mode", "value"),
     "interpolate": (

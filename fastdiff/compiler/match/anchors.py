@@ -24,6 +24,7 @@ def find(
     pinned: set[Node],
     *,
     prologues: bool = True,
+    gains: bool = False,
     dtypes: Sequence[torch.dtype] = FUSED_DTYPES,
 ) -> list[Match]:
     """All fused convolutions of a graph, in its order.
@@ -31,7 +32,9 @@ def find(
     Args:
         graph: in canonical form.
         pinned: nodes that must stay as they are.
-        prologues: whether matches may include a prologue.
+        prologues: whether matches may include a prologue, and constants that weights are
+            multiplied by.
+        gains: whether a prologue may multiply channels by gains without a norm.
         dtypes: the dtypes that a match may have.
     """
     candidates = (anchor(node, dtypes) for node in graph.nodes if node not in pinned)
@@ -42,10 +45,10 @@ def find(
     if prologues:
         readers = Readers(anchors)
         for match in matches:
-            prologue(match, readers, pinned)
+            prologue(match, readers, pinned, gains=gains)
     # 1x1 convolutions come last: the sum of a 3x3 one and a 1x1 shortcut is fused with the 3x3 one.
     for match in sorted(matches, key=lambda m: (m.spec.kernel == (1, 1), order[m.anchor])):
-        epilogue(match, claimed, pinned)
+        epilogue(match, claimed, pinned, factors=prologues)
     _mark_statistics(matches)
     return matches
 

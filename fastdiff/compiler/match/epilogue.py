@@ -10,17 +10,23 @@ from fastdiff import ops
 from fastdiff.compiler.graph.nodes import argument, dtype_of, is_number, op, same_sizes, value
 from fastdiff.compiler.graph.reshapes import step_down
 from fastdiff.compiler.match.fused import Activation, Match
-from fastdiff.compiler.match.patterns import is_per_channel, is_transparent, scale_of
+from fastdiff.compiler.match.patterns import (
+    is_per_channel,
+    is_transparent,
+    scale_of,
+    weighted_sum,
+)
 from fastdiff.ops.conv2d_algorithms import computable
 
 
-def epilogue(match: Match, claimed: set[Node], pinned: set[Node]) -> None:
+def epilogue(match: Match, claimed: set[Node], pinned: set[Node], *, factors: bool) -> None:
     """Walk down from the anchor while each value has one reader that can be fused.
 
     Args:
         match: what is found is added to it.
         claimed: nodes that belong to a match; those of the epilogue are added.
         pinned: nodes that must stay as they are.
+        factors: whether the weight may be multiplied by a constant.
     """
     here, waiting = match.end, False  # waiting: views are fused only up to a residual after them
     path: list[Node] = []
@@ -39,6 +45,9 @@ def epilogue(match: Match, claimed: set[Node], pinned: set[Node]) -> None:
         elif node.target is ops.geglu and not waiting and _may_be_gated(match, here):
             match.spec = replace(match.spec, gated=True)
             match.absorbed.append("geglu")
+            here = Activation(node, channel)
+        elif factors and _adds_weighted(match, node, here.node):
+            waiting = False
             here = Activation(node, channel)
         elif kind == "add" and not match.scale:
             other = _other(node, here.node)
@@ -74,6 +83,32 @@ def epilogue(match: Match, claimed: set[Node], pinned: set[Node]) -> None:
         if not waiting:
             match.end = here
             claimed.update(path)
+
+
+def _adds_weighted(match: Match, node: Node, mine: Node) -> bool:
+    """Let a match compute a weighted sum of what it computes, ``mine``, and a residual.
+
+    a conv(x) + b r is (conv'(x) + r) b, where the weight of conv' is a / b times that of conv.
+    A plain sum is left to the caller.
+    """
+    both = weighted_sum(node, mine)
+    if both is None or not all(is_number(s) and s != 0 for s, _ in match.scale):
+        return False
+    if not match.scale and both[0] == both[2] == 1:
+        return False
+    if any(added is not None for added in (match.bias, match.emb, match.residual)):
+        return False
+    weight, other, of_other = both
+    if other is mine or value(other) is None or not _adds_residual(node, mine, other):
+        return False
+    for scale, times in match.scale:
+        weight = weight * scale if times else weight / scale
+    match.factor *= weight / of_other
+    match.residual = other
+    match.scale = [] if of_other == 1 else [(of_other, True)]
+    match.absorbed = [name for name in match.absorbed if name != "scale"]
+    match.absorbed += ["residual"] if of_other == 1 else ["residual", "scale"]
+    return True
 
 
 def _may_be_gated(match: Match, here: Activation) -> bool:

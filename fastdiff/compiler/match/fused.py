@@ -43,6 +43,11 @@ class Match:
         x: its input.
         skip: a second input, concatenated behind the channels of x.
         norm: the norm of its prologue.
+        factor: a constant that the weight is multiplied by.
+        gain: a node [N or 1, C, 1, ...] that the input is multiplied by before its SiLU, where
+            there is no norm.
+        shares: constants that x and skip are multiplied by before the SiLU, where there is neither
+            norm nor gain.
         end: the node that it computes.
         bias, emb, residual: nodes that it adds.
         scale: numbers and nodes that the sum is multiplied by (True) or divided by (False).
@@ -58,10 +63,18 @@ class Match:
     end: Activation
     skip: Node | None = None
     norm: Norm | None = None
+    factor: float = 1.0
+    gain: Node | None = None
+    shares: tuple[float, float] = (1.0, 1.0)
     emb: Node | None = None
     residual: Node | None = None
     scale: list[tuple[Any, bool]] = field(default_factory=list)
     absorbed: list[str] = field(default_factory=list)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether it has constants or gains, which only a call of its own can have."""
+        return self.factor != 1 or self.gain is not None or self.shares != (1.0, 1.0)
 
     @property
     def dtype(self) -> torch.dtype:

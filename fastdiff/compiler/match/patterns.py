@@ -25,6 +25,8 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _PROLOGUE_OPS = LAYOUT_OPS | {
     "silu", "group_norm", "interpolate", "pad", "contiguous", "clone", "to",
 }  # fmt: skip
+# Operations with a result that the epilogue of a convolution may multiply by a constant.
+_EPILOGUE_OPS = frozenset({"conv1d", "conv2d", "linear", "add", "lerp", "mul", "div"})
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,9 @@ class Readers:
         if user in self.anchors:
             return argument(user, "input") is node
         kind = op(user)
-        if kind in ("add", "mul"):
-            operands = per_channel(user)
-            fits = operands is not None and operands[0] is node
+        if kind in ("add", "mul", "div"):
+            operands = per_channel(user) if kind != "div" else None
+            fits = (operands is not None and operands[0] is node) or constant_of(user) is not None
         else:
             fits = kind in _PROLOGUE_OPS
         return fits and self.only_prologues(user)
@@ -201,6 +203,48 @@ def scale_of(node: Node, mine: Node) -> tuple[Any, bool] | None:
         if x is mine and ((is_number(s) and (times or s != 0)) or is_scalar_node(s)):
             return s, times
     return None
+
+
+def constant_of(node: Node) -> tuple[Node, float] | None:
+    """What a node multiplies by a constant, and the constant; None for other nodes."""
+    if op(node) not in ("mul", "div"):
+        return None
+    for name in ("input", "other"):
+        x = argument(node, name)
+        if isinstance(x, Node) and dtype_of(x) == dtype_of(node) is not None:
+            scale = scale_of(node, x)
+            if scale is not None and is_number(scale[0]) and scale[0] != 0:
+                return x, float(scale[0]) if scale[1] else 1 / scale[0]
+    return None
+
+
+def multiple_of(node: Node) -> tuple[Node, float] | None:
+    """What a node multiplies by a constant, and the constant, if no epilogue would take that."""
+    found = constant_of(node)
+    if found is None or (len(found[0].users) == 1 and op(found[0]) in _EPILOGUE_OPS):
+        return None
+    return found
+
+
+def weighted_sum(node: Node, mine: Node) -> tuple[float, Node, float] | None:
+    """The weight of ``mine``, another node and its weight, where a node is their sum so weighted.
+
+    Such are torch.lerp with a number, which is neither 0 nor 1, and sums, whose other addend may be
+    a constant multiple that nothing else reads.
+    """
+    if op(node) == "lerp":
+        a, b, weight = (argument(node, name) for name in ("input", "end", "weight"))
+        if not is_number(weight) or weight in (0, 1) or a is b or mine not in (a, b):
+            return None
+        return (weight, a, 1 - weight) if mine is b else (1 - weight, b, weight)
+    if op(node) != "add":
+        return None
+    a, b = argument(node, "input"), argument(node, "other")
+    other = b if a is mine else a
+    if not isinstance(other, Node) or other is mine:
+        return None
+    multiple = multiple_of(other) if len(other.users) == 1 else None
+    return (1.0, other, 1.0) if multiple is None or multiple[0] is mine else (1.0, *multiple)
 
 
 def plain_attention(node: Node) -> bool:

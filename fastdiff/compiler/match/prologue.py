@@ -16,15 +16,17 @@ from fastdiff.compiler.match.patterns import (
     doubles,
     is_cast,
     is_transparent,
+    multiple_of,
     norm_of,
     pair_of,
+    per_channel,
     zero_padding,
 )
 from fastdiff.ops.conv2d_algorithms import within_limits
 from fastdiff.ops.conv2d_spec import ConvSpec
 
 
-def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:
+def prologue(match: Match, readers: Readers, pinned: set[Node], *, gains: bool = False) -> None:
     """Walk up from the anchor's input.
 
     After each step that leaves a prologue which can be fused, that prologue is written to
@@ -34,9 +36,11 @@ def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:
         match: the anchor, to which the prologue is added.
         readers: which nodes only prologues read.
         pinned: nodes that must stay as they are.
+        gains: whether channels may be multiplied by gains without a norm.
     """
     here, spatial = match.x, not match.spec.pointwise
     norm: Norm | None = None
+    factor, gain = match.factor, match.gain
     spec, seen = match.spec, list[str]()
     while True:
         node, channel = here.node, here.channel
@@ -59,20 +63,36 @@ def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:
             spec = replace(spec, upsample=True)
             here = Activation(argument(node, "input"), channel)
             seen.append("upsample")
-        elif kind == "silu" and not spec.silu and norm is None and mine:
+        elif (
+            not spec.silu and norm is gain is None and mine and (m := multiple_of(node)) is not None
+        ):
+            here, factor = Activation(m[0], channel), factor * m[1]
+        elif kind == "silu" and not spec.silu and norm is gain is None and mine:
             spec = replace(spec, silu=True)
             here = Activation(argument(node, "input"), channel)
             seen.append("silu")
-        elif norm is None and is_image and mine and (n := norm_of(node, readers)) is not None:
+        elif (
+            norm is gain is None and is_image and mine and (n := norm_of(node, readers)) is not None
+        ):
             if pinned & {n.node, n.last}:
                 return
             norm, here = n, Activation(argument(n.node, "input"), channel)
             seen.append("norm")
+        elif (
+            gains and norm is gain is None and is_image and mine and kind == "mul"
+            and (operands := per_channel(node)) is not None
+        ):  # fmt: skip
+            here, gain = Activation(operands[0], channel), operands[1]
+            seen.append("gain")
         elif is_image and (both := pair_of(node)) is not None:
+            shares = (1.0, 1.0)
+            if gains and norm is gain is None:
+                first, second = (multiple_of(part) or (part, 1.0) for part in both)
+                both, shares = (first[0], second[0]), (first[1], second[1])
             here = Activation(both[0], channel)
             if _fits(match, here) and (match.kind == "conv2d" or norm is not None):
-                match.skip = both[1]
-                _keep(match, here, norm, spec, [*seen, "cat"])
+                match.skip, match.shares = both[1], shares
+                _keep(match, here, norm, spec, [*seen, "cat"], factor, gain)
             return
         else:
             stepped = None if spatial else step_up(node, channel)
@@ -81,10 +101,19 @@ def prologue(match: Match, readers: Readers, pinned: set[Node]) -> None:
             here = Activation(*stepped)
         # A view alone saves nothing. With a norm, x may be a match that collects its statistics.
         if (stepped is None or norm is not None) and _fits(match, here):
-            _keep(match, here, norm, spec, seen)
+            _keep(match, here, norm, spec, seen, factor, gain)
 
 
-def _keep(match: Match, x: Activation, norm: Norm | None, spec: ConvSpec, seen: list[str]) -> None:
+def _keep(
+    match: Match,
+    x: Activation,
+    norm: Norm | None,
+    spec: ConvSpec,
+    seen: list[str],
+    factor: float,
+    gain: Node | None,
+) -> None:
+    match.factor, match.gain = factor, gain
     match.x, match.norm, match.spec = x, norm, spec
     match.absorbed = list(reversed(seen))
 

@@ -173,7 +173,9 @@ def _head(out: Match, by_end: dict[Node, Match], pinned: set[Node]) -> SingleHea
 
 def _is_plain_linear(m: Match) -> bool:
     """Whether a match is a float32 linear layer of its input or of a norm of its input."""
-    if m.kind != "linear" or m.dtype != torch.float32 or m.skip is not None or m.spec.silu:
+    if m.kind != "linear" or m.dtype != torch.float32 or m.is_scaled:
+        return False
+    if m.skip is not None or m.spec.silu:
         return False
     bias, weight = value(m.bias), value(m.weight)
     assert weight is not None

@@ -16,6 +16,8 @@ from fastdiff.compiler.match.patterns import as_rows
 from fastdiff.compiler.run import calls
 from fastdiff.compiler.run.trained import TrainedConvolution
 
+_BEFORE = ("cat", "norm", "gain", "silu", "upsample", "pad")  # names of a prologue's operations
+
 
 @dataclass(eq=False)
 class Emitted:
@@ -109,7 +111,7 @@ class Emitter:
         size = size if len(size) == 4 else (*size[:2], *match.spec.kernel)
         kernel = "x".join(map(str, match.spec.kernel))
         name = f"conv {kernel}" if match.kind == "conv2d" else "linear"
-        before = [w for w in match.absorbed if w in ("cat", "norm", "silu", "upsample", "pad")]
+        before = [w for w in match.absorbed if w in _BEFORE]
         after = [w for w in match.absorbed if w not in before]
         name = f"{parts} x {name}" if parts > 1 else name
         what = [*before, name, *after, *(["statistics"] if match.spec.statistics else [])]

@@ -18,6 +18,9 @@ from fastdiff.compiler.match.single_head import SingleHead
 from fastdiff.compiler.rewrite.emitter import Emitted, Emitter
 from fastdiff.compiler.rewrite.weights_node import Weight, weights_node
 from fastdiff.compiler.run import calls
+from fastdiff.compiler.run.adapted_weights import Combine
+from fastdiff.compiler.run.computed_weights import Scaled
+from fastdiff.compiler.run.packing import concatenate
 from fastdiff.ops.conv2d_spec import ConvSpec
 
 
@@ -92,7 +95,7 @@ class _Emitter(Emitter):
             return Weight(parts, (1, 1), combine)
         head = self.of_head.get(step.anchor)
         if head is None:
-            return Weight([step.weight], step.spec.kernel)
+            return Weight([step.weight], step.spec.kernel, _scaled(step))
         products, values = head.values()
         return Weight(products, step.spec.kernel, values)
 
@@ -108,6 +111,7 @@ class _Emitter(Emitter):
         convolution = self._convolution(match, index, match.spec)
         norm = self._coefficients(match)
         with self.graph.inserting_before(match.end.node):
+            norm = self._gains(match) if norm is None else norm
             derived = match.anchor in self.of_head
             y = node = self._convolved(
                 convolution,
@@ -187,6 +191,14 @@ class _Emitter(Emitter):
                 self.norms[key] = self._norm(norm, match)
         return self.norms[key]
 
+    def _gains(self, match: Match) -> Node | None:
+        """The node that gives a match's gains in the form of a norm's coefficients."""
+        if match.gain is not None:
+            return self.call(calls.gains, self.per_channel(match.gain))
+        if match.shares == (1.0, 1.0) or not match.spec.silu:
+            return None
+        return self.call(calls.constant_gains, _channels(match), match.shares)
+
     def _norm(self, norm: Norm, match: Match) -> Node:
         sources = [match.x] if match.skip is None else [match.x, Activation(match.skip, 1)]
         statistics = [self.statistics_of(source) for source in sources]
@@ -197,3 +209,20 @@ class _Emitter(Emitter):
             argument(node, "eps", 1e-5), self.per_channel(norm.scale),
             self.per_channel(norm.shift),
         )  # fmt: skip
+
+
+def _channels(match: Match) -> tuple[int, int]:
+    """The channels of x and of skip."""
+    skip = value(match.skip)
+    count = 0 if skip is None else int(skip.shape[1])
+    return match.spec.channels - count, count
+
+
+def _scaled(match: Match) -> Combine:
+    """What makes a match's weight of its parameter."""
+    # Constants of channels are the weight's, too, unless a SiLU is between.
+    shares = (1.0, 1.0) if match.spec.silu else match.shares
+    factors = [match.factor * share for share in shares]
+    if factors[0] != factors[1]:
+        return Scaled(tuple(zip(_channels(match), factors, strict=True)))
+    return concatenate if factors[0] == 1 else Scaled(((match.spec.channels, factors[0]),))

@@ -62,15 +62,18 @@ class _Emitter(Emitter):
 
     def _one(self, match: Match) -> None:
         """Emit a convolution or a linear layer with its prologue and epilogue."""
-        weight = value(match.weight)
-        assert weight is not None
+        sizes = value(match.weight)
+        assert sizes is not None
         call = self._convolution(match, match.spec)
         norm = self._norm(match)
         with self.graph.inserting_before(match.end.node):
+            weight = match.weight
+            if match.factor != 1:
+                weight = self.call(operator.mul, weight, match.factor)
             y = node = self._convolved(
                 call,
                 self.current(match.x.node),
-                match.weight,
+                weight,
                 bias=_parameter(match.bias),
                 skip=self.current(match.skip),
                 emb=self.per_channel(match.emb),
@@ -82,7 +85,7 @@ class _Emitter(Emitter):
                 y = self.call(operator.getitem, node, 0)
                 self.statistics[match.end] = self.call(operator.getitem, node, 1)
         self.replace(match.end.node, y)
-        self.tell(call, match, 1, tuple(weight.shape))
+        self.tell(call, match, 1, tuple(sizes.shape))
 
     def _several(self, group: list[Match]) -> None:
         """Emit linear layers with the same input as one."""

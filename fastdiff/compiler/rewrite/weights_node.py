@@ -18,6 +18,7 @@ from fastdiff.compiler.graph.dtypes import parameter_of
 from fastdiff.compiler.graph.edit import call_ours, replace
 from fastdiff.compiler.graph.nodes import dtype_of
 from fastdiff.compiler.run.adapted_weights import Adapted, Combine, OfAdapted
+from fastdiff.compiler.run.computed_weights import Computed
 from fastdiff.compiler.run.packing import Converted, Watch, concatenate
 
 CONVERTED = "fastdiff_converted"  # the key in ``Node.meta`` that marks converted parameters
@@ -49,7 +50,7 @@ def weights_node(graph: Graph, weights: Sequence[Weight]) -> Node:
 
 
 def convert_once(graph: Graph, node: Node | None) -> Node | None:
-    """Compute adapted weights and the conversions of parameters once, not at every call.
+    """Compute weights made of parameters, and conversions of these, once and not at every call.
 
     Args:
         graph: changed in place.
@@ -58,12 +59,12 @@ def convert_once(graph: Graph, node: Node | None) -> Node | None:
     Returns:
         The node that gives weights and converted parameters; None if there are neither.
     """
-    # The last first: a conversion of an adapted weight before that weight itself.
+    # The last first: a conversion of a computed weight before that weight itself.
     for computed in reversed(list(graph.nodes)):
         parameter, dtype = parameter_of(computed), dtype_of(computed)
         if parameter is None or dtype is None or computed.op in ("placeholder", "get_attr"):
             continue
-        if not computed.users:  # an adapted weight that is packed
+        if not computed.users:  # a computed weight that is packed
             graph.erase_node(computed)
             continue
         node = weights_node(graph, []) if node is None else node
@@ -84,7 +85,8 @@ def is_converted_parameter(node: Any) -> bool:
 def _add(node: Node, weight: Weight) -> int:
     """Let a node of ``weights_node`` pack one more weight; its index in the node's list."""
     assert isinstance(node.target, Watch)
-    adapters = [part.target if isinstance(part.target, Adapted) else None for part in weight.parts]
+    made = (Adapted, Computed)
+    adapters = [part.target if isinstance(part.target, made) else None for part in weight.parts]
     parts, combine = weight.parts, weight.combine
     if any(adapters):
         sources = (

@@ -15,6 +15,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from fastdiff.compiler.run.computed_weights import Computed
+
 # Computes a weight [K, C, ...], and a bias [K] or None, from the parts.
 Combine = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 
@@ -84,15 +86,15 @@ class Adapted:
 
 @dataclass(frozen=True)
 class OfAdapted:
-    """Makes a weight of several, some of which are adapted.
+    """Makes a weight of several, some of which are adapted or computed.
 
     Attributes:
         combine: makes the weight of these.
-        adapters: for each of them what it is, or None for a parameter that is not adapted.
+        adapters: for each of them what it is, or None for a parameter that stays as it is.
     """
 
     combine: Combine
-    adapters: tuple[Adapted | None, ...]
+    adapters: tuple[Adapted | Computed | None, ...]
 
     def places(self) -> list[slice]:
         """The places of each weight's parts among all parts."""
@@ -100,7 +102,7 @@ class OfAdapted:
         return [slice(a, b) for a, b in pairwise(accumulate(counts, initial=0))]
 
     def weights(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The weights before they are adapted."""
+        """The weights before they are adapted, or the first parts of those that are computed."""
         return [parts[place.start] for place in self.places()]
 
     def numbers(self) -> Iterator[int]:
@@ -112,7 +114,7 @@ class OfAdapted:
     def resolved(self, parts: Sequence[Tensor]) -> tuple[list[Tensor], OfAdapted]:
         """The parts without numbers, and what has these numbers' present values."""
         tensors: list[Tensor] = []
-        adapters: list[Adapted | None] = []
+        adapters: list[Adapted | Computed | None] = []
         for place, adapter in zip(self.places(), self.adapters, strict=True):
             held = parts[place]
             if adapter is not None:

@@ -112,6 +112,8 @@ class Convolution(Planned):
         x, residual, shape = self.forms.enter(x, residual)
         if emb is not None and emb.shape[0] != x.shape[0]:
             emb = emb.expand(x.shape[0], -1)
+        if norm is not None and norm.shape[0] != x.shape[0]:
+            norm = norm.expand(x.shape[0], -1, -1)
         algorithm = self.algorithm(x, weight)
         if algorithm != "plain":
             y, statistics = _conv2d(
@@ -230,6 +232,20 @@ def coefficients(
     if has_kernel(statistics[0]):
         return _coefficients(*args)
     return reference.group_norm_coefficients(*args)
+
+
+def gains(rows: Tensor) -> Tensor:
+    """Gains [N or 1, C] of channels as the coefficients [N or 1, 2, C] of a norm without offset."""
+    return F.pad(rows.float().unsqueeze(1), (0, 0, 0, 1))
+
+
+def constant_gains(channels: Sequence[int], factors: Sequence[float]) -> Tensor:
+    """The same, [1, 2, C], of constants for groups of channels.
+
+    A tensor that is made of numbers is a constant of a recording.
+    """
+    row = [factor for count, factor in zip(channels, factors, strict=True) for _ in range(count)]
+    return torch.tensor([[row, [0.0] * len(row)]], dtype=torch.float32, device="cpu")
 
 
 def statistics_of(x: Tensor, channel: int) -> Tensor:
