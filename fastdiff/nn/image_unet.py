@@ -75,7 +75,6 @@ def make_karras_unet(
     attention: tuple[int, ...] = (1, 2),
     dropout: float = 0.0,
     time_scale: float = 1.0,
-    uncertainty: bool = False,
 ) -> KarrasUNet:
     """EDM2's network for images of one size, see :func:`make_unet`.
 
@@ -89,7 +88,6 @@ def make_karras_unet(
         dropout: probability of dropout in every block.
         time_scale: factor of the time before its embedding: 1 for the label log(sigma) / 4 of EDM,
             ``SCALE_OF_TIMESTEPS`` for timesteps 0..999.
-        uncertainty: whether the network also learns the loss that is to be expected at a time.
 
     Raises:
         InputError: sizes that do not fit together.
@@ -107,7 +105,6 @@ def make_karras_unet(
         num_class_embeds=num_classes or None,
         dropout=dropout,
         time_scale=time_scale,
-        uncertainty_channels=widths[0] if uncertainty else None,
     )
 
 

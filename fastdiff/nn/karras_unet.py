@@ -171,6 +171,9 @@ class KarrasUNet(ImageNetwork):
     def uncertainty(self, timestep: Tensor | float) -> Tensor:
         """The logarithm of the loss that is to be expected at a time, u(sigma) of eq. 21.
 
+        It is for training loops of one's own, which minimise loss / exp(u) + u: each time then
+        counts in proportion to its loss. ``fastdiff.training.Trainer`` does not train it.
+
         Args:
             timestep: as for :meth:`forward`.
 
