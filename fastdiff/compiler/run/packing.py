@@ -106,10 +106,11 @@ class PackedWeight:
         self._keeps_made = False  # for operations that read it at every call
         self._is_read = False  # by other than the kernels
 
-    def _forget(self, _: object) -> None:
-        with _lock:
-            if _packed.get(self.key) is self:
-                del _packed[self.key]
+    # Parameters may live until the interpreter exits, when the module's names are gone.
+    def _forget(self, _: object, lock: Any = _lock, packed: Any = _packed) -> None:
+        with lock:
+            if packed.get(self.key) is self:
+                del packed[self.key]
 
     def is_current(self, parts: Sequence[Tensor], combine: Combine) -> bool:
         """Whether it is made of the same tensors with the same contents, in the same manner."""
