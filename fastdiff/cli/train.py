@@ -62,7 +62,7 @@ CHANGEABLE = frozenset(
     {
         "data", "cache", "workers", "validation", "steps", "cooldown", "save_every",
         "sample_every", "validate_every", "log", "keep", "out", "accumulate", "on_oom",
-        "on_bad_loss", "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
+        "shard", "on_bad_loss", "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
     }
 )  # fmt: skip
 

@@ -105,6 +105,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a step for which there is no memory ends the run, or is repeated in micro-batches of "
         "half the size, in which the run goes on",
     )
+    how.add_argument(
+        "--shard",
+        action=switch,
+        default=defaults.shard,
+        help="divide weights, moments and averages among the processes that torchrun starts, for "
+        "networks that do not fit into the memory of one",
+    )
     how.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
     how.add_argument(
         "--label-dropout",

@@ -104,6 +104,10 @@ class ImageNetwork(nn.Module):
     def normalise_weights(self) -> None:
         """What is done to the weights after each update of them: nothing in most networks."""
 
+    def of_embeddings(self) -> list[nn.Module]:
+        """The modules of what depends on times and labels alone, which are called before blocks."""
+        return []
+
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the blocks' inputs for the backward pass, and recompute the activations."""
         self._checkpointing = True

@@ -15,6 +15,7 @@ from fastdiff.nn import ImageNetwork
 from fastdiff.nn.wrappers import plain_name, plain_state
 from fastdiff.training import power_function
 from fastdiff.training.session import ema_decay
+from fastdiff.training.shards import Shards
 from fastdiff.training.training_options import TrainingOptions
 
 State = Mapping[str, Tensor]
@@ -78,22 +79,41 @@ class Averages:
     Args:
         network: whose parameters are averaged.
         options: for the averages to keep.
+        shards: of the network, whose averages are then in shards too; None if it is whole. What
+            gathers shards must be called by all processes.
 
     Attributes:
         profiles: of the averages.
-        network: a copy of the network in eval mode, whose weights are the first average.
-        sets: the averages, each a tensor for each parameter, like it.
+        sets: the averages, each a tensor for each parameter, like what this process keeps of it.
     """
 
-    def __init__(self, network: ImageNetwork, options: TrainingOptions) -> None:
-        self.profiles = profiles(options)
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        first = list(self.network.parameters())
+    def __init__(
+        self, network: ImageNetwork, options: TrainingOptions, shards: Shards | None = None
+    ) -> None:
+        self.profiles, self._shards = profiles(options), shards
+        self._names = [plain_name(name) for name, _ in network.named_parameters()]
+        self._network: ImageNetwork | None = None
+        if shards is None:
+            self._network = copy.deepcopy(network).eval().requires_grad_(False)
+            first: list[Tensor] = list(self._network.parameters())
+        else:
+            first = [p.detach().clone() for p in shards.parameters]
         others = self.profiles[1:]
         self.sets: list[list[Tensor]] = [
             [*first],
             *([torch.clone(p) for p in first] for _ in others),
         ]
+
+    @property
+    def network(self) -> ImageNetwork:
+        """The network in eval mode, whose weights are the first average.
+
+        Of shards it is a copy, whole in the first process, see ``Shards.network``.
+        """
+        if self._shards is not None:
+            return self._shards.network(self.first)
+        assert self._network is not None
+        return self._network
 
     @property
     def first(self) -> list[Tensor]:
@@ -122,10 +142,18 @@ class Averages:
         return {profile.std: self.state(profile.name) for profile in powers}
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """The network's state with the weights of an average."""
+        """The network's state with the weights of an average.
+
+        Of shards it is a copy, whole in the first process, and empty in the others.
+        """
+        kept = self._kept(name)
+        return kept if self._shards is None else self._shards.gathered(kept)
+
+    def _kept(self, name: str) -> dict[str, Tensor]:
+        """What this process keeps of the network's state with the weights of an average."""
         values = self.sets[[profile.name for profile in self.profiles].index(name)]
-        names = [plain_name(name) for name, _ in self.network.named_parameters()]
-        return {**plain_state(self.network), **dict(zip(names, values, strict=True))}
+        others = {} if self._network is None else plain_state(self._network)
+        return {**others, **dict(zip(self._names, values, strict=True))}
 
     @torch.no_grad()
     def restore(self, states: Mapping[str, State]) -> None:
@@ -135,5 +163,6 @@ class Averages:
             KeyError: an average or a weight is missing.
         """
         for profile in self.profiles:
-            for name, target in self.state(profile.name).items():
-                target.copy_(states[profile.name][name])
+            for name, target in self._kept(profile.name).items():
+                value = states[profile.name][name]
+                target.copy_(value if self._shards is None else self._shards.part(name, value))

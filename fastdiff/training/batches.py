@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastdiff.common.estimates import SHARE
 from fastdiff.common.inputs import checked_seeds
-from fastdiff.data.order import batch_indices, stream_generator, stream_seed
+from fastdiff.common.world import World
+from fastdiff.data.order import Lookahead, batch_indices, stream_generator, stream_seed
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.objectives import Objective
 from fastdiff.training.training_options import TrainingOptions
@@ -122,3 +123,13 @@ def read(
         draws.seeds.to(device),
         draws.estimated,
     )
+
+
+def lookahead(data: TrainingImages, options: TrainingOptions, world: World) -> Lookahead:
+    """Tells the images which of them this process of ``world`` will read in the next steps."""
+    count, share = len(data), slice(*world.share(options.batch_size))
+
+    def order(step: int) -> Tensor:
+        return batch_indices(count, options.batch_size, step, options.seed)[share]
+
+    return Lookahead(data, order, options.steps)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdiff import ops
 from fastdiff.common.errors import TrainingError, memory_refused
 from fastdiff.common.seeds import seeded
 from fastdiff.common.world import World
@@ -21,6 +22,7 @@ from fastdiff.data.order import stream_seed
 from fastdiff.nn.wrappers import is_distributed
 from fastdiff.ops.profiling import span
 from fastdiff.training.batches import Batch, Draws
+from fastdiff.training.shards import Shards
 from fastdiff.training.training_options import TrainingOptions
 
 
@@ -29,7 +31,8 @@ class MicroBatches:
 
     The gradients of a process's micro-batches add up, and those of the processes are averaged: by
     PyTorch's DistributedDataParallel during the last backward pass; or, if micro-batches may be
-    halved, after it, when it is known that every process had the memory for its own.
+    halved, after it, when it is known that every process had the memory for its own. Those of a
+    network in shards are averaged by its own backward pass.
 
     Args:
         parameters: of the network.
@@ -38,6 +41,7 @@ class MicroBatches:
         read: the images of draws.
         world: the processes.
         options: of the training.
+        shards: of the network; None if it is whole in every process.
 
     Attributes:
         model: what is called for the network.
@@ -52,7 +56,9 @@ class MicroBatches:
         read: Callable[[Draws], Batch],
         world: World,
         options: TrainingOptions,
+        shards: Shards | None = None,
     ) -> None:
+        self._shards = shards
         self._parameters, self._called, self._losses, self._read = parameters, called, losses, read
         self._world, self._seed = world, options.seed
         self._halve = options.on_oom == "halve"
@@ -60,14 +66,15 @@ class MicroBatches:
         # DistributedDataParallel settles by its first backward pass in which order it adds up
         # gradients. That pass is repeated, so that a resumed run adds in the same order as one
         # that was never interrupted.
-        self._settled = world.count == 1 or self._halve
+        self._settled = world.count == 1 or self._halve or shards is not None
         self.waited = 0.0
 
     @cached_property
     def model(self) -> nn.Module:
         """What is called for the network; its gradients have the strides of the parameters now."""
         model = self._called()
-        if self._world.count == 1 or self._halve or is_distributed(model):
+        alone = self._world.count == 1 or self._halve
+        if alone or self._shards is not None or is_distributed(model):
             return model
         # The gradients are views of what travels, which saves a copy of them and its memory.
         with self._world.lost_as_errors():
@@ -93,6 +100,8 @@ class MicroBatches:
                 self._add_up(step, draws)
             self._settled = True
         found = self._halving(step, draws) if self._halve else self._add_up(step, draws)
+        if self._shards is not None:
+            self._shards.take_gradients()
         return self._world.joined(found, len(draws))
 
     def _add_up(self, step: int, draws: Draws) -> Tensor:
@@ -103,7 +112,7 @@ class MicroBatches:
             p.grad = None
         for start, stop in parts:
             last = (start, stop) == parts[-1] and not self._halve
-            with self._dropout(step, start), _exchange(self.model, now=last):
+            with self._dropout(step, start), self._exchange(now=last):
                 began = time.perf_counter()
                 with span("data"):
                     batch = self._read(draws.part(start, stop))
@@ -154,11 +163,30 @@ class MicroBatches:
             torch.cuda.empty_cache()
         return None, refused
 
+    def gradient_norm(self) -> float:
+        """The norm of the gradient that was computed last."""
+        if self._shards is not None:
+            return self._shards.gradient_norm()
+        return float(ops.gradient_norm([p.grad for p in self._parameters if p.grad is not None]))
+
     @contextmanager
     def _dropout(self, step: int, first: int) -> Iterator[None]:
         """Torch's generators for the dropout of the part of a batch that begins at ``first``."""
         stream = f"dropout from image {first}" if first else "dropout"
         with seeded(stream_seed(self._seed, stream, step), self._parameters[0].device):
+            yield
+
+    @contextmanager
+    def _exchange(self, now: bool) -> Iterator[None]:
+        """For a ``with`` block of forward and backward, whether processes exchange gradients.
+
+        Without it a process adds them to those that it has.
+        """
+        if self._shards is not None:
+            self._shards.exchange(now)
+        parts = (part for part in self.model.modules() if isinstance(part, DistributedDataParallel))
+        wrapper = None if now else next(parts, None)
+        with nullcontext() if wrapper is None else wrapper.no_sync():
             yield
 
 
@@ -170,21 +198,6 @@ def split(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
     size = stop - start
     ends = [start + size * i // parts for i in range(parts + 1)]
     return [(a, b) for a, b in pairwise(ends) if a < b]
-
-
-@contextmanager
-def _exchange(model: nn.Module, now: bool) -> Iterator[None]:
-    """For a ``with`` block of forward and backward, whether the processes exchange gradients.
-
-    Without it a process adds them to those that it has.
-    """
-    if now:
-        yield
-        return
-    parts = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
-    wrapper = next(parts, None)
-    with nullcontext() if wrapper is None else wrapper.no_sync():
-        yield
 
 
 @contextmanager

@@ -79,8 +79,9 @@ class RunLoop:
         own: list[Observer] = []
         if self.world.first:
             own = [ProgressBar(progress), *observers_of_folder(trainer.out)]
-        if self.world.first and trainer.out is not None and self.options.ema_std:
-            own.append(SnapshotKeeper(trainer.out, trainer.averages, self.options))
+        takes_part = self.world.first or self.options.shard  # in gathering averages
+        if takes_part and trainer.out is not None and self.options.ema_std:
+            own.append(SnapshotKeeper(trainer.out, trainer.averages, self.options, self.world))
         self.watchers = Observers([*own, *observers], self.dispensable)
 
     def run(self) -> signal.Signals | None:
@@ -112,14 +113,22 @@ class RunLoop:
             if last or done % options.save_every == 0:
                 self._try_to_save(warn=not last)
             grid = options.sample_every and done % options.sample_every == 0
-            if watchers.want_grids and grid and not caught:
+            if grid and self._one_for_all(watchers.want_grids and not caught):
                 with self.dispensable("sample grid"):
-                    watchers.grid(done, trainer.preview())
+                    picture = trainer.preview()
+                    if picture is not None:
+                        watchers.grid(done, picture)
             stop = signalled()
         if stop and trainer.finished_steps % options.save_every:
             self._try_to_save(warn=False)
         trainer.save()
         return stop
+
+    def _one_for_all(self, wanted: bool) -> bool:
+        """Whether this process, or with shards, which all gather together, the first wants it."""
+        if not self.options.shard:
+            return wanted
+        return bool(self.world.largest(self.world.first and wanted))
 
     def _try_to_save(self, *, warn: bool) -> None:
         """Write a checkpoint, and tell the watchers; go on if the file system refuses it."""
@@ -156,7 +165,8 @@ class RunLoop:
         if trainer.gradient_norm is not None:
             values["gradient_norm"] = trainer.gradient_norm
         due = every and trainer.finished_steps == step and not step % every
-        if trainer.validation is not None and due and self.world.first:
+        takes_part = self.world.first or self.options.shard  # in gathering averages
+        if trainer.validation is not None and due and takes_part:
             with self.dispensable("validation loss"):
                 values |= trainer.validation_losses()
         device, on_device = trainer.parameters[0].device, None

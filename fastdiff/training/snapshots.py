@@ -27,6 +27,7 @@ from fastdiff.checkpoints.folder import (
 )
 from fastdiff.common.errors import CheckpointError
 from fastdiff.common.tensor_file import save_file
+from fastdiff.common.world import World
 from fastdiff.training.averages import Averages
 from fastdiff.training.observers import Observer, RunStart, StepRecord
 from fastdiff.training.training_options import TrainingOptions
@@ -63,17 +64,21 @@ class SnapshotKeeper(Observer):
         out: the run's folder.
         averages: of the run.
         options: for the number of snapshots and their dtype.
+        world: the processes, of which the first writes; others help to gather averages in shards.
     """
 
     product = "snapshot of averages"
 
-    def __init__(self, out: Path, averages: Averages, options: TrainingOptions) -> None:
-        self._out, self._averages, self._options = out, averages, options
+    def __init__(
+        self, out: Path, averages: Averages, options: TrainingOptions, world: World
+    ) -> None:
+        self._out, self._averages, self._options, self._world = out, averages, options, world
         self._missing = False
 
     def begin(self, start: RunStart) -> None:
         """Delete snapshots of steps that are to be done again, perhaps with other weights."""
-        delete_after(self._out, start.finished_steps)
+        if self._world.first:
+            delete_after(self._out, start.finished_steps)
 
     def step(self, record: StepRecord) -> None:
         """Keep the averages if a snapshot is due."""
@@ -82,13 +87,17 @@ class SnapshotKeeper(Observer):
 
     def before_checkpoint(self, step: int) -> None:
         """Keep the averages if they could not be kept when it was due."""
-        if self._missing:
+        missing = self._missing
+        if self._options.shard:  # all gather, or none
+            missing = bool(self._world.largest(missing))
+        if missing:
             self._keep(step)
 
     def _keep(self, step: int) -> None:
         self._missing = True
-        dtype = getattr(torch, self._options.snapshot_dtype)
-        write(self._out, step, self._averages.power_states(), dtype)
+        dtype, states = getattr(torch, self._options.snapshot_dtype), self._averages.power_states()
+        if self._world.first:
+            write(self._out, step, states, dtype)
         self._missing = False
 
 

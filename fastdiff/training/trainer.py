@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import ops
 from fastdiff.checkpoints import checkpoint, forward_process, resumable
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import optional_field
@@ -27,7 +26,7 @@ from fastdiff.checkpoints.resumable import Resumable
 from fastdiff.common.errors import CheckpointError, DataError, InputError
 from fastdiff.common.model import layered
 from fastdiff.common.world import present
-from fastdiff.data.order import Lookahead, batch_indices
+from fastdiff.data.order import Lookahead
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.nn import ImageNetwork
 from fastdiff.nn.image_unet import make_unet
@@ -35,7 +34,7 @@ from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
 from fastdiff.objectives import Forward
 from fastdiff.ops.profiling import span
 from fastdiff.sampling.terminal_snr import warn_of_image_at_the_end
-from fastdiff.training import batches, optimizers, training_state
+from fastdiff.training import batches, optimizers, shards, training_state
 from fastdiff.training.adamw import clipping_factor
 from fastdiff.training.averages import Averages
 from fastdiff.training.batches import Batch, Draws
@@ -50,7 +49,7 @@ from fastdiff.training.preview import preview
 from fastdiff.training.run_lock import run_lock
 from fastdiff.training.run_loop import RunLoop
 from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, recorded_options
-from fastdiff.training.validation import ValidationLoss
+from fastdiff.training.validation import of_run
 
 __all__ = [
     "LR_SCHEDULES", "Trainer", "TrainingOptions", "make_diffusion", "make_unet", "recorded_options",
@@ -86,6 +85,9 @@ class Trainer:
         network: the given model without torch's wrappers.
         averages: of the weights.
         process: what is learned of the forward process.
+        shards: of the network, which then is one of ``torch.distributed.fsdp.fully_shard``; None
+            without ``options.shard``. With them all processes must call what reads averages, since
+            they gather these; only the first process has them.
         finished_steps: number of steps done, those that were left out included.
         guard: judges losses and gradients, and counts the steps that were left out.
         refusal: of the last step, if it updated nothing: the reason, ``fault``, and the numbers of
@@ -93,8 +95,9 @@ class Trainer:
         gradient_norm: of the last step, before clipping; None if it was not computed.
 
     Raises:
-        InputError: the model, the data, the process and the objective do not fit together, or
-            ``out`` holds checkpoints of an earlier run, which :meth:`resume` continues.
+        InputError: the model, the data, the process, the processes and the options do not fit
+            together, or ``out`` holds checkpoints of an earlier run, which :meth:`resume`
+            continues.
 
     Example:
         >>> trainer = Trainer(model, fastdiff.schedules.cosine(), data, TrainingOptions(steps=100))
@@ -146,15 +149,20 @@ class Trainer:
         )
         self.model = model.train()
         if not is_distributed(model):
-            model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+            plain = torch.contiguous_format  # which is what can be divided
+            format_ = plain if self.options.shard else self.memory_format
+            model.to(memory_format=format_)  # type: ignore[call-overload]
         self.world.as_first([*self.network.parameters(), *self.network.buffers()])
-        self.averages = Averages(self.network, self.options)
+        self.shards = shards.divided(model, self.network, self.options, self.world)
+        self.averages = Averages(self.network, self.options, self.shards)
         if self.options.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.parameters = list(self.network.parameters())
         self.optimizer = optimizers.make(self.options, self._named_parameters())
         self.process = LearnedProcess(forward, self.options, self.world)
-        self.validation = None if validation is None else self._validation(validation)
+        self.validation = of_run(
+            self.diffusion.objective, validation, data, self.options, self.memory_format
+        )
         self.finished_steps = 0
         self.guard = LossGuard(self.options, tells=self.world.first)
         self.refusal: dict[str, Any] | None = None
@@ -165,6 +173,7 @@ class Trainer:
             lambda draws: self.batch(draws),
             self.world,
             self.options,
+            self.shards,
         )
         self.gradient_norm: float | None = None
         self.out = None if out is None else Path(out).absolute()
@@ -270,8 +279,7 @@ class Trainer:
         fault = self.guard.judge_loss(value)
         if fault is None:
             with span("optimizer"):
-                gradients = [p.grad for p in self.parameters if p.grad is not None]
-                norm = self.gradient_norm = float(ops.gradient_norm(gradients))
+                norm = self.gradient_norm = self.micro_batches.gradient_norm()
                 finite = self.process.gradient_is_finite()
                 fault = self.guard.judge_gradient(norm if finite else math.nan)
                 if fault is None:
@@ -291,7 +299,7 @@ class Trainer:
             averages=self.averages.first,
             average_weight=self.averages.first_weight(step),
         )
-        self.averages.move_others(self.parameters, step)
+        self.averages.move_others([p for _, p in self._named_parameters()], step)
         self.process.update(self.learning_rate(step))
         self.network.normalise_weights()
 
@@ -374,31 +382,20 @@ class Trainer:
 
         ``validation_loss`` is that of the averaged model, ``validation_loss_raw`` that of the model
         itself, and ``validation_loss_parts`` that of the averaged model in each quarter of the
-        times, from the least noise to the most.
+        times, from the least noise to the most. With ``options.shard`` all processes must call
+        this, and it is empty in all but the first.
         """
         if self.validation is None:
             raise ValueError("the trainer was given no images to validate with")
-        averaged, parts = self.validation(self.ema)
-        raw, _ = self.validation(self.network)
-        return {
-            "validation_loss": averaged,
-            "validation_loss_raw": raw,
-            "validation_loss_parts": parts,
-        }
+        averaged, raw = self.ema, self.network
+        if self.shards is not None:  # all is gathered before the first process does what can fail
+            raw = self.shards.network(self.shards.parameters)
+        return self.validation.of_both(averaged, raw) if self._has_whole else {}
 
-    def _validation(self, images: TrainingImages) -> ValidationLoss:
-        """The loss of images to validate with; InputError unless they are like the data."""
-        given, wanted = ((data.channels, data.size, data.classes) for data in (images, self.data))
-        if given != wanted:
-            raise InputError(
-                "images to validate with must have the channels, size and classes of those to "
-                f"train on, {wanted}, got {given}"
-            )
-        return ValidationLoss(
-            self.diffusion.objective, images, batch_size=self.options.batch_size,
-            bf16=self.options.bf16, memory_format=self.memory_format,
-            self_condition=self.options.self_condition,
-        )  # fmt: skip
+    @property
+    def _has_whole(self) -> bool:
+        """Whether this process has what averages are read from."""
+        return self.shards is None or self.world.first
 
     def checkpoint(self) -> Checkpoint:
         """The averaged model, not a copy: further training changes it."""
@@ -427,24 +424,36 @@ class Trainer:
 
         Of several processes the first writes, and the others wait; all must call this.
         """
-        if self.out is not None:
-            self.world.by_first(self._save)
+        if self.out is None:
+            return
+        out, folder = self.out, checkpoint.step_folder(self.out, self.finished_steps)
+        contents: dict[str, Any] = {}
+        # Shards are gathered by all, if the first process, whose answer counts, finds no folder.
+        if self.shards is not None and self.world.largest(self.world.first and not folder.exists()):
+            contents = self._contents()
 
-    def _save(self) -> None:
-        assert self.out is not None
-        folder = checkpoint.step_folder(self.out, self.finished_steps)
-        if not folder.exists():
-            checkpoint.save(
-                self.checkpoint(),
-                folder,
-                state=self._state(),
-                averages=self.averages.other_states(),
-            )
-        checkpoint.prune(self.out, self.options.keep)
+        def write() -> None:
+            if not folder.exists():
+                checkpoint.save(folder=folder, **(contents or self._contents()))
+            checkpoint.prune(out, self.options.keep)
+
+        self.world.by_first(write)
+
+    def _contents(self) -> dict[str, Any]:
+        """What a checkpoint is made of, by the names of ``checkpoint.save``."""
+        return {
+            "checkpoint": self.checkpoint(),
+            "state": self._state(),
+            "averages": self.averages.other_states(),
+        }
 
     def preview(self, columns: int = 8) -> Any:
-        """A labelled grid of samples from the averaged model; its noise is the same every time."""
-        return preview(self.checkpoint(), columns)
+        """A labelled grid of samples from the averaged model; its noise is the same every time.
+
+        With ``options.shard`` all processes must call this, and it is None in all but the first.
+        """
+        whole = self.checkpoint()
+        return preview(whole, columns) if self._has_whole else None
 
     def draw(self, step: int) -> Draws:
         """What is drawn for the whole batch of step ``step``."""
@@ -457,13 +466,7 @@ class Trainer:
     @cached_property
     def _lookahead(self) -> Lookahead:
         """Tells the images which of them this process will read in the next steps."""
-        count, options = len(self.data), self.options
-        share = slice(*self.world.share(options.batch_size))
-
-        def order(step: int) -> Tensor:
-            return batch_indices(count, options.batch_size, step, options.seed)[share]
-
-        return Lookahead(self.data, order, options.steps)
+        return batches.lookahead(self.data, self.options, self.world)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -482,10 +485,13 @@ class Trainer:
             "losses": self.guard.state_dict(),
         }
         tensors = training_state.state_tensors(self._named_parameters(), self.optimizer)
+        tensors = tensors if self.shards is None else self.shards.gathered(tensors)
         return tensors | self.process.tensors(), facts
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The network's parameters, with their names in files, whether compiled or not."""
+        """What this process updates of the parameters, with their names in files."""
+        if self.shards is not None:
+            return self.shards.named
         return [(plain_name(name), p) for name, p in self.network.named_parameters()]
 
     def _restore(self, tensors: Mapping[str, Tensor], saved: Checkpoint, path: Path) -> None:
@@ -498,6 +504,8 @@ class Trainer:
         for profile in self.averages.profiles[1:]:
             states[profile.name] = checkpoint.read_weights(path.parent, profile.name, own)
         self.averages.restore(states)
+        if self.shards is not None:
+            tensors = {key: self.shards.part(key, value) for key, value in tensors.items()}
         updates = saved.step - self.guard.skipped
         training_state.restore(self._named_parameters(), self.optimizer, tensors, updates, path)
         self.process.restore(tensors, updates, path)

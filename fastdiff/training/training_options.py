@@ -40,6 +40,10 @@ class TrainingOptions:
         on_oom: what happens if there is no memory for a micro-batch: "stop" ends the run, "halve"
             repeats the step in micro-batches of half the size and goes on with them. Processes then
             exchange gradients after a step's last backward pass, not during it.
+        shard: divide weights, their moments and averages among the processes, each of which keeps a
+            part of them, see ``fastdiff.training.shards``. It takes several processes, and it is
+            not for muon, which needs whole matrices, nor for ``on_oom`` "halve", since processes
+            that gather weights together cannot repeat their steps one by one.
         optimizer: one of ``OPTIMIZERS``, see ``fastdiff.training.optimizers``. "muon" takes AdamW
             for what is not the weight of a hidden layer.
         lr: highest learning rate.
@@ -99,6 +103,7 @@ class TrainingOptions:
     batch_size: int = 64
     accumulate: int = 1
     on_oom: str = "stop"
+    shard: bool = False
     optimizer: str = "adamw"
     lr: float = 1e-3
     lr_schedule: str = "cosine"
@@ -197,12 +202,22 @@ class TrainingOptions:
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}, wanted one of {', '.join(known)}")
+        if self.shard and self.on_oom == "halve":
+            raise InputError(
+                "shard has no on_oom halve: a process that has no memory for its micro-batch no "
+                "longer helps the others to gather weights; set accumulate"
+            )
         self._check_optimizer()
 
     def _check_optimizer(self) -> None:
         """InputError for options of the optimizer or the rate that do not fit each other."""
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.shard and self.optimizer == "muon":
+            raise InputError(
+                "shard is not for the optimizer muon, which needs whole matrices; wanted one of "
+                f"{', '.join(name for name in OPTIMIZERS if name != 'muon')}"
+            )
         if self.momentum is not None:
             if self.optimizer not in ("sgd", "muon"):
                 raise InputError(f"momentum is of sgd and muon; {self.optimizer} has betas")

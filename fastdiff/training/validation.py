@@ -21,6 +21,7 @@ from fastdiff.data.order import stream_seed
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.objectives import Objective
 from fastdiff.sampling.quick import quick
+from fastdiff.training.training_options import TrainingOptions
 
 FEWEST = 512  # losses that a mean is taken of at least, so that every part of the times has some
 PARTS = 4  # of the times, from the least noise to the most, with a mean of their own
@@ -73,6 +74,15 @@ class ValidationLoss:
         parts = (self._shares * PARTS).long()
         return float(losses.mean()), [float(losses[parts == k].mean()) for k in range(PARTS)]
 
+    def of_both(self, averaged: nn.Module, raw: nn.Module) -> dict[str, Any]:
+        """The losses of the averaged model and of the model itself, by the names of logs."""
+        mean, parts = self(averaged)
+        return {
+            "validation_loss": mean,
+            "validation_loss_raw": self(raw)[0],
+            "validation_loss_parts": parts,
+        }
+
     @torch.no_grad()
     def losses(self, network: nn.Module) -> Tensor:
         """All losses, float64 [M]: of the images in their order, again and again."""
@@ -102,6 +112,39 @@ class ValidationLoss:
         else:
             losses = self._objective.losses(model, x0, t, seeds)
         return losses.double().cpu()
+
+
+def of_run(
+    objective: Objective,
+    images: TrainingImages | None,
+    data: TrainingImages,
+    options: TrainingOptions,
+    memory_format: torch.memory_format,
+) -> ValidationLoss | None:
+    """The loss of a run's images to validate with, None if it has none.
+
+    Args:
+        objective: of the run.
+        images: to validate with.
+        data: to train on.
+        options: of the run.
+        memory_format: of the images.
+
+    Raises:
+        InputError: the images are not like those to train on.
+    """
+    if images is None:
+        return None
+    given, wanted = ((each.channels, each.size, each.classes) for each in (images, data))
+    if given != wanted:
+        raise InputError(
+            "images to validate with must have the channels, size and classes of those to "
+            f"train on, {wanted}, got {given}"
+        )
+    return ValidationLoss(
+        objective, images, batch_size=options.batch_size, bf16=options.bf16,
+        memory_format=memory_format, self_condition=options.self_condition,
+    )  # fmt: skip
 
 
 def spread(count: int) -> Tensor:
