@@ -165,8 +165,7 @@ class RunLoop:
         if trainer.gradient_norm is not None:
             values["gradient_norm"] = trainer.gradient_norm
         due = every and trainer.finished_steps == step and not step % every
-        takes_part = self.world.first or self.options.shard  # in gathering averages
-        if trainer.validation is not None and due and takes_part:
+        if trainer.validation is not None and due:  # by all processes, which share it
             with self.dispensable("validation loss"):
                 values |= trainer.validation_losses()
         device, on_device = trainer.parameters[0].device, None

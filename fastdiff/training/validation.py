@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdiff.common.errors import DataError, InputError
 from fastdiff.common.inputs import checked_seeds
+from fastdiff.common.world import World, present
 from fastdiff.data.order import stream_seed
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.objectives import Objective
@@ -34,7 +35,8 @@ class ValidationLoss:
     The times are the middles of M equal parts of the objective's distribution of times. They are
     dealt to the images in the order of the multiples of the golden ratio modulo 1, which spreads
     them evenly over any images that follow one another, such as those of a class. The noise comes
-    from a counter. Neither depends on a run's seed.
+    from a counter. Neither depends on a run's seed. The processes of a run share the batches, which
+    are the same whatever the number of processes, and so are the losses.
 
     Args:
         objective: whose loss is measured, without importance weights.
@@ -44,6 +46,7 @@ class ValidationLoss:
         memory_format: of the images.
         self_condition: the networks are self-conditioned, and every other image gets the estimate
             of a first pass, as half of the images do in training.
+        world: the processes that share the work, None for all of torch's default group.
     """
 
     def __init__(
@@ -55,11 +58,12 @@ class ValidationLoss:
         bf16: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
         self_condition: bool = False,
+        world: World | None = None,
     ) -> None:
         count = len(images) * -(-FEWEST // len(images))
         self.images = images
         self._objective, self._bf16, self._memory_format = objective, bf16, memory_format
-        self._self_condition = self_condition
+        self._self_condition, self._world = self_condition, world or present()
         self._shares = spread(count)
         self._times = objective.quantiles(self._shares)
         self._seeds = checked_seeds(stream_seed(0, "validation", 0), None, count)
@@ -85,12 +89,37 @@ class ValidationLoss:
 
     @torch.no_grad()
     def losses(self, network: nn.Module) -> Tensor:
-        """All losses, float64 [M]: of the images in their order, again and again."""
-        found = []
+        """All losses, float64 [M]: of the images in their order, again and again.
+
+        All processes that share the work must call this.
+
+        Raises:
+            ValueError: another process could not measure its share; in that one, what it met with.
+        """
+        world, own = self._world, torch.empty(0, dtype=torch.float64, device="cpu")
+        error: Exception | None = None
+        try:
+            own = self._of_share(network, *world.share(len(self._batches)))
+        except Exception as raised:  # the others must hear of it before they wait for this share
+            error = raised
+        failed = world.largest(int(error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            raise ValueError("another process of the run could not measure its share")
+        parts = []
+        for rank in range(world.count):
+            start, stop = World(rank, world.count).share(len(self._batches))
+            parts.append(world.of(rank, own, sum(map(len, self._batches[start:stop]))))
+        return torch.cat(parts)
+
+    def _of_share(self, network: nn.Module, start: int, stop: int) -> Tensor:
+        """The losses of some of the batches, float64 [n]."""
+        found = [torch.empty(0, dtype=torch.float64, device="cpu")]
         device = next(network.parameters()).device
         with _in_eval_mode(network):
             called = quick(network)
-            for places in self._batches:
+            for places in self._batches[start:stop]:
                 x0, labels = self.images.read(places % len(self.images))
                 found.append(self._of_batch(called, x0, labels, places, device))
         return torch.cat(found)
@@ -144,6 +173,7 @@ def of_run(
     return ValidationLoss(
         objective, images, batch_size=options.batch_size, bf16=options.bf16,
         memory_format=memory_format, self_condition=options.self_condition,
+        world=World() if options.shard else None,  # the first process alone has whole weights
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from fastdiff.common.world import World, present, process_group
 from fastdiff.data.datasets import ImageSet
 from fastdiff.evaluation import drawing
 from fastdiff.training import Trainer, TrainingOptions, make_unet
+from fastdiff.training.validation import ValidationLoss
 
 # Seven images in a batch: no number of processes or micro-batches divides them.
 OPTIONS = TrainingOptions(
@@ -95,6 +96,22 @@ def failing_write(folder: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return "none"
+
+
+def validated(fails: int | None = None) -> Any:
+    """The validation losses that processes share, or the error if process ``fails`` has one."""
+    trainer = make_trainer()
+    shared = ValidationLoss(trainer.diffusion.objective, images(), batch_size=7)
+    if trainer.world.rank == fails:
+        shared._of_share = refuse  # type: ignore[method-assign]
+    try:
+        return shared.losses(trainer.network)
+    except (MemoryError, ValueError) as error:
+        return str(error)
+
+
+def refuse(*arguments: Any) -> Any:
+    raise MemoryError("no memory")
 
 
 def not_finite() -> str:
@@ -176,6 +193,7 @@ def main(folder: Path) -> None:
             found["halved"] = refused(make_trainer(on_oom="halve"), most=1, rank=1)
             found["command"] = fastdiff.cli.main([*COMMAND, str(folder / "command")])
         found["drawn"] = drawn(world)
+        found["validated"], found["not validated"] = validated(), validated(fails=1)
         found["signalled"] = signalled(folder / "signalled")
         trainer = Trainer.resume(folder / "signalled", images())
         trainer.step()

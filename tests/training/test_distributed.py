@@ -159,6 +159,15 @@ def test_processes_share_the_images_to_generate(found):
     assert alone["refused"] == "none"
 
 
+def test_processes_share_the_validation_to_the_last_bit(found):
+    alone = program.validated()
+    assert len(alone) > 500
+    for number, rank in enumerate(found):
+        assert torch.equal(rank["validated"], alone)
+        wanted = "no memory" if number == 1 else "another process of the run could not measure"
+        assert rank["not validated"].startswith(wanted)
+
+
 def test_a_signal_to_one_process_ends_all_after_the_same_step(found):
     wanted = {"signal": signal.SIGTERM, "step": program.STOP}
     assert [rank["signalled"] for rank in found] == [wanted] * len(found)
