@@ -65,11 +65,12 @@ def run(args: argparse.Namespace) -> int:
             if args.weights is not None:
                 raise InputError("--weights are a checkpoint's, --images need none")
             size = _size_of_images(args.images)
-            real = Real(args, size, 3, device)
+            real = Real(args, size, 3, device, world)
             images = real.read(str(args.images), "train")
             pictures = Pictures.of(
-                pixel_batches(images), real.space, total=len(images), desc="features of the images"
-            )
+                pixel_batches(images), real.space, total=len(images), desc="features of the images",
+                world=world,
+            )  # fmt: skip
             facts: dict[str, Any] = {"images": str(args.images)}
         else:
             facts, real, pictures = _of_model(args, device, world)
@@ -97,7 +98,7 @@ def _of_model(
     source.model.to(device)
     sampler, guided = make_sampler(args, source), guidance(args, source, device)
     contrast = contrast_options.contrast(args, source, device)
-    real = Real(args, source.image_size, source.channels, device)
+    real = Real(args, source.image_size, source.channels, device, world)
     count = args.samples or min(real.count or MOST, MOST)
     guide = guided["classifier"]
     # With a classifier, a model without classes takes the classifier's labels.
@@ -118,7 +119,9 @@ def _of_model(
             yield as_pixels(samples.images)
             begin = time.perf_counter()
 
-    pictures = Pictures.of(batches(), real.space, total=count, desc="generating images")
+    pictures = Pictures.of(
+        batches(), real.space, total=count, desc="generating images", world=world
+    )
     facts = {
         "checkpoint": str(checkpoint.resolve(args.checkpoint)),
         "weights": source.weights,

@@ -12,7 +12,7 @@ import torch
 from fastdiff.cli import data_options
 from fastdiff.cli.output import note
 from fastdiff.common.errors import DataError, InputError
-from fastdiff.common.world import is_first
+from fastdiff.common.world import World
 from fastdiff.data.image_set import ImageSet
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.evaluation.comparison import Reference
@@ -100,6 +100,7 @@ class Real:
         size: height and width of the images that are compared.
         channels: their channels, 1 or 3.
         device: where the network of the features runs.
+        world: processes that share the computation of features.
 
     Attributes:
         space: gives the features of pixels.
@@ -112,9 +113,14 @@ class Real:
     """
 
     def __init__(
-        self, args: argparse.Namespace, size: int, channels: int, device: torch.device
+        self,
+        args: argparse.Namespace,
+        size: int,
+        channels: int,
+        device: torch.device,
+        world: World,
     ) -> None:
-        self._args, self._size, self._channels = args, size, channels
+        self._args, self._size, self._channels, self._world = args, size, channels, world
         _check_saving(args)
         known = self._open(args.against, "train")
         self.space: PrincipalComponents | Inception
@@ -123,7 +129,7 @@ class Real:
                 raise InputError(
                     f"{args.against} holds features and no images: say --features inception:PATH"
                 )
-            pictures = _pictures(known.images, None, "reading the reference")
+            pictures = self._pictures(known.images, None, "reading the reference")
             if len(pictures) <= COMPONENTS:
                 raise DataError(
                     f"the reference must have more than {COMPONENTS} images, got {len(pictures)}"
@@ -142,7 +148,7 @@ class Real:
             unseen = self._open(held_out, "test")
             if unseen.images is None:
                 raise InputError(f"--held-out wants images, {held_out} has features alone")
-            self.held_out = _pictures(unseen.images, self.space, "features of held-out images")
+            self.held_out = self._pictures(unseen.images, self.space, "features of held-out images")
         self.facts: dict[str, Any] = {
             "against": args.against,
             "held_out": held_out,
@@ -161,7 +167,7 @@ class Real:
             raise InputError(f"{name} must have statistics of {FEATURES} features, got {found}")
         pictures = known.pictures
         if pictures is None and known.images is not None:
-            pictures = _pictures(known.images, self.space, "features of the reference")
+            pictures = self._pictures(known.images, self.space, "features of the reference")
         if pictures is not None and pictures.thumbnails.shape[1:] != self._thumbnail_shape:
             raise InputError(
                 f"{name} was made of images of another size or number of channels: wanted "
@@ -170,7 +176,7 @@ class Real:
         if self._args.save_features is not None:
             if pictures is None:
                 raise InputError(f"--save-features wants images, {name} has statistics alone")
-            if is_first():  # of several processes, which all have the same features
+            if self._world.first:  # of several processes, which all have the same features
                 save_reference(
                     self._args.save_features, pictures, description, known.labels, known.classes
                 )
@@ -217,6 +223,11 @@ class Real:
             images = replace(images, images=images.images.expand(-1, self._channels, -1, -1))
         return images
 
+    def _pictures(self, images: TrainingImages, space: FeatureSpace | None, desc: str) -> Pictures:
+        return Pictures.of(
+            pixel_batches(images), space, total=len(images), desc=desc, world=self._world
+        )
+
 
 def _check_saving(args: argparse.Namespace) -> None:
     if args.save_features is not None:
@@ -225,10 +236,6 @@ def _check_saving(args: argparse.Namespace) -> None:
         check_reference_path(args.save_features)
     if args.features is None and args.inception_resize != RESIZES[0]:
         raise InputError("--inception-resize is for --features inception:PATH")
-
-
-def _pictures(images: TrainingImages, space: FeatureSpace | None, desc: str) -> Pictures:
-    return Pictures.of(pixel_batches(images), space, total=len(images), desc=desc)
 
 
 def warn_of_few(*counts: int | None) -> None:

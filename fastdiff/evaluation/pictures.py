@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fastdiff.common.errors import DataError, InputError
 from fastdiff.common.progress import progress_bar
+from fastdiff.common.world import World
 from fastdiff.data.image_grid import to_uint8
 from fastdiff.data.training_images import TrainingImages
 
@@ -45,6 +46,7 @@ class Pictures:
         total: int | None = None,
         desc: str = "features",
         progress: bool = True,
+        world: World | None = None,
     ) -> Pictures:
         """Go through batches of pixels once.
 
@@ -54,12 +56,15 @@ class Pictures:
             total: number of images, for the progress bar.
             desc: of the progress bar.
             progress: show a progress bar on standard error.
+            world: processes that share the work of ``space``: each gives this the same batches,
+                and has all features. None for this process alone.
 
         Raises:
             DataError: fewer than 2 images, or images of different shapes.
         """
         small: list[Tensor] = []
-        features: list[np.ndarray] = []
+        features: list[np.ndarray] = []  # of this process's batches
+        world = World() if world is None else world
         with progress_bar(total=total, desc=desc, unit="image", shown=progress) as bar:
             for pixels in batches:
                 if small and pixels.shape[1] != small[0].shape[1]:
@@ -67,13 +72,18 @@ class Pictures:
                         f"images must have one number of channels, got {small[0].shape[1]} and "
                         f"{pixels.shape[1]}"
                     )
+                own = len(small) % world.count == world.rank
                 small.append(thumbnails(pixels))
-                if space is not None:
+                if space is not None and own:
                     features.append(space(pixels))
                 bar.update(len(pixels))
         if sum(map(len, small)) < 2:
             raise DataError(f"at least 2 images are wanted, got {sum(map(len, small))}")
-        return cls(torch.cat(small), np.concatenate(features) if features else None)
+        if space is None:
+            return cls(torch.cat(small))
+        # With fewer batches than processes some have none, but must know how long a row is.
+        features = features or [space(pixels)[:0]]
+        return cls(torch.cat(small), _gathered(features, list(map(len, small)), world))
 
     def with_features(self, space: FeatureSpace) -> Pictures:
         """The same set, with the features of its small copies."""
@@ -83,6 +93,19 @@ class Pictures:
         """Some of the images."""
         features = None if self.features is None else self.features[chosen]
         return Pictures(self.thumbnails[chosen], features)
+
+
+def _gathered(own: list[np.ndarray], sizes: list[int], world: World) -> np.ndarray:
+    """The features of all batches, of ``sizes`` images, of which each process has every so many."""
+    if world.count == 1:
+        return np.concatenate(own)
+    rows = torch.from_numpy(np.concatenate(own))
+    parts = [
+        world.of(rank, rows, sum(sizes[rank :: world.count])).split(sizes[rank :: world.count])
+        for rank in range(world.count)
+    ]
+    in_order = [parts[number % world.count][number // world.count] for number in range(len(sizes))]
+    return torch.cat(in_order).numpy()
 
 
 def thumbnails(images: Tensor) -> Tensor:

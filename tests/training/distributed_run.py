@@ -23,6 +23,7 @@ from fastdiff.common.errors import CheckpointError, InputError, TrainingError
 from fastdiff.common.world import World, present, process_group
 from fastdiff.data.datasets import ImageSet
 from fastdiff.evaluation import drawing
+from fastdiff.evaluation.pictures import Pictures
 from fastdiff.training import Trainer, TrainingOptions, make_unet
 from fastdiff.training.validation import ValidationLoss
 
@@ -110,6 +111,22 @@ def validated(fails: int | None = None) -> Any:
         return str(error)
 
 
+def featured(world: World | None) -> dict[int, Any]:
+    """Features that processes share, of fewer batches than processes and of more."""
+
+    def sums(pixels: torch.Tensor) -> Any:
+        calls.append(len(pixels))
+        return pixels.double().flatten(1).cumsum(1).numpy()
+
+    found, calls = {}, []
+    for count in (1, 5):
+        pixels = torch.arange(count * 3 * 4, dtype=torch.uint8).view(count * 3, 1, 2, 2)
+        batches = pixels.split([3] * (count - 1) + [2, 1])
+        features = Pictures.of(batches, sums, progress=False, world=world).features
+        found[count] = {"features": features, "calls": len(calls)}
+    return found
+
+
 def refuse(*arguments: Any) -> Any:
     raise MemoryError("no memory")
 
@@ -193,6 +210,7 @@ def main(folder: Path) -> None:
             found["halved"] = refused(make_trainer(on_oom="halve"), most=1, rank=1)
             found["command"] = fastdiff.cli.main([*COMMAND, str(folder / "command")])
         found["drawn"] = drawn(world)
+        found["featured"] = featured(world)
         found["validated"], found["not validated"] = validated(), validated(fails=1)
         found["signalled"] = signalled(folder / "signalled")
         trainer = Trainer.resume(folder / "signalled", images())

@@ -159,6 +159,14 @@ def test_processes_share_the_images_to_generate(found):
     assert alone["refused"] == "none"
 
 
+def test_processes_share_the_features(found):
+    alone = program.featured(None)
+    for rank in found:
+        for count, wanted in alone.items():
+            assert (rank["featured"][count]["features"] == wanted["features"]).all()
+            assert rank["featured"][count]["calls"] < wanted["calls"]
+
+
 def test_processes_share_the_validation_to_the_last_bit(found):
     alone = program.validated()
     assert len(alone) > 500
