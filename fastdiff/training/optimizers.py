@@ -94,14 +94,6 @@ class Muon:
         """The groups of both optimizers."""
         return [*self.muon.param_groups, *self.adamw.param_groups]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
-        for p in self.parameters:
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.zero_()
-
     def step(
         self,
         *,

@@ -86,7 +86,8 @@ def test_it_does_what_torch_does(kind) -> None:
         assert not torch.equal(average, torch.zeros_like(average))
     moved = [0.25 * p.detach() for _, p in ours]
     averages = [torch.zeros_like(p) for _, p in ours]
-    optimizer.zero_grad()
+    for _, p in ours:
+        p.grad = None
     optimizer.step(averages=averages, average_weight=0.25)  # without gradients
     for average, wanted in zip(averages, moved, strict=True):
         torch.testing.assert_close(average, wanted)
