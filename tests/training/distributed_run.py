@@ -123,7 +123,7 @@ def featured(world: World | None) -> dict[int, Any]:
         pixels = torch.arange(count * 3 * 4, dtype=torch.uint8).view(count * 3, 1, 2, 2)
         batches = pixels.split([3] * (count - 1) + [2, 1])
         features = Pictures.of(batches, sums, progress=False, world=world).features
-        found[count] = {"features": features, "calls": len(calls)}
+        found[count] = {"features": torch.from_numpy(features), "calls": len(calls)}
     return found
 
 

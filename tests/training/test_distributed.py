@@ -163,7 +163,7 @@ def test_processes_share_the_features(found):
     alone = program.featured(None)
     for rank in found:
         for count, wanted in alone.items():
-            assert (rank["featured"][count]["features"] == wanted["features"]).all()
+            assert torch.equal(rank["featured"][count]["features"], wanted["features"])
             assert rank["featured"][count]["calls"] < wanted["calls"]
 
 
