@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch._library.effects import EffectType
 from torch.library import _register_effectful_op
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -24,7 +25,7 @@ torch.library.define(
     "Tensor? noise, int scheduler) -> Tensor[]",
 )
 # Steps follow one another: none may be left out, moved past another or replaced by an equal one.
-_register_effectful_op("fastdiff::scheduler_step", torch.library.EffectType.ORDERED)
+_register_effectful_op("fastdiff::scheduler_step", EffectType.ORDERED)
 _operation = torch.ops.fastdiff.scheduler_step.default
 
 
