@@ -40,6 +40,7 @@ from fastdiff.checkpoints.folder import (
 )
 from fastdiff.checkpoints.named_weights import STATE
 from fastdiff.common.errors import CheckpointError, DamagedError, InputError
+from fastdiff.common.inputs import laid_out
 from fastdiff.common.model import Model
 from fastdiff.common.tensor_file import save_file
 from fastdiff.common.world import World
@@ -109,10 +110,25 @@ class Checkpoint:
     @property
     def image_size(self) -> int:
         """Height and width of the images; InputError unless the model's config has one number."""
-        size = unwrapped(self.model).config.sample_size
+        config = unwrapped(self.model).config
+        size = config.sample_size
         if not isinstance(size, int):
             raise InputError(f"the model's sample_size must be one number, got {size}")
+        if config.dimensions != 2:
+            raise InputError(f"wanted a model of images, got one of dimensions={config.dimensions}")
         return size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample, such as (C, S, S); InputError unless the model's config has all sizes."""
+        network = unwrapped(self.model)
+        shape: tuple[int, ...] | None = network.sample_shape
+        if shape is None:
+            raise InputError(
+                f"the model's sample_size must give all {network.config.dimensions} sizes of a "
+                f"sample, got {network.config.sample_size}"
+            )
+        return shape
 
     @property
     def channels(self) -> int:
@@ -154,8 +170,7 @@ class Checkpoint:
             "the prediction": [self.prediction, other.prediction],
             "a learned variance": [one.diffusion().objective.learned for one in (self, other)],
             "self-conditioning": [one.diffusion().network.self_condition for one in (self, other)],
-            "images of channels": [self.channels, other.channels],
-            "images of size": [self.image_size, other.image_size],
+            "samples of shape": [self.shape, other.shape],
             "the classes": [self.classes, other.classes],
         }
         for name, (own, others) in pairs.items():
@@ -238,7 +253,7 @@ class Checkpoint:
         if labels is not None and len(labels) != count:
             raise InputError(f"{count} images were asked for, with {len(labels)} labels")
         total, (start, stop) = count, world.share(count)
-        shape = (total, self.channels, self.image_size, self.image_size)
+        shape = (total, *self.shape)
         device = unwrapped(self.model).device
         if noise is None:
             noise = torch.randn(shape, generator=generator, device="cpu")
@@ -265,7 +280,7 @@ class Checkpoint:
             samples = self.diffusion().generate(
                 sampler,
                 shape,
-                x_T=noise.to(device, memory_format=memory_format),
+                x_T=laid_out(noise, device, memory_format),
                 cond=cond,
                 uncond=uncond,
                 guidance=guidance,
@@ -347,7 +362,7 @@ def load(path: str | Path, weights: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{folder / META}: {error}") from None
     classes = len(checkpoint.classes) + checkpoint.null_class
     for key, recorded, name in (
-        ("image_size", field(meta, "image_size", int, folder / META), "sample_size"),
+        ("image_size", _recorded_size(meta, folder / META), "sample_size"),
         ("channels", field(meta, "channels", int, folder / META), "image_channels"),
         ("classes", classes or None, "num_class_embeds"),
         ("channels and variance", outputs, "out_channels"),
@@ -548,6 +563,8 @@ def prune(out: str | Path, keep: int) -> None:
 
 
 def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
+    _, *sizes = checkpoint.shape
+    several = isinstance(unwrapped(checkpoint.model).config.sample_size, tuple)
     return {
         "format": FORMAT,
         **forward_process.describe(checkpoint.forward),
@@ -555,7 +572,7 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
         "objective": checkpoint.objective,
         "variance": checkpoint.variance,
         "levels": checkpoint.levels,
-        "image_size": checkpoint.image_size,
+        "image_size": sizes if several else sizes[0],
         "channels": checkpoint.channels,
         "classes": list(checkpoint.classes),
         "null_class": checkpoint.null_class,
@@ -564,6 +581,12 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
         "dataset": checkpoint.dataset,
         "weights": checkpoint.weights,
     }
+
+
+def _recorded_size(meta: Mapping[str, Any], path: Path) -> int | tuple[int, ...]:
+    """The model's sample_size, which is a list of numbers where one does not tell all sizes."""
+    size = meta.get("image_size")
+    return tuple(size) if isinstance(size, list) else field(meta, "image_size", int, path)
 
 
 def _read_model(folder: Path, weights: Mapping[str, Tensor] | None) -> ImageNetwork:

@@ -23,6 +23,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return last
 
 
+def laid_out(x: Tensor, device: torch.device, wanted: torch.memory_format) -> Tensor:
+    """A batch on a device, in a memory format; that of images is not wanted of other samples."""
+    return x.to(device, memory_format=wanted if x.ndim == 4 else torch.contiguous_format)
+
+
 def real_parameter(model: Callable[..., Any]) -> Tensor | None:
     """The first floating point parameter of a model; None if it has none or is no module."""
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())

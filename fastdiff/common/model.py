@@ -62,7 +62,7 @@ class Layered(Precomputing, Protocol):
         """Whether it cannot be told from outside that a graph of the layers is called instead."""
 
     def layers(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The layers, of images [N, C, H, W] and a step of :meth:`precompute`, [N or 1, P]."""
+        """The layers, of samples [N, C, ...] and a step of :meth:`precompute`, [N or 1, P]."""
 
     def through(
         self, layers: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any

@@ -86,7 +86,7 @@ class FusedNetwork(nn.Module):
         return (
             type(x) is Tensor
             and not torch.compiler.is_compiling()
-            and x.ndim == 4
+            and x.ndim in (3, 4, 5)
             and x.numel() > 0
             and x.dtype == weight.dtype
             and x.is_cpu
@@ -97,7 +97,7 @@ class FusedNetwork(nn.Module):
         )
 
     def _layers(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The network's layers of images [N, C, H, W] and embeddings [N or 1, P]."""
+        """The network's layers of samples [N, C, ...] and embeddings [N or 1, P]."""
         kind = rows.shape[0] == 1, rows.dtype, Autocast.around()
         sizes = (tuple(x.shape[1:]), x.stride()[1:], *kind)
         if sizes not in self._by_size:

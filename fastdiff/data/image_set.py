@@ -19,7 +19,8 @@ class ImageSet(TrainingImages):
     """Images of one size with their classes, in memory.
 
     Attributes:
-        images: [N, C, S, S], uint8 in 0..255 or float32 in [-1, 1] (a warning tells of others).
+        images: [N, C, S, S], uint8 in 0..255 or float32 in [-1, 1] (a warning tells of others); or
+            signals [N, C, L] or videos [N, C, F, H, W].
         labels: class of each image, int64 [N], or None.
         classes: names of the classes; empty without labels.
         name: of the data set, which checkpoints record.
@@ -38,8 +39,12 @@ class ImageSet(TrainingImages):
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
-        if len(shape) != 4 or shape[0] == 0 or shape[2] != shape[3]:
-            raise DataError(f"images must have shape [N, C, S, S] with N >= 1, got {shape}")
+        square = len(shape) == 4 and shape[2] == shape[3]
+        if not (square or len(shape) in (3, 5)) or 0 in shape:
+            raise DataError(
+                "images must have shape [N, C, S, S] with N >= 1, signals [N, C, L], videos "
+                f"[N, C, F, H, W], got {shape}"
+            )
         if self.images.dtype not in (torch.uint8, torch.float32):
             raise DataError(f"images must be uint8 or float32, got {self.images.dtype}")
         if self.images.dtype == torch.float32:
@@ -64,8 +69,13 @@ class ImageSet(TrainingImages):
 
     @property
     def size(self) -> int:
-        """S, height and width."""
-        return self.images.shape[2]
+        """S, height and width; of signals their length, of videos the width."""
+        return self.images.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample, as the base class says."""
+        return tuple(self.images.shape[1:])
 
     def without_labels(self) -> ImageSet:
         """The same images without labels, for unconditional training."""

@@ -53,13 +53,25 @@ class TrainingImages(ABC):
     @property
     @abstractmethod
     def size(self) -> int:
-        """S, height and width."""
+        """S, height and width; of signals their length, of videos the width."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: (C, S, S), or (C, L) of signals, or (C, F, H, W) of videos."""
+        return self.channels, self.size, self.size
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the samples can be shown: images of one or three channels."""
+        return len(self.shape) == 3 and self.channels in (1, 3)
 
     @abstractmethod
     def read(
         self, indices: Tensor, mirrored: Tensor | None = None, corners: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Images float32 [B, C, S, S], pixels in [-1, 1], and labels int64 [B] for ``indices``.
+
+        Of signals or videos [B, *shape], their last dimension being that which is mirrored.
 
         Args:
             indices: numbers of the images, int64 [B].
@@ -125,10 +137,10 @@ class TrainingImages(ABC):
 
 
 def mirror(x0: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Images [B, C, S, S], those for which ``mirrored`` is true from right to left."""
+    """Images [B, C, ..., S], those for which ``mirrored`` is true from right to left."""
     if mirrored is None:
         return x0
-    return torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
+    return torch.where(mirrored.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
 
 
 def check_labels(labels: Tensor | None, classes: tuple[str, ...], count: int) -> None:

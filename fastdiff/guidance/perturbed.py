@@ -92,7 +92,8 @@ def _with_attention(model: nn.Module, layers: Sequence[str], attend: Attend) -> 
         raise TypeError(f"wanted a fastdiff.nn.UNet2DModel, got {type(model).__name__}")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     weaker = copy.deepcopy(model, shared)
-    known = [name for name, part in weaker.named_modules() if isinstance(part, Attention)]
+    # Attention over frames, a subclass, has no height and width to blur over.
+    known = [name for name, part in weaker.named_modules() if type(part) is Attention]
     chosen = [name for name in known if name.startswith(tuple(layers))]
     if not chosen:
         raise ValueError(

@@ -17,12 +17,12 @@ from fastdiff.nn.karras_unet import KarrasUNet
 from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.resample import Downsample2D, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
-from fastdiff.nn.self_attention import Attention
+from fastdiff.nn.self_attention import Attention, FrameAttention
 from fastdiff.nn.unet import UNet2DModel
 
 __all__ = [
-    "Attention", "DownBlock2D", "Downsample2D", "FourierProjection", "GroupNormSiLU",
-    "ImageNetwork", "KarrasUNet", "KarrasUNetConfig", "NoisyClassifier", "Precomputed",
-    "ResnetBlock2D", "SinusoidalProjection", "TimestepEmbedding", "UNet2DConfig", "UNet2DModel",
-    "UNetMidBlock2D", "UpBlock2D", "Upsample2D",
+    "Attention", "DownBlock2D", "Downsample2D", "FourierProjection", "FrameAttention",
+    "GroupNormSiLU", "ImageNetwork", "KarrasUNet", "KarrasUNetConfig", "NoisyClassifier",
+    "Precomputed", "ResnetBlock2D", "SinusoidalProjection", "TimestepEmbedding", "UNet2DConfig",
+    "UNet2DModel", "UNetMidBlock2D", "UpBlock2D", "Upsample2D",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
     "act_fn": ("silu", "swish"),
+    "dimensions": (1, 2, 3),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None, "timestep", "identity"),
 }
@@ -35,9 +36,11 @@ _POSITIVE = (
 class UNet2DConfig:
     """The options of a :class:`~fastdiff.nn.UNet2DModel`; names as in diffusers 0.42.
 
+    ``dimensions`` is fastdiff's own. Without it, as in every config.json of diffusers, it is 2.
+
     Attributes:
-        sample_size: height and width of the images. It is recorded only: the model takes any size
-            that its levels can halve.
+        sample_size: height and width of the images; length of signals; or frames, height and width
+            of videos. It is recorded only: the model takes any size that its levels can halve.
         in_channels: channels of the input; with ``self_condition`` those of the images and of the
             estimate together.
         out_channels: channels of the output.
@@ -76,13 +79,16 @@ class UNet2DConfig:
             estimate of x0 (Chen et al. 2022, arXiv:2208.04202). diffusers has no such option: its
             class reads the weights, with a warning, as those of a network of ``in_channels``, and
             its caller has to put the two together.
+        dimensions: of a sample besides its channels. 2: images [C, H, W]. 1: signals [C, L], by
+            convolutions of 3 along L. 3: videos [C, F, H, W], by the model of images on each frame
+            and attention over the frames (factorised space-time, arXiv:2204.03458).
 
     Raises:
         ValueError: a value of the wrong type, out of range or not supported, or values that do not
             fit together.
     """
 
-    sample_size: int | tuple[int, int] | None = None
+    sample_size: int | tuple[int, ...] | None = None
     in_channels: int = 3
     out_channels: int = 3
     center_input_sample: bool = False
@@ -111,6 +117,7 @@ class UNet2DConfig:
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
     self_condition: bool = False
+    dimensions: int = 2
 
     network: ClassVar[str] = "UNet2DModel"  # the class that it describes
 
@@ -126,6 +133,7 @@ class UNet2DConfig:
                 "with self_condition half of in_channels are the estimate's, "
                 f"got {self.in_channels}"
             )
+        self._check_sample_size()
         self._check_levels()
         self._check_embedding()
 
@@ -139,10 +147,13 @@ class UNet2DConfig:
         return cls(**checked_options(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json that diffusers reads as well."""
+        """The contents of a config.json, which diffusers reads as well if the model is 2D."""
         values = asdict(self)
-        if not self.self_condition:  # an unknown key would have diffusers warn of every model
+        # An unknown key would have diffusers warn of every model.
+        if not self.self_condition:
             del values["self_condition"]
+        if self.dimensions == 2:
+            del values["dimensions"]
         return {"_class_name": self.network, "_diffusers_version": DIFFUSERS_VERSION, **values}
 
     @property
@@ -160,6 +171,19 @@ class UNet2DConfig:
         """The levels with attention on the way down; level 0 has the full resolution."""
         kinds = enumerate(self.down_block_types)
         return tuple(level for level, kind in kinds if "Attn" in kind)
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Height and width of the convolutions; a signal is an image with one row."""
+        return (1, 3) if self.dimensions == 1 else (3, 3)
+
+    def _check_sample_size(self) -> None:
+        size = self.sample_size
+        if isinstance(size, tuple) and len(size) != self.dimensions:
+            raise ValueError(
+                f"sample_size must be one number, or {self.dimensions} for samples of "
+                f"dimensions={self.dimensions}, got {size}"
+            )
 
     def _check_levels(self) -> None:
         levels = len(self.block_out_channels)
@@ -182,6 +206,11 @@ class UNet2DConfig:
             raise ValueError(
                 f"attn_norm_num_groups must divide the last of block_out_channels, "
                 f"got {self.attn_norm_num_groups} groups for {self.block_out_channels[-1]} channels"
+            )
+        if self.dimensions == 3 and not self._attention_levels():
+            raise ValueError(
+                "a model of videos needs a level with attention, through which frames see each "
+                f"other, got down_block_types {self.down_block_types}"
             )
         dims = self.attention_head_dim
         if isinstance(dims, tuple) and len(dims) != levels:

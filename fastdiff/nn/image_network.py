@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ImageNetwork(nn.Module):
-    """A network of images that is described by a configuration.
+    """A network of images, or of other samples, that is described by a configuration.
 
     Attributes:
         config_class: the class of the configuration.
@@ -31,6 +31,16 @@ class ImageNetwork(nn.Module):
         super().__init__()
         self.config: Any = config
         self._checkpointing = False
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Channels and sizes of an input; None if ``config.sample_size`` does not tell all."""
+        size, channels = self.config.sample_size, self.config.image_channels
+        if isinstance(size, tuple):
+            return (channels, *size)
+        if size is None or self.config.dimensions == 3:  # one number is no number of frames
+            return None
+        return (channels, *[size] * self.config.dimensions)
 
     @classmethod
     def from_pretrained(

@@ -11,21 +11,33 @@ from fastdiff.nn.karras_config import KarrasUNetConfig
 
 Config = UNet2DConfig | KarrasUNetConfig
 
+_DIMENSIONS = {
+    1: {"length": "L"},
+    2: {"height": "H", "width": "W"},
+    3: {"frames": "F", "height": "H", "width": "W"},
+}
+
 
 def check_sample(sample: Tensor, config: Config) -> None:
-    """ValueError unless ``sample`` is [N, C, H, W] and every level can halve H and W.
+    """ValueError unless ``sample`` has the config's dimensions, which every level can halve.
 
-    C is the number of the images' channels.
+    It is [N, C, H, W], or [N, C, L], or [N, C, F, H, W] of any F; C is the number of the images'
+    channels.
     """
-    channels = config.image_channels
-    if sample.ndim != 4 or sample.shape[1] != channels:
-        raise ValueError(f"sample must be [N, {channels}, H, W], got {tuple(sample.shape)}")
-    divisor = 2 ** (len(config.block_out_channels) - 1)
-    height, width = sample.shape[2:]
-    if height < 1 or width < 1 or height % divisor or width % divisor:
+    names, channels = _DIMENSIONS[config.dimensions], config.image_channels
+    if sample.ndim != 2 + len(names) or sample.shape[1] != channels:
         raise ValueError(
-            f"{len(config.block_out_channels)} levels need height and width divisible by "
-            f"{divisor}, got {height} x {width}"
+            f"sample must be [N, {channels}, {', '.join(names.values())}], "
+            f"got {tuple(sample.shape)}"
+        )
+    divisor = 2 ** (len(config.block_out_channels) - 1)
+    if any(size < 1 for size in sample.shape[2:]) or any(
+        size % divisor for size in sample.shape[-2:][-config.dimensions :]
+    ):
+        halved = " and ".join(name for name in names if name != "frames")
+        raise ValueError(
+            f"{len(config.block_out_channels)} levels need {halved} divisible by "
+            f"{divisor}, got {' x '.join(map(str, sample.shape[2:]))}"
         )
 
 

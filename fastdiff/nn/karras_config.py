@@ -68,6 +68,7 @@ class KarrasUNetConfig:
     uncertainty_channels: int | None = None
 
     network: ClassVar[str] = "KarrasUNet"  # the class that it describes
+    dimensions: ClassVar[int] = 2
     class_embed_type: ClassVar[None] = None  # the classes have a table
     time_embedding_type: ClassVar[str] = "random"
     self_condition: ClassVar[bool] = False  # the input is the images alone

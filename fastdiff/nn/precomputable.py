@@ -24,7 +24,7 @@ from fastdiff.nn.magnitude_preserving import MPConv2d, MPEmbedding, MPFourier, M
 from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.resample import Downsample2D, NearestUpsample2x, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
-from fastdiff.nn.self_attention import Attention
+from fastdiff.nn.self_attention import Attention, FrameAttention
 
 # Modules that compute each row independently of the others, and the same at every call.
 _BY_ROW = (
@@ -47,6 +47,7 @@ _LAYERS = (
     Downsample2D,
     DownBlock2D,
     EncoderBlock,
+    FrameAttention,
     GroupNormSiLU,
     MPConv2d,
     NearestUpsample2x,

@@ -1,12 +1,16 @@
-"""Self-attention over the pixels of a feature map."""
+"""Self-attention over the pixels of a feature map, or over the frames of a video."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.nn.embeddings import SinusoidalProjection
 from fastdiff.nn.norm import GroupNormSiLU
 
 
@@ -48,14 +52,20 @@ class Attention(nn.Module):
         """[N, C, H, W] -> [N, C, H, W], in x's memory format."""
         return self.attended(x, F.scaled_dot_product_attention)
 
-    def attended(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def attended(
+        self,
+        x: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        **added: Tensor,
+    ) -> Tensor:
         """``forward`` with another function of queries, keys and values.
 
         Args:
             x: [N, C, H, W].
             attend: (q, k, v), each [N, heads, H W, head_dim] -> like v.
+            added: keyword arguments of the norm.
         """
-        h = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H W, C]
+        h = self.group_norm(x, **added).flatten(2).transpose(1, 2)  # [N, H W, C]
         q, k, v = (
             project(h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [N, heads, H W, head_dim]
             for project in (self.to_q, self.to_k, self.to_v)
@@ -64,3 +74,39 @@ class Attention(nn.Module):
         h = self.to_out[0](h.transpose(1, 2).flatten(2))  # [N, H W, C]
         out = x + h.transpose(1, 2).unflatten(2, x.shape[2:])
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
+
+
+class FrameAttention(Attention):
+    """Each pixel's self-attention over the frames of its video (arXiv:2204.03458, section 3).
+
+    Sinusoidal embeddings of the frames' numbers are added to what queries, keys and values are
+    computed from, so that the number of frames is free. The last layer begins with zeros: a model
+    that takes over the weights of a model of images first computes the same for every frame.
+
+    Args:
+        channels: C.
+        options: of :class:`Attention`; ``groups`` must be a number.
+    """
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels, **options)
+        self.positions = SinusoidalProjection(channels, flip_sin_to_cos=False, freq_shift=0)
+        for parameter in self.to_out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, frames: int = 1) -> Tensor:
+        """[N F, C, H, W] -> [N F, C, H, W], F = ``frames`` being next to each other."""
+        positions = self.positions(torch.arange(frames, device=x.device))  # [F, C]
+        shift = positions.expand(x.shape[0] // frames, -1, -1).flatten(0, 1)
+        return self.attended(x, partial(_over_frames, frames=frames), shift=shift)
+
+
+def _over_frames(q: Tensor, k: Tensor, v: Tensor, *, frames: int) -> Tensor:
+    """Attention of q, k, v [N F, heads, H W, head_dim] over the frames of each pixel -> like v."""
+    pixels = q.shape[2]
+
+    def by_pixel(x: Tensor) -> Tensor:  # [N H W, heads, F, head_dim]
+        return x.unflatten(0, (-1, frames)).permute(0, 3, 2, 1, 4).flatten(0, 1)
+
+    out = F.scaled_dot_product_attention(by_pixel(q), by_pixel(k), by_pixel(v))
+    return out.unflatten(0, (-1, pixels)).permute(0, 3, 2, 1, 4).flatten(0, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdiff.nn import unet_parts
 from fastdiff.nn.config import UNet2DConfig
 from fastdiff.nn.embeddings import Precomputed, distinct
+from fastdiff.nn.frames import as_images, from_images, per_frame
 from fastdiff.nn.image_network import ImageNetwork
 from fastdiff.nn.input_checks import (
     as_timesteps,
@@ -23,6 +24,7 @@ from fastdiff.nn.input_checks import (
 )
 from fastdiff.nn.norm import GroupNormSiLU
 from fastdiff.nn.precomputable import only_own_code_runs, only_own_layers_run
+from fastdiff.nn.resample import convolution
 
 
 class UNet2DModel(ImageNetwork):
@@ -30,6 +32,7 @@ class UNet2DModel(ImageNetwork):
 
     The architecture is that of DDPM (Ho et al. 2020, arXiv:2006.11239) with the options of
     diffusers' class of the same name: both read each other's checkpoints, and their outputs agree.
+    With the option ``dimensions`` it is a model of signals [N, C, L] or of videos [N, C, F, H, W].
 
     Args:
         **options: see :class:`UNet2DConfig`.
@@ -58,7 +61,7 @@ class UNet2DModel(ImageNetwork):
         config = UNet2DConfig.from_dict(options)
         super().__init__(config)
         width = config.block_out_channels[0]
-        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.conv_in = convolution(config.in_channels, width, config.kernel)
         self.time_proj = unet_parts.time_projection(config)
         self.time_embedding = unet_parts.time_embedding(config)
         self.class_embedding = unet_parts.class_embedding(config)
@@ -71,7 +74,7 @@ class UNet2DModel(ImageNetwork):
             for level in self._levels()
         ]
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, width, config.norm_eps)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self.conv_out = convolution(width, config.out_channels, config.kernel)
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +134,8 @@ class UNet2DModel(ImageNetwork):
 
         Args:
             sample: [N, C, H, W], C being in_channels, or half of them with ``self_condition``; H
-                and W divisible by 2 ** (number of levels - 1).
+                and W divisible by 2 ** (number of levels - 1). With ``dimensions`` 1, [N, C, L], L
+                divisible likewise; with 3, [N, C, F, H, W] for any F.
             timestep: a number, or a tensor [N], or [1] or [] for the whole batch. (diffusers drops
                 the fraction of a Python float; here it counts.)
             class_labels: int64 [N]; numbers [N] where class_embed_type is timestep; embeddings
@@ -143,7 +147,7 @@ class UNet2DModel(ImageNetwork):
                 if there is none yet.
 
         Returns:
-            [N, out_channels, H, W].
+            [N, out_channels, H, W], or the dimensions of ``sample``.
 
         Raises:
             TypeError: ``precomputed`` is no tensor.
@@ -152,6 +156,7 @@ class UNet2DModel(ImageNetwork):
         """
         check_sample(sample, self.config)
         embs = self._embeddings(sample.shape[0], timestep, class_labels, precomputed)
+        embs = [per_frame(emb, sample) for emb in embs]
         x = with_estimate(sample, estimate, self.config)
         return self._over_time(self._layers(x, embs), timestep)
 
@@ -163,13 +168,13 @@ class UNet2DModel(ImageNetwork):
         """All that ``forward`` computes from images and embeddings, for a fixed size of image.
 
         Args:
-            x: [N, in_channels, H, W].
+            x: [N, in_channels, H, W], or as in ``forward``.
             rows: [N, P] or [1, P], a step of :meth:`precompute`.
 
         Returns:
-            [N, out_channels, H, W].
+            [N, out_channels, H, W], or the dimensions of x.
         """
-        return self._layers(x, rows.split(self._all_channels, dim=1))
+        return self._layers(x, per_frame(rows, x).split(self._all_channels, dim=1))
 
     def through(
         self,
@@ -197,26 +202,29 @@ class UNet2DModel(ImageNetwork):
         return [root for root in roots if root is not None]
 
     def _layers(self, sample: Tensor, embs: Sequence[Tensor]) -> Tensor:
-        """``layers``, of one tensor of embeddings for each residual block."""
+        """``layers``, of one tensor of embeddings, of each image, for each residual block."""
+        frames = sample.shape[2] if self.config.dimensions == 3 else 1
         rest = iter(embs)
         of_levels = iter([list(islice(rest, len(level))) for level in self._emb_channels])
-        x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
+        x = as_images(2 * sample - 1 if self.config.center_input_sample else sample)
+        x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x, kept = self._run(block, x, next(of_levels))
+            x, kept = self._run(block, x, next(of_levels), frames)
             skips += kept
         if self.mid_block is not None:
-            x = self._run(self.mid_block, x, next(of_levels))
+            x = self._run(self.mid_block, x, next(of_levels), frames)
         count = self.config.layers_per_block + 1
         for block in self.up_blocks:
-            x = self._run(block, x, skips[-count:], next(of_levels))
+            x = self._run(block, x, skips[-count:], next(of_levels), frames)
             del skips[-count:]
-        return self.conv_out(self.conv_norm_out(x))
+        return from_images(self.conv_out(self.conv_norm_out(x)), sample)
 
     def _over_time(self, out: Tensor, timestep: Tensor | float | None) -> Tensor:
         """The output of a model with fourier embeddings, over its timestep."""
         if self.config.time_embedding_type == "fourier" and timestep is not None:
-            out = (out / self._timesteps(timestep).view(-1, 1, 1, 1)).to(out.dtype)
+            t = self._timesteps(timestep)
+            out = (out / t.view(-1, *[1] * (out.ndim - 1))).to(out.dtype)
         return out
 
     def _embeddings(

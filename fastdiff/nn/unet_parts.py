@@ -12,7 +12,7 @@ from fastdiff.nn.config import UNet2DConfig, block_kind
 from fastdiff.nn.embeddings import FourierProjection, SinusoidalProjection, TimestepEmbedding
 from fastdiff.nn.resample import Downsample2D, Upsample2D
 from fastdiff.nn.resnet import ResnetBlock2D
-from fastdiff.nn.self_attention import Attention
+from fastdiff.nn.self_attention import Attention, FrameAttention
 
 
 def time_projection(config: UNet2DConfig) -> nn.Module:
@@ -54,7 +54,7 @@ def down_blocks(config: UNet2DConfig) -> Iterator[DownBlock2D]:
             if _resamples_by_resnet(kind, config.downsample_type):
                 downsampler = resnet(width, width, down=True)
             else:
-                downsampler = Downsample2D(width, config.downsample_padding)
+                downsampler = Downsample2D(width, config.downsample_padding, config.kernel)
         yield DownBlock2D(
             widths[max(level - 1, 0)],
             width,
@@ -62,6 +62,7 @@ def down_blocks(config: UNet2DConfig) -> Iterator[DownBlock2D]:
             resnet=resnet,
             attention=_attention(config, level) if "Attn" in kind else nn.Identity,
             downsampler=downsampler,
+            frame_attention=_frame_attention(config, level) if "Attn" in kind else None,
         )
 
 
@@ -79,6 +80,7 @@ def mid_block(config: UNet2DConfig) -> UNetMidBlock2D | None:
         config.block_out_channels[-1],
         resnet=partial(_resnet(config), output_scale_factor=scale),
         attention=attention if config.add_attention else nn.Identity,
+        frame_attention=_frame_attention(config, level) if config.add_attention else None,
     )
 
 
@@ -93,7 +95,7 @@ def up_blocks(config: UNet2DConfig) -> Iterator[UpBlock2D]:
             if _resamples_by_resnet(kind, config.upsample_type):
                 upsampler = resnet(width, width, up=True)
             else:
-                upsampler = Upsample2D(width)
+                upsampler = Upsample2D(width, config.kernel)
         yield UpBlock2D(
             widths[max(level - 1, 0)],
             width,
@@ -105,6 +107,9 @@ def up_blocks(config: UNet2DConfig) -> Iterator[UpBlock2D]:
             if "Attn" in kind
             else nn.Identity,
             upsampler=upsampler,
+            frame_attention=_frame_attention(config, len(widths) - 1 - level)
+            if "Attn" in kind
+            else None,
         )
 
 
@@ -120,16 +125,24 @@ def _resnet(config: UNet2DConfig) -> Make:
         eps=config.norm_eps,
         dropout=config.dropout,
         scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        kernel=config.kernel,
     )
 
 
-def _attention(config: UNet2DConfig, level: int) -> Make:
+def _attention(config: UNet2DConfig, level: int) -> partial[Attention]:
     return partial(
         Attention,
         head_dim=config.head_dim(level),
         groups=config.norm_num_groups,
         eps=config.norm_eps,
     )
+
+
+def _frame_attention(config: UNet2DConfig, level: int) -> Make | None:
+    """What makes attention over frames, which models of videos alone have."""
+    if config.dimensions != 3:
+        return None
+    return partial(FrameAttention, **_attention(config, level).keywords)
 
 
 def _resamples_by_resnet(kind: str, option: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.common.estimates import SHARE
-from fastdiff.common.inputs import checked_seeds
+from fastdiff.common.inputs import checked_seeds, laid_out
 from fastdiff.common.world import World
 from fastdiff.data.order import Lookahead, batch_indices, stream_generator, stream_seed
 from fastdiff.data.training_images import TrainingImages
@@ -116,7 +116,7 @@ def read(
     if labels is not None and draws.hidden is not None:
         labels = labels.masked_fill(draws.hidden, len(data.classes))
     return Batch(
-        x0.to(device, memory_format=memory_format),
+        laid_out(x0, device, memory_format),
         None if labels is None else labels.to(device),
         draws.t.to(device),
         draws.weights.to(device),

@@ -54,7 +54,7 @@ def fingerprint(images: TrainingImages, *, like: Mapping[str, Any] | None = None
     """
     sampled = images.sampled if like is None else like.get("sample") is not None
     chosen = spaced(len(images), SAMPLE if sampled else len(images))
-    count, values = len(chosen), images.channels * images.size**2
+    count, values = len(chosen), math.prod(images.shape)
     of_image, of_value = _signs("images", count), _signs("values", values)
     sums = torch.zeros(SUMS, dtype=torch.float64, device="cpu")
     size = max(1, CHUNK // values)

@@ -62,11 +62,11 @@ def check_fit(
             f"self_condition is {options.self_condition}, but the model "
             f"{kinds[config.self_condition]}: its config must say the same"
         )
-    if (config.image_channels, config.sample_size) != (data.channels, data.size):
-        raise InputError(
-            f"the model takes {config.image_channels} x {config.sample_size} x "
-            f"{config.sample_size} images, the data has {data.channels} x {data.size} x {data.size}"
+    if model.sample_shape != data.shape:
+        takes = model.sample_shape or (
+            f"in_channels {config.in_channels} and sample_size {config.sample_size}"
         )
+        raise InputError(f"the model takes samples of {takes}, the data has {data.shape}")
     if config.out_channels != data.channels * (2 if learned else 1):
         raise InputError(
             f"the model returns {config.out_channels} channels; for images of {data.channels} and "

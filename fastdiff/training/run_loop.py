@@ -189,7 +189,7 @@ def run_start(trainer: Steps) -> RunStart:
         "images": {
             "name": data.name,
             "count": len(data),
-            "shape": [data.channels, data.size, data.size],
+            "shape": list(data.shape),
             "classes": len(data.classes),
             "validation": 0 if trainer.validation is None else len(trainer.validation.images),
         },

@@ -133,10 +133,10 @@ class Trainer:
             raise InputError(
                 f"{out} holds checkpoints of an earlier run; resume it, or choose another folder"
             )
-        if out is not None and self.options.sample_every and data.channels not in (1, 3):
+        if out is not None and self.options.sample_every and not data.pictures:
             raise InputError(
-                "sample grids show images of 1 or 3 channels, the data has "
-                f"{data.channels}; set sample_every to 0"
+                "sample grids show images of 1 or 3 channels, the data has the shape "
+                f"{data.shape}; set sample_every to 0"
             )
         self.data, self.world = data, present()
         if self.options.batch_size < self.world.count * self.options.accumulate:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.common.errors import DataError, InputError
-from fastdiff.common.inputs import checked_seeds
+from fastdiff.common.inputs import checked_seeds, laid_out
 from fastdiff.common.world import World, present
 from fastdiff.data.order import stream_seed
 from fastdiff.data.training_images import TrainingImages
@@ -128,7 +128,7 @@ class ValidationLoss:
         self, called: Any, x0: Tensor, labels: Tensor | None, places: Tensor, device: torch.device
     ) -> Tensor:
         labels = None if labels is None else labels.to(device)
-        x0 = x0.to(device, memory_format=self._memory_format)
+        x0 = laid_out(x0, device, self._memory_format)
         t, seeds = self._times[places].to(device), self._seeds[places].to(device)
 
         def model(x_t: Tensor, t: Tensor, *, labels: Any = labels, **estimate: Tensor) -> Any:
@@ -164,10 +164,10 @@ def of_run(
     """
     if images is None:
         return None
-    given, wanted = ((each.channels, each.size, each.classes) for each in (images, data))
+    given, wanted = ((each.shape, each.classes) for each in (images, data))
     if given != wanted:
         raise InputError(
-            "images to validate with must have the channels, size and classes of those to "
+            "images to validate with must have the shape and classes of those to "
             f"train on, {wanted}, got {given}"
         )
     return ValidationLoss(

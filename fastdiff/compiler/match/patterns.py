@@ -73,18 +73,22 @@ def zero_padding(node: Node) -> tuple[int, int, int, int] | None:
     return top, bottom, left, right
 
 
-def doubles(node: Node) -> bool:
-    """Whether an interpolation repeats each pixel twice in both dimensions."""
+def repeats(node: Node) -> tuple[int, int] | None:
+    """How often an interpolation repeats each row and column, (2, 2) or (1, 2); None for others."""
     before, after = value(argument(node, "input")), value(node)
     if argument(node, "mode", "nearest") not in ("nearest", "nearest-exact"):
-        return False
+        return None
     if before is None or after is None or before.ndim != 4:
-        return False
-    factor = argument(node, "scale_factor")
-    factors = factor if isinstance(factor, (tuple, list)) else [2 if factor is None else factor]
-    if not all(is_number(v) and v == 2 for v in factors):
-        return False
-    return all(equal(after.shape[d], 2 * before.shape[d]) for d in (2, 3))
+        return None
+    for rows in (2, 1):
+        times = rows, 2
+        factor = argument(node, "scale_factor")
+        factors = factor if isinstance(factor, (tuple, list)) else [factor] * 2
+        if factor is not None and not (all(map(is_number, factors)) and tuple(factors) == times):
+            continue
+        if all(equal(after.shape[d + 2], times[d] * before.shape[d + 2]) for d in (0, 1)):
+            return times
+    return None
 
 
 def pair_of(node: Node) -> tuple[Node, Node] | None:

@@ -13,13 +13,13 @@ from fastdiff.compiler.match.fused import Activation, Match
 from fastdiff.compiler.match.patterns import (
     Norm,
     Readers,
-    doubles,
     is_cast,
     is_transparent,
     multiple_of,
     norm_of,
     pair_of,
     per_channel,
+    repeats,
     zero_padding,
 )
 from fastdiff.ops.conv2d_algorithms import within_limits
@@ -59,8 +59,8 @@ def prologue(match: Match, readers: Readers, pinned: set[Node], *, gains: bool =
                 return
             here = Activation(argument(node, "input"), channel)
             seen.append("pad")
-        elif kind == "interpolate" and spatial and not spec.upsample and mine and doubles(node):
-            spec = replace(spec, upsample=True)
+        elif kind == "interpolate" and spatial and mine and (up := _upsampled(spec, node)):
+            spec = up
             here = Activation(argument(node, "input"), channel)
             seen.append("upsample")
         elif (
@@ -116,6 +116,18 @@ def _keep(
     match.factor, match.gain = factor, gain
     match.x, match.norm, match.spec = x, norm, spec
     match.absorbed = list(reversed(seen))
+
+
+def _upsampled(spec: ConvSpec, node: Node) -> ConvSpec | None:
+    """A convolution of what an interpolation is given, in place of its result; None if none is."""
+    times = repeats(node)
+    if times is None or spec.upsample:
+        return None
+    if times == (2, 2):
+        return replace(spec, upsample=True)
+    # Rows are convolved one by one, so the second of each pair of equal rows can be skipped.
+    one_by_one = spec.kernel[0] == 1 and spec.stride[0] == 1 and spec.padding[:2] == (0, 0)
+    return replace(spec, upsample=True, stride=(2, spec.stride[1])) if one_by_one else None
 
 
 def _fits(match: Match, x: Activation) -> bool:

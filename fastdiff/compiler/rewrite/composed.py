@@ -19,7 +19,7 @@ from fastdiff.compiler.graph.effects import functionalise, pinned_nodes
 from fastdiff.compiler.graph.nodes import argument, dtype_of, equal, is_number, op, value
 from fastdiff.compiler.match.anchors import find
 from fastdiff.compiler.match.fused import Match
-from fastdiff.compiler.match.patterns import doubles, one_plus, pair_of, per_channel
+from fastdiff.compiler.match.patterns import one_plus, pair_of, per_channel, repeats
 
 _OP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Statistics = dict[Node, Node]  # for an activation, the node that gives its channel statistics
@@ -138,7 +138,7 @@ def gpu(gm: GraphModule) -> int:
         count += 1
     count += norms(graph, pinned, statistics)
     for node in list(graph.nodes):
-        if op(node) == "interpolate" and node not in pinned and doubles(node):
+        if op(node) == "interpolate" and node not in pinned and repeats(node) == (2, 2):
             with graph.inserting_before(node):
                 new = graph.call_function(ops.upsample_nearest2x, (argument(node, "input"),))
             redirect(node, new)
