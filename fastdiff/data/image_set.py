@@ -13,6 +13,8 @@ from fastdiff.common.errors import DataError
 from fastdiff.data.image_grid import from_uint8
 from fastdiff.data.training_images import TrainingImages, check_labels, mirror
 
+_SHAPES = {1: "[N, C, L]", 2: "[N, C, S, S]", 3: "[N, C, F, H, W]"}
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(TrainingImages):
@@ -20,11 +22,12 @@ class ImageSet(TrainingImages):
 
     Attributes:
         images: [N, C, S, S], uint8 in 0..255 or float32 in [-1, 1] (a warning tells of others); or
-            signals [N, C, L] or videos [N, C, F, H, W].
+            signals or videos, as ``dimensions`` says.
         labels: class of each image, int64 [N], or None.
         classes: names of the classes; empty without labels.
         name: of the data set, which checkpoints record.
         flip: in training, mirror a random half of the images left to right.
+        dimensions: 2 for images, 1 for signals [N, C, L], 3 for videos [N, C, F, H, W].
 
     Raises:
         DataError: images or labels of another shape or dtype, values that are not finite, labels
@@ -36,15 +39,16 @@ class ImageSet(TrainingImages):
     classes: tuple[str, ...] = ()
     name: str = ""
     flip: bool = False
+    dimensions: int = 2
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
-        square = len(shape) == 4 and shape[2] == shape[3]
-        if not (square or len(shape) in (3, 5)) or 0 in shape:
-            raise DataError(
-                "images must have shape [N, C, S, S] with N >= 1, signals [N, C, L], videos "
-                f"[N, C, F, H, W], got {shape}"
-            )
+        wanted = _SHAPES.get(self.dimensions)
+        if wanted is None:
+            raise DataError(f"dimensions must be 1, 2 or 3, got {self.dimensions}")
+        square = self.dimensions != 2 or shape[2:3] == shape[3:]
+        if len(shape) != 2 + self.dimensions or shape[0] == 0 or not square:
+            raise DataError(f"images must have shape {wanted} with N >= 1, got {shape}")
         if self.images.dtype not in (torch.uint8, torch.float32):
             raise DataError(f"images must be uint8 or float32, got {self.images.dtype}")
         if self.images.dtype == torch.float32:

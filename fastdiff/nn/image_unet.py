@@ -14,7 +14,7 @@ SCALE_OF_TIMESTEPS = 0.0025
 
 
 def make_unet(
-    image_size: int,
+    image_size: int | tuple[int, ...],
     channels: int = 1,
     num_classes: int = 0,
     *,
@@ -28,7 +28,8 @@ def make_unet(
     """A U-Net for images of one size, its weights initialised from torch's global generator.
 
     Args:
-        image_size: height and width; divisible by 2 ** (number of levels - 1).
+        image_size: height and width; divisible by 2 ** (number of levels - 1). Of several numbers
+            it is (H, W), (L,) of signals, or (F, H, W) of videos, whose F is free.
         channels: of the images.
         num_classes: classes to condition on; 0 for an unconditional model.
         widths: feature channels of each level; each level has half the resolution of the one
@@ -62,6 +63,7 @@ def make_unet(
         dropout=dropout,
         num_class_embeds=num_classes or None,
         self_condition=self_condition,
+        dimensions=2 if isinstance(image_size, int) else len(image_size),
     )
 
 
@@ -109,7 +111,7 @@ def make_karras_unet(
 
 
 def _check(
-    image_size: int,
+    image_size: int | tuple[int, ...],
     widths: tuple[int, ...],
     layers_per_block: int,
     attention: tuple[int, ...],
@@ -119,7 +121,10 @@ def _check(
     levels = len(widths)
     if levels == 0 or min(widths) < 1 or layers_per_block < 1:
         raise InputError(f"widths and layers must be positive, got {widths} and {layers_per_block}")
-    if image_size < 1 or image_size % 2 ** (levels - 1):
+    sizes = (image_size,) if isinstance(image_size, int) else image_size
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise InputError(f"a size must be one to three numbers from 1, got {image_size}")
+    if any(size % 2 ** (levels - 1) for size in sizes[-2:]):
         raise InputError(
             f"{levels} levels halve the image {levels - 1} times: "
             f"its size must be divisible by {2 ** (levels - 1)}, got {image_size}"

@@ -135,7 +135,7 @@ class Trainer:
             )
         if out is not None and self.options.sample_every and not data.pictures:
             raise InputError(
-                "sample grids show images of 1 or 3 channels, the data has the shape "
+                "sample grids show images of 1 or 3 channels, a sample of the data has the shape "
                 f"{data.shape}; set sample_every to 0"
             )
         self.data, self.world = data, present()

@@ -8,8 +8,10 @@ import pytest
 import torch
 from nn.native_unet import LEVELS, TIMES, Native, sample, unet
 
+from fastdiff.common.errors import InputError
 from fastdiff.nn import FrameAttention, UNet2DModel
 from fastdiff.nn.config import UNet2DConfig
+from fastdiff.nn.image_unet import make_unet
 
 
 @pytest.mark.parametrize("dimensions", [1, 3])
@@ -115,6 +117,31 @@ def test_checkpointing_changes_no_gradient(dimensions):
     model.enable_gradient_checkpointing()
     again = torch.autograd.grad(model(x, TIMES).square().mean(), list(model.parameters()))
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(16,), (8, 12), (3, 8, 8)], ids=str)
+def test_made_of_a_size(size):
+    model = make_unet(size, 2, widths=(8, 16), layers_per_block=1, attention=(1,))
+    assert model.config.dimensions == len(size)
+    assert model.sample_shape == (2, *size)
+    assert model(torch.zeros(1, 2, *size), 5).shape == (1, 2, *size)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        ((), r"one to three numbers from 1, got \(\)"),
+        ((2, 2, 2, 2), "one to three numbers"),
+        ((0,), r"from 1, got \(0,\)"),
+        ((6,), r"divisible by 4, got \(6,\)"),
+        ((3, 8, 6), r"divisible by 4, got \(3, 8, 6\)"),
+    ],
+    ids=str,
+)
+def test_made_of_a_wrong_size(size, text):
+    with pytest.raises(InputError, match=text):
+        make_unet(size)
 
 
 def test_the_format_of_models_of_images_is_unchanged():

@@ -28,7 +28,8 @@ def model_of(dimensions, **options):
 
 def data_of(dimensions, count=10):
     generator = torch.Generator().manual_seed(0)
-    return ImageSet(torch.rand(count, *SHAPES[dimensions], generator=generator) * 2 - 1)
+    samples = torch.rand(count, *SHAPES[dimensions], generator=generator) * 2 - 1
+    return ImageSet(samples, dimensions=dimensions)
 
 
 def trainer_of(dimensions, out=None, options=OPTIONS, **more):
@@ -79,10 +80,14 @@ def test_refused(tmp_path):
         Trainer(model_of(1, sample_size=8), forward, data)
     with pytest.raises(InputError, match="in_channels 2 and sample_size 8, the data"):
         Trainer(model_of(3, sample_size=8), forward, data_of(3))
-    with pytest.raises(InputError, match=r"the data has the shape \(2, 16\); set sample_every"):
+    with pytest.raises(
+        InputError, match=r"sample of the data has the shape \(2, 16\); set sample_every"
+    ):
         Trainer(model_of(1), forward, data, TrainingOptions(sample_every=2), out=tmp_path)
-    with pytest.raises(DataError, match=r"signals \[N, C, L\], videos \[N, C, F, H, W\], got"):
-        ImageSet(torch.zeros(2, 3, 8, 9))
+    with pytest.raises(DataError, match=r"shape \[N, C, L\] with N >= 1, got \(2, 3, 8, 8\)"):
+        ImageSet(torch.zeros(2, 3, 8, 8), dimensions=1)
+    with pytest.raises(DataError, match="dimensions must be 1, 2 or 3, got 4"):
+        ImageSet(torch.zeros(2, 3, 8, 8), dimensions=4)
     found = trainer_of(1).checkpoint()
     with pytest.raises(InputError, match="wanted a model of images, got one of dimensions=1"):
         found.image_size  # noqa: B018 - the property raises

@@ -203,7 +203,7 @@ def test_a_validation_without_memory_does_not_end_the_run(make_trainer, images):
 
 
 def test_images_must_be_like_the_data(make_trainer, images):
-    with pytest.raises(InputError, match=r"must have the channels, size and classes .* got \(1"):
+    with pytest.raises(InputError, match=r"must have the shape and classes .* got \(\(1"):
         make_trainer(validation=images.without_labels())
 
 
