@@ -490,6 +490,20 @@ def guidance(results: Results) -> list[Row]:
 # Adaptive steps: adaptive_steps.json.
 
 
+def signals_and_videos(results: Results) -> list[Row]:
+    """Milliseconds of a call by fastdiff, and by each peer in the layout that suits it best."""
+    table = [["", "sample", "fastdiff", "torch.compile, Inductor (best)", "eager (best)"]]
+    for row in results["figures"]:
+        seconds = row["seconds"]
+        ours, cells = seconds["fastdiff"], list[str]()
+        for peer in ("inductor", "eager"):
+            best = min(time for name, time in seconds.items() if name.startswith(peer))
+            cells.append(f"{best * 1e3:.1f} ({best / ours:.2f}x)")
+        shape = " x ".join(map(str, row["shape"]))
+        table.append([row["network"], shape, f"{ours * 1e3:.1f}", *cells])
+    return table
+
+
 def adaptive_steps(results: Results) -> list[Row]:
     """The fewest evaluations at which adaptive steps come as near as Euler-Maruyama's."""
     figures = results["digits"]

@@ -69,6 +69,11 @@ TABLES = {
     "other-networks": Table(
         'make bench-unet UNET="--models sd15 vae"', "unet", rows.other_networks
     ),
+    "signals-and-videos": Table(
+        "python -m benchmarks.signals_and_videos --out benchmarks/results",
+        "signals_and_videos",
+        rows.signals_and_videos,
+    ),
     "bfloat16": Table("make bench-bf16", "bfloat16", rows.bfloat16_calls),
     "bfloat16-memory": Table("make bench-bf16", "bfloat16", rows.bfloat16_memory),
     "bfloat16-first-calls": Table("make bench-bf16", "bfloat16", rows.bfloat16_first_calls),

@@ -66,6 +66,16 @@ def test_known_score(run):
     assert spreads == pytest.approx([0.5099] * 3, abs=0.05)
 
 
+def test_signals(run):
+    out = run("signals", "--steps", 2, "--samples", 8)
+    rows = dict(re.findall(r"^(data|samples) +(.*)$", out, re.MULTILINE))
+    assert rows.keys() == {"data", "samples"}
+    deviation, pure, *shares = map(float, rows["data"].split())
+    assert deviation == pytest.approx(0.65, abs=0.05)  # sqrt(1/2) of a sine, sqrt(1/3) of the other
+    assert pure > 0.55  # share of the strongest frequency: 1 of a sine, 6 / pi^2 of the other
+    assert sum(shares) == pytest.approx(1, abs=0.02)
+
+
 def test_accelerate_training(run):
     out = run("accelerate_training", "--steps", 3, "--out", "pipeline")
     losses = re.findall(r"loss (\S+)", out)
