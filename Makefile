@@ -26,7 +26,7 @@ timed = began=$$(date +%s) && $(2) && \
 	echo "$(1): $$(($$(date +%s) - began)) s" >> $(VENV)/took
 
 .PHONY: help sample test test-slow diffusers-tests asan bench bench-unet bench-bf16 bench-train \
-	bench-distributed bench-pipelines learning scaling quality theory emoji emoji-quality soak gpu \
+	bench-distributed bench-pipelines learning scaling quality theory few-step emoji emoji-quality soak gpu \
 	gpu-audit cuda-check wheel lint format doctor venv clean
 
 help:  ## list these commands
@@ -86,6 +86,9 @@ quality: $(VENV)/.plot  ## Frechet distance of every sampler against evaluations
 theory: $(VENV)/.plot  ## train every objective on the digits and measure it: tables and pictures, 2 hours
 	$(RUN) -m benchmarks.objectives --out benchmarks/results --runs runs/objectives
 	$(RUN) -m benchmarks.adaptive_steps --checkpoint runs/objectives/dsm-vp --out benchmarks/results
+
+few-step: $(VENV)/.test  ## train models for a few steps on the digits, beside their teachers: table and picture, an hour
+	$(RUN) -m benchmarks.few_steps --out benchmarks/results --runs runs/few-steps
 
 # One thread and these options are what the model that comes along was trained with.
 emoji: $(VENV)/.emoji data/emoji  ## train the emoji model that comes along: images, 10000 steps, float16; 1.5 hours

@@ -487,6 +487,21 @@ def guidance(results: Results) -> list[Row]:
     return table
 
 
+def few_steps(results: Results) -> list[Row]:
+    """Frechet distance and share of right digits, one column a number of steps."""
+    steps = ("1", "2", "4", "50")
+    table = [["model", *(f"steps: {count}" for count in steps)]]
+    for one in results["rows"]:
+        figures = {n: results["found"][command] for n, command in one["commands"].items()}
+        cells = {
+            n: f"{facts['frechet']:.2f}, {facts['accuracy']:.1%}" for n, facts in figures.items()
+        }
+        table.append([one["name"], *(cells.get(n, "") for n in steps)])
+    facts = figures["4"]
+    real = f"{facts['frechet_real']:.2f}, {facts['accuracy_real']:.1%}"
+    return [*table, ["held-out real digits", real, "", "", ""]]
+
+
 # Adaptive steps: adaptive_steps.json.
 
 

@@ -103,6 +103,7 @@ TABLES = {
     "emoji-model": Table("make emoji-quality", "emoji_quality", rows.emoji_quality),
     "objectives": Table("make theory", "objectives", rows.objectives, numbers=False),
     "guidance": Table("make theory", "guidance", rows.guidance),
+    "few-steps": Table("make few-step", "few_steps", rows.few_steps),
     "adaptive-steps": Table("make theory", "adaptive_steps", rows.adaptive_steps),
     "ode-errors": Table("make theory", "adaptive_steps", rows.ode_errors),
     "gpu-kernels": Table("make gpu-audit", "gpu_audit", rows.gpu_kernels, numbers=False),

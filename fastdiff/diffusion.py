@@ -11,17 +11,21 @@ from torch import Tensor
 from fastdiff import generation, losses, objectives, samplers, sde
 from fastdiff.common.checks import check_floating
 from fastdiff.common.conditions import Conditions, unmarked
+from fastdiff.common.errors import InputError
 from fastdiff.common.estimates import SHARE, Unaided
 from fastdiff.common.inputs import check_choice, checked_seeds, real_parameter
 from fastdiff.common.model import Model
 from fastdiff.generation import ModelArguments, Network, Samples
-from fastdiff.objectives import Forward
+from fastdiff.losses.few_steps import FewSteps
+from fastdiff.objectives import Forward, Objective
 from fastdiff.samplers import Sampler
 from fastdiff.schedules import GaussianPath, NoiseSchedule
 from fastdiff.sde.solvers.by_name import METHODS as SOLVERS
 from fastdiff.sde.solvers.rounding import tolerance_for
 
 METHODS = (*samplers.names(), *SOLVERS)
+# The sampler of models that are trained for a few steps, by their objective.
+FEW_STEP_METHODS = {"consistency": "consistency", "progressive": "ddim", "reflow": "euler"}
 
 
 class Diffusion:
@@ -34,8 +38,8 @@ class Diffusion:
             or a continuous process from ``fastdiff.sde``.
         prediction: what the model predicts: eps, x0, v, score or flow; in continuous time also
             ncsn or edm, see ``fastdiff.sde.score_fn``.
-        objective: what the model is trained for, one of ``fastdiff.objectives.NAMES``; None for
-            the default of the process.
+        objective: what the model is trained for, one of ``fastdiff.objectives.NAMES`` or an
+            objective of this process and prediction; None for the default of the process.
         weighting: of the loss, see ``fastdiff.objectives.make``; None for the simple loss.
         timesteps: how the times of a batch are sampled, see ``fastdiff.objectives.make``.
         variance: of the model's reverse steps, see ``fastdiff.objectives.make``.
@@ -44,6 +48,8 @@ class Diffusion:
             a keyword argument ``estimate``, its last estimate of x0, which training makes by a
             first pass for half of the images, and sampling carries from evaluation to evaluation.
             Scores, likelihoods and bounds are functions of x and t: there the estimate is 0.
+        few_steps: steps that a model of consistency, progressive or reflow is meant to be sampled
+            in; None for the objective's default.
 
     Attributes:
         objective: a :class:`fastdiff.objectives.Objective`.
@@ -67,17 +73,23 @@ class Diffusion:
         forward: Forward,
         prediction: str = "eps",
         *,
-        objective: str | None = None,
+        objective: str | Objective | None = None,
         weighting: str | None = None,
         timesteps: str | None = None,
         variance: str | None = None,
         levels: int | None = None,
         self_condition: bool = False,
+        few_steps: int | None = None,
     ) -> None:
-        self.objective = objectives.make(
-            objective, forward, prediction, weighting=weighting, timesteps=timesteps,
-            variance=variance, levels=levels,
-        )  # fmt: skip
+        if isinstance(objective, Objective):
+            given = (weighting, timesteps, variance, levels, few_steps)
+            _check_made(objective, forward, prediction, given)
+            self.objective = objective
+        else:
+            self.objective = objectives.make(
+                objective, forward, prediction, weighting=weighting, timesteps=timesteps,
+                variance=variance, levels=levels, plan=FewSteps(few_steps),
+            )  # fmt: skip
         self.model, self.forward, self.prediction = model, forward, prediction
         self.network = Network(model, forward, prediction, self.objective.learned, self_condition)
 
@@ -127,18 +139,23 @@ class Diffusion:
         Args:
             method: a name from ``fastdiff.samplers``, which step along a fixed grid of timesteps,
                 or of a method of ``sde.Solver``, which steps in continuous time. Both accept both
-                kinds of process. None is unipc-2 for a schedule, and for a continuous process ode,
+                kinds of process. None is the method of :data:`FEW_STEP_METHODS` for a model trained
+                for a few steps, else unipc-2 for a schedule, and for a continuous process ode,
                 which chooses its steps by a tolerance.
-            steps: None is 20 for a sampler, and for a solver its own default.
-            options: of the sampler or the solver.
+            steps: None is the objective's ``few_steps`` for that method of a model trained for a
+                few, else 20 for a sampler, and for a solver its own default.
+            options: of the sampler or the solver. The grid of that method is "trailing" if none is
+                given.
 
         Raises:
             TypeError: an option that the method does not have.
             ValueError: an unknown method, options that the method refuses, or a solver for a
                 schedule that has no view in continuous time.
         """
-        if method is None:
-            method = "unipc-2" if isinstance(self.forward, GaussianPath) else "ode"
+        method = method or self._default_method
+        if method == FEW_STEP_METHODS.get(self.objective.name):
+            steps = self.objective.few_steps if steps is None else steps
+            options = {"grid": "trailing", **options}  # which progressive distillation trains on
         check_choice("method", method, METHODS)
         if method in SOLVERS:
             return sde.Solver(self.continuous, method, steps, **options)
@@ -146,6 +163,11 @@ class Diffusion:
             options = {"variance": self.objective.variance, **options}
         options = {"prediction": self.network.path_prediction, **options}
         return samplers.make(method, self.path, 20 if steps is None else steps, **options)
+
+    @property
+    def _default_method(self) -> str:
+        usual = "unipc-2" if isinstance(self.forward, GaussianPath) else "ode"
+        return FEW_STEP_METHODS.get(self.objective.name, usual)
 
     def sample(
         self,
@@ -175,7 +197,8 @@ class Diffusion:
             Images [N, C, ...], on the device of the model's parameters, or on the CPU if the model
             has none.
         """
-        solver = method in SOLVERS or (method is None and isinstance(self.forward, sde.SDE))
+        method = method or self._default_method
+        solver = method in SOLVERS
         sampler = self.sampler(method, steps, **(options if solver else {}))
         return self.generate(
             sampler, shape, cond=cond, generator=generator, mode=mode, progress=progress,
@@ -264,3 +287,16 @@ class Diffusion:
         return sde.bits_per_dim(
             self.log_likelihood(dequantized, cond=cond, **options).logp, x0.shape[1:]
         )
+
+
+def _check_made(
+    objective: Objective, forward: Forward, prediction: str, options: tuple[Any, ...]
+) -> None:
+    """InputError unless an objective is of a process and a prediction, and has all its options."""
+    if objective.forward is not forward or objective.prediction != prediction:
+        raise InputError(
+            f"the objective was made for {objective.prediction} of {objective.forward!r}, "
+            f"got {prediction} of {forward!r}"
+        )
+    if any(option is not None for option in options):
+        raise InputError(f"an objective that is made takes no further options, got {options}")

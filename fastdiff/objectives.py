@@ -9,13 +9,15 @@
     ncsn    VE             score matching at geometric noise levels       arXiv:1907.05600, eq. 6
     edm     EDM            the error of the preconditioned denoiser       arXiv:2206.00364, eq. 8
 
-``fastdiff.losses`` computes the losses. Trainer and Diffusion both train through
-:meth:`Objective.loss`. Only :func:`make` checks whether process, prediction and options fit.
+and those of ``losses.few_steps``, consistency, progressive and reflow. ``fastdiff.losses`` computes
+the losses. Trainer and Diffusion both train through :meth:`Objective.loss`. Only :func:`make`
+checks whether process, prediction and options fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +29,9 @@ from fastdiff.common.errors import InputError
 from fastdiff.common.inputs import check_choice
 from fastdiff.common.model import Model
 from fastdiff.losses import LossSecondMoment, score_matching
+from fastdiff.losses import few_steps as few
 from fastdiff.losses.continuous_times import DENSITIES, EVEN, Times, times_of
+from fastdiff.losses.few_steps import FewSteps
 from fastdiff.losses.timesteps import TimestepSampler
 from fastdiff.samplers.ddpm import VARIANCES
 from fastdiff.schedules import FlowSchedule, GaussianPath, NoiseSchedule
@@ -59,6 +63,7 @@ class Objective:
         variance: the variance of the model's steps, for a NoiseSchedule, else None.
         levels: the number of noise levels of ncsn, else None.
         times: the sampler of training times.
+        plan: of training for a few steps, with the teacher; None for other objectives.
     """
 
     def __init__(
@@ -70,9 +75,10 @@ class Objective:
         losses_of: Callable[..., Tensor],
         variance: str | None = None,
         levels: int | None = None,
+        plan: FewSteps | None = None,
     ) -> None:
         self.name, self.forward, self.prediction = name, forward, prediction
-        self.times, self.variance, self.levels = times, variance, levels
+        self.times, self.variance, self.levels, self.plan = times, variance, levels, plan
         self._losses_of = losses_of
 
     @property
@@ -80,14 +86,28 @@ class Objective:
         """Whether the model returns 2 C channels, the second C for its variance."""
         return (self.variance or "").startswith("learned")
 
-    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def few_steps(self) -> int | None:
+        """Steps that the model is meant to be sampled in, if it is trained for few; else None."""
+        return None if self.plan is None else self.plan.few_steps
+
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Times for n images, and the weights of their losses.
 
+        Args:
+            n: number of images.
+            generator: on the CPU; None for PyTorch's global one.
+            step: of the training, for consistency, whose times depend on it; None for its last.
+
         Returns:
-            Timesteps int64 [n] for a schedule, or times float64 [n] for an SDE, and the weights,
-            float64 [n], on the generator's device.
+            Timesteps int64 [n] for a schedule, or times float64 [n] for an SDE; for consistency and
+            progressive the timesteps of each image's jump, int64 [n, 2] and [n, 3]. And the
+            weights, float64 [n], on the generator's device.
         """
-        return self.times.draw(n, generator)
+        times = self.times.at(step) if isinstance(self.times, few.Consistency) else self.times
+        return times.draw(n, generator)
 
     def quantiles(self, shares: Tensor) -> Tensor:
         """Times below which given shares of all draws lie, each draw counted by its weight.
@@ -170,6 +190,7 @@ def make(
     timesteps: str | None = None,
     variance: str | None = None,
     levels: int | None = None,
+    plan: FewSteps | None = None,
 ) -> Objective:
     """The objective called ``name``.
 
@@ -188,6 +209,8 @@ def make(
         variance: for a NoiseSchedule one of ``samplers.ddpm.VARIANCES``; None is learned_range for
             hybrid and vlb, else fixed_small.
         levels: number of noise levels of ncsn, at least 2; None is 100.
+        plan: of consistency, progressive and reflow, see ``losses.few_steps.FewSteps``; None for
+            its defaults.
 
     Returns:
         The objective.
@@ -203,6 +226,10 @@ def make(
         check_choice("objective", name, NAMES)
         if levels is not None and name != "ncsn":
             raise ValueError(f"levels are for the objective ncsn, not {name}")
+        if name in few.NAMES:
+            return _few_steps(
+                name, forward, prediction, weighting, timesteps, variance, plan or FewSteps()
+            )
         wanted = _FORWARDS[name]
         if not isinstance(forward, wanted):
             raise ValueError(f"the objective {name} needs {_describe(wanted)}, got {forward!r}")
@@ -222,7 +249,7 @@ _FORWARDS: dict[str, type[Forward]] = {
     "ncsn": sde.VE,
     "edm": sde.EDM,
 }
-NAMES = tuple(_FORWARDS)
+NAMES = (*_FORWARDS, *few.NAMES)
 
 
 def _default_name(forward: Forward, prediction: str, variance: str | None) -> str:
@@ -270,6 +297,33 @@ def _discrete(
     losses_of = partial(_discrete_losses, name, forward, prediction, weight, variance)
     sampler = DISCRETE[times](forward)
     return Objective(name, forward, prediction, sampler, losses_of, variance)
+
+
+def _few_steps(
+    name: str,
+    forward: Forward,
+    prediction: str,
+    weighting: str | None,
+    times: str | None,
+    variance: str | None,
+    plan: FewSteps,
+) -> Objective:
+    if variance is not None and variance.startswith("learned"):
+        raise ValueError(f"{name} does not train a {variance} variance; hybrid and vlb do")
+    plan = replace(plan, few_steps=plan.few_steps or few.FEW_STEPS[name])
+    if name == "reflow":  # rectified flow, of pairs
+        base = make("flow", forward, prediction, weighting=weighting, timesteps=times)
+        return Objective(name, forward, prediction, base.times, base.losses, plan=plan)
+    for what, value in (("weights", weighting), ("times", times)):
+        if value is not None:
+            raise ValueError(f"{name} has {what} of its own, got {value!r}")
+    if isinstance(forward, NoiseSchedule):
+        variance = variance or "fixed_small"
+    elif variance is not None:
+        raise ValueError(f"{forward!r} has no steps whose variance could be {variance}")
+    kind = few.Consistency if name == "consistency" else few.Progressive
+    jumps = kind(forward, prediction, plan)
+    return Objective(name, forward, prediction, jumps, jumps.losses, variance, plan=plan)
 
 
 def _discrete_losses(

@@ -84,6 +84,8 @@ class Checkpoint:
         variance: of the reverse steps, with a NoiseSchedule; None is the objective's default.
         levels: number of noise levels of the objective ncsn; None for other objectives.
         weights: the name of the model's weights, such as ema-0.999; None if they have none.
+        few_steps: steps that a model of consistency, progressive or reflow is meant to be sampled
+            in; None for other objectives.
     """
 
     model: ImageNetwork
@@ -98,12 +100,13 @@ class Checkpoint:
     variance: str | None = None
     levels: int | None = None
     weights: str | None = None
+    few_steps: int | None = None
 
     def diffusion(self) -> Diffusion:
         """The model with its process; InputError if the checkpoint's fields contradict."""
         return Diffusion(
             self.model, self.forward, self.prediction, objective=self.objective,
-            variance=self.variance, levels=self.levels,
+            variance=self.variance, levels=self.levels, few_steps=self.few_steps,
             self_condition=unwrapped(self.model).config.self_condition,
         )  # fmt: skip
 
@@ -355,6 +358,7 @@ def load(path: str | Path, weights: str | None = None) -> Checkpoint:
         variance=optional_field(meta, "variance", str, folder / META),
         levels=optional_field(meta, "levels", int, folder / META),
         weights=weights or optional_field(meta, "weights", str, folder / META),
+        few_steps=optional_field(meta, "few_steps", int, folder / META),
     )
     try:
         outputs = checkpoint.channels * (2 if checkpoint.diffusion().objective.learned else 1)
@@ -580,6 +584,7 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
         "seed": checkpoint.seed,
         "dataset": checkpoint.dataset,
         "weights": checkpoint.weights,
+        **({} if checkpoint.few_steps is None else {"few_steps": checkpoint.few_steps}),
     }
 
 

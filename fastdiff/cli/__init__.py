@@ -10,6 +10,7 @@ from fastdiff.cli import (
     average,
     compare_runs,
     convert,
+    distill,
     doctor,
     evaluate,
     export,
@@ -27,6 +28,7 @@ __all__ = ["main", "parser"]
 
 COMMANDS = {
     "train": train,
+    "distill": distill,
     "sample": sample,
     "restore": restore,
     "eval": evaluate,

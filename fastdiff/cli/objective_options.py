@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastdiff import objectives, schedules, sde
-from fastdiff.cli.parsing import named_value, positive
+from fastdiff import schedules, sde
+from fastdiff.cli.parsing import integers, named_value, positive
 from fastdiff.common.errors import InputError
+from fastdiff.losses import few_steps
 from fastdiff.losses.continuous_times import DEFAULT_LEVELS
-from fastdiff.objectives import Forward
+from fastdiff.objectives import Forward, Objective
 from fastdiff.sde.processes.ve import LABELS as VE_LABELS
+from fastdiff.training.distillation import consistency_training
 
 # The options of each objective, with their defaults.
 _DDPM = {"schedule": "cosine", "timesteps": 1000, "schedule_option": ()}
+_EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ddpm": {**_DDPM, "prediction": "v"},
     "hybrid": {**_DDPM, "prediction": "eps"},
@@ -21,7 +24,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flow": {"timesteps": 1000, "prediction": "flow"},
     "dsm": {"sde": "vp", "prediction": "eps"},
     "ncsn": {"sde": "ve", "prediction": "ncsn", "levels": DEFAULT_LEVELS},
-    "edm": {"prediction": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
+    "edm": {"prediction": "edm", **_EDM},
+    "consistency": {"prediction": "edm", **_EDM, "intervals": few_steps.INTERVALS},
 }
 SDES: dict[str, tuple[type[sde.SDE], dict[str, Any]]] = {
     "vp": (sde.VP, {"beta_min": 0.1, "beta_max": 20.0, "trained_from": 1e-5}),
@@ -40,7 +44,7 @@ SDES: dict[str, tuple[type[sde.SDE], dict[str, Any]]] = {
 FLAGS = (
     "schedule", "schedule_option", "timesteps", "sde", "beta_min", "beta_max", "sigma_min",
     "sigma_max", "sigma_data", "log_snr_max", "log_snr_min", "shift", "trained_from",
-    "label_by", "levels", "prediction",
+    "label_by", "levels", "intervals", "prediction",
 )  # fmt: skip
 
 
@@ -51,17 +55,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "Each objective has its own process and options: ddpm, hybrid and vlb take --schedule, its "
         "options\nand --timesteps; flow takes --timesteps; dsm takes --sde and its options;\n"
         "ncsn takes the options of ve and --levels; edm takes --sigma-min, --sigma-max and "
-        "--sigma-data.",
+        "--sigma-data;\nconsistency takes those of edm and --intervals.",
     )
     group.add_argument(
         "--objective",
-        choices=objectives.NAMES,
+        choices=tuple(OPTIONS),
         default="ddpm",
         metavar="NAME",
         help="what the model is trained for: ddpm (prediction of noise, of x0 or of v), hybrid or "
         "vlb (with a variance learned by the variational bound), flow (rectified flow), dsm (score "
         "matching of an SDE), ncsn (score matching at fixed noise levels), edm (the preconditioned "
-        "denoiser)",
+        "denoiser), consistency (a jump to the image, for one step or two)",
     )
     group.add_argument(
         "--schedule",
@@ -99,6 +103,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--levels", type=positive, metavar="L",
         help=f"number of noise levels of ncsn (default: {DEFAULT_LEVELS})",
     )  # fmt: skip
+    add_intervals_argument(group, few_steps.INTERVALS)
     group.add_argument(
         "--prediction",
         choices=sde.PARAMETRISATIONS,
@@ -106,6 +111,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="what the model predicts: eps, x0, v, score or flow; ncsn or edm for the objective of "
         "that name (default: v for ddpm; eps for hybrid, vlb and dsm; else the objective's name)",
     )
+
+
+def add_intervals_argument(group: argparse._ActionsContainer, default: tuple[int, int]) -> None:
+    """Add --intervals, of consistency."""
+    group.add_argument(
+        "--intervals", type=integers, metavar="FIRST,LAST",
+        help="of noise levels between which consistency is asked for, at the first and the last "
+        f"step; they double on the way (default: {default[0]},{default[1]})",
+    )  # fmt: skip
 
 
 def settled(args: argparse.Namespace) -> argparse.Namespace:
@@ -128,12 +142,28 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **values})
 
 
+def interval_counts(given: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """The two numbers of --intervals; InputError for another count of them."""
+    if given is None or len(given) == 2:
+        return given
+    raise InputError(f"--intervals takes two numbers, FIRST,LAST, got {','.join(map(str, given))}")
+
+
+def objective(args: argparse.Namespace, process: Forward, steps: int) -> str | Objective:
+    """The objective of :func:`settled` arguments: its name, or with intervals the object."""
+    name: str = args.objective
+    if name != "consistency":
+        return name
+    intervals = interval_counts(args.intervals)
+    return consistency_training(process, args.prediction, steps, intervals)
+
+
 def forward(args: argparse.Namespace) -> Forward:
     """The forward process of :func:`settled` arguments; InputError for values out of range."""
     try:
         if args.objective == "flow":
             return schedules.flow(args.timesteps)
-        if args.objective == "edm":
+        if args.objective in ("edm", "consistency"):
             return sde.EDM(args.sigma_min, args.sigma_max, args.sigma_data)
         if args.sde is not None:
             kind, named = SDES[args.sde]

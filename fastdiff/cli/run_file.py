@@ -22,6 +22,7 @@ from fastdiff.data.file_names import as_path, as_text
 NAME = "run.toml"  # of the file that a run writes into its folder
 # Options that say which run it is, and are in no file.
 CONTROLS = ("config", "set", "resume", "resume_if_any")
+SINGLE = (None, "?")  # argparse's ``nargs`` of options with one value
 _TITLES = ("positional arguments", "options")  # argparse's own groups
 
 # For types of options: the values that a file may have, and what these are in words.
@@ -94,26 +95,29 @@ def assigned(command: argparse.ArgumentParser, texts: Iterable[str]) -> dict[str
             value = {"true": True, "false": False}.get(word, word)
             values[action.dest] = _checked(action, value, where)
         else:
-            parts = [word] if action.nargs is None else word.split(",")
+            parts = [word] if action.nargs in SINGLE else word.split(",")
             values[action.dest] = _converted(action, parts, where)
     return values
 
 
-def write(command: argparse.ArgumentParser, args: argparse.Namespace, path: Path) -> None:
+def write(
+    command: argparse.ArgumentParser, args: argparse.Namespace, path: Path, name: str
+) -> None:
     """Write all options as a file that :func:`read` reads, each with its help as a comment.
 
-    An option without a value, and the folder of the run, which another run cannot have, are
-    comments. The file is replaced as a whole.
+    ``name`` is that of the command, for the line that says how to repeat the run. An option without
+    a value, and the folder of the run, which another run cannot have, are comments. The file is
+    replaced as a whole.
     """
     lines = [
         toml_file.comment(
             f"The options of this run, written by fastdiff {__version__}. To repeat it: "
-            f"fastdiff train --config {path.name} --out FOLDER"
+            f"fastdiff {name} --config {path.name} --out FOLDER"
         )
     ]
     table = ""
-    for name, action in keys(command).items():
-        now, _, key = name.partition(".")
+    for full, action in keys(command).items():
+        now, _, key = full.partition(".")
         if now != table:
             table = now
             lines += ["", f"[{table}]"]
@@ -150,7 +154,7 @@ def _checked(action: argparse.Action, value: Any, where: str) -> Any:
             raise InputError(f"{where} must be true or false, got {value!r}")
         return value
     types, wanted = _KINDS.get(action.type, _OTHER)
-    several = action.nargs is not None or action.type in LISTS
+    several = action.nargs not in SINGLE or action.type in LISTS
     parts = value if several and isinstance(value, list) else [value]
     for part in parts:
         if not isinstance(part, types) or isinstance(part, bool):
@@ -180,4 +184,4 @@ def _converted(action: argparse.Action, texts: Sequence[str], where: str) -> Any
             choices = ", ".join(map(str, action.choices))
             raise InputError(f"{where} must be one of {choices}, got {text!r}")
         values.append(value)
-    return values[0] if action.nargs is None else values
+    return values[0] if action.nargs in SINGLE else values

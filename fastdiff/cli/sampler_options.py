@@ -15,13 +15,14 @@ from fastdiff.checkpoints import classifier_checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cli.parsing import named_value
 from fastdiff.common.errors import InputError
-from fastdiff.diffusion import METHODS, SOLVERS, Diffusion
+from fastdiff.diffusion import FEW_STEP_METHODS, METHODS, SOLVERS, Diffusion
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
 from fastdiff.sde.solvers.by_name import LANGEVIN_STEPS_EACH
 
 STEPS = 50  # default of samplers with timesteps
-# For each objective except ncsn the default sampler and its steps.
+# For each objective except ncsn the default sampler and its steps, which models that are trained
+# for a few steps have of their own.
 DEFAULTS: dict[str, tuple[str, int | None]] = {
     "ddpm": ("ddim", STEPS),
     "hybrid": ("ddpm", STEPS),
@@ -29,6 +30,7 @@ DEFAULTS: dict[str, tuple[str, int | None]] = {
     "flow": ("unipc-2", STEPS),
     "dsm": ("adaptive", None),
     "edm": ("heun", STEPS // 2),
+    **{name: (method, None) for name, method in FEW_STEP_METHODS.items()},
 }
 
 
@@ -124,7 +126,8 @@ def default_sampler(diffusion: Diffusion) -> tuple[str, int | None]:
     objective = diffusion.objective
     if objective.levels is not None:
         return "annealed-langevin", objective.levels * LANGEVIN_STEPS_EACH
-    return DEFAULTS[objective.name]
+    method, steps = DEFAULTS[objective.name]
+    return method, objective.few_steps or steps
 
 
 def guidance(

@@ -52,65 +52,140 @@ from fastdiff.training.training_options import (
     WITHOUT_RECORD,
 )
 
-PATHS = ("data", "validation", "out")  # arguments that are paths
+PATHS = ("data", "validation", "out", "teacher")  # arguments that are paths
 
 # Arguments that a resumed run may change; the others are those of its checkpoint. ``data`` may
 # change since a folder of images may have moved; the trainer compares its content. The digits
 # cannot move, so if either value is DIGITS, ``data`` may not change. ``validation`` may not change
-# if either value is a share of the images, since that decides what is trained on.
+# if either value is a share of the images, since that decides what is trained on. ``teacher`` may
+# have moved; its weights are compared.
 CHANGEABLE = frozenset(
     {
         "data", "cache", "workers", "validation", "steps", "cooldown", "save_every",
         "sample_every", "validate_every", "log", "keep", "out", "accumulate", "on_oom",
-        "shard", "on_bad_loss", "spike", "max_skips", "backend", "threads", "device", *CONTROLS,
+        "shard", "on_bad_loss", "spike", "max_skips", "backend", "threads", "device", "teacher",
+        *CONTROLS,
     }
 )  # fmt: skip
 
 
+class Kind:
+    """What a command that trains has of its own; this is ``fastdiff train``."""
+
+    name = "train"
+
+    def add_arguments(self, command: argparse.ArgumentParser) -> None:
+        """Its options, in groups."""
+        add_arguments(command)
+
+    def settled(self, args: argparse.Namespace) -> argparse.Namespace:
+        """The arguments of a new run, with defaults that depend on others; InputError if wrong."""
+        if args.data is None:
+            raise InputError("say what to train on: --data digits or --data FOLDER")
+        return objective_options.settled(args)
+
+    def images(
+        self, args: argparse.Namespace, options: TrainingOptions, device: torch.device
+    ) -> TrainingImages:
+        """The images to train on; InputError if they do not go with the arguments of a new run."""
+        found = data_options.find(args, args.image_size, grayscale=args.grayscale)
+        if not args.resume:
+            self.check(args, options, found)
+        return self.read(args, found)
+
+    def read(self, args: argparse.Namespace, found: Found) -> TrainingImages:
+        """The images of --data."""
+        images = found.read(flip=args.flip)
+        return images.without_labels() if args.unconditional else images
+
+    def check(self, args: argparse.Namespace, options: TrainingOptions, found: Found) -> None:
+        """Check, before images are read, all that does not depend on them.
+
+        Raises:
+            InputError: arguments that do not fit together.
+            RuntimeError: torch has no memory for a batch.
+        """
+        found.check_flip(args.flip)
+        classes = 0 if args.unconditional else len(found.classes)
+        if options.null_class and not classes:
+            raise InputError("label_dropout hides labels, but the data has none")
+        channels = found.channels
+        with torch.device("meta"), NoInitialisation():
+            network = _network(args, channels, classes + options.null_class)
+        forward = objective_options.forward(args)
+        objective = objective_options.objective(args, forward, options.steps)
+        make_diffusion(network, forward, options, args.prediction, objective, None, args.levels)
+        check_memory(options.batch_size, channels, args.image_size, args.image_size)
+
+    def trainer(
+        self,
+        args: argparse.Namespace,
+        options: TrainingOptions,
+        images: TrainingImages,
+        device: torch.device,
+        **common: Any,
+    ) -> Trainer:
+        """The trainer of a new run."""
+        with seeded(options.seed, torch.get_default_device()):
+            model = _network(args, images.channels, len(images.classes) + options.null_class)
+        forward = objective_options.forward(args)
+        return Trainer(
+            model.to(device),
+            forward,
+            images,
+            options,
+            prediction=args.prediction,
+            objective=objective_options.objective(args, forward, options.steps),
+            levels=args.levels,
+            out=args.out,
+            **common,
+        )
+
+
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Train, and return the exit code."""
-    given = _given(args, argv)
+    return run_as(Kind(), args, argv)
+
+
+def run_as(kind: Kind, args: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Train as a command of this kind does, and return the exit code."""
+    given = _given(kind, args, argv)
     args = argparse.Namespace(**{**vars(args), **given})
     if args.out is None:
         raise InputError("say where the run is to be: --out FOLDER")
     # An existing folder is locked before checkpoints are read that another process may delete.
     with _lock(args.out) if args.out.is_dir() else nullcontext():
-        return _run(args, given)
+        return _run(kind, args, given)
 
 
-def _run(args: argparse.Namespace, given: dict[str, Any]) -> int:
+def _run(kind: Kind, args: argparse.Namespace, given: dict[str, Any]) -> int:
     args.resume |= args.resume_if_any and checkpoint.newest(args.out) is not None
     resumed = resumable.find(args.out) if args.resume else None  # before images are read
     if resumed is not None:
-        args = _with_recorded(args, given, resumed)
+        args = _with_recorded(kind, args, given, resumed)
     elif checkpoint.newest(args.out) is not None:
         raise InputError(
             f"{args.out} holds checkpoints of an earlier run; "
             "continue it with --resume, or choose another --out"
         )
     else:
-        args = objective_options.settled(args)
-    if args.data is None:
-        raise InputError("say what to train on: --data digits or --data FOLDER")
-    args.data = data_options.settled(args.data)
+        args = kind.settled(args)
+    if args.data is not None:
+        args.data = data_options.settled(args.data)
     watch_options.settle(args)
     options = TrainingOptions(
         **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
     )
     with machine(args) as device, process_group(device):
-        found = data_options.find(args, args.image_size, grayscale=args.grayscale)
-        if not args.resume:
-            _check(args, options, found)
+        images = kind.images(args, options, device)
         loggers = watch_options.loggers(args) if is_first() else []
         check_writable(args.out / "losses.jsonl")
-        images = found.read(flip=args.flip)
-        images = images.without_labels() if args.unconditional else images
-        trainer = _trainer(args, options, images, device, resumed)
+        trainer = _trainer(kind, args, options, images, device, resumed)
         resumed = None  # its tensors are copied; training needs their memory
         with _lock(args.out):  # which makes the folder, so all that can be wrong comes before
             if trainer.world.first:
-                run_file.write(_options(), args, args.out / run_file.NAME)
-            return _train(trainer, loggers)
+                run_file.write(_options(kind), args, args.out / run_file.NAME, kind.name)
+            return _train(kind, trainer, loggers)
 
 
 def _lock(out: Path) -> AbstractContextManager[None]:
@@ -118,28 +193,8 @@ def _lock(out: Path) -> AbstractContextManager[None]:
     return run_lock(out) if is_first() else nullcontext()
 
 
-def _check(args: argparse.Namespace, options: TrainingOptions, found: Found) -> None:
-    """Check, before images are read, all that does not depend on them.
-
-    Raises:
-        InputError: arguments that do not fit together.
-        RuntimeError: torch has no memory for a batch.
-    """
-    found.check_flip(args.flip)
-    classes = 0 if args.unconditional else len(found.classes)
-    if options.null_class and not classes:
-        raise InputError("label_dropout hides labels, but the data has none")
-    channels = found.channels
-    with torch.device("meta"), NoInitialisation():
-        network = _network(args, channels, classes + options.null_class)
-    make_diffusion(
-        network, objective_options.forward(args), options, args.prediction, args.objective, None,
-        args.levels,
-    )  # fmt: skip
-    check_memory(options.batch_size, channels, args.image_size, args.image_size)
-
-
 def _trainer(
+    kind: Kind,
     args: argparse.Namespace,
     options: TrainingOptions,
     images: TrainingImages,
@@ -152,22 +207,9 @@ def _trainer(
     if resumed is not None:
         return Trainer.resume(
             args.out, images, options, validation=validation, device=device, record=record,
-            found=resumed,
+            found=resumed, teacher=getattr(args, "teacher", None),
         )  # fmt: skip
-    with seeded(options.seed, torch.get_default_device()):
-        model = _network(args, images.channels, len(images.classes) + options.null_class)
-    return Trainer(
-        model.to(device),
-        objective_options.forward(args),
-        images,
-        options,
-        prediction=args.prediction,
-        objective=args.objective,
-        levels=args.levels,
-        validation=validation,
-        out=args.out,
-        record=record,
-    )
+    return kind.trainer(args, options, images, device, validation=validation, record=record)
 
 
 def _network(args: argparse.Namespace, channels: int, classes: int) -> ImageNetwork:
@@ -192,7 +234,7 @@ def _network(args: argparse.Namespace, channels: int, classes: int) -> ImageNetw
     return make_karras_unet(args.image_size, channels, classes, time_scale=scale, **sizes)
 
 
-def _train(trainer: Trainer, loggers: Sequence[Observer]) -> int:
+def _train(kind: Kind, trainer: Trainer, loggers: Sequence[Observer]) -> int:
     """Run the training, with notes on standard error, and return the exit code."""
     images, steps = trainer.data, trainer.options.steps
     count = sum(p.numel() for p in trainer.parameters)
@@ -210,7 +252,7 @@ def _train(trainer: Trainer, loggers: Sequence[Observer]) -> int:
         tell(f"done: {folder}")
         return 0
     tell(f"{ended_by.name}: stopped after step {trainer.finished_steps}; checkpoint {folder}")
-    tell(f"continue with: fastdiff train --resume --out {shlex.quote(str(trainer.out))}")
+    tell(f"continue with: fastdiff {kind.name} --resume --out {shlex.quote(str(trainer.out))}")
     return 128 + ended_by
 
 
@@ -219,7 +261,7 @@ def _silent(text: str) -> None:
 
 
 def _with_recorded(
-    args: argparse.Namespace, given: dict[str, Any], found: Resumable
+    kind: Kind, args: argparse.Namespace, given: dict[str, Any], found: Resumable
 ) -> argparse.Namespace:
     """The recorded arguments of the run to resume, updated by the arguments given now.
 
@@ -237,7 +279,9 @@ def _with_recorded(
     recorded_options(facts, folder)
     arguments = facts.get("record", {}).get("arguments")
     if not isinstance(arguments, dict) or not set(arguments) <= set(vars(args)):
-        raise CheckpointError(f"{folder} was not written by fastdiff train; resume it in Python")
+        raise CheckpointError(
+            f"{folder} was not written by fastdiff {kind.name}; resume it in Python"
+        )
     recorded, given = (_with_tuples(values) for values in (arguments, given))
     recorded = {**WITHOUT_RECORD, **recorded}
     recorded |= {k: as_path(recorded[k]) for k in PATHS if isinstance(recorded.get(k), str)}
@@ -256,7 +300,7 @@ def _with_recorded(
     return argparse.Namespace(**{**vars(args), **recorded, **given})
 
 
-def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
+def _given(kind: Kind, args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
     """The arguments that the user gave, without the defaults of the others.
 
     What is on the command line comes before --set, and that before the file of --config.
@@ -265,7 +309,7 @@ def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, An
         InputError: a key of --set or of the file that is no option, or a value that does not suit.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    command, unset = _options(), object()
+    command, unset = _options(kind), object()
     command.set_defaults(**dict.fromkeys(vars(args), unset))
     # An option that may be repeated would append to the mark; of None it makes a list.
     repeated = {a.dest for a in command._actions if isinstance(a, argparse._AppendAction)}
@@ -277,10 +321,10 @@ def _given(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, An
     return given | {name: value for name, value in parsed.items() if value is not absent[name]}
 
 
-def _options() -> argparse.ArgumentParser:
+def _options(kind: Kind) -> argparse.ArgumentParser:
     """A parser of the options alone."""
     command = argparse.ArgumentParser()
-    add_arguments(command)
+    kind.add_arguments(command)
     return command
 
 

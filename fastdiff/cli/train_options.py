@@ -21,8 +21,37 @@ from fastdiff.training.training_options import (
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Options of ``fastdiff train``."""
+    add_run_arguments(command)
+    data = command.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        help=f"{data_options.HELP}; with --resume, the run's images at their present place, if "
+        "they have moved",
+    )
+    data.add_argument("--image-size", type=positive, default=16, help="height and width")
+    data.add_argument("--grayscale", action="store_true", help="read images as grey")
+    data.add_argument("--flip", action="store_true", help="mirror half of the images")
+    data_options.add_source_arguments(data)
+    data_options.add_arguments(data)
+    data.add_argument("--unconditional", action="store_true", help="train without the classes")
+
+    model = command.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        choices=("unet", "karras"),
+        default="unet",
+        help="unet is DDPM's network, karras that of EDM2, whose layers preserve magnitudes",
+    )
+    add_network_arguments(model)
+    model.add_argument("--dropout", type=float, default=0.0, help="dropout in every block")
+
+    objective_options.add_arguments(command)
+    add_training_arguments(command)
+
+
+def add_run_arguments(command: argparse.ArgumentParser) -> None:
+    """Which run it is, and what it keeps in its folder."""
     defaults = TrainingOptions()
-    switch = argparse.BooleanOptionalAction
     which = command.add_argument_group("which run")
     which.add_argument(
         "--config",
@@ -64,31 +93,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="steps between sample grids; 0 for none",
     )
 
-    data = command.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        help=f"{data_options.HELP}; with --resume, the run's images at their present place, if "
-        "they have moved",
-    )
-    data.add_argument("--image-size", type=positive, default=16, help="height and width")
-    data.add_argument("--grayscale", action="store_true", help="read images as grey")
-    data.add_argument("--flip", action="store_true", help="mirror half of the images")
-    data_options.add_source_arguments(data)
-    data_options.add_arguments(data)
-    data.add_argument("--unconditional", action="store_true", help="train without the classes")
 
-    model = command.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        choices=("unet", "karras"),
-        default="unet",
-        help="unet is DDPM's network, karras that of EDM2, whose layers preserve magnitudes",
-    )
-    add_network_arguments(model)
-    model.add_argument("--dropout", type=float, default=0.0, help="dropout in every block")
-
-    objective_options.add_arguments(command)
-
+def add_training_arguments(command: argparse.ArgumentParser) -> None:
+    """How it is trained: steps, optimizer, averages, what is watched, the machine."""
+    defaults = TrainingOptions()
+    switch = argparse.BooleanOptionalAction
     how = command.add_argument_group("training")
     how.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
     how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images per step")

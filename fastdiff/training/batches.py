@@ -27,9 +27,10 @@ class Draws:
 
     Attributes:
         indices: numbers of the images in the data, int64 [N].
-        t: times, [N], from the objective's ``draw``.
+        t: times, [N] or a row an image, from the objective's ``draw``.
         weights: importance weights of the times, float64 [N].
-        seeds: of the noise, int64 [N, 2]: a seed and the image's place in the whole batch.
+        seeds: of the noise, int64 [N, 2]: a seed and the image's place in the whole batch; or, if
+            the objective pairs each image with a noise of its own, the seeds of that.
         mirrored: which images are mirrored left to right, bool [N], or None.
         corners: where images are cut, float32 [N, 2], or None; see
             :meth:`fastdiff.data.TrainingImages.draw_corners`.
@@ -62,7 +63,7 @@ class Batch:
     Attributes:
         x0: clean images, float32 [N, C, S, S] in [-1, 1].
         labels: classes, int64 [N]; the number of classes stands for a hidden label. Or None.
-        t: times, [N], see :class:`Draws`.
+        t: times, see :class:`Draws`.
         weights: importance weights of the times, float64 [N].
         noise: seeds of the noise, int64 [N, 2], or the noise itself, standard normal like ``x0``.
         estimated: see :class:`Draws`; on the CPU.
@@ -82,18 +83,24 @@ def draw(data: TrainingImages, objective: Objective, options: TrainingOptions, s
     generator = stream_generator(seed, "step", step)
     mirrored = data.draw_mirrored(size, generator)
     corners = data.draw_corners(size, generator)
-    t, weights = objective.draw(size, generator)
+    t, weights = objective.draw(size, generator, step)
     hidden = None
     if data.classes and options.label_dropout:
         hidden = torch.rand(size, generator=generator, device="cpu") < options.label_dropout
     estimated = None
     if options.self_condition:
         estimated = torch.rand(size, generator=generator, device="cpu") < SHARE
+    indices = batch_indices(len(data), size, step, seed)
+    pairs = None if objective.plan is None else objective.plan.seeds
+    if pairs is None:
+        seeds = checked_seeds(stream_seed(seed, "noise", step), None, size)
+    else:
+        seeds = pairs[indices]
     return Draws(
-        batch_indices(len(data), size, step, seed),
+        indices,
         t,
         weights,
-        checked_seeds(stream_seed(seed, "noise", step), None, size),
+        seeds,
         mirrored,
         corners,
         hidden,

@@ -7,7 +7,8 @@ from fastdiff.common.model import Model
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.diffusion import Diffusion
 from fastdiff.nn import ImageNetwork
-from fastdiff.objectives import Forward
+from fastdiff.objectives import Forward, Objective
+from fastdiff.training.distillation import consistency_training
 from fastdiff.training.training_options import TrainingOptions
 
 
@@ -16,7 +17,7 @@ def make_diffusion(
     forward: Forward,
     options: TrainingOptions,
     prediction: str = "eps",
-    objective: str | None = None,
+    objective: str | Objective | None = None,
     variance: str | None = None,
     levels: int | None = None,
 ) -> Diffusion:
@@ -35,6 +36,8 @@ def make_diffusion(
         InputError: options that do not fit the process or each other.
     """
     weighting, times = options.weighting, options.timestep_sampler
+    if objective == "consistency":  # whose intervals double over the training
+        objective = consistency_training(forward, prediction, options.steps)
     return Diffusion(
         model, forward, prediction, objective=objective, variance=variance, levels=levels,
         self_condition=options.self_condition,

@@ -10,7 +10,7 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import image_grid
 from fastdiff.data.order import stream_generator
 
-STEPS = 20  # of DDIM
+STEPS = 20  # of DDIM, for a model that is not trained for few
 ROWS = 4  # without classes
 CLASSES = 10  # of which a grid shows samples, at most
 
@@ -29,7 +29,11 @@ def preview(checkpoint: Checkpoint, columns: int = 8) -> Any:
         The grid, a PIL image.
     """
     diffusion = checkpoint.diffusion()
-    sampler = diffusion.sampler("ddim", min(STEPS, diffusion.path.num_timesteps), grid="trailing")
+    if diffusion.objective.few_steps is None:
+        steps = min(STEPS, diffusion.path.num_timesteps)
+        sampler = diffusion.sampler("ddim", steps, grid="trailing")
+    else:  # its own sampler and steps
+        sampler = diffusion.sampler()
     shown = range(min(CLASSES, len(checkpoint.classes)))
     labels = [label for label in shown for _ in range(columns)] if checkpoint.classes else None
     samples = checkpoint.sample(

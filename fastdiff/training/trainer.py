@@ -31,10 +31,10 @@ from fastdiff.data.training_images import TrainingImages
 from fastdiff.nn import ImageNetwork
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.nn.wrappers import is_distributed, plain_name, unwrapped
-from fastdiff.objectives import Forward
+from fastdiff.objectives import Forward, Objective
 from fastdiff.ops.profiling import span
 from fastdiff.sampling.terminal_snr import warn_of_image_at_the_end
-from fastdiff.training import batches, optimizers, shards, training_state
+from fastdiff.training import batches, distillation, optimizers, shards, training_state
 from fastdiff.training.adamw import clipping_factor
 from fastdiff.training.averages import Averages
 from fastdiff.training.batches import Batch, Draws
@@ -70,8 +70,8 @@ class Trainer:
         data: images, and labels if the model is class-conditional.
         options: of the training; None for the defaults.
         prediction: what the model predicts, see ``fastdiff.objectives.make``.
-        objective: what the model is trained for, see ``fastdiff.objectives.make``; None for the
-            default of the process.
+        objective: what the model is trained for, see ``fastdiff.objectives.make``; or an objective,
+            as ``fastdiff.training.distillation`` makes; None for the default of the process.
         variance: of the reverse steps, see ``fastdiff.objectives.make``.
         levels: of noise, for the objective ncsn, see ``fastdiff.objectives.make``.
         validation: images whose loss is measured every ``options.validate_every`` steps of
@@ -113,7 +113,7 @@ class Trainer:
         options: TrainingOptions | None = None,
         *,
         prediction: str = "eps",
-        objective: str | None = None,
+        objective: str | Objective | None = None,
         variance: str | None = None,
         levels: int | None = None,
         validation: TrainingImages | None = None,
@@ -190,6 +190,7 @@ class Trainer:
         device: str | torch.device = "cpu",
         record: Mapping[str, Any] | None = None,
         found: Resumable | None = None,
+        teacher: str | Path | None = None,
     ) -> Trainer:
         """Continue a run from its newest whole checkpoint.
 
@@ -207,22 +208,27 @@ class Trainer:
             record: None for that of the checkpoint.
             found: the newest whole checkpoint, if the caller has read it already by
                 ``resumable.find(out)``.
+            teacher: where the teacher of a distillation is now; None for where it was.
 
         Raises:
-            CheckpointError: there is no checkpoint in ``out``, or it cannot be resumed.
+            CheckpointError: there is no checkpoint in ``out``, or it cannot be resumed, or its
+                teacher is not where it was.
             DataError: the images are not those of the run.
         """
         found = resumable.find(out) if found is None else found
         folder, saved, tensors, facts = found.folder, found.saved, found.tensors, found.facts
+        path = folder / checkpoint.TRAINING
+        objective = distillation.restored(facts, saved, path, device, teacher)
+        made = isinstance(objective, Objective)
         trainer = cls(
             copy.deepcopy(saved.model).to(device),
             saved.forward,
             data,
             options or recorded_options(facts, folder),
             prediction=saved.prediction,
-            objective=saved.objective,
-            variance=saved.variance,
-            levels=saved.levels,
+            objective=objective,
+            variance=None if made else saved.variance,
+            levels=None if made else saved.levels,
             validation=validation,
             record=facts.get("record", {}) if record is None else record,
         )
@@ -315,19 +321,24 @@ class Trainer:
     def losses(self, batch: Batch) -> Tensor:
         """The objective's loss of each image of a batch, without its weight, [N]."""
 
-        objective, labels = self.diffusion.objective, batch.labels
+        objective = self.diffusion.objective
+        # A teacher is told the labels, too.
+        cond = {} if batch.labels is None else {"class_labels": batch.labels}
 
-        def model(x_t: Tensor, t: Tensor, *, labels: Any = labels, **estimate: Tensor) -> Any:
+        def model(
+            x_t: Tensor, t: Tensor, *, class_labels: Tensor | None = None, **estimate: Tensor
+        ) -> Any:
             # The pass that makes an estimate is without gradient and may be of fewer images:
             # DistributedDataParallel, which exchanges gradients, has no part in it.
-            called = self.micro_batches.model if torch.is_grad_enabled() else self.network
+            first = batch.estimated is not None and not torch.is_grad_enabled()
+            called = self.network if first else self.micro_batches.model
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.bf16):
-                return called(x_t, t, labels, **estimate)
+                return called(x_t, t, class_labels, **estimate)
 
-        if batch.estimated is None:
-            return objective.losses(model, batch.x0, batch.t, batch.noise)
-        aided = objective.aided(model, batch.t, batch.estimated)
-        return objective.losses(aided, batch.x0, batch.t, batch.noise, labels=labels)
+        used: Any = model
+        if batch.estimated is not None:
+            used = objective.aided(model, batch.t, batch.estimated)
+        return objective.losses(used, batch.x0, batch.t, batch.noise, **cond)
 
     def loss(self, batch: Batch) -> Tensor:
         """The weighted mean of :meth:`losses`, a scalar."""
@@ -411,6 +422,7 @@ class Trainer:
             objective=self.diffusion.objective.name,
             variance=self.diffusion.objective.variance,
             levels=self.diffusion.objective.levels,
+            few_steps=self.diffusion.objective.few_steps,
             weights=self.averages.profiles[0].name,
         )
 
@@ -484,6 +496,9 @@ class Trainer:
             "timesteps": self.diffusion.objective.state_dict(),
             "losses": self.guard.state_dict(),
         }
+        plan = self.diffusion.objective.plan
+        if plan is not None and plan.record is not None:
+            facts["objective"] = dict(plan.record)
         tensors = training_state.state_tensors(self._named_parameters(), self.optimizer)
         tensors = tensors if self.shards is None else self.shards.gathered(tensors)
         return tensors | self.process.tensors(), facts

@@ -127,19 +127,20 @@ class ValidationLoss:
     def _of_batch(
         self, called: Any, x0: Tensor, labels: Tensor | None, places: Tensor, device: torch.device
     ) -> Tensor:
-        labels = None if labels is None else labels.to(device)
+        cond = {} if labels is None else {"class_labels": labels.to(device)}
         x0 = laid_out(x0, device, self._memory_format)
         t, seeds = self._times[places].to(device), self._seeds[places].to(device)
 
-        def model(x_t: Tensor, t: Tensor, *, labels: Any = labels, **estimate: Tensor) -> Any:
+        def model(
+            x_t: Tensor, t: Tensor, *, class_labels: Tensor | None = None, **estimate: Tensor
+        ) -> Any:
             with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-                return called(x_t, t, labels, **estimate)
+                return called(x_t, t, class_labels, **estimate)
 
+        used: Any = model
         if self._self_condition:
-            aided = self._objective.aided(model, t, places % 2 == 0)
-            losses = self._objective.losses(aided, x0, t, seeds, labels=labels)
-        else:
-            losses = self._objective.losses(model, x0, t, seeds)
+            used = self._objective.aided(model, t, places % 2 == 0)
+        losses = self._objective.losses(used, x0, t, seeds, **cond)
         return losses.double().cpu()
 
 

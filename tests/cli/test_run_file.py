@@ -44,7 +44,7 @@ def test_what_is_written_is_read(command: argparse.ArgumentParser, tmp_path: Pat
         "--lr", "1e-05", "--value-range", "0", "4095", "--no-compile", "--flip", "--threads", "2",
     ]  # fmt: skip
     args = command.parse_args(words)
-    run_file.write(command, args, tmp_path / "run.toml")
+    run_file.write(command, args, tmp_path / "run.toml", "train")
     found = run_file.read(command, tmp_path / "run.toml")
     wanted = {k: v for k, v in vars(args).items() if v is not None}
     wanted = {k: v for k, v in wanted.items() if k not in (*run_file.CONTROLS, "out")}

@@ -52,6 +52,12 @@ def test_samplers(run):
     assert Image.open("grid.png").width > Image.open("grid.png").height  # two rows of ten
 
 
+def test_reflow(run):
+    out = run("reflow", "--steps", 3, "--pairs", 8, "--out", "digits.png")
+    assert re.search(r"teacher, 1 step: \d\.\d+ from .*\nstudent, 1 step: \d\.\d+ from", out)
+    assert Image.open("digits.png").format == "PNG"
+
+
 def test_train_and_resume(run):
     out = run("train_and_resume", "--steps", 4, "--batch-size", 4, "--out", "digits.png")
     assert "resumed after 2 of 4 steps: weights equal bit for bit: True" in out
