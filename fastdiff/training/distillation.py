@@ -120,7 +120,7 @@ class Teacher:
             return copy.deepcopy(model).requires_grad_(True)
         with seeded(seed, torch.get_default_device()):
             student = type(model)(**model.config.to_dict())
-        student.to(model.device)
+        student.to(next(model.parameters()).device)
         return student
 
 
