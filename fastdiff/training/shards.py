@@ -1,6 +1,6 @@
 """A network in shards: of every weight, moment and average each process keeps a part of the rows.
 
-PyTorch's ``fully_shard`` gathers the weights of a block from all processes for the block's calls,
+PyTorch's ``fully_shard`` gathers the weights of a layer from all processes for the layer's calls,
 and frees them again; gradients are added up and divided likewise (Rajbhandari et al. 2020, "ZeRO",
 arXiv:1910.02054, stage 3; Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277). Of N processes each
 keeps ceil(rows / N) consecutive rows of a tensor, the last ones fewer or none. Tensors of a single
@@ -58,8 +58,8 @@ class Shards:
         ]
         # All of the embeddings are computed at the beginning of a call, those inside blocks too.
         fully_shard(embeddings, **options)
-        for block in _blocks(network, embeddings):
-            fully_shard(block, **options)
+        for layer in _units(network, embeddings):
+            fully_shard(layer, **options)
         fully_shard(network, **options)
         self._whole = list(network.parameters())
         with torch.no_grad():
@@ -204,7 +204,7 @@ def _warn(options: TrainingOptions) -> None:
         off.append("weights are not in channels_last format, which cannot be divided; images are")
     if off:
         warnings.warn(
-            "fastdiff: with shard, a block's weights are whole only during its calls: "
+            "fastdiff: with shard, a layer's weights are whole only during its calls: "
             + "; ".join(off),
             stacklevel=4,
         )
@@ -215,13 +215,26 @@ def _kind(model: nn.Module) -> str:
     return f"a compiled {type(model).__name__}" if compiled else type(model).__name__
 
 
-def _blocks(network: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
-    """The parts of a network, but its embeddings, that have parts themselves; of its lists each."""
-    found: list[nn.Module] = []
-    for part in network.children():
-        if part not in embeddings and any(True for _ in part.children()):
-            found += part if isinstance(part, nn.ModuleList) else [part]
-    return found
+def _units(network: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
+    """The layers whose weights are gathered together: all with parts, but the embeddings.
+
+    They are the layers of blocks, rather than blocks, since what is gathered is there several times
+    for a moment, on its way and as weights.
+    """
+    parts = [
+        p for p in network.children() if p not in embeddings and any(True for _ in p.children())
+    ]
+    units = [unit for part in parts for unit in _inside(part)]
+    return [unit for unit in units if any(True for _ in unit.parameters())]
+
+
+def _inside(part: nn.Module) -> list[nn.Module]:
+    """The items of a list, or of a part that is nothing but lists; else the part."""
+    children = list(part.children())
+    lists = bool(children) and all(isinstance(child, nn.ModuleList) for child in children)
+    if lists or isinstance(part, nn.ModuleList):
+        return [unit for child in children for unit in _inside(child)]
+    return [part]
 
 
 def _local(p: nn.Parameter) -> nn.Parameter:
