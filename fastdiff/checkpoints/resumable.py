@@ -19,7 +19,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import check_checksums, optional_field
 from fastdiff.common.errors import CheckpointError, DamagedError
-from fastdiff.common.world import is_first
+from fastdiff.common.world import World, is_first
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,17 @@ def find(out: str | Path) -> Resumable:
     if damaged:
         raise damaged[0][1]
     raise CheckpointError(f"no checkpoint to resume in {out}")
+
+
+def check_agreed(found: Resumable, world: World) -> None:
+    """CheckpointError unless all processes of a run, which call this, found the same step."""
+    fewest, most = -world.largest(-found.saved.step), world.largest(found.saved.step)
+    if fewest != most:
+        raise CheckpointError(
+            "the processes of the run found different newest checkpoints in "
+            f"{found.folder.parents[1]}, of steps {fewest} to {most}: it must be one folder for "
+            "all of them"
+        )
 
 
 def set_aside(damaged: Sequence[Path]) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import field, optional_field
 from fastdiff.common.errors import CheckpointError, DataError
 from fastdiff.data.image_loading import SAMPLE, spaced
@@ -68,6 +69,32 @@ def fingerprint(images: TrainingImages, *, like: Mapping[str, Any] | None = None
         "labels": None if labels is None else hashlib.blake2b(data, digest_size=16).hexdigest(),
     }
     return {**found, "sample": count, "names": images.listing} if sampled else found
+
+
+def of_resumed(
+    data: TrainingImages, saved: Checkpoint, facts: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """The fingerprint of the images to go on with.
+
+    Args:
+        data: the images.
+        saved: the checkpoint.
+        facts: of its training state.
+        path: the file of ``facts``.
+
+    Raises:
+        DataError: they are not the images of the run.
+        CheckpointError: the recorded fingerprint is damaged.
+    """
+    if (facts.get("images"), saved.classes) != (len(data), data.classes):
+        raise DataError(
+            f"the run trained on {facts.get('images')} images of the classes "
+            f"{saved.classes}, now there are {len(data)} of {data.classes}"
+        )
+    recorded = optional_field(facts, "fingerprint", dict, path)
+    present = fingerprint(data, like=recorded)
+    check_same(recorded, present, (saved.dataset, data.name), path)
+    return present
 
 
 def check_same(

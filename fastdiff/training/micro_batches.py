@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdiff import ops
 from fastdiff.common.errors import TrainingError, memory_refused
 from fastdiff.common.seeds import seeded
 from fastdiff.common.world import World
@@ -162,12 +161,6 @@ class MicroBatches:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None, refused
-
-    def gradient_norm(self) -> float:
-        """The norm of the gradient that was computed last."""
-        if self._shards is not None:
-            return self._shards.gradient_norm()
-        return float(ops.gradient_norm([p.grad for p in self._parameters if p.grad is not None]))
 
     @contextmanager
     def _dropout(self, step: int, first: int) -> Iterator[None]:

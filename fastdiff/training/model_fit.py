@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from fastdiff.common.errors import InputError
-from fastdiff.common.model import Model
+from fastdiff.common.model import Model, layered
 from fastdiff.data.training_images import TrainingImages
 from fastdiff.diffusion import Diffusion
 from fastdiff.nn import ImageNetwork
+from fastdiff.nn.wrappers import unwrapped
 from fastdiff.objectives import Forward, Objective
 from fastdiff.training.distillation import consistency_training
 from fastdiff.training.training_options import TrainingOptions
@@ -81,3 +84,14 @@ def check_fit(
     if classes != len(data.classes) + null_class:
         more = " and label_dropout needs one more" if null_class else ""
         raise InputError(f"the model has {classes} classes, the data {len(data.classes)}{more}")
+
+
+def called(model: nn.Module, options: TrainingOptions) -> nn.Module:
+    """What is called for a model in training: it gives the same, by fused operations if it can."""
+    bare = options.compile and model is unwrapped(model)
+    network = layered(model, training=True) if bare else None
+    if network is None:
+        return model
+    from fastdiff.compiler.network import TrainedNetwork  # which others need not import
+
+    return TrainedNetwork(network)

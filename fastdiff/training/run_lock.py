@@ -14,11 +14,11 @@ import os
 import socket
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints import checkpoint, resumable
 from fastdiff.common.errors import InputError, LockedError
 
 NAME = "run.lock"
@@ -137,3 +137,9 @@ def _leave_to_the_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
+def set_aside(out: str | Path, damaged: Sequence[Path]) -> None:
+    """Rename damaged checkpoints of a run, see ``resumable.set_aside``, when nobody else trains."""
+    with run_lock(out):
+        resumable.set_aside(damaged)

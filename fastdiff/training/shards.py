@@ -10,7 +10,7 @@ number, such as gains, are whole in every process.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -193,6 +193,13 @@ def divided(
     if world.first:
         _warn(options)
     return Shards(network, world)
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], shards: Shards | None) -> float:
+    """The norm of the gradient of a network's parameters, which are whole or in shards."""
+    if shards is not None:
+        return shards.gradient_norm()
+    return float(ops.gradient_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def _warn(options: TrainingOptions) -> None:

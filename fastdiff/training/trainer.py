@@ -21,10 +21,8 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import checkpoint, forward_process, resumable
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.folder import optional_field
 from fastdiff.checkpoints.resumable import Resumable
-from fastdiff.common.errors import CheckpointError, DataError, InputError
-from fastdiff.common.model import layered
+from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.common.world import present
 from fastdiff.data.order import Lookahead
 from fastdiff.data.training_images import TrainingImages
@@ -38,15 +36,15 @@ from fastdiff.training import batches, distillation, optimizers, shards, trainin
 from fastdiff.training.adamw import clipping_factor
 from fastdiff.training.averages import Averages
 from fastdiff.training.batches import Batch, Draws
-from fastdiff.training.fingerprint import check_same, fingerprint
+from fastdiff.training.fingerprint import fingerprint, of_resumed
 from fastdiff.training.learned_process import LearnedProcess
 from fastdiff.training.learning_rate import learning_rate
 from fastdiff.training.loss_guard import Fault, LossGuard
 from fastdiff.training.micro_batches import MicroBatches
-from fastdiff.training.model_fit import check_fit, make_diffusion
+from fastdiff.training.model_fit import called, check_fit, make_diffusion
 from fastdiff.training.observers import Observer
 from fastdiff.training.preview import preview
-from fastdiff.training.run_lock import run_lock
+from fastdiff.training.run_lock import set_aside
 from fastdiff.training.run_loop import RunLoop
 from fastdiff.training.training_options import LR_SCHEDULES, TrainingOptions, recorded_options
 from fastdiff.training.validation import of_run
@@ -149,9 +147,8 @@ class Trainer:
         )
         self.model = model.train()
         if not is_distributed(model):
-            plain = torch.contiguous_format  # which is what can be divided
-            format_ = plain if self.options.shard else self.memory_format
-            model.to(memory_format=format_)  # type: ignore[call-overload]
+            kept = torch.contiguous_format if self.options.shard else self.memory_format
+            model.to(memory_format=kept)  # type: ignore[call-overload]
         self.world.as_first([*self.network.parameters(), *self.network.buffers()])
         self.shards = shards.divided(model, self.network, self.options, self.world)
         self.averages = Averages(self.network, self.options, self.shards)
@@ -168,7 +165,7 @@ class Trainer:
         self.refusal: dict[str, Any] | None = None
         self.micro_batches = MicroBatches(
             [*self.parameters, *self.process.parameters],
-            self._called,
+            lambda: called(self.model, self.options),
             lambda batch: self.losses(batch),
             lambda draws: self.batch(draws),
             self.world,
@@ -232,30 +229,16 @@ class Trainer:
             validation=validation,
             record=facts.get("record", {}) if record is None else record,
         )
-        if (facts.get("images"), saved.classes) != (len(data), data.classes):
-            raise DataError(
-                f"the run trained on {facts.get('images')} images of the classes "
-                f"{saved.classes}, now there are {len(data)} of {data.classes}"
-            )
-        recorded = optional_field(facts, "fingerprint", dict, folder / checkpoint.TRAINING)
-        trainer.fingerprint = fingerprint(data, like=recorded)
-        check_same(
-            recorded, trainer.fingerprint, (saved.dataset, data.name), folder / checkpoint.TRAINING
-        )
+        trainer.fingerprint = of_resumed(data, saved, facts, path)
         try:
             trainer.diffusion.objective.load_state_dict(facts.get("timesteps", {}))
             trainer.guard.load_state_dict(facts.get("losses", {}))
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / checkpoint.TRAINING}: {error}") from None
+            raise CheckpointError(f"{path}: {error}") from None
         trainer._restore(tensors, saved, folder / checkpoint.STATE)
-        fewest, most = -trainer.world.largest(-saved.step), trainer.world.largest(saved.step)
-        if fewest != most:
-            raise CheckpointError(
-                f"the processes of the run found different newest checkpoints in {out}, of steps "
-                f"{fewest} to {most}: it must be one folder for all of them"
-            )
+        resumable.check_agreed(found, trainer.world)
         if found.damaged:
-            trainer.world.by_first(lambda: _set_aside(out, found.damaged))
+            trainer.world.by_first(lambda: set_aside(out, found.damaged))
         trainer.out = Path(out).absolute()
         return trainer
 
@@ -285,7 +268,7 @@ class Trainer:
         fault = self.guard.judge_loss(value)
         if fault is None:
             with span("optimizer"):
-                norm = self.gradient_norm = self.micro_batches.gradient_norm()
+                norm = self.gradient_norm = shards.gradient_norm(self.parameters, self.shards)
                 finite = self.process.gradient_is_finite()
                 fault = self.guard.judge_gradient(norm if finite else math.nan)
                 if fault is None:
@@ -344,16 +327,6 @@ class Trainer:
         """The weighted mean of :meth:`losses`, a scalar."""
         losses = self.losses(batch)
         return (batch.weights.to(losses.device, losses.dtype) * losses).mean()
-
-    def _called(self) -> nn.Module:
-        """What is called for the model: it computes the same, with fused operations if it can."""
-        bare = self.options.compile and self.model is self.network
-        network = layered(self.network, training=True) if bare else None
-        if network is None:
-            return self.model
-        from fastdiff.compiler.network import TrainedNetwork  # which others need not import
-
-        return TrainedNetwork(network)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
@@ -525,8 +498,3 @@ class Trainer:
         training_state.restore(self._named_parameters(), self.optimizer, tensors, updates, path)
         self.process.restore(tensors, updates, path)
         self.finished_steps = saved.step
-
-
-def _set_aside(out: str | Path, damaged: Sequence[Path]) -> None:
-    with run_lock(out):
-        resumable.set_aside(damaged)
