@@ -29,6 +29,7 @@ from benchmarks import rows, tables
 from benchmarks.evaluations import Figures, command
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli.sampler_options import make_sampler, sampler_facts
 from fastdiff.data.datasets import digits
 from fastdiff.data.image_grid import grid, save
@@ -173,7 +174,7 @@ def compare_objectives(models: dict[str, Path], args: argparse.Namespace) -> Non
     save(grid(torch.cat(pictures), 10, labels=labels), args.out / "objectives.png")
 
 
-def one_of_each(model: checkpoint.Checkpoint, sampler: Sampler | Solver) -> torch.Tensor:
+def one_of_each(model: Checkpoint, sampler: Sampler | Solver) -> torch.Tensor:
     """One generated image of each digit, [10, 1, S, S]."""
     return model.sample(
         sampler, labels=range(10), generator=torch.Generator().manual_seed(0), progress=False

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("FASTDIFF_PLAN", "heuristic")
 
 from fastdiff import schedules
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.nn.image_unet import make_unet
 
 # The same examples in every run, so that a run that fails can be had again.

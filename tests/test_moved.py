@@ -74,7 +74,7 @@ def test_a_name_that_never_was_is_an_error() -> None:
 
 def test_images_can_be_drawn_under_the_old_names() -> None:
     from fastdiff import Diffusion, generation
-    from fastdiff.checkpoints.checkpoint import Checkpoint
+    from fastdiff.checkpoints.trained_model import Checkpoint
 
     assert generation.Drawn is generation.Samples
     assert generation.draw is generation.generate

@@ -11,7 +11,7 @@ import torch
 import fastdiff
 from fastdiff import guidance, objectives, process, samplers, schedules, sde
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.checks import beside
 from fastdiff.common.errors import InputError
 from fastdiff.compiler.network import FusedNetwork

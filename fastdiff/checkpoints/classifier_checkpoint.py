@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastdiff.checkpoints import forward_process
 from fastdiff.checkpoints.checkpoint import META as CHECKPOINT_META
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import (
     FORMAT,
     check_format,
@@ -28,6 +27,7 @@ from fastdiff.checkpoints.folder import (
     read_tensors,
     write_json,
 )
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.common.tensor_file import save_file
 from fastdiff.nn import NoisyClassifier

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import check_checksums, optional_field
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, DamagedError
 from fastdiff.common.world import World, is_first
 

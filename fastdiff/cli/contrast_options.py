@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli.parsing import named_value
 from fastdiff.common.errors import InputError
 from fastdiff.common.model import Model

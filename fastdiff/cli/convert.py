@@ -16,8 +16,8 @@ from pathlib import Path
 
 from fastdiff import schedules
 from fastdiff.checkpoints import checkpoint, loading
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.loading import Loaded
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli.parsing import DTYPES, add_dtype_argument, named_value, positive
 from fastdiff.common.errors import InputError
 from fastdiff.process import KINDS

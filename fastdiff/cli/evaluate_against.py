@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli import contrast_options, reference_options
 from fastdiff.cli.machine_options import machine, machine_facts
 from fastdiff.cli.output import print_json

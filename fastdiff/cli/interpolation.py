@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import InputError
 from fastdiff.data import image_file
 from fastdiff.data.image_grid import from_uint8

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli import machine_options, restoration
 from fastdiff.cli.machine_options import machine, machine_facts
 from fastdiff.cli.output import print_json

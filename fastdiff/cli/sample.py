@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli import contrast_options, interpolation, machine_options, sampler_options
 from fastdiff.cli.machine_options import machine, machine_facts, process_seconds
 from fastdiff.cli.output import note, print_json

@@ -12,7 +12,7 @@ import torch
 
 from fastdiff import samplers
 from fastdiff.checkpoints import classifier_checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli.parsing import named_value
 from fastdiff.common.errors import InputError
 from fastdiff.diffusion import FEW_STEP_METHODS, METHODS, SOLVERS, Diffusion

@@ -16,6 +16,7 @@ import torch
 
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
 from fastdiff.checkpoints.classifier_checkpoint import Accuracy, Architecture, Classifier
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli import data_options, machine_options
 from fastdiff.cli.data_options import Found
 from fastdiff.cli.machine_options import machine
@@ -86,9 +87,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     return 128 + ended_by
 
 
-def _architecture(
-    args: argparse.Namespace, guided: checkpoint.Checkpoint, found: Found
-) -> Architecture:
+def _architecture(args: argparse.Namespace, guided: Checkpoint, found: Found) -> Architecture:
     """The classifier's architecture, checked before images are read.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.data.datasets import digits
 from fastdiff.evaluation.digit_measures import check_digits
 from fastdiff.nn.wrappers import unwrapped

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import InputError, check_memory, require
 from fastdiff.common.model import Model
 from fastdiff.common.world import World

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdiff import process
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.classifier_checkpoint import (
     Accuracy,
     Architecture,
     Classifier,
     check_fits,
 )
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import InputError, TrainingError
 from fastdiff.common.seeds import seeded
 from fastdiff.data.order import Lookahead, batch_indices, stream_generator

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastdiff import objectives, schedules
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import checksums, field, optional_field
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.common.inputs import check_choice, checked_seeds
 from fastdiff.common.model import Model

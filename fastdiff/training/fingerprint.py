@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.folder import field, optional_field
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, DataError
 from fastdiff.data.image_loading import SAMPLE, spaced
 from fastdiff.data.order import stream_generator

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint, forward_process
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.nn import ImageNetwork
 from fastdiff.training import power_function, snapshots

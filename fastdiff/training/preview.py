@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.data import image_grid
 from fastdiff.data.order import stream_generator
 

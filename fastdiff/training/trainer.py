@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import checkpoint, forward_process, resumable
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.resumable import Resumable
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
 from fastdiff.common.world import present
 from fastdiff.data.order import Lookahead

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import NoiseSchedule, sample, samplers, schedules, sde
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import CONFIG, META, STATE, TRAINING, WEIGHTS, Checkpoint
+from fastdiff.checkpoints.checkpoint import CONFIG, META, STATE, TRAINING, WEIGHTS
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -300,7 +301,8 @@ def refuse_folders(monkeypatch, call, number):
     real = getattr(os, call)
 
     def refusing(target, *args, **kwargs):
-        if stat.S_ISDIR(os.stat(target).st_mode):
+        exists = not isinstance(target, (str, os.PathLike)) or os.path.exists(target)
+        if exists and stat.S_ISDIR(os.stat(target).st_mode):
             raise OSError(number, os.strerror(number))
         return real(target, *args, **kwargs)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import data, schedules, sde
 from fastdiff.checkpoints import classifier_checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.classifier_checkpoint import META, WEIGHTS, Architecture
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, InputError, TrainingError
 from fastdiff.nn.image_unet import make_unet
 from fastdiff.training.classifier_trainer import ClassifierOptions, ClassifierTrainer

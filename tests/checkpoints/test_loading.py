@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fastdiff
 from fastdiff import schedules
 from fastdiff.checkpoints import checkpoint, loading
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError
 from fastdiff.nn import UNet2DModel
 

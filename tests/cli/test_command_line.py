@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import fastdiff
 from fastdiff import cli, schedules
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.nn.image_unet import make_unet
 
 COMMANDS = ("train", "sample", "eval", "train-classifier", "export", "doctor")
@@ -170,7 +171,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, digits_run: Path) -> Path:
     edit(copy("unknown-schedule") / checkpoint.META, schedule={"name": "odd", "options": {}})
     (copy("no-json") / checkpoint.META).write_text("{")
     latent = make_unet(8, 4, widths=(8, 8), layers_per_block=1, attention=())
-    checkpoint.save(checkpoint.Checkpoint(latent, schedules.cosine(9), "v"), root / "four")
+    checkpoint.save(Checkpoint(latent, schedules.cosine(9), "v"), root / "four")
     nan = copy("nan") / checkpoint.WEIGHTS
     tensors = load_file(nan)
     tensors["conv_in.bias"][0] = torch.nan

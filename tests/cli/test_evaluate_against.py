@@ -13,6 +13,7 @@ from cli_calls import TINY
 from PIL import Image
 
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli import reference_options
 
 QUICK = ("--steps", 2, "--threads", 1)
@@ -111,13 +112,13 @@ def test_classes_come_in_the_proportions_of_the_reference(
     out = tmp_path / "run"
     assert run("train", "--data", real, "--out", out, *TINY, "--steps", 1).code == 0
     asked: list[int] = []
-    generate = checkpoint.Checkpoint.generate
+    generate = Checkpoint.generate
 
-    def watched(self: checkpoint.Checkpoint, *args: object, **options: object) -> object:
+    def watched(self: Checkpoint, *args: object, **options: object) -> object:
         asked.extend(options["labels"])  # type: ignore[call-overload]
         return generate(self, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "generate", watched)
+    monkeypatch.setattr(Checkpoint, "generate", watched)
     words = ("eval", "--checkpoint", out, "--samples", 30, *QUICK, "--json", "--against")
     for labels, folder, counts in (
         (None, real, [20, 10]),

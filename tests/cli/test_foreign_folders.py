@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastdiff.checkpoints import checkpoint, classifier_checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.classifier_checkpoint import Architecture, Classifier
+from fastdiff.checkpoints.trained_model import Checkpoint
 
 COMMANDS = {
     "sample": ("sample", "--out", "{new}.png"),

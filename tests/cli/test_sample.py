@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastdiff import samplers
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli import sample
 from fastdiff.data.image_grid import grid
 from fastdiff.generation import Samples

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastdiff import schedules
-from fastdiff.checkpoints.checkpoint import Checkpoint, save
+from fastdiff.checkpoints.checkpoint import save
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.tensor_file import save_file
 from fastdiff.data import image_grid
 from fastdiff.evaluation.pictures import Pictures

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff import samplers, schedules
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import InputError
 from fastdiff.data.datasets import digits
 from fastdiff.evaluation import (

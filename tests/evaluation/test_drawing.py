@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdiff import samplers, schedules
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import InputError
 from fastdiff.evaluation import balanced_labels, draw_in_batches, drawing, labels_like
 

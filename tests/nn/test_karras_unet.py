@@ -10,7 +10,7 @@ from karras_reference import reference
 
 import fastdiff
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.nn import KarrasUNet, UNet2DModel, networks
 
 SMALL = {

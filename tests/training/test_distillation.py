@@ -10,7 +10,7 @@ import torch
 
 from fastdiff import ops, schedules, sde
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.common.errors import CheckpointError, DataError, InputError
 from fastdiff.common.inputs import checked_seeds
 from fastdiff.data.image_set import ImageSet
