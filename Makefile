@@ -97,7 +97,7 @@ emoji: $(VENV)/.emoji data/emoji  ## train the emoji model that comes along: ima
 		--timestep-sampler low-discrepancy --batch-size 32 --steps 10000 --warmup 300 --bf16 --threads 1
 	$(RUN) -m fastdiff export --checkpoint runs/emoji --out runs/emoji/float16 --dtype float16
 
-emoji-quality: venv data/emoji  ## the emoji model by guidance and sampler, beside held-out emoji: table, 15 minutes
+emoji-quality: venv data/emoji  ## the emoji model by guidance, sampler, precision, beside held-out emoji: table, 15 minutes
 	$(RUN) -m benchmarks.emoji_quality $(QUALITY)
 
 data/emoji: | $(VENV)/.emoji

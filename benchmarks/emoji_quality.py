@@ -1,4 +1,4 @@
-"""The emoji model that comes along, by guidance and sampler, beside emoji that it never saw.
+"""The emoji model by guidance, sampler and precision, beside emoji that it never saw.
 
     python -m benchmarks.emoji_quality --out benchmarks/results
 
@@ -23,6 +23,8 @@ WAYS = {  # the rows of the table and their options
     "DDIM, 50 steps, guidance 4": "--guidance 4",
     "DDIM, 10 steps": f"--sampler ddim {FEW_STEPS}",
     "UniPC-2, 10 steps": f"--sampler unipc-2 {FEW_STEPS}",
+    "UniPC-2, 10 steps, precision strict": f"--sampler unipc-2 {FEW_STEPS} --precision strict",
+    "UniPC-2, 10 steps, precision bf16": f"--sampler unipc-2 {FEW_STEPS} --precision bf16",
     "DPM++ 2M, 10 steps": f"--sampler dpmpp-2m {FEW_STEPS}",
 }
 

@@ -38,6 +38,7 @@ from fastdiff.cli.sampler_options import (
     guidance,
     guidance_facts,
     make_sampler,
+    read_model,
     sampler_facts,
 )
 from fastdiff.common.errors import InputError
@@ -88,8 +89,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         return evaluate_against.run(args)
     reference_options.check_unused(args)
     with machine(args) as device, process_group(device) as world:
-        source = checkpoint.load(args.checkpoint, args.weights)
-        source.model.to(device)
+        source = read_model(args, device)
         sampler, ran_on = make_sampler(args, source), machine_facts(device)
         guided = guidance(args, source, device)
         contrast = contrast_options.contrast(args, source, device)

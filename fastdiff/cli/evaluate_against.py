@@ -24,6 +24,7 @@ from fastdiff.cli.sampler_options import (
     guidance,
     guidance_facts,
     make_sampler,
+    read_model,
     sampler_facts,
 )
 from fastdiff.common.errors import DataError, InputError
@@ -92,10 +93,9 @@ def _of_model(
     args: argparse.Namespace, device: torch.device, world: World
 ) -> tuple[dict[str, Any], Real, Pictures]:
     """How the model of --checkpoint was sampled, for JSON; the real images; the generated ones."""
-    source = checkpoint.load(args.checkpoint, args.weights)
+    source = read_model(args, device)
     if source.channels not in (1, 3):
         raise InputError(f"pictures have 1 or 3 channels, the model's have {source.channels}")
-    source.model.to(device)
     sampler, guided = make_sampler(args, source), guidance(args, source, device)
     contrast = contrast_options.contrast(args, source, device)
     real = Real(args, source.image_size, source.channels, device, world)

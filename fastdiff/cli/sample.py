@@ -38,6 +38,7 @@ from fastdiff.cli.sampler_options import (
     guidance,
     guidance_facts,
     make_sampler,
+    read_model,
     sampler_facts,
     steps_text,
 )
@@ -101,10 +102,11 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     with machine(args) as device, process_group(device) as world:
         if args.compare and world.count > 1:
             raise InputError("--compare is for one process")
-        source = checkpoint.load(args.checkpoint, args.weights)
+        if args.compare and args.precision != "fast":
+            raise InputError(f"--compare is for the precision fast, got {args.precision}")
+        source = read_model(args, device)
         if source.channels not in (1, 3):
             raise InputError(f"pictures have 1 or 3 channels, the model's have {source.channels}")
-        source.model.to(device)
         guided = guidance(args, source, device)
         contrast = contrast_options.contrast(args, source, device)
         guide = guided["classifier"]
@@ -137,6 +139,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         captured = device.type == "cuda" and isinstance(sampler, Sampler)
         eager = "CUDA graph" if captured else "eager mode"
         mode = "compiled" if is_compiled(source.model) else eager
+        if args.precision != "fast":
+            mode = f"compiled, precision {args.precision}"
         if compare and ran_on["backend"] == "reference":
             note(f"nothing to compare: the reference is what runs ({cpu_missing or 'as asked'})")
             compare = False

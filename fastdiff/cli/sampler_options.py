@@ -12,10 +12,13 @@ import torch
 
 from fastdiff import samplers
 from fastdiff.checkpoints import classifier_checkpoint
+from fastdiff.checkpoints.checkpoint import load
 from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli.parsing import named_value
 from fastdiff.common.errors import InputError
+from fastdiff.compiler.choose.algorithms import PRECISIONS
 from fastdiff.diffusion import FEW_STEP_METHODS, METHODS, SOLVERS, Diffusion
+from fastdiff.ops.backend import kernel_runs
 from fastdiff.samplers import Sampler
 from fastdiff.sde import Solver
 from fastdiff.sde.solvers.by_name import LANGEVIN_STEPS_EACH
@@ -65,8 +68,15 @@ def add_sampler_arguments(
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Those of the sampler, --guidance, --classifier and --classifier-scale."""
+    """Those of the sampler, --guidance, --classifier, --classifier-scale and --precision."""
     add_sampler_arguments(command)
+    command.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="fast",
+        help="of the network on a CPU: fast has Winograd convolutions, strict direct ones alone, "
+        "bf16 has activations in bfloat16 (default: fast)",
+    )
     command.add_argument(
         "--guidance",
         type=float,
@@ -86,6 +96,25 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="S",
         help="factor of the classifier's gradient (default: 1)",
     )
+
+
+def read_model(args: argparse.Namespace, device: torch.device) -> Checkpoint:
+    """The checkpoint of --checkpoint and --weights on a device, computing in --precision.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        InputError: a precision for another device or backend than it has.
+    """
+    found = load(args.checkpoint, args.weights)
+    found.model.to(device)
+    if args.precision != "fast":  # which generating takes by itself
+        if not kernel_runs(next(found.model.parameters())):
+            raise InputError(
+                f"--precision {args.precision} needs fastdiff's kernels on a CPU, got --device "
+                f"{device} with --backend {args.backend}"
+            )
+        found.model.compile(backend="fastdiff", options={"precision": args.precision})
+    return found
 
 
 def make_sampler(

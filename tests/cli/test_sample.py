@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_calls import TINY
@@ -18,7 +19,7 @@ from fastdiff.checkpoints.trained_model import Checkpoint
 from fastdiff.cli import sample
 from fastdiff.data.image_grid import grid
 from fastdiff.generation import Samples
-from fastdiff.ops.backend import current
+from fastdiff.ops.backend import cpu_missing, current
 
 QUICK = ("--steps", 2, "--threads", 1)
 
@@ -86,6 +87,28 @@ def test_a_seed_always_gives_the_same_images(
 
     assert bytes_of(1, "a.png") == bytes_of(1, "b.png")
     assert bytes_of(1, "a.png") != bytes_of(2, "c.png")
+
+
+@pytest.mark.skipif(cpu_missing is not None, reason="needs the C++ extension")
+def test_a_precision_is_the_network_s(run: Callable, digits_run: Path, tmp_path: Path) -> None:
+    drawn, words = {}, ("--classes", "7", "--per-class", 2, *QUICK)
+    for precision in ("fast", "bf16"):
+        out = tmp_path / f"{precision}.png"
+        words = (*words, "--precision", precision)
+        ran = run("sample", "--checkpoint", digits_run, "--out", out, *words)
+        assert ran.code == 0
+        assert ran.out.splitlines()[1].endswith(
+            ", compiled" if precision == "fast" else ", compiled, precision bf16"
+        )
+        drawn[precision] = np.asarray(Image.open(out)).astype(float)
+    difference = np.abs(drawn["fast"] - drawn["bf16"])
+    assert 0 < difference.max() <= 16  # of 255
+    for other in (["--backend", "reference"], ["--compare"]):
+        ran = run(
+            "sample", "--checkpoint", digits_run, "--out", tmp_path / "no.png", *words, *other
+        )
+        assert ran.code == 2
+        assert "precision" in ran.err
 
 
 def test_unconditional_model_draws_a_count(run: Callable, plain_run: Path, tmp_path: Path) -> None:
