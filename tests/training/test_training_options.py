@@ -61,7 +61,7 @@ def test_the_weights_are_drawn_from_the_global_generator():
     ("call", "message"),
     [
         pytest.param(lambda: make_unet(10), "divisible by 4, got 10", id="odd size"),
-        pytest.param(lambda: make_unet(0), "divisible by 4, got 0", id="no size"),
+        pytest.param(lambda: make_unet(0), "numbers from 1, got 0", id="no size"),
         pytest.param(lambda: make_unet(8, widths=()), "must be positive", id="no levels"),
         pytest.param(lambda: make_unet(8, widths=(8, 0)), "must be positive", id="no width"),
         pytest.param(lambda: make_unet(8, layers_per_block=0), "positive", id="no layers"),
