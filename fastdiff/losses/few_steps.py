@@ -124,7 +124,10 @@ class Consistency:
     drawn with log-normal levels, and losses are divided by their lengths (sections 3.3 and 3.5);
     with other processes, where sigma / alpha spans too much for that, they are even in time and so
     is the weight. With a teacher, x_s is a step of DDIM by the teacher, intervals are even in time
-    and few (arXiv:2303.01469, algorithm 2). The target is the network itself, without an average
+    and few (arXiv:2303.01469, algorithm 2), and losses are divided by the factor of the network's
+    output in the image. So the output learns as much from every time: where there is little noise,
+    its error hardly shows in the image, but each interval hands it on to all with more noise. The
+    target is the network itself, without an average
     (arXiv:2310.14189, section 3.2).
 
     Raises:
@@ -184,6 +187,9 @@ class Consistency:
             self.path, network, network, x0, more, less, noise,
             form=self._form, teacher=self._step(x0.dtype, cond), **cond,
         )  # fmt: skip
+        if self._teacher is not None:
+            _, of_output = self._form
+            return found / of_output.to(t.device)[more].abs().to(found.dtype)
         if not self._log_normal:
             return found
         ratio = (self.path.sigma_t / self.path.alpha_t).to(t.device)

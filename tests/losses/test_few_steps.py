@@ -7,7 +7,13 @@ import torch
 
 from fastdiff import objectives, samplers, schedules, sde
 from fastdiff.common.errors import InputError
-from fastdiff.losses import discretized_log_normal, few_steps
+from fastdiff.losses import (
+    consistency_loss,
+    ddim_jump,
+    discretized_log_normal,
+    few_steps,
+    prediction_form,
+)
 from fastdiff.losses.few_steps import Consistency, FewSteps, Intervals, Progressive
 
 COSINE, EDM = schedules.cosine(64), sde.EDM(sigma_max=20.0)
@@ -106,6 +112,24 @@ def test_edm_draws_log_normal_levels_and_divides_by_lengths(generator):
     lengths = ratio[t[:, 0]] - ratio[t[:, 1]]
     expected = taught.losses(model, x0, t, noise) / lengths
     torch.testing.assert_close(found.losses(model, x0, t, noise), expected)
+
+
+def test_a_teacher_s_losses_count_in_units_of_the_network_s_output(generator):
+    """x0 = alpha x - sigma v: where there is little noise, an error of v hardly shows in x0."""
+    x0, noise = (torch.randn(8, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in "ab")
+    teacher = lambda x, label: 0.1 * x  # noqa: E731
+    student = lambda x, label: torch.tanh(x)  # noqa: E731
+    made = Consistency(COSINE, "v", FewSteps(intervals=(8, 8), teacher=teacher))
+    t, form = made.at(None).pairs, prediction_form(COSINE, "v")
+
+    def step(x, t, s):
+        return ddim_jump(COSINE, teacher, "v", x, t, s)
+
+    plain = consistency_loss(
+        COSINE, student, student, x0, *t.unbind(1), noise, form=form, teacher=step
+    )
+    expected = plain / COSINE.sigma_t[t[:, 0]]
+    torch.testing.assert_close(made.losses(student, x0, t, noise), expected)
 
 
 @pytest.mark.parametrize("total", [64, 50])
