@@ -121,14 +121,16 @@ class Consistency:
 
     Without a teacher, the network agrees with itself at x_s that has the noise of x_t. The grid has
     more intervals in later steps (arXiv:2310.14189, section 3.4). With EDM's process intervals are
-    drawn with log-normal levels, and losses are divided by their lengths (sections 3.3 and 3.5);
-    with other processes, where sigma / alpha spans too much for that, they are even in time and so
-    is the weight. With a teacher, x_s is a step of DDIM by the teacher, intervals are even in time
-    and few (arXiv:2303.01469, algorithm 2), and losses are divided by the factor of the network's
-    output in the image. So the output learns as much from every time: where there is little noise,
-    its error hardly shows in the image, but each interval hands it on to all with more noise. The
-    target is the network itself, without an average
-    (arXiv:2310.14189, section 3.2).
+    drawn with log-normal levels, and losses are divided by their lengths (sections 3.3 and 3.5).
+
+    With other processes, where sigma / alpha spans too much for that, intervals are even in time,
+    and losses are divided by the factor of the network's output in the image. So the output learns
+    as much from every time: where there is little noise its error hardly shows in the image, but
+    each interval hands it on to all with more noise.
+
+    With a teacher, x_s is a step of DDIM by the teacher, and intervals are few, even in time and
+    weighted likewise (arXiv:2303.01469, algorithm 2). The target is the network itself, without an
+    average (arXiv:2310.14189, section 3.2).
 
     Raises:
         ValueError: more intervals than the path has, or an end that doubling does not reach.
@@ -187,11 +189,9 @@ class Consistency:
             self.path, network, network, x0, more, less, noise,
             form=self._form, teacher=self._step(x0.dtype, cond), **cond,
         )  # fmt: skip
-        if self._teacher is not None:
+        if not self._log_normal:
             _, of_output = self._form
             return found / of_output.to(t.device)[more].abs().to(found.dtype)
-        if not self._log_normal:
-            return found
         ratio = (self.path.sigma_t / self.path.alpha_t).to(t.device)
         return found / (ratio[more] - ratio[less]).to(found.dtype)
 

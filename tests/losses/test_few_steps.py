@@ -110,14 +110,16 @@ def test_edm_draws_log_normal_levels_and_divides_by_lengths(generator):
     model = lambda x, label: torch.tanh(x)  # noqa: E731
     ratio = found.path.sigma_t / found.path.alpha_t
     lengths = ratio[t[:, 0]] - ratio[t[:, 1]]
-    expected = taught.losses(model, x0, t, noise) / lengths
+    _, of_output = prediction_form(found.path, found.kind)
+    expected = taught.losses(model, x0, t, noise) * of_output[t[:, 0]].abs() / lengths
     torch.testing.assert_close(found.losses(model, x0, t, noise), expected)
 
 
-def test_a_teacher_s_losses_count_in_units_of_the_network_s_output(generator):
+@pytest.mark.parametrize("taught", [True, False])
+def test_losses_count_in_units_of_the_network_s_output(taught, generator):
     """x0 = alpha x - sigma v: where there is little noise, an error of v hardly shows in x0."""
     x0, noise = (torch.randn(8, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in "ab")
-    teacher = lambda x, label: 0.1 * x  # noqa: E731
+    teacher = (lambda x, label: 0.1 * x) if taught else None
     student = lambda x, label: torch.tanh(x)  # noqa: E731
     made = Consistency(COSINE, "v", FewSteps(intervals=(8, 8), teacher=teacher))
     t, form = made.at(None).pairs, prediction_form(COSINE, "v")
@@ -126,8 +128,9 @@ def test_a_teacher_s_losses_count_in_units_of_the_network_s_output(generator):
         return ddim_jump(COSINE, teacher, "v", x, t, s)
 
     plain = consistency_loss(
-        COSINE, student, student, x0, *t.unbind(1), noise, form=form, teacher=step
-    )
+        COSINE, student, student, x0, *t.unbind(1), noise, form=form,
+        teacher=step if taught else None,
+    )  # fmt: skip
     expected = plain / COSINE.sigma_t[t[:, 0]]
     torch.testing.assert_close(made.losses(student, x0, t, noise), expected)
 
