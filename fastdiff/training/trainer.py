@@ -155,7 +155,8 @@ class Trainer:
         if self.options.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.parameters = list(self.network.parameters())
-        self.optimizer = optimizers.make(self.options, self._named_parameters())
+        named = self._named_parameters()
+        self.optimizer, self._updated = optimizers.make(self.options, named), [p for _, p in named]
         self.process = LearnedProcess(forward, self.options, self.world)
         self.validation = of_run(
             self.diffusion.objective, validation, data, self.options, self.memory_format
@@ -288,7 +289,7 @@ class Trainer:
             averages=self.averages.first,
             average_weight=self.averages.first_weight(step),
         )
-        self.averages.move_others([p for _, p in self._named_parameters()], step)
+        self.averages.move_others(self._updated, step)
         self.process.update(self.learning_rate(step))
         self.network.normalise_weights()
 
